@@ -1,0 +1,43 @@
+# make demo   a teacher, and students alone, with KD and with RCKA, on scikit-learn's digits
+# make test   everything that can be checked offline
+# make docs   a static site from the executed notebooks, in _docs/
+# Each makes .venv first if it is not there; nothing but Python 3.10 or newer is needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := MPLBACKEND=agg PYTHONPATH=$(CURDIR) PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: demo test docs export clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+# uv comes by pip into the environment itself, so that nothing outside .venv is touched
+.venv/.installed: settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q --disable-pip-version-check uv
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -q -e '.[dev]'
+	@touch $@
+
+demo: .venv/.installed
+	@mkdir -p runs
+	$(RUN) papermill --no-progress-bar --log-output -k python3 nbs/benchmarks/digits.ipynb runs/digits.ipynb
+	@echo "The executed notebook is runs/digits.ipynb, the figure figures/digits.png."
+
+test: .venv/.installed
+	@$(RUN) tests/notebooks_in_step
+	$(RUN) OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing --do_print
+	$(RUN) OMP_NUM_THREADS=1 pytest -q tests
+
+docs: .venv/.installed
+	$(RUN) docs/build
+
+# after a change to a notebook
+export: .venv/.installed
+	$(RUN) nbdev_export
+	$(RUN) nbdev_clean
+
+clean:
+	rm -rf _docs build dist *.egg-info .pytest_cache .hypothesis
