@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
+import math
 import os
 import socket
 import sys
@@ -196,10 +197,15 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
     "Fashion-MNIST, CIFAR-10 or CIFAR-100 from `root`, fetched if need be."
     from torchvision import datasets
     cls = {"fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    if not _is_there(name, root): _fetch(name, cls, root, download)
-    try: parts = [cls(root, train=train) for train in (True, False)]
-    except RuntimeError as err:  # right names, wrong bytes
-        raise _missing(name, cls, root, "what is there is broken") from err
+    read = lambda: [cls(root, train=train) for train in (True, False)]
+    parts, why = None, "it is not there"
+    if _is_there(name, root):
+        try: parts = read()
+        except Exception as err: why = f"what is there is broken ({type(err).__name__}: {err})"  # right names, wrong bytes
+    if parts is None:
+        _fetch(name, cls, root, download, why)
+        try: parts = read()
+        except Exception as err: raise _missing(name, cls, root, "what is there is broken; delete it first") from err
     images = [torch.as_tensor(part.data) for part in parts]
     images = [(i[:, None] if i.dim() == 3 else i.permute(0, 3, 1, 2)).contiguous() for i in images]
     targets = [torch.as_tensor(part.targets).long() for part in parts]
@@ -207,15 +213,15 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
     return Dataset(name, images[0], targets[0], images[1], targets[1], tuple(parts[0].classes), k.mean, k.std, k.pad, k.flip)
 
 
-def _fetch(name: str, cls, root: Path, download: bool):
+def _fetch(name: str, cls, root: Path, download: bool, why: str):
     "Download with a progress bar; files of a wrong size, left by an earlier try, are replaced."
-    if not download: raise _missing(name, cls, root, "it is not there, and download=False")
+    if not download: raise _missing(name, cls, root, f"{why}, and download=False")
     for f, size in KNOWN[name].files.items():
         if size is not None and (root / f).is_file() and (root / f).stat().st_size != size: (root / f).unlink()
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a network that swallows everything is no network
     try: cls(root, download=True)
-    except Exception as err: raise _missing(name, cls, root, f"the download failed: {type(err).__name__}: {err}") from err
+    except Exception as err: raise _missing(name, cls, root, f"{why}, and the download failed ({type(err).__name__}: {err})") from err
     finally: socket.setdefaulttimeout(patience)
     if not _is_there(name, root): raise _missing(name, cls, root, "the download is not complete")
 
@@ -307,26 +313,32 @@ def decode_images(
     "Decode images of any kind PIL knows to RGB. Raises ValueError naming those that are broken or differ in size."
     import numpy as np
     if isinstance(size, int): size = (size, size)
-    height, width = size or _first_size(paths)
+    first, (height, width) = ("", size) if size else _first_size(paths)
     _check_memory(len(paths), height, width)
     out = np.empty((len(paths), height, width, 3), dtype=np.uint8)
     jobs, broken = list(enumerate(paths)), []
     with ThreadPoolExecutor(workers or (os.cpu_count() or 1) + 1) as pool:
-        for bad, other in pool.map(partial(_decode_some, out=out, size=size), [jobs[i:i + 200] for i in range(0, len(jobs), 200)]):
-            broken += bad
-            if other:
-                pool.shutdown(cancel_futures=True)
-                raise ValueError(f"images differ in size: {paths[0]} is {height} x {width}, {other[0]} is {other[1][0]} x {other[1][1]}; "
-                                 f"resize them all with size=(H, W), for example load_dataset(..., size={min(height, width)})")
+        try:
+            for bad, other in pool.map(partial(_decode_some, out=out, size=size), [jobs[i:i + 200] for i in range(0, len(jobs), 200)]):
+                broken += bad
+                if other: raise ValueError(_differ(first, (height, width), *other))
+        except BaseException:  # Ctrl-C too: do not decode the rest first
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if broken: raise ValueError(f"{len(broken)} of {len(paths)} images cannot be decoded: {_some(broken)}")
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 
-def _first_size(paths: list[str]) -> tuple[int, int]:
-    "(H, W) of the first image that can be read."
+def _differ(first: str, a: tuple, second: str, b: tuple) -> str:
+    return (f"images differ in size: {first} is {a[0]} x {a[1]} (height x width), {second} is {b[0]} x {b[1]}; "
+            f"resize them all with size=(H, W), for example load_dataset(..., size={min(a)})")
+
+
+def _first_size(paths: list[str]) -> tuple[str, tuple[int, int]]:
+    "The first image that can be read, and its (H, W)."
     from PIL import Image
     for path in paths:
-        with contextlib.suppress(Exception), Image.open(path) as im: return im.size[::-1]
+        with contextlib.suppress(Exception), Image.open(path) as im: return path, im.size[::-1]
     raise ValueError(f"none of {len(paths)} images can be decoded: {_some(paths)}")
 
 
@@ -362,7 +374,7 @@ def _imagefolder(path: str, root: Path, size: int | tuple[int, int] | None) -> D
 
 def _as_size(size) -> tuple[int, int] | None:
     if size is None: return None
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(s, int) and s >= 1 for s in pair):
         raise ValueError(f"size must be a whole number or (H, W), got {size!r}")
     return pair
@@ -377,7 +389,7 @@ def _read_cache(path: Path, counts: list[int]) -> tuple | None:
             if found[part].dtype != torch.uint8 or found[part].dim() != 4 or len(found[part]) != n: raise ValueError(f"{part} images do not fit")
         return found["train"], found["test"], tuple(found["mean"].tolist()), tuple(found["std"].tolist())
     except Exception as err:  # whatever is wrong with it, the images are still there
-        warnings.warn(f"the cache {path} cannot be read ({type(err).__name__}: {str(err).splitlines()[0][:100]}); decoding the images again", stacklevel=2)
+        warnings.warn(f"the cache {path} cannot be read ({type(err).__name__}: {' '.join(str(err).split())[:100]}); decoding the images again", stacklevel=2)
 
 
 def _write_cache(path: Path, tensors: dict[str, Tensor]):
@@ -387,8 +399,9 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({k: t.clone() for k, t in tensors.items()}, part)  # clone: a slice would drag its whole tensor along
         os.replace(part, path)
-    except (OSError, RuntimeError):  # read-only or full: the cache is a convenience
-        with contextlib.suppress(OSError): part.unlink(missing_ok=True)
+    except (OSError, RuntimeError): pass  # read-only or full: the cache is a convenience
+    finally:
+        with contextlib.suppress(OSError): part.unlink(missing_ok=True)  # what Ctrl-C or a full disk left
 
 # %% ../nbs/method/05_data.ipynb #dfcc1d89
 class DatasetInfo(NamedTuple):
@@ -412,7 +425,7 @@ def list_datasets(
             train, _ = _find_folder(str(folder.resolve()), root)
             first = next((p for p, *_ in _walk(train)), None)
             if first and (classes := _class_folders(train)):
-                infos.append(DatasetInfo(f"imagefolder:{folder.name}", len(classes), (3, *_first_size([first])), True, "a folder of your own"))
+                infos.append(DatasetInfo(f"imagefolder:{folder.name}", len(classes), (3, *_first_size([first])[1]), True, "a folder of your own"))
     return infos
 
 
@@ -435,7 +448,7 @@ def load_dataset(
         names = [*KNOWN, "imagefolder:PATH"]
         near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=2, cutoff=0.5)
         folder = f"; for the folder {name} say imagefolder:{name}" if (root / str(name)).is_dir() or Path(str(name)).is_dir() else ""
-        raise ValueError(f"unknown dataset {name!r}{'; did you mean ' + ' or '.join(near) + '?' if near else ''} There are {', '.join(names)}{folder}")
+        raise ValueError(f"unknown dataset {name!r}{'; did you mean ' + ' or '.join(near) + '?' if near else '.'} There are {', '.join(names)}{folder}")
     if size is not None: raise ValueError(f"size is for image folders; {name} has images of {KNOWN[name].shape[1]} x {KNOWN[name].shape[2]}")
     return _sliced(_digits(root, download) if name == "digits" else _torchvision(name, root, download), limit, test_limit)
 
@@ -501,8 +514,8 @@ class Batches:
         _check_images(images, targets, "training" if train else "evaluation", num_classes)
         for name, value, least in (("batch_size", batch_size, 1), ("pad", pad, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
-        if not (len(mean) == len(std) == images.shape[1]) or not all(s > 0 for s in std):
-            raise ValueError(f"mean and std must have a number for each of {images.shape[1]} channel(s), std positive; got {tuple(mean)} and {tuple(std)}")
+        if not (len(mean) == len(std) == images.shape[1]) or not all(math.isfinite(m) and 0 < s < math.inf for m, s in zip(mean, std)):
+            raise ValueError(f"mean and std must have a finite number for each of {images.shape[1]} channel(s), std positive; got {tuple(mean)} and {tuple(std)}")
         if not dtype.is_floating_point: raise TypeError(f"dtype must be floating point, got {dtype}")
         if train and len(images) < min(batch_size, self.smallest): raise ValueError(f"{len(images)} image(s) make no training batch: at least {self.smallest} are needed, or a smaller batch_size")
         self.images, self.targets = images.to(device), targets.to(device)
