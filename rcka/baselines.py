@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .losses import Method, Outputs, register
-from .similarity import as_features, as_real, check_pair, full_precision
+from .losses import Layers, Method, Outputs, register
+from .similarity import as_features, as_real, full_precision
 
 # %% auto #0
-__all__ = ['check_logits', 'kd_loss', 'KD']
+__all__ = ['check_logits', 'kd_loss', 'KD', 'unit', 'split_target', 'dkd_loss', 'WarmUp', 'DKD', 'correlation', 'dist_loss',
+           'DIST', 'weighted_mse', 'IKLKD', 'nkd_loss', 'NKD', 'FeatureMethod', 'need', 'check_samples', 'sp_loss',
+           'SP', 'rkd_losses', 'RKD', 'pkt_loss', 'PKT']
 
 # %% ../nbs/method/02_baselines.ipynb #0c9f06fa
 def check_logits(student: Tensor, teacher: Tensor):
@@ -49,3 +51,335 @@ class KD(Method):
 
     def terms(self, student, teacher, target=None, index=None):
         return {"kd": self.weight * kd_loss(student.logits, teacher.logits, self.temperature)}
+
+# %% ../nbs/method/02_baselines.ipynb #ebbb4035
+def unit(
+    x: Tensor,      # any shape, floating point
+    dim: int = -1,  # along which the length is one
+) -> Tensor:        # the shape of x
+    "`x` scaled to unit length; zero, with a zero gradient, where `x` is zero."
+    squared = x.square().sum(dim, keepdim=True)
+    ok = squared > 0
+    return torch.where(ok, x, 0 * x) * torch.where(ok, squared, torch.ones_like(squared)).rsqrt()
+
+# %% ../nbs/method/02_baselines.ipynb #95fa334e
+def split_target(
+    logits: Tensor,  # (n, classes)
+    target: Tensor,  # (n,)
+):
+    "log p of the true class (n,), log of the rest (n,), and the mask (n, classes) of the true class with log-probabilities among the others."
+    if logits.shape[-1] < 2: raise ValueError(f"needs at least 2 classes to tell the true one from others, got {logits.shape[-1]}")
+    mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, target[:, None], True)
+    others = torch.logsumexp(logits.masked_fill(mask, -torch.inf), -1, keepdim=True)
+    both = torch.cat([logits.gather(1, target[:, None]), others], 1).log_softmax(1)
+    return both, (logits - others).masked_fill(mask, 0), mask
+
+
+@full_precision
+def dkd_loss(
+    student_logits: Tensor,   # (n, classes)
+    teacher_logits: Tensor,   # (n, classes)
+    target: Tensor,           # (n,): the true classes
+    alpha: float = 1.0,       # weight of the target-class part
+    beta: float = 8.0,        # weight of the non-target-class part
+    temperature: float = 4.0, # softens both
+) -> Tensor:                  # scalar, 0 at the optimum
+    "alpha TCKD + beta NCKD (Zhao et al. 2022), times temperature^2."
+    student, teacher = check_logits(student_logits, teacher_logits)
+    s, s_rest, mask = split_target(student / temperature, target)
+    t, t_rest, _ = split_target(teacher / temperature, target)
+    tckd = (t.exp() * (t - s)).sum(1).mean()
+    nckd = (t_rest.exp().masked_fill(mask, 0) * (t_rest - s_rest)).sum(1).mean()
+    return temperature**2 * (alpha * tckd + beta * nckd)
+
+# %% ../nbs/method/02_baselines.ipynb #fac76ab4
+class WarmUp:
+    "Mixin: `self.warm` grows linearly to 1 over `self.warmup` epochs; 1 if nobody tells the epoch."
+    warmup: int = 0
+    warm: float = 1.0
+
+    def set_epoch(self, epoch):
+        self.warm = min(1.0, (epoch + 1) / self.warmup) if self.warmup else 1.0
+
+
+@register("dkd")
+class DKD(WarmUp, Method):
+    """Decoupled knowledge distillation (Zhao et al., CVPR 2022): alpha TCKD + beta NCKD, times temperature^2.
+
+    `beta` depends on the pair (2 to 8 on CIFAR-100): see `paper_args`. The term grows over `warmup` epochs."""
+    def __init__(self,
+        alpha: float = 1.0,        # target-class part
+        beta: float = 8.0,         # non-target-class part
+        temperature: float = 4.0,  # softens both
+        warmup: int = 20,          # epochs
+    ):
+        super().__init__()
+        self.options, self.warmup = dict(alpha=alpha, beta=beta, temperature=temperature), warmup
+
+    def terms(self, student, teacher, target, index=None):
+        return {"dkd": self.warm * dkd_loss(student.logits, teacher.logits, target, **self.options)}
+
+# %% ../nbs/method/02_baselines.ipynb #2b431c0c
+def correlation(
+    x: Tensor,      # (..., m)
+    y: Tensor,      # (..., m)
+    dim: int = -1,  # over what
+) -> Tensor:
+    "Pearson correlation along `dim`; 0 where either side is constant."
+    x, y = (unit(z - z.mean(dim, keepdim=True), dim) for z in (x, y))
+    return (x * y).sum(dim)
+
+
+@full_precision
+def dist_loss(
+    student_logits: Tensor,   # (n, classes)
+    teacher_logits: Tensor,   # (n, classes)
+    beta: float = 1.0,        # weight of the correlation over classes
+    gamma: float = 1.0,       # weight of the correlation over samples
+    temperature: float = 4.0, # softens both
+) -> Tensor:                  # scalar, 0 at the optimum
+    "beta (1 - correlation over classes) + gamma (1 - correlation over samples), times temperature^2 (Huang et al. 2022)."
+    p, q = ((z / temperature).softmax(-1) for z in check_logits(student_logits, teacher_logits))
+    inter, intra = (1 - correlation(p, q, dim).mean() for dim in (1, 0))
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+@register("dist")
+class DIST(Method):
+    """Distillation from a stronger teacher (Huang et al., NeurIPS 2022): Pearson correlation of class probabilities, by sample and by class.
+
+    The factor temperature^2 is in the authors' code, and `weight` 2 with temperature 4 (CIFAR-100) or 1 (ImageNet) belongs to it."""
+    def __init__(self,
+        weight: float = 2.0,       # of both parts
+        beta: float = 1.0,         # correlation over classes
+        gamma: float = 1.0,        # correlation over samples
+        temperature: float = 4.0,  # softens both
+    ):
+        super().__init__()
+        self.weight, self.options = weight, dict(beta=beta, gamma=gamma, temperature=temperature)
+
+    def terms(self, student, teacher, target=None, index=None):
+        return {"dist": self.weight * dist_loss(student.logits, teacher.logits, **self.options)}
+
+# %% ../nbs/method/02_baselines.ipynb #34d96524
+@full_precision
+def weighted_mse(
+    student_logits: Tensor,  # (n, classes)
+    teacher_logits: Tensor,  # (n, classes)
+    weights: Tensor,         # (n, classes), rows sum to one
+) -> Tensor:                 # scalar
+    "1/4 sum_jk w_j w_k (delta_j - delta_k)^2 with delta = teacher - student, mean over samples (Cui et al. 2023)."
+    student, teacher = check_logits(student_logits, teacher_logits)
+    delta, weights = teacher - student, as_real(weights, "weights")
+    delta = delta - (weights * delta).sum(-1, keepdim=True)
+    return 0.5 * (weights * delta.square()).sum(-1).mean()
+
+# %% ../nbs/method/02_baselines.ipynb #2d924892
+@register("ikl_kd")
+class IKLKD(WarmUp, Method):
+    """Improved KL (Cui et al., "Decoupled Kullback-Leibler divergence loss", 2023): beta wMSE + alpha KL(teacher || student) at `temperature`, without temperature^2.
+
+    The paper writes soft cross-entropy where KL stands; they differ by the teacher's entropy, which has no gradient.
+    With `by_class` the mean probabilities by class are part of the state, made by `build` from the number of classes."""
+    def __init__(self,
+        alpha: float = 1.0,               # weight of the KL part
+        beta: float = 8.0,                # weight of the squared error
+        temperature: float = 4.0,         # of the KL part
+        weight_temperature: float = 100., # of the weights in the squared error
+        by_class: bool = False,           # weights from the class's mean probabilities instead of the sample's own
+        warmup: int = 20,                 # epochs
+    ):
+        super().__init__()
+        self.alpha, self.beta, self.temperature, self.weight_temperature = alpha, beta, temperature, weight_temperature
+        self.by_class, self.warmup = by_class, warmup
+
+    def build(self, student, teacher, *, head=None, targets=None):
+        if not self.by_class: return
+        z = as_real(teacher.logits, "teacher_logits")
+        self.register_buffer("sums", z.new_zeros(z.shape[-1], z.shape[-1]))  # row: sum of the weights of a class's samples
+
+    def weights(self, logits, target):
+        "(n, classes): rows sum to one."
+        p = (as_real(logits, "teacher_logits").detach() / self.weight_temperature).softmax(-1)
+        if not self.by_class: return p
+        if not hasattr(self, "sums"): raise RuntimeError("ikl_kd with by_class=True keeps one row a class: call method.build(student, teacher) first")
+        if self.training: self.sums.index_add_(0, target, p.to(self.sums.dtype))
+        rows = self.sums[target]
+        seen = rows.sum(-1, keepdim=True)
+        return torch.where(seen > 0, rows / torch.where(seen > 0, seen, torch.ones_like(seen)), p)
+
+    def terms(self, student, teacher, target, index=None):
+        s, t = student.logits, teacher.logits
+        kl = kd_loss(s, t, self.temperature) / self.temperature**2
+        return {"ikl_kd": self.warm * (self.alpha * kl + self.beta * weighted_mse(s, t, self.weights(t, target)))}
+
+# %% ../nbs/method/02_baselines.ipynb #f7e9e48e
+@full_precision
+def nkd_loss(
+    student_logits: Tensor,   # (n, classes)
+    teacher_logits: Tensor,   # (n, classes)
+    target: Tensor,           # (n,): the true classes
+    gamma: float = 1.5,       # weight of the other classes
+    temperature: float = 1.0, # of the other classes
+) -> Tensor:                  # scalar
+    "Soft label of the true class, and normalised others (Yang et al. 2023)."
+    student, teacher = check_logits(student_logits, teacher_logits)
+    (s, *_), (t, *_) = split_target(student, target), split_target(teacher, target)
+    (_, s_rest, mask), (_, t_rest, _) = (split_target(z / temperature, target) for z in (student, teacher))
+    true = -(t[:, 0].exp() * s[:, 0]).mean()
+    others = -(t_rest.exp().masked_fill(mask, 0) * s_rest).sum(1).mean()
+    return true + gamma * temperature**2 * others
+
+
+@register("nkd")
+class NKD(Method):
+    """Normalised knowledge distillation (Yang et al., "From knowledge distillation to self-knowledge distillation", ICCV 2023).
+
+    -p_t^T log p_t^S - gamma temperature^2 sum of the others' soft cross-entropy, beside the plain cross-entropy."""
+    def __init__(self,
+        weight: float = 1.0,       # of both parts
+        gamma: float = 1.5,        # of the other classes
+        temperature: float = 1.0,  # of the other classes
+    ):
+        super().__init__()
+        self.weight, self.options = weight, dict(gamma=gamma, temperature=temperature)
+
+    def terms(self, student, teacher, target, index=None):
+        return {"nkd": self.weight * nkd_loss(student.logits, teacher.logits, target, **self.options)}
+
+# %% ../nbs/method/02_baselines.ipynb #1bf10cd7
+class FeatureMethod(Method):
+    """A method that compares pairs of features. Subclasses set `stages` and write `terms`; `connector` is for those that learn something."""
+    stages: tuple | str | None = None  # positions, or "pooled"; None is all but the stem
+    connects = False                   # has connectors, made by `build`
+
+    def wants(self, layers: Layers) -> list[str]:
+        if self.stages == "pooled": return [need(layers.pooled, "pooled", self.name)]
+        if self.stages is None: return list(need(layers.stages[1:], "stages", self.name))
+        if not all(-len(layers.stages) <= i < len(layers.stages) for i in self.stages):
+            raise ValueError(f"{self.name} compares stages {self.stages}, but the network has {len(layers.stages)}, stem included: {', '.join(layers.stages)}")
+        return [layers.stages[i] for i in self.stages]
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        "Features of both networks, deepest with deepest, in float32 at least. The teacher's carry no gradient."
+        if not student.features or not teacher.features:
+            raise ValueError(f"{self.name} compares features; got {len(student.features)} of the student and {len(teacher.features)} of the teacher. Ask method.wants(layers) which")
+        n = min(len(student.features), len(teacher.features))
+        pairs = list(zip(student.features[-n:], teacher.features[-n:]))
+        for s, t in pairs:
+            if len(s) != len(t): raise ValueError(f"{self.name}: the batches differ, student {tuple(s.shape)} and teacher {tuple(t.shape)}")
+        return [(as_real(s, "student feature"), as_real(t, "teacher feature").detach()) for s, t in pairs]
+
+    def built(self):
+        "The connectors; an error if there are none yet, since an optimiser made before them would never train them."
+        if not hasattr(self, "connectors"):
+            raise RuntimeError(f"{self.name} has parameters of its own: call method.build(student_outputs, teacher_outputs, head=..., targets=...) before making the optimiser")
+        return self.connectors
+
+    def build(self, student, teacher, *, head=None, targets=None):
+        if not self.connects: return
+        pairs = self.pairs(student, teacher)
+        self.connectors = torch.nn.ModuleList(self.connector(s, t) for s, t in pairs).to(pairs[0][0].device, pairs[0][0].dtype)
+
+    def connector(self, student: Tensor, teacher: Tensor) -> torch.nn.Module:
+        "What is learnt for one pair of features of these shapes."
+        raise NotImplementedError
+
+
+def need(found, what: str, method: str):
+    "`found`, or an error that says which field of `Layers` is empty."
+    if not found: raise ValueError(f"{method} needs layers.{what}, and this network's is empty")
+    return found
+
+# %% ../nbs/method/02_baselines.ipynb #9ff71a14
+def check_samples(student: Tensor, teacher: Tensor):
+    "Two sets of flattened features (n, p) and (n, q) of the same samples, in float32 at least."
+    student, teacher = as_features(student, "student"), as_features(teacher, "teacher")
+    if len(student) != len(teacher): raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
+    return student, teacher
+
+
+@full_precision
+def sp_loss(
+    student: Tensor,  # (n, ...): features
+    teacher: Tensor,  # (n, ...): features of the same samples
+) -> Tensor:          # scalar, 0 at the optimum
+    "Squared difference of row-normalised Gram matrices over n^2 (Tung and Mori 2019)."
+    g, h = (unit(x @ x.mT) for x in check_samples(student, teacher))
+    return (g - h).square().mean()
+
+
+@register("sp")
+class SP(FeatureMethod):
+    "Similarity-preserving distillation (Tung and Mori, ICCV 2019): weight * |row-normalised Gram difference|^2 / n^2 of the last feature map."
+    def __init__(self,
+        weight: float = 3000.0,  # of the term
+        stages=(-1,),            # which of the network's stages; their losses are summed
+    ):
+        super().__init__()
+        self.weight, self.stages = weight, stages
+
+    def terms(self, student, teacher, target=None, index=None):
+        return {"sp": self.weight * sum(sp_loss(s, t) for s, t in self.pairs(student, teacher))}
+
+# %% ../nbs/method/02_baselines.ipynb #c53a7472
+@full_precision
+def rkd_losses(
+    student: Tensor,  # (n, ...): features
+    teacher: Tensor,  # (n, ...): features of the same samples
+):                    # two scalars: distance, angle; 0 at the optimum
+    "Huber losses of relative distances and of cosines of angles (Park et al. 2019)."
+    relations = [_relations(x) for x in check_samples(student, teacher)]
+    return tuple(F.smooth_l1_loss(s, t) for s, t in zip(*relations))
+
+
+def _relations(x: Tensor):
+    difference = x[None] - x[:, None]  # (n, n, p)
+    squared = difference.square().sum(-1)
+    ok = squared > 0
+    distance = torch.where(ok, torch.where(ok, squared, torch.ones_like(squared)).sqrt(), 0 * squared)
+    mean = distance.sum() / ok.sum().clamp_min(1)
+    e = unit(difference)
+    return distance / torch.where(mean > 0, mean, torch.ones_like(mean)), e @ e.mT  # (n, n) and (n, n, n)
+
+
+@register("rkd")
+class RKD(FeatureMethod):
+    "Relational knowledge distillation (Park et al., CVPR 2019): distance * Huber(relative distances) + angle * Huber(cosines) of the pooled features."
+    def __init__(self,
+        distance: float = 25.0,  # weight of the distances
+        angle: float = 50.0,     # weight of the angles
+        stages="pooled",         # or positions of stages; their losses are summed
+    ):
+        super().__init__()
+        self.weights, self.stages = (distance, angle), stages
+
+    def terms(self, student, teacher, target=None, index=None):
+        both = [rkd_losses(s, t) for s, t in self.pairs(student, teacher)]
+        return {name: w * sum(part) for name, w, part in zip(("rkd_distance", "rkd_angle"), self.weights, zip(*both))}
+
+# %% ../nbs/method/02_baselines.ipynb #f7af55d0
+@full_precision
+def pkt_loss(
+    student: Tensor,     # (n, ...): features
+    teacher: Tensor,     # (n, ...): features of the same samples
+    eps: float = 1e-7,   # keeps the logarithm finite
+) -> Tensor:             # scalar, 0 at the optimum
+    "KL divergence of cosine-similarity neighbourhoods, mean over pairs (Passalis and Tefas 2018)."
+    p, q = ((unit(x) @ unit(x).mT + 1) / 2 for x in check_samples(student, teacher))
+    p, q = (x / x.sum(1, keepdim=True) for x in (p, q))
+    return (q * ((q + eps) / (p + eps)).log()).mean()
+
+
+@register("pkt")
+class PKT(FeatureMethod):
+    "Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018): weight * KL of neighbourhoods of the pooled features, mean over pairs."
+    def __init__(self,
+        weight: float = 30000.0,  # of the term
+        stages="pooled",          # or positions of stages; their losses are summed
+    ):
+        super().__init__()
+        self.weight, self.stages = weight, stages
+
+    def terms(self, student, teacher, target=None, index=None):
+        return {"pkt": self.weight * sum(pkt_loss(s, t) for s, t in self.pairs(student, teacher))}
