@@ -10,4 +10,17 @@ from rcka.losses import FCKA, LCKA, RCKA, Layers, Method, Outputs, create_method
 from rcka.baselines import KD
 from rcka.taps import Taps, layers_of
 from rcka.models import create_model, list_models, load_checkpoint, save_weights
-from rcka.data import list_datasets, load_dataset
+
+_LATER = {  # imported when asked for: these need more than torch, or take longer
+    "load_dataset": "rcka.data", "list_datasets": "rcka.data",
+    "Experiment": "rcka.experiments", "Result": "rcka.experiments", "run": "rcka.experiments", "summary": "rcka.experiments", "published": "rcka.experiments",
+}
+
+
+def __getattr__(name):
+    if name not in _LATER: raise AttributeError(f"module 'rcka' has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__(): return sorted([*globals(), *_LATER])

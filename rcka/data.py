@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'Dataset', 'balanced_slice', 'measure', 'decode_images', 'DatasetInfo',
+__all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'checkout', 'Dataset', 'balanced_slice', 'measure', 'decode_images', 'DatasetInfo',
            'list_datasets', 'load_dataset', 'Batch', 'crop_flip', 'Batches', 'main']
 
 # %% ../nbs/method/05_data.ipynb #25e238b8
@@ -36,10 +36,13 @@ def data_root(
     "The folder with the datasets."
     root = root or os.environ.get("RCKA_DATA")
     if root: return Path(root).expanduser()
+    return (checkout() or Path.cwd()) / "data"
+
+
+def checkout() -> Path | None:
+    "The checkout of this package that the working directory lies in, if any."
     here = Path.cwd()
-    for folder in [here, *here.parents]:
-        if _is_checkout(folder): return folder / "data"
-    return here / "data"
+    return next((folder for folder in [here, *here.parents] if _is_checkout(folder)), None)
 
 
 def _is_checkout(folder: Path) -> bool:
