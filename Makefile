@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-RUN := MPLBACKEND=agg PYTHONPATH=$(CURDIR) PATH="$(CURDIR)/$(BIN):$$PATH"
+RUN := PYTHONPATH=$(CURDIR) PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: demo test docs export clean
 .DEFAULT_GOAL := help
