@@ -234,7 +234,7 @@ def layers_of(
         layers = _timm(model)
         if layers.stages: return _with_preacts(model, layers)
     for stages, head in NAMED_STAGES.values():
-        if names.issuperset((*stages, head)): return _with_preacts(model, Layers(stages, (), f"{head}:input", head))
+        if names.issuperset((*stages, head)) and isinstance(model.get_submodule(head), nn.Linear): return _with_preacts(model, Layers(stages, (), f"{head}:input", head))
     if "encoder.layers" in names and "heads.head" in names:
         blocks = [f"encoder.layers.{name}" for name, _ in model.encoder.layers.named_children()]
         return Layers(("conv_proj", *_spread(blocks)), (), "heads.head:input", "heads.head")

@@ -109,7 +109,7 @@ ALIASES = [("fc", "linear"), ("linear", "fc"), ("downsample", "shortcut"), ("sho
 def _read(path: Path):
     "Tensors and plain values from a file; never code."
     if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.suffix == ".safetensors": return _safetensors().load_file(path)
+    if path.suffix == ".safetensors": return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()): return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -133,7 +133,14 @@ def _numpy_scalars() -> list:
 def _safetensors():
     try: import safetensors.torch
     except ImportError: raise ImportError("safetensors files need the package safetensors: pip install 'rcka[train]'") from None
-    return safetensors.torch
+    return safetensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    safetensors = _safetensors()
+    try: return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or only half of one: {error}") from None
 
 
 def _weights(content, path: Path) -> dict[str, Tensor]:
@@ -159,7 +166,7 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
     missing = [f"{k} {tuple(v.shape)}" for k, v in own.items() if k not in fitted and not k.endswith("num_batches_tracked")]
     problems = [f"{what}: {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}" for what, keys in
                 [("other shapes", differ), ("not in the network", extra), ("not in the file", missing)] if keys]
-    if problems: raise ValueError(f"{path} does not fit {type(unwrapped(model)).__name__}, which is left as it was. {'; '.join(problems)}")
+    if problems: raise ValueError(f"{path} does not fit {type(model).__name__}, which is left as it was. {'; '.join(problems)}")
     model.load_state_dict(fitted, strict=False)
 
 
@@ -186,7 +193,7 @@ def save_weights(
     path: str | os.PathLike,  # where to, usually .safetensors; an older file is replaced in one step
 ):
     "Write all parameters and buffers as safetensors, atomically."
-    path, save = Path(path), _safetensors().save_file
+    path, save = Path(path), _safetensors().torch.save_file
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in unwrapped(model).state_dict().items()}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -202,8 +209,5 @@ def load_weights(
     "Read what `save_weights` wrote; names and shapes must agree. ValueError leaves the model as it was."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no weights at {path}")
-    load = _safetensors().load_file
-    try: state = load(path)
-    except Exception as error: raise ValueError(f"{path} is not a safetensors file, or only half of one: {error}") from None
-    _fit(unwrapped(model), state, path)
+    _fit(unwrapped(model), _read_safetensors(path), path)
     return model
