@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 from rcka.similarity import Gaussian, Linear, Polynomial, center, cka, gram, hsic, mmd2
 from rcka.losses import FCKA, LCKA, RCKA, Layers, Method, Outputs, create_method, fcka, lcka, list_methods, register
-from rcka.baselines import KD
+import rcka.baselines, rcka.baselines_features  # their methods go by name
 from rcka.taps import Taps, layers_of
 from rcka.models import create_model, list_models, load_checkpoint, save_weights
 

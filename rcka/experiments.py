@@ -20,16 +20,14 @@ from pathlib import Path
 import torch
 
 import rcka
-import rcka.baselines
-paper_args = lambda *a: {}
+from .baselines_features import paper_args
 from .data import checkout, load_dataset
 from .losses import create_method, nearest
 from .models import create_model, list_models, load_checkpoint
 from .trainer import Distiller, Recipe, Trainer, write_atomic
 
 # %% auto #0
-__all__ = ['paper_args', 'RESULT_FORMAT', 'TABLES', 'paper_lr', 'Experiment', 'Result', 'runs_root', 'run', 'summary', 'plot_run',
-           'published']
+__all__ = ['RESULT_FORMAT', 'TABLES', 'paper_lr', 'Experiment', 'Result', 'runs_root', 'run', 'summary', 'plot_run', 'published']
 
 # %% ../nbs/method/08_experiments.ipynb #1645c036
 def paper_lr(network: str) -> float:
