@@ -212,7 +212,8 @@ def _timm(model: nn.Module) -> Layers:
     stages = [info["module"] for info in list(model.feature_info) if info.get("module") in names - {""}]
     if len(stages) > 6: stages = _spread(stages)
     stem = next((name for name in ("conv_stem", "stem", "patch_embed") if name in names), None)
-    if stem and stages[:1] != [stem] and not stages[0].startswith(f"{stem}."): stages.insert(0, stem)
+    first = model.feature_info[0].get("reduction", 0)
+    if stem and first > 2: stages.insert(0, stem)  # what comes first is a stage already where it works at a stride of four
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     head = config.get("classifier") or ""
     head = head if isinstance(head, str) else head[0]

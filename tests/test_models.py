@@ -1,0 +1,217 @@
+"Networks by name, the layers of other people's networks, and checkpoints."
+import copy
+import os
+import pickle
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch import nn
+
+from rcka.losses import fcka
+from rcka.models import create_model, list_models, load_checkpoint, load_weights, save_weights
+from rcka.taps import Taps, find_module, layers_of
+
+PUBLISHED = {  # the field's networks: parameters with 100 classes
+    "resnet8": 83892, "resnet14": 181108, "resnet20": 278324, "resnet32": 472756, "resnet44": 667188, "resnet56": 861620,
+    "resnet110": 1736564, "resnet8x4": 1233540, "resnet32x4": 7433860, "wrn_16_1": 180916, "wrn_16_2": 703284, "wrn_40_1": 569780,
+    "wrn_40_2": 2255156, "vgg8": 3965028, "vgg11": 9277284, "vgg13": 9462180, "vgg16": 14774436, "vgg19": 20086692,
+    "resnet18": 11220132, "resnet50": 23705252, "mobilenet_v2_half": 812836, "shufflenet_v1": 949258, "shufflenet_v2": 1355528}
+
+
+def test_every_network_is_there():
+    assert set(list_models()) == set(PUBLISHED)
+    for name, count in PUBLISHED.items():
+        with torch.device("meta"): assert sum(p.numel() for p in create_model(name).parameters()) == count, name
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_step_of_training(name):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=7, in_channels=1)
+    layers = layers_of(model)
+    logits, features = Taps(model, [*layers.stages, *layers.preacts, layers.pooled])(torch.randn(4, 1, 20, 24))
+    n = len(layers.stages)
+    assert logits.shape == (4, 7) and len(layers.preacts) == n
+    sizes = [f.shape[2:].numel() for f in features[:n]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(a.shape == b.shape for a, b in zip(features[:n], features[n:]))
+    torch.testing.assert_close(find_module(model, layers.head)(features[-1]), logits)
+    logits.logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v2_half", "shufflenet_v1", "shufflenet_v2"])
+def test_networks_copy_pickle_compile_and_take_channels_last(name):
+    torch.manual_seed(0)
+    model, x = create_model(name, 5).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        want = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), want) and torch.equal(pickle.loads(pickle.dumps(model))(x), want)
+        torch.testing.assert_close(copy.deepcopy(model).to(memory_format=torch.channels_last)(x), want, atol=1e-4, rtol=1e-4)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)(x), want)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="did you mean resnet"): create_model("resnet21")
+    with pytest.raises(ValueError, match="torchvision network"): create_model("torchvision/resnet21")
+    with pytest.raises(ValueError, match="unknown network"): create_model("torchvision/")
+    with pytest.raises(ValueError, match="in_channels"): create_model("resnet8", in_channels=0)
+
+
+def test_timm_is_optional(monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="pip install timm"): create_model("timm/resnet18")
+
+
+TORCHVISION = {"resnet18": 5, "resnext50_32x4d": 5, "wide_resnet50_2": 5, "vgg11": 5, "vgg13_bn": 5, "mobilenet_v2": 5,
+               "mobilenet_v3_large": 5, "mobilenet_v3_small": 5, "shufflenet_v2_x0_5": 4, "efficientnet_b0": 5, "efficientnet_v2_s": 5,
+               "densenet121": 5, "regnet_y_400mf": 5, "convnext_tiny": 5, "vit_b_16": 5, "swin_t": 5, "swin_v2_t": 5}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_layers_of_torchvision(name):
+    torch.manual_seed(0)
+    model = create_model(f"torchvision/{name}", 10, in_channels=1).eval()
+    layers = layers_of(model)
+    assert len(layers.stages) == TORCHVISION[name] and len(layers.preacts) in (0, len(layers.stages))
+    paths = [*layers.stages, *layers.preacts, layers.pooled]
+    with torch.no_grad(): logits, features = Taps(model, paths)(torch.randn(2, 1, *[224 if name.startswith("vit") else 64] * 2))
+    torch.testing.assert_close(find_module(model, layers.head)(features[-1]), logits)
+    assert len({f.shape for f in features[:len(layers.stages)]}) >= 2
+    for before in features[len(layers.stages):-1]: assert before.min() < 0
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto",
+                                  "efficientnet_b0", "mobilenetv3_small_050", "regnetx_002"])
+def test_layers_of_timm(name):
+    pytest.importorskip("timm")
+    model = create_model(f"timm/{name}", 10).eval()
+    layers = layers_of(model)
+    with torch.no_grad(): logits, features = Taps(model, [*layers.stages, layers.pooled])(torch.randn(2, 3, 224, 224))
+    assert len(layers.stages) == 5
+    torch.testing.assert_close(find_module(model, layers.head)(features[-1]), logits)
+
+
+def test_a_transformer_beside_a_residual_network():
+    vit, resnet = create_model("torchvision/vit_b_16", 10), create_model("torchvision/resnet18", 10)
+    x = torch.randn(4, 3, 224, 224)
+    with torch.no_grad():
+        a, b = (Taps(m, layers_of(m).stages[-1:])(x).features[0] for m in (vit, resnet))
+    assert a.shape == (4, 197, 768) and b.shape == (4, 512, 7, 7) and 0 < fcka(a, b) <= 1
+
+
+# checkpoints
+
+KEYS = {  # names that published checkpoints have
+    "resnet20": ["conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "layer3.2.bn2.bias", "fc.weight"],
+    "resnet8x4": ["layer1.0.downsample.1.weight"],
+    "resnet50": ["layer1.0.shortcut.0.weight", "layer4.2.conv3.weight", "linear.weight"],
+    "wrn_16_2": ["conv1.weight", "block1.layer.0.bn1.weight", "block2.layer.0.convShortcut.weight", "block3.layer.1.conv2.weight", "bn1.weight", "fc.bias"],
+    "vgg13": ["block0.0.weight", "block0.0.bias", "block0.1.weight", "block0.3.weight", "block4.4.running_var", "classifier.weight"],
+    "mobilenet_v2_half": ["conv1.0.weight", "blocks.0.0.conv.0.weight", "blocks.6.0.conv.7.weight", "conv2.1.bias", "classifier.0.weight"],
+    "shufflenet_v1": ["conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer2.7.bn3.weight", "linear.weight"],
+    "shufflenet_v2": ["layer1.0.conv5.weight", "layer1.0.bn5.weight", "layer3.3.bn3.weight", "conv2.weight", "bn2.weight", "linear.bias"]}
+
+
+def theirs(name, key):
+    "Our name for a key of a published checkpoint."
+    return key.replace("shortcut", "downsample").replace("linear", "fc") if name == "resnet50" else key
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_names_of_published_checkpoints(name, tmp_path):
+    torch.manual_seed(0)
+    model = create_model(name, 10)
+    assert {theirs(name, key) for key in KEYS[name]} <= set(model.state_dict())
+    state = {f"module.{k}": v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    if name == "resnet50": state = {k.replace("downsample", "shortcut").replace("fc", "linear"): v for k, v in state.items()}
+    torch.save({"epoch": 240, "model": state, "best_acc": np.float64(70.1), "lr": np.float32(0.1), "n": np.int64(3)}, tmp_path / "c.pth")
+    other = create_model(name, 10).eval()
+    assert load_checkpoint(other, tmp_path / "c.pth") is other
+    with torch.no_grad(): assert torch.equal(other(torch.ones(1, 3, 32, 32)), model.eval()(torch.ones(1, 3, 32, 32)))
+
+
+class Marks:
+    "A pickle that makes a file when it is loaded."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_is_refused(tmp_path, legacy):
+    model = create_model("resnet8", 10)
+    before, mark = copy.deepcopy(model.state_dict()), tmp_path / "ran"
+    for content in (Marks(mark), {"model": model.state_dict(), "x": Marks(mark)}, {"model": model.state_dict(), "opt": Namespace(lr=1)}):
+        torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(ValueError, match="unpickling could run code"): load_checkpoint(model, tmp_path / "c.pth")
+    assert not mark.exists()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half of a zip", None])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_broken_files(tmp_path, content, suffix):
+    model, path = create_model("resnet8", 10), tmp_path / f"c{suffix}"
+    if content is None:
+        (save_weights(model, path) if suffix == ".safetensors" else torch.save(model.state_dict(), path))
+        content = path.read_bytes()[:-1000]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="c\\."): load_checkpoint(model, path)
+    with pytest.raises(ValueError, match="safetensors"): load_weights(model, path)
+    assert path.read_bytes() == content
+    with pytest.raises(FileNotFoundError): load_checkpoint(model, tmp_path / "nothing.pth")
+    with pytest.raises(FileNotFoundError): load_weights(model, tmp_path / "nothing")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, data):
+    model, source = create_model("resnet8", 10), create_model("resnet8", 10)
+    state, before = dict(source.state_dict()), copy.deepcopy(model.state_dict())
+    key = data.draw(st.sampled_from([k for k in state if not k.endswith("num_batches_tracked")]))
+    change = data.draw(st.sampled_from(["drop", "rename", "reshape"]))
+    if change == "drop": del state[key]
+    if change == "rename": state[f"{key}x"] = state.pop(key)
+    if change == "reshape": state[key] = torch.zeros(3, 1, 3)
+    torch.save({"state_dict": state}, tmp_path / "c.pth")
+    with pytest.raises(ValueError) as error: load_checkpoint(model, tmp_path / "c.pth")
+    assert key in str(error.value) and str(tuple(before[key].shape)) in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_half_precision_and_other_devices_keep_the_models_dtype(tmp_path):
+    model = create_model("resnet8", 10)
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, tmp_path / "c.pth")
+    loaded = load_checkpoint(create_model("resnet8", 10), tmp_path / "c.pth")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    model, path, x = create_model("shufflenet_v2", 10).eval(), tmp_path / "new" / "w.safetensors", torch.ones(1, 3, 32, 32)
+    save_weights(model.to(memory_format=torch.channels_last), path)
+    good = path.read_bytes()
+    torch.testing.assert_close(load_weights(create_model("shufflenet_v2", 10), path).eval()(x), model(x))
+    def stopped(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt): save_weights(create_model("shufflenet_v2", 10), path)
+    assert path.read_bytes() == good and [p.name for p in path.parent.iterdir()] == ["w.safetensors"]
+
+
+def test_weights_of_a_compiled_network(tmp_path):
+    model = create_model("resnet8", 10)
+    save_weights(torch.compile(model, backend="eager"), tmp_path / "w.safetensors")
+    other = create_model("resnet8", 10)
+    load_weights(torch.compile(other, backend="eager"), tmp_path / "w.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+def test_safetensors_is_optional(monkeypatch, tmp_path):
+    import sys
+    for name in ("safetensors", "safetensors.torch"): monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="rcka\\[train\\]"): save_weights(nn.Linear(1, 1), tmp_path / "w.safetensors")
