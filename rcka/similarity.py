@@ -210,6 +210,14 @@ def _linear_hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
     return inner - n / (n - 2) * (k * l).sum(-1) + k.sum(-1) * l.sum(-1) / ((n - 1) * (n - 2))
 
 
+def _centred_gram(kernel, x: Tensor, unbiased: bool) -> Tensor:
+    "Centred (or U-centred) Gram matrix; what rounding leaves of a constant one is zero."
+    g = getattr(kernel, "up_to_constant", kernel)(x)
+    k = _u_center(g) if unbiased else _double_center(g)
+    size = lambda t: t.detach().abs().amax((-2, -1), keepdim=True)
+    return torch.where(size(k) > 8 * torch.finfo(g.dtype).eps * size(g), k, 0 * k)
+
+
 @full_precision
 def cka(
     x: Tensor,               # (*batch, n, ...): features of n samples
@@ -231,10 +239,10 @@ def cka(
     if linear: x, y = (_scaled(_shifted(t) if center else t) for t in (x, y))
     if linear and max(x.shape[-1], y.shape[-1]) < x.shape[-2]:
         return cosine(*(_linear_hsic(a, b, unbiased) for a, b in ((x, y), (x, x), (y, y))))
-    of = getattr(kernel, "up_to_constant", kernel) if center else kernel
-    k, l = of(x), of(y)
-    if unbiased: k, l = _u_center(k), _u_center(l)
-    elif center and not linear: k, l = _double_center(k), _double_center(l)
+    if center and not linear: k, l = (_centred_gram(kernel, t, unbiased) for t in (x, y))
+    else:
+        k, l = kernel(x), kernel(y)
+        if unbiased: k, l = _u_center(k), _u_center(l)
     if not linear: k, l = _scaled(k), _scaled(l)
     return cosine(_inner(k, l), _inner(k, k), _inner(l, l))
 

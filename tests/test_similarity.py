@@ -15,7 +15,7 @@ def draw(seed, n, p, q, dtype=torch.float64):
     return torch.randn(n, p, generator=g, dtype=dtype), torch.randn(n, q, generator=g, dtype=dtype)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(**sizes, form=forms)
 def test_value_is_a_cosine(seed, n, p, q, form):
     x, y = draw(seed, n, p, q)
@@ -26,7 +26,7 @@ def test_value_is_a_cosine(seed, n, p, q, form):
     assert torch.allclose(value, cka(x[permuted], y[permuted], **form), atol=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(**sizes, unbiased=st.booleans(), scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e9]))
 def test_rotation_scale_and_shift_do_not_matter(seed, n, p, q, unbiased, scale):
     x, y = draw(seed, n, p, q)
@@ -34,13 +34,13 @@ def test_rotation_scale_and_shift_do_not_matter(seed, n, p, q, unbiased, scale):
     assert torch.allclose(cka(x, y, unbiased=unbiased), cka(scale * (x @ rotation + 5), y, unbiased=unbiased), atol=1e-7)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(**sizes)
 def test_ckatorch_agrees(seed, n, p, q):
     x, y = draw(seed, n, p, q)
-    biased, unbiased = (ckatorch.cka_base(x, y, kernel="linear", unbiased=u, method="fro_norm" if not u else "hsic") for u in (False, True))
+    biased, unbiased = (ckatorch.cka_base(x, y, kernel="linear", unbiased=u) for u in (False, True))
     assert torch.allclose(cka(x, y), biased, atol=1e-10)
-    if n > 4: assert torch.allclose(cka(x, y, unbiased=True), unbiased.to(x), atol=1e-6, equal_nan=True)
+    assert torch.allclose(cka(x, y, unbiased=True), unbiased.to(x), atol=1e-8)
     k, l = gram(x), gram(y)
     assert torch.allclose(hsic(k, l, unbiased=True), ckatorch.hsic1(k[None], l[None])[0], atol=1e-9)
 
