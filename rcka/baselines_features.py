@@ -310,7 +310,7 @@ def gaussian_margin(
     mean: Tensor,  # (C,)
     std: Tensor,   # (C,)
 ) -> Tensor:       # (C,): negative
-    "E[x | x < 0] of Gaussians; -3 std where less than 0.1 % is negative (Heo et al. 2019, section 3)."
+    "E[x | x < 0] of Gaussians; -3 std where less than 0.1 % is negative (Heo et al. 2019)."
     std = std.clamp_min(1e-12)
     z = -mean / std
     log_cdf = torch.special.log_ndtr(z)
