@@ -315,7 +315,7 @@ def test_the_chain_agrees_with_scipy(centred):
         np.testing.assert_allclose(chain.roots, ((root - other) ** 2).sum(), atol=1e-10)
         np.testing.assert_allclose(chain.nuclear, np.linalg.norm(k - l, "nuc"), atol=1e-10)
         assert chain.rank == np.linalg.matrix_rank(k - l) == 9 - centred
-        np.testing.assert_allclose(chain.frobenius, np.sqrt(chain.rank) * np.linalg.norm(k - l), atol=1e-10)
+        np.testing.assert_allclose(chain.frobenius, chain.rank.sqrt().item() * np.linalg.norm(k - l), atol=1e-10)
 
 
 def test_rank_of_the_difference():
