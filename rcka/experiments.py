@@ -3,6 +3,7 @@
 # %% ../nbs/method/08_experiments.ipynb #c58b548c
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -18,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 import rcka
 from .baselines_features import paper_args
@@ -198,6 +200,12 @@ def run(
     folder = Path(folder) if folder else root / experiment.key
     _claim(folder, experiment)
     if (folder / "result.json").exists(): return Result.load(folder / "result.json")
+    with _alone(folder): return _run(experiment, root, folder, device, progress)
+
+
+def _run(experiment, root, folder, device, progress) -> Result:
+    _claim(folder, experiment)  # again, now that nobody else can
+    if (folder / "result.json").exists(): return Result.load(folder / "result.json")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = load_dataset(experiment.dataset, limit=experiment.train_limit, test_limit=experiment.test_limit)
     teacher, accuracy = _teacher(experiment, data, root, device, progress)
@@ -220,6 +228,18 @@ def run(
     return result
 
 
+@contextlib.contextmanager
+def _alone(folder: Path):
+    "Hold the lock of a run's folder; wait for whoever has it. However a process ends, its lock goes with it."
+    lock = FileLock(folder / ".lock")
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process is at work in {folder}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try: yield
+    finally: lock.release()
+
+
 def _claim(folder: Path, experiment: Experiment):
     "Write experiment.json, or refuse a folder that belongs to another experiment."
     path, mine = folder / "experiment.json", experiment.to_dict()
@@ -228,7 +248,7 @@ def _claim(folder: Path, experiment: Experiment):
         except ValueError as e: raise ValueError(f"{path} cannot be read ({e}); it was left as it is. Use another folder") from e
         differ = [f"{k}: {there.get(k)!r} there, {mine.get(k)!r} here" for k in {**there, **mine} if there.get(k) != mine.get(k)]
         if differ: raise ValueError(f"{folder} belongs to another experiment ({'; '.join(differ)}). Use another folder")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(p.name != path.name and not p.name.startswith(".") for p in folder.iterdir()):  # locks and half-written files are hidden
         raise ValueError(f"{folder} is not empty and holds no experiment; nothing was touched. Use another folder")
     else:
         folder.mkdir(parents=True, exist_ok=True)
