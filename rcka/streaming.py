@@ -19,7 +19,7 @@ def chance_cka(
     n: int,            # samples in a batch
     p: float,          # (effective) width of one side
     q: float,          # (effective) width of the other
-    unbiased=False,    # the unbiased estimate has nothing to correct: 0
+    unbiased: bool = False,  # the unbiased estimate has nothing to correct: 0
 ) -> float:
     "What the biased CKA of a batch gives for independent Gaussian features: $1/\\sqrt{(1+n/p)(1+n/q)}$ (this page, Proposition 1)."
     if n < 2 or not min(p, q) > 0: raise ValueError(f"need n >= 2 samples and positive widths, got n={n}, p={p}, q={q}")
