@@ -1,0 +1,47 @@
+"Every benchmark notebook runs under papermill with small parameters, away from the checkout, and says what it should."
+from dataclasses import fields
+from pathlib import Path
+
+import papermill
+import pytest
+
+from rcka.experiments import Experiment, Result
+
+benchmarks = Path(__file__).parent.parent / "nbs" / "benchmarks"
+small = dict(dataset="digits", teacher="resnet14", student="resnet8", epochs=1, schedule="onecycle", train_limit=120, test_limit=100)
+
+
+def parameters(name):
+    return set(papermill.inspect_notebook(benchmarks / f"{name}.ipynb"))
+
+
+def execute(name, folder, monkeypatch, **values):
+    "Run a notebook in an empty folder; a cell that fails fails the test."
+    monkeypatch.setenv("RCKA_RUNS", str(folder / "runs"))
+    monkeypatch.setenv("PYTHONPATH", str(benchmarks.parent.parent))
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    values = {k: v for k, v in values.items() if k in parameters(name)}
+    done = papermill.execute_notebook(benchmarks / f"{name}.ipynb", folder / f"{name}.ipynb", values, cwd=folder, progress_bar=False, kernel_name="python3")
+    outputs = [o for cell in done["cells"] for o in cell.get("outputs", [])]
+    assert any("image/png" in o.get("data", {}) for o in outputs), "no figure in the executed notebook"
+    return "".join(str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for o in outputs)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])
+def test_image_benchmarks(name, tmp_path, monkeypatch):
+    assert parameters(name) == {f.name for f in fields(Experiment)}  # one for one
+    text = execute(name, tmp_path, monkeypatch, **small, method="kd+fcka", seed=1)
+    assert "student, last epoch" in text
+    results = [Result.load(p) for p in (tmp_path / "runs").glob("*/result.json")]
+    assert {r.experiment["method"] for r in results} == {"none", "kd+fcka"}
+
+
+def test_digits(tmp_path, monkeypatch):
+    text = execute("digits", tmp_path, monkeypatch, **small, teacher_epochs=1, seeds=[0, 1])
+    assert "last std" in text and "teacher resnet14" in text
+    assert (tmp_path / "figures" / "digits.png").stat().st_size > 5000
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1 + 3 * 2
+
+
+def test_bounds(tmp_path, monkeypatch):
+    assert "rank correlation" in execute("bounds", tmp_path, monkeypatch, epochs=2, teacher_epochs=1, samples=16)
