@@ -9,9 +9,10 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "notebook", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "notebook", "dev", "docs")}
 extras["notebook"] += extras["train"]
 extras["dev"] += extras["notebook"]
+extras["docs"] += extras["dev"]
 
 setup(
     name=cfg["lib_name"],

@@ -21,7 +21,7 @@ def chance_cka(
     q: float,          # (effective) width of the other
     unbiased: bool = False,  # the unbiased estimate has nothing to correct: 0
 ) -> float:
-    "What the biased CKA of a batch gives for independent Gaussian features: $1/\\sqrt{(1+n/p)(1+n/q)}$ (this page, Proposition 1)."
+    "What the biased CKA of a batch gives for independent Gaussian features: $1/\\sqrt{(1+n/p)(1+n/q)}$ (03_estimators, Proposition 1)."
     if n < 2 or not min(p, q) > 0: raise ValueError(f"need n >= 2 samples and positive widths, got n={n}, p={p}, q={q}")
     return 0.0 if unbiased else ((1 + n / p) * (1 + n / q)) ** -0.5
 
@@ -174,7 +174,7 @@ class StreamingCKA:
         return torch.nn.functional.one_hot(which, len(self.widths)).to(self.mean.dtype)
 
     def _about(self, mean):
-        "The sums C, U, T about another mean (this page, Proposition 3)."
+        "The sums C, U, T about another mean (03_estimators, Proposition 3)."
         n, s, shift, c = self.samples, self._layer_of(), mean - self.mean, self.c
         t, w, moved = c.diagonal() @ s, shift.square() @ s, shift[:, None] * c
         u = self.u - torch.outer(t + n * w, shift) - 2 * s.mT @ moved
