@@ -18,7 +18,7 @@ help:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q --disable-pip-version-check uv
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -q -e '.[dev]'
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -q -e '.[dev,docs]'
 	@touch $@
 
 demo: .venv/.installed
@@ -29,7 +29,7 @@ demo: .venv/.installed
 test: .venv/.installed
 	@$(RUN) tests/notebooks_in_step
 	$(RUN) OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing --do_print
-	$(RUN) OMP_NUM_THREADS=1 pytest -q tests
+	$(RUN) OMP_NUM_THREADS=1 pytest -q -n 2 tests
 
 docs: .venv/.installed
 	$(RUN) docs/build
