@@ -26,7 +26,7 @@ from .baselines_features import paper_args
 from .data import checkout, load_dataset
 from .losses import create_method, nearest
 from .models import create_model, list_models, load_checkpoint
-from .trainer import Distiller, Recipe, Trainer, write_atomic
+from .trainer import Distiller, Recipe, Trainer, join, processes, together, write_atomic
 
 # %% auto #0
 __all__ = ['RESULT_FORMAT', 'TABLES', 'paper_lr', 'Experiment', 'Result', 'runs_root', 'run', 'summary', 'plot_run', 'published']
@@ -58,6 +58,8 @@ class Experiment:
     lr_decay: float = 0.1
     precision: str = "fp32"
     deterministic: bool = False
+    relations: str | None = None        # on several devices: "global" (None) or "device", see `Recipe`
+    data_seed: int | None = None        # of the order and augmentation of the images; None: `seed`. With one for all, runs can share a teacher's forward pass
     # where the teacher differs
     teacher_seed: int = 0
     teacher_epochs: int | None = None   # None: as many as the student
@@ -75,7 +77,7 @@ class Experiment:
             if isinstance(getattr(self, name), list): object.__setattr__(self, name, tuple(getattr(self, name)))
         fix = lambda name, value: object.__setattr__(self, name, value)
         if self.method == "none":  # a student alone: nothing of a teacher is part of what it is
-            for name in ("teacher", "teacher_epochs", "teacher_lr", "teacher_weights", "teacher_paths", "student_paths"): fix(name, None)
+            for name in ("teacher", "teacher_epochs", "teacher_lr", "teacher_weights", "teacher_paths", "student_paths", "relations"): fix(name, None)
             fix("teacher_seed", 0)
         elif self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, one of {', '.join(list_models())}")
         if self.teacher and self.teacher_lr is None: fix("teacher_lr", self.lr or paper_lr(self.teacher))
@@ -124,7 +126,7 @@ class Experiment:
         "The experiment that trains this one's teacher."
         if self.teacher is None: return None
         return replace(self, student=self.teacher, method="none", method_args={}, seed=self.teacher_seed,
-                       epochs=self.teacher_epochs or self.epochs, lr=self.teacher_lr)
+                       epochs=self.teacher_epochs or self.epochs, lr=self.teacher_lr, data_seed=None)
 
 # %% ../nbs/method/08_experiments.ipynb #d07f4ba6
 RESULT_FORMAT = 1
@@ -194,28 +196,32 @@ def run(
     folder: Path | str | None = None,  # folder of this run; None: `root` / `experiment.key`
     device: str | None = None,         # None: CUDA where there is one, else the CPU
     progress: bool = True,             # bars in the terminal
+    **options,                         # of `Trainer`: checkpoint_seconds, keep, channels_last, compile
 ) -> Result:
-    "Run an experiment, or find what it left."
+    "Run an experiment, or find what it left. Launched in several processes, each takes its part of every batch and the first one writes."
     root = runs_root(root)
     folder = Path(folder) if folder else root / experiment.key
-    _claim(folder, experiment)
+    device = join(device)
+    first = processes()[0] == 0
+    if first: _claim(folder, experiment)
+    together()
     if (folder / "result.json").exists(): return Result.load(folder / "result.json")
-    with _alone(folder): return _run(experiment, root, folder, device, progress)
+    with _alone(folder) if first else contextlib.nullcontext(): return _run(experiment, root, folder, device, progress, options)
 
 
-def _run(experiment, root, folder, device, progress) -> Result:
-    _claim(folder, experiment)  # again, now that nobody else can
+def _run(experiment, root, folder, device, progress, options) -> Result:
+    if processes()[0] == 0: _claim(folder, experiment)  # again, now that nobody else can
+    together()
     if (folder / "result.json").exists(): return Result.load(folder / "result.json")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = load_dataset(experiment.dataset, limit=experiment.train_limit, test_limit=experiment.test_limit)
-    teacher, accuracy = _teacher(experiment, data, root, device, progress)
+    teacher, accuracy = _teacher(experiment, data, root, device, progress, options)
 
     torch.manual_seed(experiment.seed)
     student = _network(experiment.student, data, device)
     method = create_method(experiment.method, experiment.method_args)
     distiller = Distiller(student, method, teacher, experiment.student_paths, experiment.teacher_paths)
-    train = data.batches(experiment.batch_size, train=True, device=device, seed=experiment.seed)
-    trainer = Trainer(distiller, train, data.batches(train=False, device=device), experiment.recipe, folder)
+    train = data.batches(experiment.batch_size, train=True, device=device, seed=experiment.seed if experiment.data_seed is None else experiment.data_seed)
+    trainer = Trainer(distiller, train, data.batches(train=False, device=device), experiment.recipe, folder, **options)
     history = trainer.fit(progress)
 
     pick = lambda row: {k: row[k] for k in ("epoch", "top1", "top5")}
@@ -224,7 +230,8 @@ def _run(experiment, root, folder, device, progress) -> Result:
         experiment.to_dict(), pick(history[-1]), pick(trainer.best), {k: v for k, v in history[-1].items() if k not in scores}, accuracy,
         sum(p.numel() for p in student.parameters()), round(trainer.seconds, 1), round(train.samples * len(history) / trainer.seconds, 1),
         _device_name(device), _versions(), _commit(), datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    result.save(folder / "result.json")
+    if processes()[0] == 0: result.save(folder / "result.json")
+    together()
     return result
 
 
@@ -259,7 +266,7 @@ def _network(name: str, data, device) -> torch.nn.Module:
     return create_model(name, num_classes=data.num_classes, in_channels=data.shape[0]).to(device)
 
 
-def _teacher(experiment, data, root, device, progress):
+def _teacher(experiment, data, root, device, progress, options):
     "The teacher and its accuracy: from given weights, from an earlier run, or trained now."
     if experiment.teacher is None: return None, None
     teacher = _network(experiment.teacher, data, device)
@@ -268,7 +275,7 @@ def _teacher(experiment, data, root, device, progress):
         load_checkpoint(teacher, experiment.teacher_weights)
         return teacher, evaluate(teacher, data.batches(train=False, device=device))._asdict()
     own = experiment.teachers
-    result = run(own, root, device=str(device), progress=progress)
+    result = run(own, root, device=str(device), progress=progress, **options)
     load_checkpoint(teacher, root / own.key / "last.safetensors")
     return teacher, {k: result.last[k] for k in ("top1", "top5")}
 

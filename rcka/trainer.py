@@ -5,26 +5,35 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import hashlib
 import io
 import math
 import os
+import re
+import signal
 import tempfile
+import threading
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from .losses import Alone, Layers, Method
-from .models import save_weights
+from .losses import Alone, Layers, Method, Outputs
 from .taps import Taps, layers_of
 
 # %% auto #0
-__all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'CHECK_EVERY', 'Recipe', 'write_atomic', 'save_state', 'load_state', 'Accuracy',
-           'evaluate', 'mixed', 'determinism', 'Distiller', 'head_of', 'NonFiniteLoss', 'Trainer', 'as_csv']
+__all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'LOOK_EVERY', 'Recipe', 'write_atomic', 'remove_parts', 'claimed', 'FolderBusy',
+           'checkpoints', 'save_checkpoint', 'load_checkpoint', 'Damaged', 'last_checkpoint', 'processes', 'join',
+           'part', 'sum_over_processes', 'together', 'gathered', 'average_gradients', 'Accuracy', 'evaluate', 'mixed',
+           'determinism', 'Distiller', 'head_of', 'Run', 'from_first', 'as_safetensors', 'as_csv', 'NonFiniteLoss',
+           'Trainer', 'OutOfMemory', 'BatchesFailed', 'Stopped', 'fit_together']
 
 # %% ../nbs/method/06_trainer.ipynb #890160f8
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Recipe:
     precision: str = "fp32"                  # "fp32", "bf16", or "fp16" (with loss scaling)
     deterministic: bool = False              # refuse kernels whose result can vary; slower on a GPU
     seed: int = 0                            # of everything random
+    relations: str | None = None             # on several devices a method sees the whole batch, "global", or each its part, "device"; None: "global"
 
     def lr_at(self, epoch: int, step: int = 0, steps: int = 1) -> float:
         "Learning rate before step `step` of `steps` in `epoch`."
@@ -52,47 +62,177 @@ class Recipe:
         return slide(self.lr / 25, self.lr, t / 0.3) if t < 0.3 else slide(self.lr, 0.0, (t - 0.3) / 0.7)
 
     def __post_init__(self):
-        for name, known in (("schedule", ("step", "cosine", "onecycle")), ("precision", ("fp32", "bf16", "fp16"))):
-            if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name, known in (("schedule", ("step", "cosine", "onecycle")), ("precision", ("fp32", "bf16", "fp16")), ("relations", (None, "global", "device"))):
+            if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {getattr(self, name)!r}")
         if self.epochs < 1 or not self.lr > 0: raise ValueError(f"epochs and lr must be positive; got {self.epochs} and {self.lr}")
 
 # %% ../nbs/method/06_trainer.ipynb #09dd4027
 def write_atomic(path: Path | str, data: bytes | str):
-    "Write a file so that a reader sees the old content or the new, never a part."
+    "Write a file so that a reader sees the old content or the new, never a part, even after a power cut."
     path = Path(path)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    fd, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(fd, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
-        os.replace(tmp, path)
+        os.chmod(part, 0o644)
+        os.replace(part, path)
     except BaseException:
-        Path(tmp).unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try: os.fsync(folder)
+        finally: os.close(folder)
 
 
-def save_state(path: Path | str, state: dict):
-    "Atomic `torch.save`."
+def remove_parts(folder: Path | str):
+    "Remove what a process that was killed in `write_atomic` left."
+    for part in Path(folder).glob(".*.tmp"): part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path | str):
+    "Hold a folder for this process: made if need be, writable, and nobody else's while the context lasts."
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".trainer.lock", "w")
+    except OSError as e:
+        raise OSError(e.errno, f"cannot write to the folder of the run ({e.strerror}); nothing was changed. Make it writable, or give another", str(folder)) from None
+    with lock:
+        try:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies, however it dies
+        except ImportError: pass  # not a Unix
+        except OSError as e:
+            if e.errno not in (errno.EAGAIN, errno.EACCES): warnings.warn(f"{folder}: this file system has no locks; see to it that no other process trains here")
+            else: raise FolderBusy(f"another process is training in {folder}; wait for it, or give another folder") from None
+        remove_parts(folder)
+        yield
+
+
+class FolderBusy(RuntimeError):
+    "Another process is at work in the folder."
+
+# %% ../nbs/method/06_trainer.ipynb #564b4772
+CHECKPOINT_FORMAT = 2
+_NAME = re.compile(r"checkpoint-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
+
+
+def checkpoints(folder: Path | str) -> list[Path]:
+    "The checkpoints of a folder, oldest first."
+    found = [(m, p) for p in Path(folder).glob("checkpoint-*.pt") if (m := _NAME.fullmatch(p.name))]
+    return [p for _, _, _, p in sorted((int(m[1]), int(m[2]), p.stat().st_mtime_ns, p) for m, p in found)]
+
+
+def save_checkpoint(
+    folder: Path | str,
+    state: dict,        # with "epoch" and "step": where the run stands
+    keep: int = 2,      # so many checkpoints stay, the newest
+) -> Path:
+    "Write a checkpoint atomically, then remove the oldest ones. OSError, with the folder as it was, where that cannot be done."
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(path, buffer.getvalue())
+    torch.save(state | {"format": CHECKPOINT_FORMAT}, buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    path = Path(folder) / f"checkpoint-{state['epoch']:04}-{state['step']:06}-{digest[:16]}.pt"
+    write_atomic(path, buffer.getbuffer())
+    for old in [p for p in checkpoints(folder) if p != path][::-1][keep - 1:]: old.unlink(missing_ok=True)
+    return path
 
 
-CHECKPOINT_FORMAT = 1
-
-
-def load_state(path: Path | str) -> dict:
-    "A checkpoint of this trainer; anything else is an error that leaves the file alone."
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise ValueError(f"{path} is cut short or is no checkpoint ({type(e).__name__}); it was left as it is. Move it away to start afresh") from e
+def load_checkpoint(path: Path | str) -> dict:
+    "A checkpoint of this trainer. ValueError if its bytes do not give its name, or it is of another format."
+    path = Path(path)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest()[:16] != _NAME.fullmatch(path.name)[3]: raise Damaged(f"{path} is damaged: its bytes do not give its name")
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is a checkpoint of another program or a newer format; it was left as it is. Move it away to start afresh")
+        raise ValueError(f"{path} has checkpoint format {state.get('format')!r} and this version reads {CHECKPOINT_FORMAT}; it was left as it is. Use the version that wrote it, or another folder")
     return state
 
-# %% ../nbs/method/06_trainer.ipynb #ba0d15e0
+
+class Damaged(ValueError):
+    "The bytes of a checkpoint are not those that were written."
+
+
+def last_checkpoint(folder: Path | str) -> dict | None:
+    "The newest checkpoint that is whole. Damaged ones are set aside with a warning; ValueError if there are no others."
+    damaged = []
+    for path in reversed(checkpoints(folder)):
+        try: return load_checkpoint(path)
+        except Damaged as e:
+            damaged.append(path.rename(path.with_name(path.name + ".damaged")))
+            warnings.warn(f"{e}. It is now {damaged[-1].name}, and the checkpoint before it is used", stacklevel=2)
+    if damaged: raise ValueError(f"no checkpoint in {Path(folder)} is whole; the damaged ones are {', '.join(p.name for p in damaged)}. Start again in another folder, or remove them to start afresh in this one")
+
+# %% ../nbs/method/06_trainer.ipynb #c8874664
+def processes() -> tuple[int, int]:
+    "Number of this process and how many there are: (0, 1) where nobody launched several."
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def join(device: str | torch.device | None = None) -> torch.device:
+    "Join the processes of `torchrun` or `accelerate launch`, if there are any. Gives this process's device; None takes CUDA where there is one."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState  # here, since it takes seconds to import
+        state = PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available())
+        if state.num_processes > 1: return state.device
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def part(batch):
+    "This process's part of a batch, of one size in all processes; what does not divide is left out. None if there is not enough for all."
+    rank, world = processes()
+    if world == 1: return batch
+    each = len(batch.targets) // world
+    return type(batch)(*(t[rank * each:(rank + 1) * each] for t in batch)) if each else None
+
+
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+    "In place."
+    if processes()[1] > 1: dist.all_reduce(x)
+    return x
+
+
+def together():
+    "Wait until every process has come this far."
+    if processes()[1] > 1: dist.barrier()
+
+# %% ../nbs/method/06_trainer.ipynb #a2256317
+class _Gather(torch.autograd.Function):
+    "(n, ...) of each process to (W n, ...), in their order; backward adds up."
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        ctx.own = slice(processes()[0] * len(x), (processes()[0] + 1) * len(x))
+        parts = [torch.empty_like(x) for _ in range(processes()[1])]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[ctx.own]
+
+
+def gathered(x):
+    "A tensor or `Outputs` of every process, along the samples, with gradients. The same thing where there is one process."
+    if processes()[1] == 1 or x is None: return x
+    if isinstance(x, Outputs): return Outputs(gathered(x.logits), tuple(map(gathered, x.features)))
+    return _Gather.apply(x)
+
+
+def average_gradients(parameters):
+    "The mean over all processes of each gradient, in one message."
+    if processes()[1] == 1: return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = sum_over_processes(torch.cat([g.flatten() for g in grads])) / processes()[1]
+    for g, mean in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
+
+# %% ../nbs/method/06_trainer.ipynb #0749ca0f
 class Accuracy(NamedTuple):
     top1: float  # per cent
     top5: float  # per cent; of fewer than five classes, all of them
@@ -103,18 +243,23 @@ def evaluate(
     model: nn.Module,        # gives logits (n, classes)
     batches,                 # has `epoch(e)`, an iterator of Batch
     precision: str = "fp32",
+    before=lambda: None,     # called before each batch
 ) -> Accuracy:
     "Top-1 and top-5 accuracy in per cent. The network's mode is put back afterwards."
-    mode, counts, n = model.training, 0, 0
+    mode, (rank, world) = model.training, processes()
+    counts = torch.zeros(3, dtype=torch.int64, device=next(model.parameters()).device)  # right at once, right among five, all
     model.eval()
     for images, targets, _ in batches.epoch(0):
+        before()
+        images, targets = images[rank::world], targets[rank::world]
+        if not len(targets): continue
         with mixed(images.device.type, precision): logits = model(images)
         order = logits.topk(min(5, logits.shape[1])).indices
         hits = order == targets[:, None]
-        counts = counts + torch.stack([hits[:, 0].sum(), hits.sum()])
-        n += len(targets)
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), hits[:, 0].numel() + torch.zeros_like(counts[0])])
     model.train(mode)
-    return Accuracy(*(100 * c / n for c in counts.tolist()))
+    top1, top5, n = sum_over_processes(counts).tolist()
+    return Accuracy(100 * top1 / n, 100 * top5 / n)
 
 
 def mixed(device: str, precision: str):
@@ -127,10 +272,10 @@ def mixed(device: str, precision: str):
 def determinism(on: bool):
     "Deterministic kernels inside, the old setting after."
     was, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not on  # the fastest kernel for these shapes may be another one next time
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     try: yield
     finally:
         torch.use_deterministic_algorithms(was)
@@ -174,13 +319,13 @@ class Distiller:
         self.method.build(student, teacher, head=head_of(self.teacher), targets=targets)
         self.method.to(images.device)
 
-    def __call__(self, batch):
-        "The student's outputs for a batch and the method's weighted terms."
-        teacher = None
-        if self.teacher is not None:
+    def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None):
+        "Logits of the student, targets, and the method's weighted terms. `teacher`: its outputs, if they are there already."
+        if self.teacher is not None and teacher is None:
             with torch.no_grad(): teacher = self.teacher_taps(batch.images)
-        student = self.student_taps(batch.images)
-        return student, self.method(student, teacher, batch.targets, batch.index)
+        student, targets, index = self.student_taps(batch.images), batch.targets, batch.index
+        if relations != "device": student, teacher, targets, index = map(gathered, (student, teacher, targets, index))
+        return student.logits, targets, self.method(student, teacher, targets, index)
 
 
 ANY_LAYERS = Layers(tuple("stage%d" % i for i in range(6)), tuple("preact%d" % i for i in range(6)), "pooled", "head")
@@ -192,104 +337,94 @@ def head_of(model: nn.Module) -> nn.Module | None:
     except (ValueError, AttributeError): return None
 
 # %% ../nbs/method/06_trainer.ipynb #8f05ab5c
-CHECK_EVERY = 50  # steps between two looks at the loss: a look waits for the device
+class Run:
+    "What a run is between two steps, and how it lives in its folder."
+    def __init__(self, folder, recipe, device, parts, setting, keep):
+        self.folder, self.recipe, self.device, self.parts, self.setting, self.keep = Path(folder), recipe, device, parts, setting, keep
+        self.epoch, self.step = 0, 0        # whole epochs done, steps done in the one that is not
+        self.names, self.values = [], []    # of the loss terms of this epoch: a row a step, on the device
+        self.history = []                   # a dict an epoch
+        self.seconds, self.since = 0.0, 0.0 # of work, over all parts of the run; the clock when it was last read
+        self.random = self._random_state()
 
+    def save(self, checkpoint: bool = True):
+        "Write the folder's files, each one atomically, the checkpoint last. Only the first process writes."
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        if processes()[0]: return
+        student = self.parts["student"]
+        try:
+            if self.history and self.step == 0:
+                if self.best is self.history[-1]: write_atomic(self.folder / "best.safetensors", as_safetensors(student))
+                if self.epoch == self.recipe.epochs: write_atomic(self.folder / "last.safetensors", as_safetensors(student))
+                write_atomic(self.folder / "metrics.csv", as_csv(self.history))
+            if checkpoint:
+                save_checkpoint(self.folder, self._state(), self.keep)
+                self.saved = time.perf_counter()
+        except OSError as e:
+            raise OSError(e.errno, f"the state of the run could not be written ({e.strerror}). {self.kept()} Free space or make the folder writable, and start again", str(self.folder)) from e
 
-class NonFiniteLoss(RuntimeError):
-    "A loss term is NaN or infinite."
+    def _state(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()} | {
+            "recipe": asdict(self.recipe), "setting": self.setting, "random": self.random, "epoch": self.epoch, "step": self.step, "names": self.names,
+            "values": torch.stack(self.values) if self.values else torch.empty(0), "history": self.history, "seconds": self.seconds}
 
+    def resume(self):
+        "Take up the newest checkpoint of the folder, if there is one. The first process reads it for all."
+        state = [last_checkpoint(self.folder) if processes()[0] == 0 else None]
+        if processes()[1] > 1: dist.broadcast_object_list(state, 0)
+        if state := state[0]:
+            differ = lambda there, here: "; ".join(f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v)
+            if d := differ(state["recipe"], asdict(self.recipe)): raise ValueError(f"{self.folder} belongs to another recipe ({d}). Use another folder")
+            if d := differ(state["setting"], self.setting): warnings.warn(f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run")
+            for name, part in self.parts.items(): part.load_state_dict(state[name])
+            self.random, self.epoch, self.step, self.names, self.history, self.seconds = (state[k] for k in ("random", "epoch", "step", "names", "history", "seconds"))
+            self.values = list(state["values"].to(self.device))
+        from_first(t for name in ("student", "method") for t in self.parts[name].state_dict().values())
+        self.since = self.saved = time.perf_counter()
 
-class Trainer:
-    "One run of a `Distiller` in a folder."
-    def __init__(self,
-        distiller: Distiller,
-        train, test,           # batches: `len()`, `samples`, `targets`, and `epoch(e)` that gives Batch(images, targets, index)
-        recipe: Recipe,
-        folder: Path | str,    # where the run lives
-    ):
-        self.distiller, self.train, self.test = distiller, train, test
-        self.recipe, self.folder, self.history, self.seconds = recipe, Path(folder), [], 0.0
-        student, method = distiller.student, distiller.method
-        self.device = next(student.parameters()).device
-        distiller.build(next(iter(train.epoch(0))).images, train.targets)
-        self.optimizer = torch.optim.SGD([*student.parameters(), *method.parameters()], lr=recipe.lr, momentum=recipe.momentum,
-                                         weight_decay=recipe.weight_decay, nesterov=recipe.nesterov)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
-        self.parts = {"student": student, "method": method, "optimizer": self.optimizer, "scaler": self.scaler}
-
-    def fit(self, progress: bool = True) -> list[dict]:
-        "Train to the last epoch, from where the folder left off. Gives the history, one dict an epoch."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.resume()
-        done, epochs = len(self.history), self.recipe.epochs
-        with determinism(self.recipe.deterministic), \
-                tqdm(total=epochs, initial=done, desc=self.folder.name, unit="epoch", leave=False, disable=None if progress else True) as bar:
-            for epoch in range(done, epochs):
-                start = time.perf_counter()
-                row = {"epoch": epoch + 1, "lr": self.recipe.lr_at(epoch)} | self.train_epoch(epoch)
-                row |= evaluate(self.distiller.student, self.test, self.recipe.precision)._asdict()
-                self.history.append(row)
-                self.seconds += time.perf_counter() - start
-                self.save()
-                bar.set_postfix(loss=f"{row['loss']:.3f}", top1=f"{row['top1']:.2f}", refresh=False)
-                bar.update()
-        return self.history
-
-    def train_epoch(self, epoch: int) -> dict:
-        "One pass over the training set; the mean of every term and the training accuracy."
-        self.distiller.student.train(); self.distiller.method.train()
-        self.distiller.method.set_epoch(epoch)
-        values, hits = [], 0
-        for step, batch in enumerate(self.train.epoch(epoch)):
-            for group in self.optimizer.param_groups: group["lr"] = self.recipe.lr_at(epoch, step, len(self.train))
-            with mixed(self.device.type, self.recipe.precision): student, terms = self.distiller(batch)
-            loss = sum(terms.values())
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            names = ["loss", *terms]
-            values.append(torch.stack([loss.detach(), *(v.detach() for v in terms.values())]))
-            hits = hits + (student.logits.detach().argmax(1) == batch.targets).sum()
-            if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(self.train): self._check(values, names, epoch)
-        means = torch.stack(values).double().mean(0).tolist()
-        return dict(zip(names, means)) | {"train_top1": 100 * int(hits) / self.train.samples}
-
-    def _check(self, values, names, epoch):
-        first = (len(values) - 1) // CHECK_EVERY * CHECK_EVERY
-        bad = ~torch.stack(values[first:]).isfinite()
-        if not bad.any(): return
-        step = int(bad.any(1).nonzero()[0])
-        broken = [n for n, b in zip(names, bad[step].tolist()) if b and n != "loss"]
-        raise NonFiniteLoss(f"{', '.join(broken) or 'the sum of the terms'} is not finite in epoch {epoch + 1}, step {first + step + 1}. "
-                            f"{len(self.history)} whole epochs are kept in {self.folder}. Try a lower lr, or a lower weight of that term")
+    def kept(self) -> str:
+        "What one would start again from."
+        found = checkpoints(self.folder)
+        if not found: return f"{self.folder} has no checkpoint yet."
+        epoch, step, _ = _NAME.fullmatch(found[-1].name).groups()
+        return f"{self.folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
 
     @property
     def best(self) -> dict:
         "The history's row of the best test accuracy, the first if several."
         return max(self.history, key=lambda row: row["top1"])
 
-    def save(self):
-        "Write the folder's files, each one atomically, the checkpoint last."
-        if self.best is self.history[-1]: save_weights(self.distiller.student, self.folder / "best.safetensors")
-        if len(self.history) == self.recipe.epochs: save_weights(self.distiller.student, self.folder / "last.safetensors")
-        write_atomic(self.folder / "metrics.csv", as_csv(self.history))
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        save_state(self.folder / "checkpoint.pt", state | {
-            "format": CHECKPOINT_FORMAT, "recipe": asdict(self.recipe), "history": self.history, "seconds": self.seconds,
-            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()})
+    def _random_state(self) -> dict:
+        return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 
-    def resume(self):
-        "Take up the checkpoint of the folder, if there is one."
-        path = self.folder / "checkpoint.pt"
-        if not path.exists(): return
-        state = load_state(path)
-        differ = [f"{k}: {state['recipe'].get(k)!r} there, {v!r} here" for k, v in asdict(self.recipe).items() if state["recipe"].get(k) != v]
-        if differ: raise ValueError(f"{path} belongs to another recipe ({'; '.join(differ)}). Use another folder")
-        for name, part in self.parts.items(): part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.history, self.seconds = state["history"], state["seconds"]
+    @contextlib.contextmanager
+    def own_random(self):
+        "Random numbers inside are the run's own; outside nothing has changed."
+        outside = self._random_state()
+        _set_random(self.random, self.device)
+        try: yield
+        finally:
+            self.random = self._random_state()
+            _set_random(outside, self.device)
+
+
+def _set_random(state: dict, device: torch.device):
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda": torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def from_first(tensors):
+    "The first process's values in all."
+    if processes()[1] > 1:
+        for t in tensors: dist.broadcast(t, 0)
+
+
+def as_safetensors(model: nn.Module) -> bytes:
+    "All parameters and buffers; `load_weights` reads them."
+    import safetensors.torch
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
 def as_csv(rows: list[dict]) -> str:
@@ -298,3 +433,240 @@ def as_csv(rows: list[dict]) -> str:
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
     writer.writeheader(); writer.writerows(rows)
     return text.getvalue()
+
+# %% ../nbs/method/06_trainer.ipynb #9a569ff6
+LOOK_EVERY = 50  # steps between two looks at the loss
+
+
+class NonFiniteLoss(RuntimeError):
+    "A loss term is NaN or infinite."
+
+
+class _Finite:
+    "Are these values finite? Asked now, answered later: only the answer waits for the device."
+    def __init__(self, values):
+        self.ok = torch.stack(values).isfinite().all().to("cpu", non_blocking=True)
+        self.asked = torch.cuda.Event() if values[0].is_cuda else None
+        if self.asked: self.asked.record()
+
+    def __bool__(self):
+        if self.asked: self.asked.synchronize()
+        return bool(self.ok)
+
+
+class Trainer(Run):
+    "One run of a `Distiller` in a folder."
+    def __init__(self,
+        distiller: Distiller,
+        train, test,           # batches: `len()`, `targets`, and `epoch(e, start=0)` that gives Batch(images, targets, index)
+        recipe: Recipe,
+        folder: Path | str,    # where the run lives
+        checkpoint_seconds: float = 60,  # when the process is killed, about so much work is lost
+        keep: int = 2,                   # so many checkpoints stay
+        channels_last: bool = False,     # memory layout of the networks; changes rounding, and speed
+        compile: bool = False,           # torch.compile of the networks; changes rounding, and speed
+    ):
+        self.distiller, self.train, self.test, self.checkpoint_seconds = distiller, train, test, checkpoint_seconds
+        student, method = distiller.student, distiller.method
+        device = next(student.parameters()).device
+        networks = [n for n in (student, distiller.teacher) if n is not None]
+        if channels_last:
+            for network in networks: network.to(memory_format=torch.channels_last)
+        distiller.build(next(iter(train.epoch(0))).images, train.targets)
+        if compile:
+            for network in networks: network.compile()
+        if recipe.relations == "device": _refuse_memory(method)
+        self.parameters = [p for p in [*student.parameters(), *method.parameters()] if p.requires_grad]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
+                                         nesterov=recipe.nesterov, fused=device.type in ("cpu", "cuda"))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.looked, self.look = 0, None
+        super().__init__(folder, recipe, device, {"student": student, "method": method, "optimizer": self.optimizer, "scaler": self.scaler},
+                         {"torch": str(torch.__version__), "device": device.type, "threads": torch.get_num_threads(), "processes": processes()[1],
+                          "channels_last": channels_last, "compile": compile}, keep)
+
+    def fit(self, progress: bool = True) -> list[dict]:
+        "Train to the last epoch, from where the folder left off. Gives the history, one dict an epoch."
+        return fit_together([self], progress)[0]
+
+    def begin_epoch(self):
+        "Also in the middle of one, after `resume`."
+        self.distiller.student.train(); self.distiller.method.train()
+        self.distiller.method.set_epoch(self.epoch)
+        self.looked, self.look = 0, None
+
+    def train_step(self, batch, teacher: Outputs | None = None):
+        "One step of the optimiser. `teacher`: its outputs for the batch, if they are there already."
+        for group in self.optimizer.param_groups: group["lr"] = self.recipe.lr_at(self.epoch, self.step, len(self.train))
+        with self.own_random():
+            with mixed(self.device.type, self.recipe.precision): logits, targets, terms = self.distiller(batch, teacher, self.recipe.relations)
+            loss = sum(terms.values())
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            average_gradients(self.parameters)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        hits = (logits.detach().argmax(1) == targets).sum()
+        self.names = ["loss", *terms]
+        self.values.append(torch.stack([loss.detach(), *(v.detach() for v in terms.values()), hits, torch.full_like(hits, len(targets))]))
+        if len(self.values) % LOOK_EVERY == 0: self.check()
+
+    def end_epoch(self, before=lambda: None):
+        "The epoch's means and the accuracy, a row of the history. `before` is called before each batch of the evaluation."
+        self.check(wait=True)
+        from_first([*self.distiller.student.buffers(), *self.distiller.method.buffers()])
+        accuracy = evaluate(self.distiller.student, self.test, self.recipe.precision, before)
+        *sums, hits, n = sum_over_processes(torch.stack(self.values).double().sum(0)).tolist()
+        means = {name: s / (len(self.values) * processes()[1]) for name, s in zip(self.names, sums)}
+        row = {"epoch": self.epoch + 1, "lr": self.recipe.lr_at(self.epoch)} | means | {"train_top1": 100 * hits / n} | accuracy._asdict()
+        self.history.append(row)
+        self.epoch, self.step, self.values = self.epoch + 1, 0, []
+
+    def check(self, wait: bool = False):
+        "NonFiniteLoss if a value up to the last look was not finite; with `wait`, up to now."
+        if self.look is not None and not self.look: self._not_finite()
+        fresh = self.values[self.looked:]
+        self.look, self.looked = _Finite(fresh) if fresh else None, len(self.values)
+        if wait and self.look is not None and not self.look: self._not_finite()
+
+    def _not_finite(self):
+        bad = ~torch.stack(self.values).isfinite()
+        step = int(bad.any(1).nonzero()[0])
+        broken = [n for n, b in zip(self.names, bad[step].tolist()) if b and n != "loss"]
+        raise NonFiniteLoss(f"{', '.join(broken) or 'the sum of the terms'} is not finite in epoch {self.epoch + 1}, step {step + 1}. "
+                            f"{self.kept()} Try a lower lr, or a lower weight of that term")
+
+
+def _refuse_memory(method: nn.Module):
+    "A part of the batch would fill a part of a memory bank."
+    norms = {id(b) for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()}
+    memory = [name for name, b in method.named_buffers() if id(b) not in norms]
+    if memory and processes()[1] > 1:
+        raise ValueError(f"relations='device' with a method that keeps a memory ({', '.join(memory)}): each process would fill its own. Use relations='global'")
+
+# %% ../nbs/method/06_trainer.ipynb #3620fa79
+class OutOfMemory(RuntimeError):
+    "A step did not fit into memory."
+
+
+class BatchesFailed(RuntimeError):
+    "The batches raised an error; a worker process of theirs died."
+
+
+class Stopped(KeyboardInterrupt):
+    "Ctrl-C or SIGTERM; the state was saved."
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum  # which signal
+
+
+def fit_together(
+    trainers: list[Trainer],  # one teacher, the same batches, the same number of epochs; students, methods and folders of their own
+    progress: bool = True,
+) -> list[list[dict]]:        # their histories
+    "Train several students at once; the teacher sees each batch once. Each student gets the bits it would have got alone."
+    first = trainers[0]
+    for t in trainers[1:]: _check_company(first, t)
+    epochs, main = first.recipe.epochs, processes()[0] == 0
+    with contextlib.ExitStack() as held:
+        for t in trainers if main else []: held.enter_context(claimed(t.folder))
+        held.enter_context(determinism(first.recipe.deterministic))
+        caught = held.enter_context(_signals())
+        share = held.enter_context(_shared_teacher([t.distiller for t in trainers]))
+        for t in trainers: t.resume()
+        start = min(t.epoch for t in trainers)
+        bar = held.enter_context(tqdm(total=epochs, initial=start, desc=first.folder.name, unit="epoch", leave=False, disable=None if progress and main else True))
+        for epoch in range(start, epochs):
+            now = [t for t in trainers if t.epoch == epoch]  # after an interruption some may be ahead
+            _one_epoch(now, share, caught)
+            row = now[0].history[-1]
+            bar.set_postfix(loss=f"{row['loss']:.3f}", top1=f"{row['top1']:.2f}", refresh=False)
+            bar.update()
+        together()
+    return [t.history for t in trainers]
+
+
+def _one_epoch(now: list[Trainer], share, caught: list[int]):
+    "From where these runs stand to the end of the epoch, saved now and then."
+    first = now[0]
+    epoch, start = first.epoch, min(t.step for t in now)
+    for t in now: t.begin_epoch()
+
+    def save():
+        for t in now: t.check(wait=True); t.save()
+
+    def stop():
+        if not caught: return
+        save()
+        raise Stopped(f"{signal.Signals(caught[0]).name} in epoch {epoch + 1}, after step {first.step}. {first.kept()} Start again to go on", caught[0])
+
+    try:
+        for step, batch in enumerate(_surely(first.train.epoch(epoch, start=start), len(first.train) - start, save), start):
+            stop()
+            batch, behind = part(batch), [t for t in now if t.step == step]
+            teachers = share(batch.images, first.recipe.precision) if share and batch else {}
+            for t in behind:
+                if batch: t.train_step(batch, teachers.get(t.distiller))
+                t.step += 1
+            if time.perf_counter() - first.saved >= first.checkpoint_seconds: save()
+        for t in now: t.end_epoch(before=stop)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e): raise
+        raise OutOfMemory(f"out of memory in epoch {epoch + 1}, step {first.step + 1} ({str(e).splitlines()[0] if str(e) else type(e).__name__}). {first.kept()} "
+                          "Start again with a smaller batch_size, precision='bf16', or less else on the device") from e
+    for t in now: t.save(checkpoint=t.epoch == t.recipe.epochs)
+
+
+def _surely(batches, n: int, save):
+    "`n` batches, or an error that says where they ended, with the state saved."
+    got, batches = 0, iter(batches)
+    while True:
+        try: batch = next(batches)
+        except StopIteration: break
+        except Exception as e:
+            save()
+            raise BatchesFailed(f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. The state was saved; start again to go on") from e
+        got += 1
+        yield batch
+    if got != n: raise BatchesFailed(f"the training batches ended after {got} of {n}: len(train) and train.epoch() do not agree")
+
+# %% ../nbs/method/06_trainer.ipynb #b3e8fdd0
+@contextlib.contextmanager
+def _signals():
+    "A list that gets the number of a first Ctrl-C or SIGTERM; a second one interrupts at once."
+    caught, before = [], {}
+
+    def note(signum, frame):
+        if caught: raise KeyboardInterrupt("stopped in the middle of a step: the last checkpoint counts")
+        caught.append(signum)
+
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: yield caught
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def _shared_teacher(distillers: list[Distiller]):
+    "A function from images to each distiller's outputs of the teacher, with one forward pass; None for a single distiller or no teacher."
+    teacher = distillers[0].teacher
+    if teacher is None or len(distillers) == 1:
+        yield None
+        return
+    paths = list(dict.fromkeys(p for d in distillers for p in d.teacher_taps.paths))
+    with Taps(teacher, paths) as taps:
+        def share(images, precision):
+            with torch.no_grad(), mixed(images.device.type, precision): outputs = taps(images)
+            at = dict(zip(paths, outputs.features))
+            return {d: Outputs(outputs.logits, tuple(at[p] for p in d.teacher_taps.paths)) for d in distillers}
+        yield share
+
+
+def _check_company(a: Trainer, b: Trainer):
+    for name, of in (("the training batches", lambda t: t.train), ("the test batches", lambda t: t.test), ("the teacher", lambda t: t.distiller.teacher)):
+        if of(a) is not of(b): raise ValueError(f"runs that share a teacher's forward pass need {name} to be one object")
+    for name in ("epochs", "precision", "deterministic"):
+        there, here = getattr(a.recipe, name), getattr(b.recipe, name)
+        if there != here: raise ValueError(f"runs that share a teacher's forward pass must agree in {name}; got {there!r} and {here!r}")
+    if a.folder == b.folder: raise ValueError(f"each run needs a folder of its own; two have {a.folder}")
