@@ -9,9 +9,10 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "notebook", "dev", "docs")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "notebook", "slurm", "dev", "docs")}
 extras["notebook"] += extras["train"]
-extras["dev"] += extras["notebook"]
+extras["slurm"] += extras["notebook"]
+extras["dev"] += extras["slurm"]
 extras["docs"] += extras["dev"]
 
 setup(
@@ -37,6 +38,6 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    entry_points={"nbdev": ["rcka=rcka._modidx:d"]},
+    entry_points={"console_scripts": [cfg["console_scripts"]], "papermill.engine": ["rcka=rcka.sweep:Engine"], "nbdev": ["rcka=rcka._modidx:d"]},
     zip_safe=False,
 )

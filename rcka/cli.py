@@ -3,7 +3,6 @@
 # %% ../nbs/method/09c_cli.ipynb #58a210cc
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -18,12 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 # %% auto #0
-__all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'methods', 'models', 'datasets', 'run', 'sweep', 'status', 'main']
+__all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'methods', 'models', 'datasets', 'run', 'sweep', 'status',
+           'report', 'main']
 
 # %% ../nbs/method/09c_cli.ipynb #38af5754
 app = typer.Typer(help="Knowledge distillation by centred kernel alignment: run benchmarks, sweeps of them, and read the tables.",
                   no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 Root = Annotated[Optional[Path], typer.Option(help="Folder of all runs. Without it: RCKA_RUNS, else runs/ of the checkout.")]
 Fields = Annotated[Optional[List[str]], typer.Option("--param", "-p", metavar="NAME=VALUE", help="A field of Experiment, as epochs=60; may be given several times.")]
@@ -84,7 +84,7 @@ def run(
     output: Annotated[Optional[Path], typer.Option(help="Where the executed notebook goes. Without it: into the run's folder.")] = None,
 ):
     "One papermill run of a benchmark notebook. The kernel listens on IPC sockets, not on TCP."
-    from rcka.experiments import Experiment, runs_root
+    from rcka.experiments import Experiment, _claim, runs_root
     from rcka.sweep import _environment, execute, notebook_for, parameters
     is_path = what.endswith(".ipynb")
     notebook = Path(what) if is_path else notebook_for(what)
@@ -93,12 +93,14 @@ def run(
     known = parameters(notebook)
     _known(values, known, f"parameter of {notebook.name}")
     runs = runs_root(root).resolve()
-    one = {"student", "method"} <= set(known)  # one experiment; digits.ipynb runs several
-    output = output or (runs / Experiment.from_parameters(known | values).key / ".notebook.ipynb" if one else runs / notebook.name)
+    if {"student", "method"} <= set(known):  # one experiment: its page goes into its folder; digits.ipynb runs several
+        experiment = Experiment.from_parameters(known | values)
+        _claim(runs / experiment.key, experiment)
+        output = output or runs / experiment.key / "notebook.ipynb"
+    output = output or runs / notebook.name
     output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"the executed notebook goes to {output}")
     with _environment(RCKA_RUNS=str(runs)): execute(notebook, output, values, progress=sys.stderr.isatty())
-    if output.name == ".notebook.ipynb": output = output.replace(output.with_name("notebook.ipynb"))
-    print(f"the executed notebook is {output}")
 
 # %% ../nbs/method/09c_cli.ipynb #9ded0d42
 @app.command()
@@ -124,7 +126,7 @@ def sweep(
     from rcka import sweep as S
     from rcka.experiments import Experiment, runs_root
     fields = _fields(param)
-    _known(fields, Experiment().to_dict(), "field of an experiment")
+    _known(fields, set(Experiment().to_dict()) - {"dataset", "student", "teacher", "method", "seed"}, "field of an experiment to set for a whole sweep")
     _known([executor], ["local", "slurm"], "executor")
     runs = S.grid(dataset, pairs, methods, [int(s) for s in seeds.split(",")], **fields)
     folder = runs_root(root).resolve()
@@ -139,8 +141,13 @@ def sweep(
     if executor == "local": where = dict(executor=S.Processes(workers), threads=threads)
     else: where = dict(executor=S.slurm(folder, partition, gpus_per_run, runs_per_gpu, cpus_per_run, hours),
                        runs_per_job=runs_per_gpu, threads=cpus_per_run, every=5.0)
-    with _bar() as bar:
-        outcomes = S.sweep(runs, watch=_Show(bar, S.fingerprint(notebook or S.notebook_for(dataset))), **common, **where)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops it as Ctrl-C does
+    try:
+        with _bar() as bar:
+            outcomes = S.sweep(runs, watch=_Show(bar, S.fingerprint(notebook or S.notebook_for(dataset))), **common, **where)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130)
     bad = [o for o in outcomes if o.state not in ("done", "found")]
     print(f"{len(outcomes) - len(bad)} of {len(outcomes)} runs are done" + (f"; {len(bad)} failed, see `rcka status`" if bad else ""))
     raise typer.Exit(bool(bad))
@@ -194,22 +201,32 @@ def status(
             try: Result.load(run / "result.json")
             except (ValueError, TypeError) as e: print(f"{is_:11} {e}")
 
+# %% ../nbs/method/09c_cli.ipynb #370896a9
+@app.command()
+def report(
+    root: Root = None,
+    form: Annotated[str, typer.Option("--format", help="terminal, markdown, latex or csv.")] = "terminal",
+    figures: Annotated[Optional[Path], typer.Option(help="Write the figures to this folder, too.")] = None,
+):
+    "Tables of all results in a folder, beside the published numbers."
+    from rcka import report as R
+    _known([form], ["terminal", "markdown", "latex", "csv"], "format")
+    if form != "terminal": print(R.report(root, form, figures), end=""); return
+    found = R.load_results(root)
+    made = R.tables(found.results)
+    for table in made: console.print(R.show(table))
+    for line in R.missing(found): print(line)
+    if figures:
+        for path in R.save_figures(made, figures): print(path)
+
 # %% ../nbs/method/09c_cli.ipynb #b81185f6
-def main(args: list[str] | None = None) -> int:
+def main(args: list[str] | None = None):  # None: those of the command line
     "The `rcka` command."
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))  # stop as for Ctrl-C
-    try: code = app(args, standalone_mode=False) or 0
-    except KeyboardInterrupt: _say("stopped; the same command goes on from here"); code = 130
-    except typer.Exit as e: code = e.exit_code
-    except (ValueError, FileNotFoundError, ImportError) as e: _say(f"error: {e}"); code = 2
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT) and type(e).__name__ != "DiskFull": raise
-        _say(f"error: {e}"); code = 1
-    if __name__ == "__main__" or args is None: sys.exit(code)
-    return code
-
-
-def _say(text: str): print(text, file=sys.stderr)
+    try: app(args)
+    except (ValueError, FileNotFoundError, ImportError, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not any(text in str(error) for text in ("the disk is full", "No space left", "quota")): raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import tempfile
 import threading
 import time
@@ -285,11 +286,19 @@ class Processes(Executor):
             for process in list(self._running): process.kill()
         self._threads.shutdown(wait=wait)
 
+    def __exit__(self, kind, *_): self.shutdown(cancel_futures=kind is not None)
+
 
 def _child(pipe, fn, args, kwargs):
     with contextlib.suppress(AttributeError, OSError): os.setpgid(0, 0)  # Ctrl-C in the terminal is for the sweep, which then ends us
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    call = threading.Thread(target=_answer, args=(pipe, fn, args, kwargs), daemon=True)  # not the main thread, where papermill would catch signals
+    call.start()
+    call.join()
+
+
+def _answer(pipe, fn, args, kwargs):
     try: answer = fn(*args, **kwargs), None
     except Exception as error: answer = None, RuntimeError(f"{type(error).__name__}: {error}")
     pipe.send(answer)
@@ -298,10 +307,11 @@ def _child(pipe, fn, args, kwargs):
 class Work:
     "A few runs side by side: what one job does."
     def __call__(self, runs: list[tuple]) -> list[Outcome]:
-        if len(runs) == 1: return [work(*runs[0])]
+        if threading.current_thread() is not threading.main_thread() and len(runs) == 1: return [work(*runs[0])]
+        with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, signal.SIG_DFL)  # preempted: go at once, the files are whole at any time
         with Processes(len(runs)) as side_by_side:
             futures = [side_by_side.submit(work, *args) for args in runs]
-            return [_outcome(f, *args[:2]) for f, args in zip(futures, runs)]
+            return [_outcome(f, *args[:2], patience=2) for f, args in zip(futures, runs)]
 
     def checkpoint(self, runs):
         "submitit asks for this when Slurm takes the job away: the same again."
@@ -309,10 +319,11 @@ class Work:
         return DelayedSubmission(self, runs)
 
 
-def _outcome(future, experiment: dict, root: str) -> Outcome:
+def _outcome(future, experiment: dict, root: str, patience: float = 0) -> Outcome:
     "What a call came to, its death included."
     try: return future.result()
     except Exception as error:
+        time.sleep(patience)  # when a whole job is killed its children may go first, and that is no failure of theirs
         key = Experiment.from_dict(experiment).key
         return Outcome(key, "failed", error=write_failure(Path(root) / key, error))
 

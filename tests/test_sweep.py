@@ -1,0 +1,218 @@
+"rcka.sweep: what needs processes, kernels, locks, signals and a full disk. Most runs go through the stand-in notebook of sweep_stub."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from rcka.experiments import Experiment, Result
+from rcka.sweep import DiskFull, Outcome, Processes, execute, fingerprint, grid, misfits, state, sweep, with_teachers, work
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sweep_stub import write_stub
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_FIELDS", json.dumps(list(Experiment().to_dict())))
+    return write_stub(tmp_path / "stub.ipynb")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    "One executor for all tests: its fork server has imported torch once."
+    with Processes(3) as local: yield local
+
+
+def pairs(methods="none,kd", seeds=(0,), **fields):
+    return grid("digits", "resnet14:resnet8", methods, seeds, **{"epochs": 2, **fields})
+
+
+def states(outcomes): return dict(Counter(o.state for o in outcomes))
+def lines(path): return path.read_text().splitlines() if path.exists() else []
+def alive(pid): return Path(f"/proc/{pid}").exists() and ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def test_failures_stay_with_their_run(stub, tmp_path, pool):
+    "A kernel that raises and one that is killed: the others are done, both are recorded, and tried again unless asked not to."
+    runs, root = pairs("none,kd,rcka", (0, 66, 77)), tmp_path / "runs"
+    tallies = []
+    out = {o.key: o for o in sweep(runs, root, pool, stub, watch=tallies.append, every=0.1)}
+    assert len(out) == len(with_teachers(runs)) == 10
+    assert {out[e.key].state for e in runs if e.seed == 0} == {"done"} and {out[e.key].state for e in runs if e.seed} == {"failed"}
+    teacher = runs[-1].teachers
+    assert len(lines(root / teacher.key / "starts")) == 1  # trained once for six students
+    raised, killed = (json.loads((root / next(e.key for e in runs if e.seed == seed) / "failure.json").read_text()) for seed in (66, 77))
+    assert raised["error"] == "ValueError: this seed brings bad luck" and "raise ValueError" in raised["traceback"] and "\x1b" not in raised["traceback"]
+    assert "Kernel" in killed["error"] or "kernel" in killed["error"]
+    notebook = nbformat.read(root / teacher.key / "notebook.ipynb", 4)  # a page to open, with its parameters
+    assert any("injected-parameters" in c.metadata.get("tags", []) and "resnet14" in c.source for c in notebook.cells)
+    assert tallies[-1].runs == 10 and tallies[-1].epochs == tallies[-1].epochs_done == 8 and any(t.seconds_left for t in tallies)
+
+    assert states(sweep(runs, root, pool, stub, retry=False, every=0.1)) == {"found": 4, "failed": 6}
+    bad = next(e for e in runs if e.seed == 66)
+    assert len(lines(root / bad.key / "starts")) == 1
+    again = sweep([bad], root, pool, stub, every=0.1)
+    assert len(lines(root / bad.key / "starts")) == 2 and states(again)["failed"] == 1
+
+
+def test_teacher_fails(stub, tmp_path, pool):
+    runs = pairs("kd,rcka", teacher_seed=66)
+    assert states(sweep(runs, tmp_path / "runs", pool, stub, every=0.1)) == {"failed": 1, "blocked": 2}
+
+
+def test_no_experiments(tmp_path):
+    assert sweep([], tmp_path) == []
+
+
+def test_bad_result_files(stub, tmp_path, pool):
+    "Cut short, or of a newer format: named, left alone, and their students blocked."
+    runs, root = pairs("none,kd", (0, 1)), tmp_path / "runs"
+    sweep(runs, root, pool, stub, every=0.1)
+    cut, newer = (root / e.key / "result.json" for e in runs[:2])
+    cut.write_text(cut.read_text()[:40])
+    newer.write_text(newer.read_text().replace('"format": 1', '"format": 9'))
+    before = cut.read_text(), newer.read_text()
+    assert [state(p.parent) for p in (cut, newer)] == ["unreadable"] * 2
+    out = {o.key: o for o in sweep(runs, root, pool, stub, every=0.1)}
+    assert "cut short" in out[runs[0].key].error and str(cut) in out[runs[0].key].error and "format 9" in out[runs[1].key].error
+    assert (cut.read_text(), newer.read_text()) == before and len(lines(cut.parent / "starts")) == 1
+
+
+def test_edited_notebook(stub, tmp_path, pool):
+    "Every run says from which version of the notebook it is."
+    runs, root = pairs(), tmp_path / "runs"
+    sweep(runs[:1], root, pool, stub, every=0.1)
+    old = fingerprint(stub)
+    write_stub(stub, more="print('edited')")
+    out = {o.key: o for o in sweep(runs, root, pool, stub, every=0.1)}
+    assert out[runs[0].key].fingerprint == old != out[runs[1].key].fingerprint == fingerprint(stub)
+
+
+def test_full_disk(stub, tmp_path, pool):
+    with pytest.raises(DiskFull, match="Make room"): sweep(pairs("none", (88,)), tmp_path / "runs", Processes(), stub, every=0.1)
+
+
+def test_really_full_disk(stub, tmp_path):
+    "A file system of 64 kB: the notebook alone does not fit."
+    root = tmp_path / "small"
+    root.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", root], capture_output=True).returncode: pytest.skip("cannot mount a small file system here")
+    try:
+        (root / "ballast").write_bytes(b"x" * 40_000)
+        with pytest.raises(OSError, match="No space left|disk is full"): sweep(pairs("none", range(10)), root, Processes(), stub, every=0.1)
+        (root / "ballast").unlink()
+        assert states(sweep(pairs("none", (0,)), root, Processes(), stub, every=0.1)) == {"done": 1}
+    finally: subprocess.run(["umount", root], check=True)
+
+
+SWEEP = "import sys; from rcka.sweep import *; from tests_pairs import runs; out = sweep(runs, sys.argv[1], Processes(2), sys.argv[2], every=0.1); print(sorted(o.state for o in out))"
+
+
+def start(root, stub, tmp_path, **env):
+    (tmp_path / "tests_pairs.py").write_text("from rcka.sweep import grid\nruns = grid('digits', 'resnet14:resnet8', 'none,kd,rcka', [0, 1], epochs=4)\n")
+    env = {**os.environ, "PYTHONPATH": f"{REPO}:{tmp_path}", "STUB_SECONDS": "0.2", **env}
+    return subprocess.Popen([sys.executable, "-c", SWEEP, str(root), str(stub)], env=env, stdout=subprocess.PIPE, text=True, cwd=REPO)
+
+
+def test_two_sweeps_at_once(stub, tmp_path):
+    "On one folder: nothing is run twice, both end, both say that all is done."
+    root = tmp_path / "runs"
+    both = [start(root, stub, tmp_path) for _ in range(2)]
+    said = [p.communicate(timeout=200)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0] and not any("failed" in s for s in said), said
+    assert {p.parent.name: len(lines(p)) for p in root.glob("*/starts")} == {p.name: 1 for p in root.iterdir()}
+    assert len(list(root.iterdir())) == 7 and all(state(p) == "done" for p in root.iterdir())
+
+
+def test_killed_and_started_again(stub, tmp_path):
+    "SIGKILL in the middle: no process stays behind, and the next sweep goes on from the last epochs."
+    root = tmp_path / "runs"
+    killed = start(root, stub, tmp_path, STUB_SECONDS="0.7")
+    until(lambda: any(len(lines(p)) >= 2 for p in root.glob("*/epochs")))
+    pids = [pid for p in root.glob("*/starts") for pid in lines(p)]
+    killed.kill(); killed.wait()
+    until(lambda: not any(alive(pid) for pid in pids), 15)
+    assert {"done"} != {state(p) for p in root.iterdir()}
+    again = start(root, stub, tmp_path, STUB_SECONDS="0")
+    assert "failed" not in again.communicate(timeout=200)[0] and again.returncode == 0
+    assert all(state(p) == "done" for p in root.iterdir())
+    assert all(lines(p) == ["1", "2", "3", "4"] for p in root.glob("*/epochs"))  # no epoch twice
+
+
+@pytest.mark.parametrize("executor", ["threads", "submitit"])
+def test_other_executors(executor, stub, tmp_path):
+    "Python's own thread pool, and submitit's local executor with two runs a job."
+    if executor == "threads": made, share = ThreadPoolExecutor(1), 1
+    else:
+        submitit = pytest.importorskip("submitit")
+        made, share = submitit.AutoExecutor(folder=tmp_path / "jobs", cluster="local"), 2
+        made.update_parameters(timeout_min=5)
+    assert states(sweep(pairs("none", (0, 1, 66)), tmp_path / "runs", made, stub, runs_per_job=share, every=0.1)) == {"done": 2, "failed": 1}
+
+
+SOCKETS = """
+import json, os, sys
+from ipykernel.connect import get_connection_info
+info = json.loads(get_connection_info())
+mine = {os.readlink(f"/proc/self/fd/{fd}")[8:-1] for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+rows = [line.split() for net in ("tcp", "tcp6") for line in open(f"/proc/self/net/{net}")]
+listening = {int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and row[9] in mine}
+output = sys.stdout.pub_thread._pipe_port  # where forked children hand their output: loopback, and guarded by a random token
+print(json.dumps([info["transport"], os.stat(os.path.dirname(info["ip"])).st_mode & 0o077, list(listening - {output})]))
+"""
+
+
+def test_kernel_is_not_on_tcp(tmp_path, monkeypatch):
+    "The kernel's channels are files in a folder only the user can enter, also where the temporary folder has a long name."
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SOCKETS)]), tmp_path / "in.ipynb")
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    execute(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {})
+    said = "".join(o.text for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.outputs if o.get("name") == "stdout")
+    assert json.loads(said) == ["ipc", 0, []]
+
+
+NOTEBOOK = "import sys; from rcka.experiments import *; r = run(Experiment('digits', 'resnet8', 'resnet8', 'kd', epochs=2, train_limit=100, test_limit=100), sys.argv[1], progress=False); print(r)"
+
+
+def test_two_notebooks_side_by_side(tmp_path):
+    "`run` twice at once: one trains, the other waits and finds its result."
+    two = [subprocess.Popen([sys.executable, "-c", NOTEBOOK, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (p.communicate(timeout=200)[0] for p in two)
+    assert first == second and first and len(list(tmp_path.iterdir())) == 2
+
+
+def test_misfits():
+    small = dict(seeds=[0], train_limit=100, test_limit=100)
+    problems = misfits([*grid("digits", "wrn_16_2:vgg8,resnet14:resnet8", "kd,at", **small), *grid("imagefolder:nowhere", "resnet14:resnet8", "kd", [0])])
+    assert len(problems) == 2 and "wrn_16_2:vgg8 by at" in problems[0] and "nowhere" in problems[1]
+
+
+def test_busy(stub, tmp_path):
+    from filelock import FileLock
+    e = pairs("none")[0]
+    (tmp_path / e.key).mkdir()
+    with FileLock(tmp_path / e.key / ".sweep.lock"):
+        assert state(tmp_path / e.key) == "running"
+        assert work(e.to_dict(), str(tmp_path), str(stub)).state == "busy"
+    assert state(tmp_path / e.key) == "waiting"
