@@ -23,7 +23,7 @@ help:
 
 demo: .venv/.installed
 	@mkdir -p runs
-	$(RUN) papermill --no-progress-bar --log-output -k python3 nbs/benchmarks/digits.ipynb runs/digits.ipynb
+	$(RUN) papermill --engine rcka --no-progress-bar --log-output -k python3 nbs/benchmarks/digits.ipynb runs/digits.ipynb
 	@echo "The executed notebook is runs/digits.ipynb, the figure figures/digits.png."
 
 test: .venv/.installed
@@ -40,4 +40,4 @@ export: .venv/.installed
 	$(RUN) nbdev_clean
 
 clean:
-	rm -rf _docs build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf _docs _docs.tmp build dist *.egg-info .pytest_cache .hypothesis
