@@ -23,7 +23,7 @@ __all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'methods', 'model
 # %% ../nbs/method/09c_cli.ipynb #38af5754
 app = typer.Typer(help="Knowledge distillation by centred kernel alignment: run benchmarks, sweeps of them, and read the tables.",
                   no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(width=None if sys.stdout.isatty() else 160)
+console = Console(width=None if sys.stdout.isatty() else 160, force_jupyter=False)
 
 Root = Annotated[Optional[Path], typer.Option(help="Folder of all runs. Without it: RCKA_RUNS, else runs/ of the checkout.")]
 Fields = Annotated[Optional[List[str]], typer.Option("--param", "-p", metavar="NAME=VALUE", help="A field of Experiment, as epochs=60; may be given several times.")]
@@ -71,7 +71,7 @@ def datasets(root: Annotated[Optional[Path], typer.Option(help="Folder of the da
 
 
 def _table(header, rows):
-    table = Table(*header, box=None, pad_edge=False)
+    table = Table(*header, box=None, pad_edge=False, header_style="")
     for row in rows: table.add_row(*row)
     console.print(table)
 

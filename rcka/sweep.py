@@ -235,7 +235,7 @@ def state(folder: Path | str) -> str:
         except (ValueError, TypeError): return "unreadable"
     if any(_held(folder / name) for name in (".lock", ".sweep.lock")): return "running"
     if (folder / "failure.json").exists(): return "failed"
-    return "interrupted" if (folder / "checkpoint.pt").exists() else "waiting"
+    return "interrupted" if any(folder.glob("checkpoint*.pt")) else "waiting"
 
 
 def _held(lock: Path) -> bool:
