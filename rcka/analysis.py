@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import difflib
 import fnmatch
 import io
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .similarity import Gaussian, Linear, Polynomial, as_features, as_kernel, as_real, center, full_precision
+from .similarity import Gaussian, Linear, Polynomial, as_features, as_kernel, as_real, center, full_precision, _double_center, _u_center
 from .streaming import MinibatchCKA
 from .taps import Taps, find_module, unwrap
 
@@ -27,7 +28,7 @@ __all__ = ['BLOCK', 'COMPARISON_FORMAT', 'MARKERS', 'DASHES', 'relations', 'choo
            'plot_class_relations']
 
 # %% ../nbs/method/10_analysis.ipynb #2f01d209
-BLOCK = 1 << 20  # how many feature values of one layer are looked at together
+BLOCK = 1 << 18  # how many feature values of one layer are looked at together
 
 
 def _blocks(
@@ -46,15 +47,15 @@ def _float64(k: Tensor) -> Tensor:
     return (k.cpu() if k.device.type == "mps" else k).double()
 
 
-def _product(x: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
+def _product(x: Tensor, shift: bool, scratch: Tensor) -> tuple[Tensor, Tensor]:
     "(n, p) to X X' in float64, of centred columns if `shift`; and the squared length of what was taken away."
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x = x.to(scratch.dtype)
     mean = x.mean(0) if shift else x.new_zeros(x.shape[1])
     size = torch.maximum(torch.linalg.vector_norm(mean, math.inf), torch.linalg.vector_norm(x[0], math.inf))
     size = torch.exp2(torch.where(size > 0, size, 1).log2().floor())  # near one after division, which a power of two makes exact
-    x = torch.addcmul(-mean / size, x, 1 / size)
-    size = _float64(size).square()
-    return _float64(x @ x.mT) * size, _float64((mean / size.sqrt().to(mean)).square().sum()) * size
+    centred = torch.addcmul(-mean / size, x, 1 / size, out=scratch[:x.numel()].view(x.shape))
+    scale = _float64(size).square()
+    return _float64(centred @ centred.mT) * scale, _float64((mean / size).square().sum()) * scale
 
 # %% ../nbs/method/10_analysis.ipynb #9b3c8631
 @full_precision
@@ -70,8 +71,10 @@ def relations(
     if not x.numel(): raise ValueError(f"x is empty: its shape is {tuple(x.shape)}")
     as_real(x[:0], "x")
     shift = not isinstance(kernel, Polynomial)
-    k, away = map(sum, zip(*(_product(part, shift) for part in _blocks(x.detach(), max(1, block // len(x))))))
-    rounding = (8 * torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps) ** 2 * away
+    columns = max(1, min(block, x.numel()) // len(x))
+    scratch = x.new_empty(columns * len(x), dtype=torch.promote_types(x.dtype, torch.float32))  # one for all blocks: memory that is warm
+    k, away = map(sum, zip(*(_product(part, shift, scratch) for part in _blocks(x.detach(), columns))))
+    rounding = (8 * torch.finfo(scratch.dtype).eps) ** 2 * away
     k = torch.where(k.diagonal().max() > rounding, k, 0 * k)  # what rounding leaves of constant features is zero
     if isinstance(kernel, Linear): return k
     if isinstance(kernel, Polynomial): return (k / (x.numel() // len(x)) + kernel.offset) ** kernel.degree
@@ -207,7 +210,7 @@ def _listed(value) -> list: return list(value) if isinstance(value, (tuple, list
 def compare(
     model_a: nn.Module,        # any network, on any device; it is left as it was
     model_b: nn.Module | None, # another, perhaps on another device; None, or the same again: `model_a` with itself
-    loader,                    # iterable of images (n, ...) or tuples that begin with them, or `rcka.data.Batches`
+    loader,                    # iterable of images (n, ...) or tuples that begin with them, or `rcka.data.Batches`; mixed, not class by class
     layers=None,               # paths and patterns, see `choose_layers`; None: all leaf modules
     layers_b=None,             # those of `model_b`; None: `layers` again
     kernel="linear",           # "linear", "gaussian", "polynomial", an object, or a list of them
@@ -229,7 +232,7 @@ def compare(
     models = [unwrap(model_a)] if alone else [unwrap(model_a), unwrap(model_b)]
     wanted = [layers, layers if layers_b is None else layers_b][:len(models)]
     least = 4 if any(estimators) else 2
-    accumulators = {(k, u): MinibatchCKA(_as_given, u) for k in range(len(kernels)) for u in estimators}
+    accumulators = {(k, u): _FromRelations(unbiased=u) for k in range(len(kernels)) for u in estimators}
     taps, missing, largest, skipped = None, [], 0, 0
     with _evaluating(*models), contextlib.ExitStack() as stack, tqdm(
             total=len(loader) if hasattr(loader, "__len__") else None, desc="compare", unit="batch", leave=False, disable=None if progress else True) as bar:
@@ -259,7 +262,14 @@ def compare(
     return results if isinstance(kernel, (tuple, list)) or isinstance(unbiased, (tuple, list)) else frame
 
 
-def _as_given(k: Tensor) -> Tensor: return k
+class _FromRelations(MinibatchCKA):
+    "Is given Gram matrices (n, n) instead of features, and centres those of all layers together."
+    def _stack(self, layers, dtype):
+        k = torch.stack(layers)
+        k = _u_center(k) if self.unbiased else _double_center(k)
+        size = torch.maximum(k.amax((-2, -1)), -k.amin((-2, -1)))
+        size = torch.where(size > 0, size, 1)
+        return k.div_(size[:, None, None]).flatten(1), _float64(size)
 
 
 def _kernel_name(kernel) -> str:
@@ -290,7 +300,7 @@ def save_comparison(
 ):
     "Write a comparison and its attrs, atomically."
     from rcka.trainer import write_atomic
-    about = {"format": COMPARISON_FORMAT, "rows": frame.index.name, "columns": frame.columns.name, "attrs": frame.attrs}
+    about = {"format": COMPARISON_FORMAT, "shape": list(frame.shape), "rows": frame.index.name, "columns": frame.columns.name, "attrs": frame.attrs}
     if Path(path).suffix == ".csv": text = f"# {json.dumps(about)}\n" + frame.to_csv(lineterminator="\n")
     elif Path(path).suffix == ".json":
         text = json.dumps(about | {"index": list(frame.index), "header": list(frame.columns), "values": frame.values.tolist()}, indent=1) + "\n"
@@ -308,7 +318,10 @@ def load_comparison(
         about = json.loads(text.partition("\n")[0][1:] if text.startswith("#") else text)
         if about["format"] != COMPARISON_FORMAT: raise ValueError(f"its format is {about['format']!r}, this version reads {COMPARISON_FORMAT}")
         if "values" in about: frame = pd.DataFrame(about["values"], about["index"], about["header"], dtype=float)
-        else: frame = pd.read_csv(io.StringIO(text.partition("\n")[2]), index_col=0, float_precision="round_trip").astype(float)
+        else:
+            head, *rows = csv.reader(io.StringIO(text.partition("\n")[2]))
+            frame = pd.DataFrame([row[1:] for row in rows], [row[0] for row in rows], head[1:]).astype(float)
+        if list(frame.shape) != about["shape"] or not text.endswith("\n"): raise ValueError(f"it holds {frame.shape} of {tuple(about['shape'])} values")
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is no comparison, or cut short: {e}") from e
     frame.index.name, frame.columns.name = about["rows"], about["columns"]
     frame.attrs = about["attrs"]
@@ -435,11 +448,14 @@ def plot_grams(
     top = float(abs(off).max()) * 0.7 or 1.0
     fig, axes = _plt().subplots(1, len(names), figsize=(2.7 * len(names) + 0.8, 2.9), sharey=True, layout="constrained", squeeze=False)
     starts = [i for i in range(len(frame)) if not i or frame.index[i] != frame.index[i - 1]]
+    middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(frame)])]
     for ax, name in zip(axes[0], names):
         image = ax.imshow(frame[name], cmap="cividis", vmin=-top, vmax=top, interpolation="nearest")
-        ax.set(title=name, xlabel="image, sorted by class", xticks=starts, yticks=starts)
-        ax.set_xticklabels(frame.index[starts], fontsize=7); ax.set_yticklabels(frame.index[starts], fontsize=7)
-    axes[0, 0].set_ylabel("image, sorted by class")
+        ax.set(title=name, xlabel="class of the image")
+        ax.set_xticks(middles, frame.index[starts], fontsize=8); ax.set_yticks(middles, frame.index[starts], fontsize=8)
+        ax.tick_params(length=0)
+        for at in starts[1:]: ax.axhline(at - 0.5, color="white", linewidth=0.4); ax.axvline(at - 0.5, color="white", linewidth=0.4)
+    axes[0, 0].set_ylabel("class of the image")
     fig.colorbar(image, ax=axes, label="centred relation (unit norm)")
     return axes[0]
 
@@ -460,6 +476,7 @@ def plot_along(
         ax.fill_between(line.index, line["min"], line["max"], color=style["color"], alpha=0.15, linewidth=0)
         ends.append((line["mean"].iloc[-1], line.index[-1], name, style["color"]))
     _name_ends(ax, sorted(ends))
+    if frame[x].dtype.kind == "i": ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel=x, ylabel=y); ax.spines[["top", "right"]].set_visible(False)
     return ax
 

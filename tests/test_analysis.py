@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -21,14 +22,14 @@ from rcka.analysis import (choose_layers, class_relations, compare, gram_frame, 
 from rcka.similarity import Gaussian, center, cka, gram
 from rcka.taps import Taps
 
-matplotlib = pytest.importorskip("matplotlib")
-matplotlib.use("Agg")
+pytest.importorskip("matplotlib").use("Agg")
+from matplotlib import pyplot as plt
 
 
 @pytest.fixture(autouse=True)
 def closed():
     yield
-    matplotlib.pyplot.close("all")
+    plt.close("all")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ IMAGES = torch.randn(36, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 def features(model, images, paths):
     model.eval()
-    with torch.no_grad(): return [f.double() for f in Taps(model, paths)(images).features]
+    with torch.no_grad(), Taps(model, paths) as taps: return [f.double() for f in taps(images).features]
 
 
 # ---- relations
@@ -231,8 +232,8 @@ def test_devices_may_differ(pair):
 # ---- memory
 
 class Peak(TorchDispatchMode):
-    "Bytes of the tensors that live at once, those of a network's forward included; views are counted once."
-    def __init__(self): super().__init__(); self.live, self.now, self.most = {}, 0, 0
+    "Bytes of the tensors that live at once and were not there before; views are counted once."
+    def __init__(self, *before): super().__init__(); self.live, self.now, self.most = {t.untyped_storage()._cdata: 0 for t in before}, 0, 0
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
         for t in tree_leaves(out):
@@ -241,7 +242,6 @@ class Peak(TorchDispatchMode):
             if storage._cdata in self.live: continue
             self.live[storage._cdata] = storage.nbytes()
             self.now += storage.nbytes()
-            import weakref
             weakref.finalize(storage, self.gone, storage._cdata)
         self.most = max(self.most, self.now)
         return out
@@ -251,7 +251,7 @@ class Peak(TorchDispatchMode):
 def test_relations_of_a_wide_layer_hold_one_block():
     x = torch.randn(8, 64, 100, 100)  # 20 MB
     for layout in (x, x.to(memory_format=torch.channels_last)):
-        with Peak() as peak: relations(layout, block=2**16)
+        with Peak(layout) as peak: relations(layout, block=2**16)
         assert peak.most < 12 * 2**16
 
 
@@ -263,7 +263,7 @@ def test_budgets_are_kept_and_stated(pair, budget):
             for layer in self.layers: x = layer(x)
             return x
     images = torch.randn(300, 2000)
-    with Peak() as peak: frame = compare(Nothing(), Nothing(), [images], budget=budget)
+    with Peak(images) as peak: frame = compare(Nothing(), Nothing(), [images], budget=budget)
     assert peak.most <= budget
     assert frame.attrs["budget"] == budget and frame.attrs["samples"] == 300 and np.allclose(frame, 1)
     assert memory_needed(frame.attrs["largest_batch"], 40, 0) <= budget
