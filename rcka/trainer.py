@@ -479,7 +479,9 @@ class Trainer(Run):
         self.parameters = [p for p in [*student.parameters(), *method.parameters()] if p.requires_grad]
         self.optimizer = torch.optim.SGD(self.parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
                                          nesterov=recipe.nesterov, fused=device.type in ("cpu", "cuda"))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        for p in self.parameters if recipe.momentum else []:  # a first step that the scaler skips would leave them as they came from memory
+            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=recipe.precision == "fp16")
         self.looked, self.look = 0, None
         super().__init__(folder, recipe, device, {"student": student, "method": method, "optimizer": self.optimizer, "scaler": self.scaler},
                          {"torch": str(torch.__version__), "device": device.type, "threads": torch.get_num_threads(), "processes": processes()[1],
@@ -614,7 +616,8 @@ def _one_epoch(now: list[Trainer], share, caught: list[int]):
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e): raise
         raise OutOfMemory(f"out of memory in epoch {epoch + 1}, step {first.step + 1} ({str(e).splitlines()[0] if str(e) else type(e).__name__}). {first.kept()} "
                           "Start again with a smaller batch_size, precision='bf16', or less else on the device") from e
-    for t in now: t.save(checkpoint=t.epoch == t.recipe.epochs)
+    due = time.perf_counter() - first.saved >= first.checkpoint_seconds
+    for t in now: t.save(checkpoint=due or t.epoch == t.recipe.epochs)
 
 
 def _surely(batches, n: int, save):
