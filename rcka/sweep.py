@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import re
 import signal
-import tempfile
 import threading
 import time
 import traceback
@@ -24,11 +23,10 @@ import nbformat
 import papermill
 import torch
 from filelock import FileLock, Timeout
-from papermill.engines import NBClientEngine
-from traitlets.config import Config
 
 import rcka
 from .data import checkout, load_dataset
+from .engine import Engine
 from .experiments import Experiment, Result, _claim, published, runs_root
 from .losses import create_method, nearest
 from .models import create_model, list_models, load_checkpoint
@@ -36,8 +34,8 @@ from .trainer import Distiller, write_atomic
 
 # %% auto #0
 __all__ = ['FULL', 'grid', 'paper_pairs', 'with_teachers', 'misfits', 'notebook_for', 'parameters', 'fingerprint', 'value_of',
-           'Engine', 'private_folder', 'execute', 'Outcome', 'work', 'write_failure', 'state', 'epochs_done',
-           'Processes', 'Work', 'slurm', 'Tally', 'DiskFull', 'sweep']
+           'execute', 'Outcome', 'work', 'write_failure', 'state', 'epochs_done', 'Processes', 'Work', 'slurm', 'Tally',
+           'DiskFull', 'sweep']
 
 # %% ../nbs/method/09_sweep.ipynb #a60dbc75
 def grid(
@@ -136,24 +134,9 @@ def value_of(text: str):
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
-# %% ../nbs/method/09_sweep.ipynb #e1011c5d
-class Engine(NBClientEngine):
-    "papermill's own engine, its kernels on IPC sockets in a folder that only this user can read."
-    @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
-        if os.name != "posix": return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
-        with private_folder() as folder:
-            config = Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}})
-            return super().execute_managed_notebook(nb_man, kernel_name, config=config, **kwargs)
+# %% ../nbs/method/09_sweep.ipynb #6cd6575d
+papermill.engines.papermill_engines.register("rcka", Engine)  # for a checkout that was never installed
 
-
-def private_folder() -> tempfile.TemporaryDirectory:
-    "A temporary folder with a path short enough for a socket: 107 bytes is all a kernel takes."
-    where = tempfile.gettempdir()
-    return tempfile.TemporaryDirectory(prefix="rcka-", dir=where if len(os.fsencode(where)) < 70 else "/tmp")
-
-
-papermill.engines.papermill_engines.register("rcka", Engine)
 
 
 def execute(notebook: Path | str, output: Path | str, values: dict, progress: bool = False):
