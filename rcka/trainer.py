@@ -268,13 +268,15 @@ def mixed(device: str, precision: str):
     return torch.autocast(device, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels need; read once, when CUDA starts
+
+
 @contextlib.contextmanager
 def determinism(on: bool):
     "Deterministic kernels inside, the old setting after."
     was, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not on  # the fastest kernel for these shapes may be another one next time
     if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try: yield
     finally:
@@ -351,6 +353,7 @@ class Run:
         "Write the folder's files, each one atomically, the checkpoint last. Only the first process writes."
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
+        if checkpoint: self.saved = now
         if processes()[0]: return
         student = self.parts["student"]
         try:
@@ -358,9 +361,7 @@ class Run:
                 if self.best is self.history[-1]: write_atomic(self.folder / "best.safetensors", as_safetensors(student))
                 if self.epoch == self.recipe.epochs: write_atomic(self.folder / "last.safetensors", as_safetensors(student))
                 write_atomic(self.folder / "metrics.csv", as_csv(self.history))
-            if checkpoint:
-                save_checkpoint(self.folder, self._state(), self.keep)
-                self.saved = time.perf_counter()
+            if checkpoint: save_checkpoint(self.folder, self._state(), self.keep)
         except OSError as e:
             raise OSError(e.errno, f"the state of the run could not be written ({e.strerror}). {self.kept()} Free space or make the folder writable, and start again", str(self.folder)) from e
 

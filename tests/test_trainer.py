@@ -181,3 +181,27 @@ def test_random_numbers_outside_are_left_alone(data, tmp_path):
     torch.manual_seed(11)
     t.fit(progress=False)
     assert torch.equal(torch.rand(3), expected)
+
+
+# speed
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_host_synchronisation_in_a_step(data, tmp_path, precision):
+    t = trainer(data, tmp_path, device="cuda", recipe={"precision": precision})
+    batches = list(t.train.epoch(0))
+    t.begin_epoch()
+    t.train_step(batches[0])
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for batch in batches[1:]: t.train_step(batch)
+    finally: torch.cuda.set_sync_debug_mode("default")
+
+
+def test_speed_notebook(tmp_path):
+    "The benchmark runs, small."
+    import papermill
+    done = papermill.execute_notebook(Path(__file__).parents[1] / "nbs/benchmarks/speed.ipynb", tmp_path / "speed.ipynb", cwd=tmp_path, progress_bar=False, kernel_name="python3",
+        parameters=dict(teacher="resnet14", student="resnet8", batch_size=16, classes=10, image=16, rounds=1, images=64, seeds=[0, 1]))
+    text = "".join(str(o.get("text", "")) for cell in done["cells"] for o in cell.get("outputs", []))
+    assert "2 students together" in text and "RCKA's terms" in text
