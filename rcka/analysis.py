@@ -49,7 +49,7 @@ def _float64(k: Tensor) -> Tensor:
 
 def _size(x: Tensor, dtype) -> Tensor | None:
     "A power of two near the size of the features, so that products neither overflow nor vanish; None where there is no danger."
-    size = x[:2].abs().amax().to(dtype)
+    size = torch.linalg.vector_norm(x[:2], math.inf).to(dtype)
     size = torch.exp2(torch.where(size > 0, size, 1).log2().floor())  # division by a power of two is exact
     return None if x.device.type == "cpu" and 1e-8 < size.item() < 1e8 else size  # elsewhere a look costs a wait for the device
 
@@ -539,7 +539,8 @@ def _scatter(frame, x, y, by, ax):
         rows = frame[frame[by] == name]
         ax.scatter(rows[x], rows[y], s=14, alpha=0.6, linewidths=0, **look)
         ax.scatter(*means.loc[name], s=60, edgecolors="black", linewidths=0.6, **look)
-        ax.annotate(name, means.loc[name], (6, 5), textcoords="offset points", fontsize=8)
+        left = int(means[x].rank(method="first")[name]) % 2 != len(means) % 2  # neighbours name themselves to different sides
+        ax.annotate(name, means.loc[name], (-6 if left else 6, 5), textcoords="offset points", ha="right" if left else "left", fontsize=8)
     ax.set(xlabel=x, ylabel=f"{y} (%)" if y.startswith("top") else y); ax.margins(0.12); ax.spines[["top", "right"]].set_visible(False)
     return ax, means
 
