@@ -47,15 +47,20 @@ def _float64(k: Tensor) -> Tensor:
     return (k.cpu() if k.device.type == "mps" else k).double()
 
 
-def _product(x: Tensor, shift: bool, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    "(n, p) to X X' in float64, of centred columns if `shift`; and the squared length of what was taken away."
+def _size(x: Tensor, dtype) -> Tensor | None:
+    "A power of two near the size of the features, so that products neither overflow nor vanish; None where there is no danger."
+    size = torch.linalg.vector_norm(x[:2], math.inf).to(dtype)
+    size = torch.exp2(torch.where(size > 0, size, 1).log2().floor())  # division by a power of two is exact
+    return None if x.device.type == "cpu" and 1e-8 < size.item() < 1e8 else size  # elsewhere a look costs a wait for the device
+
+
+def _product(x: Tensor, shift: bool, size: Tensor | None, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    "(n, p) to X X' / size^2 in float64, of centred columns if `shift`; and the squared length of what was taken away."
     x = x.to(scratch.dtype)
     mean = x.mean(0) if shift else x.new_zeros(x.shape[1])
-    size = torch.maximum(torch.linalg.vector_norm(mean, math.inf), torch.linalg.vector_norm(x[0], math.inf))
-    size = torch.exp2(torch.where(size > 0, size, 1).log2().floor())  # near one after division, which a power of two makes exact
-    centred = torch.addcmul(-mean / size, x, 1 / size, out=scratch[:x.numel()].view(x.shape))
-    scale = _float64(size).square()
-    return _float64(centred @ centred.mT) * scale, _float64((mean / size).square().sum()) * scale
+    x = torch.sub(x, mean, out=scratch[:x.numel()].view(x.shape))
+    if size is not None: x, mean = x.div_(size), mean / size
+    return _float64(x @ x.mT), _float64(mean @ mean)
 
 # %% ../nbs/method/10_analysis.ipynb #9b3c8631
 @full_precision
@@ -73,9 +78,11 @@ def relations(
     shift = not isinstance(kernel, Polynomial)
     columns = max(1, min(block, x.numel()) // len(x))
     scratch = x.new_empty(columns * len(x), dtype=torch.promote_types(x.dtype, torch.float32))  # one for all blocks: memory that is warm
-    k, away = map(sum, zip(*(_product(part, shift, scratch) for part in _blocks(x.detach(), columns))))
+    size = _size(x.detach(), scratch.dtype)
+    k, away = map(sum, zip(*(_product(part, shift, size, scratch) for part in _blocks(x.detach(), columns))))
     rounding = (8 * torch.finfo(scratch.dtype).eps) ** 2 * away
     k = torch.where(k.diagonal().max() > rounding, k, 0 * k)  # what rounding leaves of constant features is zero
+    if size is not None: k = k * _float64(size).square()
     if isinstance(kernel, Linear): return k
     if isinstance(kernel, Polynomial): return (k / (x.numel() // len(x)) + kernel.offset) ** kernel.degree
     d = k.diagonal()
@@ -532,7 +539,8 @@ def _scatter(frame, x, y, by, ax):
         rows = frame[frame[by] == name]
         ax.scatter(rows[x], rows[y], s=14, alpha=0.6, linewidths=0, **look)
         ax.scatter(*means.loc[name], s=60, edgecolors="black", linewidths=0.6, **look)
-        ax.annotate(name, means.loc[name], (6, 5), textcoords="offset points", fontsize=8)
+        left = int(means[x].rank(method="first")[name]) % 2 != len(means) % 2  # neighbours name themselves to different sides
+        ax.annotate(name, means.loc[name], (-6 if left else 6, 5), textcoords="offset points", ha="right" if left else "left", fontsize=8)
     ax.set(xlabel=x, ylabel=f"{y} (%)" if y.startswith("top") else y); ax.margins(0.12); ax.spines[["top", "right"]].set_visible(False)
     return ax, means
 

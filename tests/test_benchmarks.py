@@ -45,3 +45,18 @@ def test_digits(tmp_path, monkeypatch):
 
 def test_bounds(tmp_path, monkeypatch):
     assert "rank correlation" in execute("bounds", tmp_path, monkeypatch, epochs=2, teacher_epochs=1, samples=16)
+
+
+def test_analysis(tmp_path, monkeypatch):
+    text = execute("analysis", tmp_path, monkeypatch, **small | {"epochs": 2}, teacher_epochs=1, methods=["none", "kd", "rcka"], probe=200)
+    assert "similarity of logits" in text
+    made = {p.name for p in (tmp_path / "figures" / "analysis").iterdir()}
+    assert {"digits-none.csv", "digits-rcka.csv", "digits-runs.csv", "digits-along.csv", "digits-before-after.png", "digits-grams.svg"} <= made
+
+
+def test_speed_analysis(tmp_path, monkeypatch):
+    pytest.importorskip("torch_cka")
+    monkeypatch.setenv("PYTHONPATH", str(benchmarks.parent.parent))
+    done = papermill.execute_notebook(benchmarks / "speed_analysis.ipynb", tmp_path / "out.ipynb", dict(batches=1, batch_size=8, image_size=32, layers=6),
+                                      cwd=tmp_path, progress_bar=False, kernel_name="python3")
+    assert "times as long" in str(done)
