@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import hashlib
 import io
 import math
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
@@ -96,21 +96,17 @@ def remove_parts(folder: Path | str):
 def claimed(folder: Path | str):
     "Hold a folder for this process: made if need be, writable, and nobody else's while the context lasts."
     folder = Path(folder)
+    lock = FileLock(folder / ".trainer.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".trainer.lock", "w")
+        lock.acquire(timeout=0)  # the system lets go of it when the process dies, however it dies
+    except Timeout: raise FolderBusy(f"another process is training in {folder}; wait for it, or give another folder") from None
     except OSError as e:
         raise OSError(e.errno, f"cannot write to the folder of the run ({e.strerror}); nothing was changed. Make it writable, or give another", str(folder)) from None
-    with lock:
-        try:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies, however it dies
-        except ImportError: pass  # not a Unix
-        except OSError as e:
-            if e.errno not in (errno.EAGAIN, errno.EACCES): warnings.warn(f"{folder}: this file system has no locks; see to it that no other process trains here")
-            else: raise FolderBusy(f"another process is training in {folder}; wait for it, or give another folder") from None
+    try:
         remove_parts(folder)
         yield
+    finally: lock.release()
 
 
 class FolderBusy(RuntimeError):
