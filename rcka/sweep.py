@@ -248,7 +248,7 @@ class Processes(Executor):
 
     def _call(self, fn, args, kwargs):
         answer, pipe = _context.Pipe(duplex=False)
-        process = _context.Process(target=_child, args=(pipe, fn, args, kwargs))
+        process = _context.Process(target=_child, args=(pipe, dict(os.environ), fn, args, kwargs))
         process.start()
         pipe.close()
         self._running.add(process)
@@ -272,7 +272,8 @@ class Processes(Executor):
     def __exit__(self, kind, *_): self.shutdown(cancel_futures=kind is not None)
 
 
-def _child(pipe, fn, args, kwargs):
+def _child(pipe, environment, fn, args, kwargs):
+    os.environ.update(environment)  # the fork server's may be older
     with contextlib.suppress(AttributeError, OSError): os.setpgid(0, 0)  # Ctrl-C in the terminal is for the sweep, which then ends us
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -10,8 +10,8 @@ import pytest
 import typer
 
 from rcka.cli import app, main
-from rcka.experiments import Experiment, Result
-from rcka.sweep import fingerprint, grid, state
+from rcka.experiments import Experiment
+from rcka.sweep import fingerprint, state
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sweep_stub import write_stub
@@ -43,7 +43,7 @@ def test_every_option_has_help(says):
         assert says(name, "--help")[0] == 0
 
 
-def test_completion(monkeypatch):
+def test_completion():
     "Shell completion gives the commands."
     env = {**os.environ, "_RCKA_COMPLETE": "complete_bash", "COMP_WORDS": "rcka s", "COMP_CWORD": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     code = "import sys; sys.argv[0] = 'rcka'; from rcka.cli import app; app(prog_name='rcka')"

@@ -1,25 +1,21 @@
 "rcka.sweep: what needs processes, kernels, locks, signals and a full disk. Most runs go through the stand-in notebook of sweep_stub."
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from rcka.experiments import Experiment, Result
-from rcka.sweep import DiskFull, Outcome, Processes, execute, fingerprint, grid, misfits, state, sweep, with_teachers, work
+from rcka.experiments import Experiment, run
+from rcka.sweep import DiskFull, Processes, _context, execute, fingerprint, grid, misfits, state, sweep, with_teachers, work
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sweep_stub import write_stub
-
-REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -124,36 +120,43 @@ def test_really_full_disk(stub, tmp_path):
     finally: subprocess.run(["umount", root], check=True)
 
 
-SWEEP = "import sys; from rcka.sweep import *; from tests_pairs import runs; out = sweep(runs, sys.argv[1], Processes(2), sys.argv[2], every=0.1); print(sorted(o.state for o in out))"
+def a_sweep(root, stub, seconds):
+    "A sweep in a process of its own, two runs at a time."
+    os.environ["STUB_SECONDS"] = str(seconds)
+    out = sweep(pairs("none,kd,rcka", (0, 1), epochs=4), root, Processes(2), stub, every=0.1)
+    assert {o.state for o in out} <= {"done", "found"}, out
 
 
-def start(root, stub, tmp_path, **env):
-    (tmp_path / "tests_pairs.py").write_text("from rcka.sweep import grid\nruns = grid('digits', 'resnet14:resnet8', 'none,kd,rcka', [0, 1], epochs=4)\n")
-    env = {**os.environ, "PYTHONPATH": f"{REPO}:{tmp_path}", "STUB_SECONDS": "0.2", **env}
-    return subprocess.Popen([sys.executable, "-c", SWEEP, str(root), str(stub)], env=env, stdout=subprocess.PIPE, text=True, cwd=REPO)
+def start(target, *args):
+    process = _context.Process(target=target, args=args)
+    process.start()
+    return process
 
 
-def test_two_sweeps_at_once(stub, tmp_path):
+def ended(process):
+    process.join(200)
+    return process.exitcode == 0
+
+
+def test_two_sweeps_at_once(stub, tmp_path, pool):
     "On one folder: nothing is run twice, both end, both say that all is done."
     root = tmp_path / "runs"
-    both = [start(root, stub, tmp_path) for _ in range(2)]
-    said = [p.communicate(timeout=200)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0] and not any("failed" in s for s in said), said
+    both = [start(a_sweep, root, stub, 0.2) for _ in range(2)]
+    assert all(map(ended, both))
     assert {p.parent.name: len(lines(p)) for p in root.glob("*/starts")} == {p.name: 1 for p in root.iterdir()}
     assert len(list(root.iterdir())) == 7 and all(state(p) == "done" for p in root.iterdir())
 
 
-def test_killed_and_started_again(stub, tmp_path):
+def test_killed_and_started_again(stub, tmp_path, pool):
     "SIGKILL in the middle: no process stays behind, and the next sweep goes on from the last epochs."
     root = tmp_path / "runs"
-    killed = start(root, stub, tmp_path, STUB_SECONDS="0.7")
+    killed = start(a_sweep, root, stub, 0.7)
     until(lambda: any(len(lines(p)) >= 2 for p in root.glob("*/epochs")))
     pids = [pid for p in root.glob("*/starts") for pid in lines(p)]
-    killed.kill(); killed.wait()
+    killed.kill(); killed.join()
     until(lambda: not any(alive(pid) for pid in pids), 15)
     assert {"done"} != {state(p) for p in root.iterdir()}
-    again = start(root, stub, tmp_path, STUB_SECONDS="0")
-    assert "failed" not in again.communicate(timeout=200)[0] and again.returncode == 0
+    assert ended(start(a_sweep, root, stub, 0))
     assert all(state(p) == "done" for p in root.iterdir())
     assert all(lines(p) == ["1", "2", "3", "4"] for p in root.glob("*/epochs"))  # no epoch twice
 
@@ -166,7 +169,7 @@ def test_other_executors(executor, stub, tmp_path):
         submitit = pytest.importorskip("submitit")
         made, share = submitit.AutoExecutor(folder=tmp_path / "jobs", cluster="local"), 2
         made.update_parameters(timeout_min=5)
-    assert states(sweep(pairs("none", (0, 1, 66)), tmp_path / "runs", made, stub, runs_per_job=share, every=0.1)) == {"done": 2, "failed": 1}
+    assert states(sweep(pairs("none", (0, 66)), tmp_path / "runs", made, stub, runs_per_job=share, every=0.1)) == {"done": 1, "failed": 1}
 
 
 SOCKETS = """
@@ -192,14 +195,16 @@ def test_kernel_is_not_on_tcp(tmp_path, monkeypatch):
     assert json.loads(said) == ["ipc", 0, []]
 
 
-NOTEBOOK = "import sys; from rcka.experiments import *; r = run(Experiment('digits', 'resnet8', 'resnet8', 'kd', epochs=2, train_limit=100, test_limit=100), sys.argv[1], progress=False); print(r)"
+def a_run(root, said):
+    e = Experiment("digits", "resnet8", "resnet8", "kd", epochs=2, train_limit=100, test_limit=100)
+    Path(said).write_text(str(run(e, root, progress=False)))
 
 
-def test_two_notebooks_side_by_side(tmp_path):
+def test_two_notebooks_side_by_side(tmp_path, pool):
     "`run` twice at once: one trains, the other waits and finds its result."
-    two = [subprocess.Popen([sys.executable, "-c", NOTEBOOK, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    first, second = (p.communicate(timeout=200)[0] for p in two)
-    assert first == second and first and len(list(tmp_path.iterdir())) == 2
+    root, said = tmp_path / "runs", [tmp_path / "a", tmp_path / "b"]
+    assert all(map(ended, [start(a_run, root, path) for path in said]))
+    assert said[0].read_text() == said[1].read_text() and len(list(root.iterdir())) == 2
 
 
 def test_misfits():
