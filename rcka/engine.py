@@ -6,21 +6,20 @@ from __future__ import annotations
 import os
 import tempfile
 
-from papermill.engines import NBClientEngine
-from traitlets.config import Config
-
 # %% auto #0
 __all__ = ['Engine', 'private_folder']
 
 # %% ../nbs/method/09a_engine.ipynb #b762918f
-class Engine(NBClientEngine):
+class Engine:
     "papermill's own engine, its kernels on IPC sockets in a folder that only this user can read."
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
-        if os.name != "posix": return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+    def execute_notebook(cls, nb, kernel_name, **kwargs):
+        from papermill.engines import NBClientEngine  # here: papermill loads this module while it is itself being imported
+        from traitlets.config import Config
+        if os.name != "posix": return NBClientEngine.execute_notebook(nb, kernel_name, **kwargs)
         with private_folder() as folder:
             config = Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}})
-            return super().execute_managed_notebook(nb_man, kernel_name, config=config, **kwargs)
+            return NBClientEngine.execute_notebook(nb, kernel_name, config=config, **kwargs)
 
 
 def private_folder() -> tempfile.TemporaryDirectory:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 root = Path(__file__).parent.parent
@@ -36,6 +37,13 @@ print(len(rcka.list_methods()))
 """)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 5
+
+
+@pytest.mark.parametrize("first", ["papermill", "rcka.engine", "rcka.sweep", "rcka.cli"])
+def test_papermill_and_its_engine_import_in_any_order(first):
+    "papermill loads the engine of an installed rcka while it is itself being imported."
+    done = python(f"import {first}, papermill.engines, rcka.sweep; print(papermill.engines.papermill_engines.get_engine('rcka').__module__)")
+    assert done.stdout.strip() == "rcka.engine", done.stderr
 
 
 def test_readme_loop_runs():
