@@ -38,6 +38,6 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    entry_points={"console_scripts": [cfg["console_scripts"]], "papermill.engine": ["rcka=rcka.engine:Engine"], "nbdev": ["rcka=rcka._modidx:d"]},
+    entry_points={"console_scripts": [cfg["console_scripts"]], "papermill.engine": ["rcka=rcka.engine:engine"], "nbdev": ["rcka=rcka._modidx:d"]},
     zip_safe=False,
 )

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 import rcka
 from .data import checkout, load_dataset
-from .engine import Engine
+from .engine import engine
 from .experiments import Experiment, Result, _claim, published, runs_root
 from .losses import create_method, nearest
 from .models import create_model, list_models, load_checkpoint
@@ -135,7 +135,7 @@ def value_of(text: str):
     except (ValueError, SyntaxError): return text
 
 # %% ../nbs/method/09_sweep.ipynb #6cd6575d
-papermill.engines.papermill_engines.register("rcka", Engine)  # for a checkout that was never installed
+papermill.engines.papermill_engines.register("rcka", engine)  # for a checkout that was never installed
 
 
 

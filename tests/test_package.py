@@ -42,7 +42,7 @@ print(len(rcka.list_methods()))
 @pytest.mark.parametrize("first", ["papermill", "rcka.engine", "rcka.sweep", "rcka.cli"])
 def test_papermill_and_its_engine_import_in_any_order(first):
     "papermill loads the engine of an installed rcka while it is itself being imported."
-    done = python(f"import {first}, papermill.engines, rcka.sweep; print(papermill.engines.papermill_engines.get_engine('rcka').__module__)")
+    done = python(f"import {first}, papermill.engines, rcka.sweep; print(papermill.engines.papermill_engines.get_engine('rcka').__class__.__module__)")
     assert done.stdout.strip() == "rcka.engine", done.stderr
 
 
