@@ -36,7 +36,7 @@ def paper_lr(network: str) -> float:
     "Learning rate of the CIFAR-100 protocol: 0.01 for MobileNet and ShuffleNet, 0.05 for the rest (Tian et al. 2020)."
     return 0.01 if any(name in network for name in ("mobilenet", "shufflenet")) else 0.05
 
-
+# %% ../nbs/method/08_experiments.ipynb #5f1558ea
 @dataclass(frozen=True)
 class Experiment:
     "One run: a student trained on a dataset, alone or by a method from a teacher."
@@ -160,7 +160,7 @@ class Result:
         if found != RESULT_FORMAT: raise ValueError(f"{path} has result format {found!r}; this version reads format {RESULT_FORMAT}")
         return cls(**values)
 
-
+# %% ../nbs/method/08_experiments.ipynb #f328a063
 def runs_root(root: Path | str | None = None) -> Path:
     "Where runs live: `root`, else RCKA_RUNS, else runs/ of the checkout, else ./runs."
     if root or os.environ.get("RCKA_RUNS"): return Path(root or os.environ["RCKA_RUNS"])
@@ -234,7 +234,7 @@ def _run(experiment, root, folder, device, progress, options) -> Result:
     together()
     return result
 
-
+# %% ../nbs/method/08_experiments.ipynb #23c68f63
 @contextlib.contextmanager
 def _alone(folder: Path):
     "Hold the lock of a run's folder; wait for whoever has it. However a process ends, its lock goes with it."

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .similarity import as_features, as_real, check_pair, cka, cosine, full_precision
+from .similarity import _debias, _scaled, as_features, as_real, check_pair, cka, cosine, full_precision
 
 # %% auto #0
 __all__ = ['fcka', 'IntraInter', 'intra_inter', 'lcka', 'Outputs', 'Layers', 'Method', 'register', 'list_methods', 'nearest',
@@ -40,11 +40,6 @@ class IntraInter(NamedTuple):
     inter: Tensor  # columns against columns
 
 
-def _unit(z: Tensor) -> Tensor:
-    size = z.detach().abs().amax((-2, -1), keepdim=True)
-    return z / torch.where(size > 0, size, torch.ones_like(size))
-
-
 def intra_inter(
     student: Tensor,         # (*batch, n, p)
     teacher: Tensor,         # (*batch, n, p)
@@ -56,13 +51,13 @@ def intra_inter(
     if p < n: return IntraInter(*reversed(intra_inter(student.mT, teacher.mT, center, unbiased)))
     z = torch.stack([student, teacher])  # (2, *batch, n, p): both sides in one launch
     if not center:
-        z = _unit(z)
+        z = _scaled(z)
         k = z @ z.mT
         c = z[0] @ z[1].mT
         aa, bb = k.square().sum((-2, -1))
         return IntraInter(cosine((k[0] * k[1]).sum((-2, -1)), aa, bb), cosine(c.square().sum((-2, -1)), aa, bb))
     z = z - z[..., :1, :1].detach()  # constant logits become exact zeros
-    z = _unit(z - z.mean((-2, -1), keepdim=True))
+    z = _scaled(z - z.mean((-2, -1), keepdim=True))
     m, d = z.mean(-1, keepdim=True), z.mean(-2, keepdim=True)  # effects of the sample (n, 1) and of the class (1, p)
     z = torch.cat([z - m - d, n**0.5 * d], -2)  # D with the row sqrt(n) d: (2, *batch, n + 1, p)
     k = z @ z.mT
@@ -76,12 +71,6 @@ def intra_inter(
         a, b = z.square().sum(-2)
         cross, norms = _debias(cross, a, b), torch.stack([_debias(norms[0], a, a), _debias(norms[1], b, b)])
     return IntraInter(cosine(inner, *rows), cosine(cross, *norms))
-
-
-def _debias(inner: Tensor, k: Tensor, l: Tensor) -> Tensor:
-    "n(n-3) HSIC_1 from <K, L> and the diagonals (*batch, n) of two centred linear Gram matrices."
-    n = k.shape[-1]
-    return inner - n / (n - 2) * (k * l).sum(-1) + k.sum(-1) * l.sum(-1) / ((n - 1) * (n - 2))
 
 # %% ../nbs/method/01_losses.ipynb #b455759e
 def _row_normalised_alignment(x: Tensor, y: Tensor) -> Tensor:
@@ -201,7 +190,7 @@ def create_method(
     methods = [_METHODS[part](**own[part]) for part in parts]
     return methods[0] if len(methods) == 1 else Sum(methods)
 
-
+# %% ../nbs/method/01_losses.ipynb #e1c2cb0e
 @register("none")
 class Alone(Method):
     "The student alone: cross-entropy and nothing else."
@@ -268,7 +257,7 @@ class FCKA(_FeatureTerm, Method):
     def terms(self, student, teacher, target=None, index=None):
         return {"fcka": self.weight * (1 - self.feature_similarity(student, teacher, **self.options))}
 
-
+# %% ../nbs/method/01_losses.ipynb #89b211a1
 @register("lcka")
 class LCKA(Method):
     "intra * (1 - intra-LCKA) + inter * (1 - inter-LCKA) of the logits (Zhou et al. 2024). A weight of 0 leaves the term out."
@@ -288,7 +277,7 @@ class LCKA(Method):
         similarities = lcka(student.logits, teacher.logits, **self.options)
         return {name: w * (1 - s) for (name, w), s in zip(self.weights.items(), similarities) if w}
 
-
+# %% ../nbs/method/01_losses.ipynb #eb1246f2
 @register("rcka")
 class RCKA(_FeatureTerm, Method):
     "CE + alpha (1 - FCKA) + beta (1 - intra-LCKA) + gamma (1 - inter-LCKA): the combined method (Zhou et al. 2024)."
@@ -315,7 +304,7 @@ class RCKA(_FeatureTerm, Method):
         features = self.fcka.terms(student, teacher) if self.fcka.weight else {}
         return features | (self.lcka.terms(student, teacher) if any(self.lcka.weights.values()) else {})
 
-
+# %% ../nbs/method/01_losses.ipynb #5c94152b
 @register("rcka_released")
 class RCKAReleased(RCKA):
     "RCKA in the form and with the weights of the code around the paper: no centring, row-normalised logit Gram matrices with weight 15, a Gram of a Gram of the features with weight 1."

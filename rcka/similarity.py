@@ -76,7 +76,7 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     if same: d2 = d2 - torch.diag_embed(d2.diagonal(dim1=-2, dim2=-1))
     return d2.clamp_min(0)
 
-
+# %% ../nbs/theory/01_similarity.ipynb #13c0c310
 @dataclass(frozen=True)
 class Linear:
     r"$k(x, y) = \langle x, y \rangle$"
@@ -118,7 +118,7 @@ class Gaussian:
         variance = distances.flatten(d2.dim() - 2).median(-1).values[..., None, None]
         return -d2 / (2 * torch.where(variance > 0, variance, torch.ones_like(variance)))
 
-
+# %% ../nbs/theory/01_similarity.ipynb #6e26fcf2
 KERNELS = {"linear": Linear(), "polynomial": Polynomial(), "gaussian": Gaussian()}
 
 
@@ -201,13 +201,16 @@ def cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
     return torch.where(ok, xy, 0 * xy) / (torch.where(ok, xx, one).sqrt() * torch.where(ok, yy, one).sqrt())
 
 
+def _debias(inner: Tensor, k: Tensor, l: Tensor) -> Tensor:
+    "n(n-3) HSIC_1 from <K, L> and the diagonals (*batch, n) of two centred linear Gram matrices."
+    n = k.shape[-1]
+    return inner - n / (n - 2) * (k * l).sum(-1) + k.sum(-1) * l.sum(-1) / ((n - 1) * (n - 2))
+
+
 def _linear_hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
     "<K, L> or n(n-3) HSIC_1 of linear Gram matrices, from features (*batch, n, p) that are centred if `unbiased`."
-    n = x.shape[-2]
     inner = (x.mT @ y).square().sum((-2, -1))
-    if not unbiased: return inner
-    k, l = x.square().sum(-1), y.square().sum(-1)
-    return inner - n / (n - 2) * (k * l).sum(-1) + k.sum(-1) * l.sum(-1) / ((n - 1) * (n - 2))
+    return _debias(inner, x.square().sum(-1), y.square().sum(-1)) if unbiased else inner
 
 
 def _centred_gram(kernel, x: Tensor, unbiased: bool) -> Tensor:
@@ -217,7 +220,7 @@ def _centred_gram(kernel, x: Tensor, unbiased: bool) -> Tensor:
     size = lambda t: t.detach().abs().amax((-2, -1), keepdim=True)
     return torch.where(size(k) > 8 * torch.finfo(g.dtype).eps * size(g), k, 0 * k)
 
-
+# %% ../nbs/theory/01_similarity.ipynb #d4c7e937
 @full_precision
 def cka(
     x: Tensor,               # (*batch, n, ...): features of n samples
