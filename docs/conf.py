@@ -10,6 +10,7 @@ settings = settings["DEFAULT"]
 project, author, release = settings["title"], settings["author"], settings["version"]
 copyright = settings["copyright"]
 extensions = ["myst_nb"]
+exclude_patterns = ["figures/*.md"]  # reports to be read in the repository; their pictures are used
 
 # notebooks are committed executed: they are shown as they are
 nb_execution_mode = "off"
