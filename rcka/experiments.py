@@ -17,19 +17,21 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 
 import rcka
 from .baselines_features import paper_args
-from .data import checkout, load_dataset
+from .data import Batches, Dataset, checkout, load_dataset
 from .losses import create_method, nearest
 from .models import create_model, list_models, load_checkpoint
-from .trainer import Distiller, Recipe, Trainer, join, processes, together, write_atomic
+from .trainer import Distiller, Recipe, Trainer, fit_together, join, processes, together, write_atomic
 
 # %% auto #0
-__all__ = ['RESULT_FORMAT', 'TABLES', 'paper_lr', 'Experiment', 'Result', 'runs_root', 'run', 'summary', 'plot_run', 'published']
+__all__ = ['RESULT_FORMAT', 'OWN', 'TABLES', 'paper_lr', 'Experiment', 'Parts', 'Result', 'runs_root', 'run', 'run_together',
+           'summary', 'plot_run', 'published']
 
 # %% ../nbs/method/08_experiments.ipynb #1645c036
 def paper_lr(network: str) -> float:
@@ -83,13 +85,15 @@ class Experiment:
         if self.teacher and self.teacher_lr is None: fix("teacher_lr", self.lr or paper_lr(self.teacher))
         if self.lr is None: fix("lr", paper_lr(self.student))
         if self.method_args is None: fix("method_args", paper_args(self.method, self.teacher, self.student, self.dataset))
+        for name in filter(None, (self.student, self.teacher)):
+            if "/" not in name and name not in list_models(): raise ValueError(nearest(name, list_models(), "network"))
         if self.batch_size < 1: raise ValueError(f"batch_size must be positive, got {self.batch_size}")
-        Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})  # says what is wrong with it
-        create_method(self.method, self.method_args)                       # likewise
+        self.recipe                                   # says what is wrong with it
+        create_method(self.method, self.method_args)  # likewise
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
+        return Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe) if hasattr(self, f.name)})
 
     def to_dict(self) -> dict:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -128,18 +132,41 @@ class Experiment:
         return replace(self, student=self.teacher, method="none", method_args={}, seed=self.teacher_seed,
                        epochs=self.teacher_epochs or self.epochs, lr=self.teacher_lr, data_seed=None)
 
+    def prepare(self, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
+        "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
+        if beside is None:
+            data = load_dataset(self.dataset, limit=self.train_limit, test_limit=self.test_limit)
+            teacher, scores = _teacher(self, data, root, device, progress, options)
+            order = self.seed if self.data_seed is None else self.data_seed
+            train, test = data.batches(self.batch_size, train=True, device=device, seed=order), data.batches(train=False, device=device)
+            beside = Parts(None, train, test, teacher, scores, data)
+        torch.manual_seed(self.seed)
+        student = _network(self.student, beside.data, device)
+        method = create_method(self.method, self.method_args)
+        return beside._replace(task=Distiller(student, method, beside.teacher, self.student_paths, self.teacher_paths))
+
 # %% ../nbs/method/08_experiments.ipynb #d07f4ba6
 RESULT_FORMAT = 1
+
+
+class Parts(NamedTuple):
+    "What a trainer needs of an experiment. An experiment of another kind is a dataclass with `prepare`, `recipe`, `key` and `to_dict`."
+    task: Distiller
+    train: Batches
+    test: Batches
+    teacher: torch.nn.Module | None
+    scores: dict | None    # the teacher's, in per cent
+    data: Dataset | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     "What a run left: everything a table needs, and enough to run it again."
     experiment: dict         # the Experiment's fields
-    last: dict               # epoch, top1, top5 of the last epoch, in per cent
-    best: dict               # the same of the best epoch by test top-1
+    last: dict               # epoch and scores (top1, top5) of the last epoch, in per cent
+    best: dict               # the same of the best epoch by its score (test top-1)
     train: dict              # the last epoch's mean of every loss term, and the training accuracy
-    teacher: dict | None     # top1, top5 of the teacher, in per cent
+    teacher: dict | None     # scores (top1, top5) of the teacher, in per cent
     parameters: int          # of the student
     seconds: float           # wall time of this run, the teacher's training not counted; over all its parts if it was interrupted
     images_per_second: float # training images over `seconds`
@@ -147,6 +174,7 @@ class Result:
     versions: dict
     commit: str | None       # of the checkout, with a plus if it was changed; None where there is none
     finished: str            # UTC
+    company: int = 1         # how many runs shared the process and the teacher's forward pass; `seconds` is the time of all of them
     format: int = RESULT_FORMAT
 
     def save(self, path: Path | str): write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
@@ -213,24 +241,22 @@ def _run(experiment, root, folder, device, progress, options) -> Result:
     if processes()[0] == 0: _claim(folder, experiment)  # again, now that nobody else can
     together()
     if (folder / "result.json").exists(): return Result.load(folder / "result.json")
-    data = load_dataset(experiment.dataset, limit=experiment.train_limit, test_limit=experiment.test_limit)
-    teacher, accuracy = _teacher(experiment, data, root, device, progress, options)
+    parts = experiment.prepare(root, device, progress, options)
+    trainer = Trainer(parts.task, parts.train, parts.test, experiment.recipe, folder, **options)
+    trainer.fit(progress)
+    return _finish(experiment, trainer, parts.scores)
 
-    torch.manual_seed(experiment.seed)
-    student = _network(experiment.student, data, device)
-    method = create_method(experiment.method, experiment.method_args)
-    distiller = Distiller(student, method, teacher, experiment.student_paths, experiment.teacher_paths)
-    train = data.batches(experiment.batch_size, train=True, device=device, seed=experiment.seed if experiment.data_seed is None else experiment.data_seed)
-    trainer = Trainer(distiller, train, data.batches(train=False, device=device), experiment.recipe, folder, **options)
-    history = trainer.fit(progress)
 
-    pick = lambda row: {k: row[k] for k in ("epoch", "top1", "top5")}
-    scores = {"lr", "epoch", "top1", "top5"}
+def _finish(experiment, trainer: Trainer, teacher: dict | None, company: int = 1) -> Result:
+    "Write the result of a run that is done."
+    last, told = trainer.history[-1], [*trainer.names, *trainer.counted]
+    scores = lambda row: {k: v for k, v in row.items() if k not in ("lr", *told)}
     result = Result(
-        experiment.to_dict(), pick(history[-1]), pick(trainer.best), {k: v for k, v in history[-1].items() if k not in scores}, accuracy,
-        sum(p.numel() for p in student.parameters()), round(trainer.seconds, 1), round(train.samples * len(history) / trainer.seconds, 1),
-        _device_name(device), _versions(), _commit(), datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    if processes()[0] == 0: result.save(folder / "result.json")
+        experiment.to_dict(), scores(last), scores(trainer.best), {k: last[k] for k in told}, teacher,
+        sum(p.numel() for p in trainer.task.student.parameters()), round(trainer.seconds, 1),
+        round(trainer.train.samples * len(trainer.history) / trainer.seconds, 1),
+        _device_name(trainer.device), _versions(), _commit(), datetime.now(timezone.utc).isoformat(timespec="seconds"), company)
+    if processes()[0] == 0: result.save(trainer.folder / "result.json")
     together()
     return result
 
@@ -278,6 +304,41 @@ def _teacher(experiment, data, root, device, progress, options):
     result = run(own, root, device=str(device), progress=progress, **options)
     load_checkpoint(teacher, root / own.key / "last.safetensors")
     return teacher, {k: result.last[k] for k in ("top1", "top5")}
+
+# %% ../nbs/method/08_experiments.ipynb #4be29112
+def run_together(
+    experiments: list[Experiment],   # alike in dataset, batches, teacher, epochs and precision
+    root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
+    device: str | None = None,       # None: CUDA where there is one, else the CPU
+    progress: bool = True,
+    **options,                       # of `Trainer`
+) -> list[Result]:
+    "Run several experiments in one process, the teacher's forward pass shared; those that are done already are read."
+    for e in experiments[1:]: _check_shared(experiments[0], e)
+    root, device = runs_root(root), join(device)
+    folders = {root / e.key: e for e in experiments}
+    with contextlib.ExitStack() as held:
+        for folder in sorted(folders):  # in one order everywhere, so that nobody waits for each other
+            _claim(folder, folders[folder])
+            held.enter_context(_alone(folder))
+        parts, trainers = None, {}
+        for folder, e in folders.items():
+            if (folder / "result.json").exists(): continue
+            parts = e.prepare(root, device, progress, options, beside=parts)
+            trainers[folder] = Trainer(parts.task, parts.train, parts.test, e.recipe, folder, **options)
+        if trainers: fit_together(list(trainers.values()), progress)
+        for folder, trainer in trainers.items(): _finish(folders[folder], trainer, parts.scores, len(trainers))
+    return [Result.load(root / e.key / "result.json") for e in experiments]
+
+
+OWN = ("student", "method", "method_args", "seed", "data_seed", "student_paths", "teacher_paths",
+       "lr", "momentum", "weight_decay", "nesterov", "schedule", "lr_steps", "lr_decay")  # in which runs that share a teacher may differ
+
+
+def _check_shared(a: Experiment, b: Experiment):
+    shared = lambda e: {k: v for k, v in e.to_dict().items() if k not in OWN} | {"order of the data": e.seed if e.data_seed is None else e.data_seed}
+    differ = [f"{k}: {v!r} and {shared(b)[k]!r}" for k, v in shared(a).items() if v != shared(b)[k]]
+    if differ: raise ValueError(f"runs that share a teacher's forward pass must agree in {'; '.join(differ)}")
 
 # %% ../nbs/method/08_experiments.ipynb #a57c8e45
 def summary(

@@ -30,10 +30,10 @@ from .taps import Taps, layers_of
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'LOOK_EVERY', 'Recipe', 'write_atomic', 'remove_parts', 'claimed', 'FolderBusy',
-           'checkpoints', 'save_checkpoint', 'load_checkpoint', 'Damaged', 'last_checkpoint', 'processes', 'join',
+           'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged', 'last_checkpoint', 'processes', 'join',
            'part', 'sum_over_processes', 'together', 'gathered', 'average_gradients', 'Accuracy', 'evaluate', 'mixed',
-           'determinism', 'Distiller', 'head_of', 'Run', 'from_first', 'as_safetensors', 'as_csv', 'NonFiniteLoss',
-           'Trainer', 'OutOfMemory', 'BatchesFailed', 'Stopped', 'fit_together']
+           'determinism', 'Step', 'Distiller', 'head_of', 'Run', 'from_first', 'as_safetensors', 'as_csv',
+           'NonFiniteLoss', 'Trainer', 'OutOfMemory', 'BatchesFailed', 'Stopped', 'fit_together']
 
 # %% ../nbs/method/06_trainer.ipynb #890160f8
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
-    schedule: str = "step"                   # "step", "cosine" or "onecycle"
+    schedule: str = "step"                   # "step", "cosine", "onecycle" or "poly"
     lr_steps: tuple = (0.625, 0.75, 0.875)   # of "step": fractions of the run
     lr_decay: float = 0.1                    # of "step": the factor at each
+    warmup_steps: int = 0                    # so many first steps in which the rate grows in a straight line
     precision: str = "fp32"                  # "fp32", "bf16", or "fp16" (with loss scaling)
     deterministic: bool = False              # refuse kernels whose result can vary; slower on a GPU
     seed: int = 0                            # of everything random
@@ -54,15 +55,20 @@ class Recipe:
 
     def lr_at(self, epoch: int, step: int = 0, steps: int = 1) -> float:
         "Learning rate before step `step` of `steps` in `epoch`."
+        done = epoch * steps + step
+        return self._scheduled(epoch, step, steps) * (min(1, (done + 1) / self.warmup_steps) if self.warmup_steps else 1)
+
+    def _scheduled(self, epoch, step, steps):
         if self.schedule == "step":
             return self.lr * self.lr_decay ** sum(epoch >= round(s * self.epochs, 6) for s in self.lr_steps)
         t = (epoch + step / steps) / self.epochs
+        if self.schedule == "poly": return self.lr * (1 - t) ** 0.9
         slide = lambda a, b, t: b + (a - b) * (1 + math.cos(math.pi * t)) / 2
         if self.schedule == "cosine": return slide(self.lr, 0.0, t)
         return slide(self.lr / 25, self.lr, t / 0.3) if t < 0.3 else slide(self.lr, 0.0, (t - 0.3) / 0.7)
 
     def __post_init__(self):
-        for name, known in (("schedule", ("step", "cosine", "onecycle")), ("precision", ("fp32", "bf16", "fp16")), ("relations", (None, "global", "device"))):
+        for name, known in (("schedule", ("step", "cosine", "onecycle", "poly")), ("precision", ("fp32", "bf16", "fp16")), ("relations", (None, "global", "device"))):
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {getattr(self, name)!r}")
         if self.epochs < 1 or not self.lr > 0: raise ValueError(f"epochs and lr must be positive; got {self.epochs} and {self.lr}")
 
@@ -138,7 +144,7 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: Path | str) -> dict:
+def read_checkpoint(path: Path | str) -> dict:
     "A checkpoint of this trainer. ValueError if its bytes do not give its name, or it is of another format."
     path = Path(path)
     data = path.read_bytes()
@@ -157,7 +163,7 @@ def last_checkpoint(folder: Path | str) -> dict | None:
     "The newest checkpoint that is whole. Damaged ones are set aside with a warning; ValueError if there are no others."
     damaged = []
     for path in reversed(checkpoints(folder)):
-        try: return load_checkpoint(path)
+        try: return read_checkpoint(path)
         except Damaged as e:
             damaged.append(path.rename(path.with_name(path.name + ".damaged")))
             warnings.warn(f"{e}. It is now {damaged[-1].name}, and the checkpoint before it is used", stacklevel=2)
@@ -280,8 +286,16 @@ def determinism(on: bool):
         torch.backends.cudnn.benchmark = cudnn
 
 # %% ../nbs/method/06_trainer.ipynb #a5e6ba46
+class Step(NamedTuple):
+    "What a task makes of a batch."
+    terms: dict[str, torch.Tensor]  # weighted scalars; their sum is the loss
+    counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # sums and of how many; an epoch's is 100 * sum / number
+
+
 class Distiller:
-    "A student, perhaps a teacher, and the method between them."
+    "A student, perhaps a teacher, and the method between them: the task of classification."
+    score = "top1"
+
     def __init__(self,
         student: nn.Module,               # the network to train
         method: Method | None = None,     # None: the student alone
@@ -305,6 +319,10 @@ class Distiller:
         if not self.method.wants(ANY_LAYERS): return []  # a method that wants no features fits any network
         return self.method.wants(layers_of(model))
 
+    def prepare(self, train):
+        "Before the optimiser is made. `train`: the training batches."
+        self.build(next(iter(train.epoch(0))).images, train.targets)
+
     def build(self, images: torch.Tensor, targets: torch.Tensor):
         "Show the method one batch of images and all training targets, so that it can make its connectors."
         if self.teacher is None: return
@@ -317,13 +335,18 @@ class Distiller:
         self.method.build(student, teacher, head=head_of(self.teacher), targets=targets)
         self.method.to(images.device)
 
-    def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None):
-        "Logits of the student, targets, and the method's weighted terms. `teacher`: its outputs, if they are there already."
+    def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
+        "The method's terms, and how many the student got right. `teacher`: its outputs, if they are there already."
         if self.teacher is not None and teacher is None:
             with torch.no_grad(): teacher = self.teacher_taps(batch.images)
         student, targets, index = self.student_taps(batch.images), batch.targets, batch.index
         if relations != "device": student, teacher, targets, index = map(gathered, (student, teacher, targets, index))
-        return student.logits, targets, self.method(student, teacher, targets, index)
+        hits = (student.logits.detach().argmax(1) == targets).sum()
+        return Step(self.method(student, teacher, targets, index), {"train_top1": (hits, torch.full_like(hits, len(targets)))})
+
+    def evaluate(self, batches, precision: str, before) -> dict[str, float]:
+        "The student's accuracy."
+        return evaluate(self.student, batches, precision, before)._asdict()
 
 
 ANY_LAYERS = Layers(tuple("stage%d" % i for i in range(6)), tuple("preact%d" % i for i in range(6)), "pooled", "head")
@@ -337,10 +360,11 @@ def head_of(model: nn.Module) -> nn.Module | None:
 # %% ../nbs/method/06_trainer.ipynb #8f05ab5c
 class Run:
     "What a run is between two steps, and how it lives in its folder."
-    def __init__(self, folder, recipe, device, parts, setting, keep):
-        self.folder, self.recipe, self.device, self.parts, self.setting, self.keep = Path(folder), recipe, device, parts, setting, keep
+    def __init__(self, folder, recipe, device, parts, setting, keep, score):
+        self.folder, self.recipe, self.device, self.parts, self.setting, self.keep, self.score = Path(folder), recipe, device, parts, setting, keep, score
         self.epoch, self.step = 0, 0        # whole epochs done, steps done in the one that is not
-        self.names, self.values = [], []    # of the loss terms of this epoch: a row a step, on the device
+        self.names, self.counted = [], []   # of the loss terms; of what is counted
+        self.values = []                    # of this epoch: a row a step, on the device; after the terms a sum and a number for each count
         self.history = []                   # a dict an epoch
         self.seconds, self.since = 0.0, 0.0 # of work, over all parts of the run; the clock when it was last read
         self.random = self._random_state()
@@ -363,7 +387,7 @@ class Run:
 
     def _state(self) -> dict:
         return {name: part.state_dict() for name, part in self.parts.items()} | {
-            "recipe": asdict(self.recipe), "setting": self.setting, "random": self.random, "epoch": self.epoch, "step": self.step, "names": self.names,
+            "recipe": asdict(self.recipe), "setting": self.setting, "random": self.random, "epoch": self.epoch, "step": self.step, "names": self.names, "counted": self.counted,
             "values": torch.stack(self.values) if self.values else torch.empty(0), "history": self.history, "seconds": self.seconds}
 
     def resume(self):
@@ -375,7 +399,7 @@ class Run:
             if d := differ(state["recipe"], asdict(self.recipe)): raise ValueError(f"{self.folder} belongs to another recipe ({d}). Use another folder")
             if d := differ(state["setting"], self.setting): warnings.warn(f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run")
             for name, part in self.parts.items(): part.load_state_dict(state[name])
-            self.random, self.epoch, self.step, self.names, self.history, self.seconds = (state[k] for k in ("random", "epoch", "step", "names", "history", "seconds"))
+            for name in ("random", "epoch", "step", "names", "counted", "history", "seconds"): setattr(self, name, state[name])
             self.values = list(state["values"].to(self.device))
         from_first(t for name in ("student", "method") for t in self.parts[name].state_dict().values())
         self.since = self.saved = time.perf_counter()
@@ -389,8 +413,8 @@ class Run:
 
     @property
     def best(self) -> dict:
-        "The history's row of the best test accuracy, the first if several."
-        return max(self.history, key=lambda row: row["top1"])
+        "The history's row of the best score, the first if several."
+        return max(self.history, key=lambda row: row[self.score])
 
     def _random_state(self) -> dict:
         return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
@@ -452,9 +476,9 @@ class _Finite:
 
 
 class Trainer(Run):
-    "One run of a `Distiller` in a folder."
+    "One run of a task in a folder."
     def __init__(self,
-        distiller: Distiller,
+        task: Distiller,       # or of another kind, see above
         train, test,           # batches: `len()`, `targets`, and `epoch(e, start=0)` that gives Batch(images, targets, index)
         recipe: Recipe,
         folder: Path | str,    # where the run lives
@@ -463,13 +487,13 @@ class Trainer(Run):
         channels_last: bool = False,     # memory layout of the networks; changes rounding, and speed
         compile: bool = False,           # torch.compile of the networks; changes rounding, and speed
     ):
-        self.distiller, self.train, self.test, self.checkpoint_seconds = distiller, train, test, checkpoint_seconds
-        student, method = distiller.student, distiller.method
+        self.task, self.train, self.test, self.checkpoint_seconds = task, train, test, checkpoint_seconds
+        student, method = task.student, task.method
         device = next(student.parameters()).device
-        networks = [n for n in (student, distiller.teacher) if n is not None]
+        networks = [n for n in (student, task.teacher) if n is not None]
         if channels_last:
             for network in networks: network.to(memory_format=torch.channels_last)
-        distiller.build(next(iter(train.epoch(0))).images, train.targets)
+        task.prepare(train)
         if compile:
             for network in networks: network.compile()
         if recipe.relations == "device": _refuse_memory(method)
@@ -482,7 +506,7 @@ class Trainer(Run):
         self.looked, self.look = 0, None
         super().__init__(folder, recipe, device, {"student": student, "method": method, "optimizer": self.optimizer, "scaler": self.scaler},
                          {"torch": str(torch.__version__), "device": device.type, "threads": torch.get_num_threads(), "processes": processes()[1],
-                          "channels_last": channels_last, "compile": compile}, keep)
+                          "channels_last": channels_last, "compile": compile}, keep, task.score)
 
     def fit(self, progress: bool = True) -> list[dict]:
         "Train to the last epoch, from where the folder left off. Gives the history, one dict an epoch."
@@ -490,35 +514,35 @@ class Trainer(Run):
 
     def begin_epoch(self):
         "Also in the middle of one, after `resume`."
-        self.distiller.student.train(); self.distiller.method.train()
-        self.distiller.method.set_epoch(self.epoch)
+        self.task.student.train(); self.task.method.train()
+        self.task.method.set_epoch(self.epoch)
         self.looked, self.look = 0, None
 
     def train_step(self, batch, teacher: Outputs | None = None):
         "One step of the optimiser. `teacher`: its outputs for the batch, if they are there already."
         for group in self.optimizer.param_groups: group["lr"] = self.recipe.lr_at(self.epoch, self.step, len(self.train))
         with self.own_random():
-            with mixed(self.device.type, self.recipe.precision): logits, targets, terms = self.distiller(batch, teacher, self.recipe.relations)
+            with mixed(self.device.type, self.recipe.precision): terms, counts = self.task(batch, teacher, self.recipe.relations)
             loss = sum(terms.values())
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             average_gradients(self.parameters)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        hits = (logits.detach().argmax(1) == targets).sum()
-        self.names = ["loss", *terms]
-        self.values.append(torch.stack([loss.detach(), *(v.detach() for v in terms.values()), hits, torch.full_like(hits, len(targets))]))
+        self.names, self.counted = ["loss", *terms], list(counts)
+        self.values.append(torch.stack([loss.detach(), *(v.detach() for v in terms.values()), *(v for pair in counts.values() for v in pair)]))
         if len(self.values) % LOOK_EVERY == 0: self.check()
 
     def end_epoch(self, before=lambda: None):
-        "The epoch's means and the accuracy, a row of the history. `before` is called before each batch of the evaluation."
+        "The epoch's means and the evaluation, a row of the history. `before` is called before each batch of the evaluation."
         self.check(wait=True)
-        from_first([*self.distiller.student.buffers(), *self.distiller.method.buffers()])
-        accuracy = evaluate(self.distiller.student, self.test, self.recipe.precision, before)
-        *sums, hits, n = sum_over_processes(torch.stack(self.values).double().sum(0)).tolist()
+        from_first([*self.task.student.buffers(), *self.task.method.buffers()])
+        scores = self.task.evaluate(self.test, self.recipe.precision, before)
+        sums = sum_over_processes(torch.stack(self.values).double().sum(0)).tolist()
         means = {name: s / (len(self.values) * processes()[1]) for name, s in zip(self.names, sums)}
-        row = {"epoch": self.epoch + 1, "lr": self.recipe.lr_at(self.epoch)} | means | {"train_top1": 100 * hits / n} | accuracy._asdict()
-        self.history.append(row)
+        counts = sums[len(self.names):]
+        shares = {name: 100 * s / n for name, s, n in zip(self.counted, counts[::2], counts[1::2])}
+        self.history.append({"epoch": self.epoch + 1, "lr": self.recipe.lr_at(self.epoch, 0, len(self.train))} | means | shares | scores)
         self.epoch, self.step, self.values = self.epoch + 1, 0, []
 
     def check(self, wait: bool = False):
@@ -571,7 +595,7 @@ def fit_together(
         for t in trainers if main else []: held.enter_context(claimed(t.folder))
         held.enter_context(determinism(first.recipe.deterministic))
         caught = held.enter_context(_signals())
-        share = held.enter_context(_shared_teacher([t.distiller for t in trainers]))
+        share = held.enter_context(_shared_teacher([t.task for t in trainers]))
         for t in trainers: t.resume()
         start = min(t.epoch for t in trainers)
         bar = held.enter_context(tqdm(total=epochs, initial=start, desc=first.folder.name, unit="epoch", leave=False, disable=None if progress and main else True))
@@ -579,7 +603,7 @@ def fit_together(
             now = [t for t in trainers if t.epoch == epoch]  # after an interruption some may be ahead
             _one_epoch(now, share, caught)
             row = now[0].history[-1]
-            bar.set_postfix(loss=f"{row['loss']:.3f}", top1=f"{row['top1']:.2f}", refresh=False)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", **{first.score: f"{row[first.score]:.2f}"}, refresh=False)
             bar.update()
         together()
     return [t.history for t in trainers]
@@ -605,7 +629,7 @@ def _one_epoch(now: list[Trainer], share, caught: list[int]):
             batch, behind = part(batch), [t for t in now if t.step == step]
             teachers = share(batch.images, first.recipe.precision) if share and batch else {}
             for t in behind:
-                if batch: t.train_step(batch, teachers.get(t.distiller))
+                if batch: t.train_step(batch, teachers.get(t.task))
                 t.step += 1
             if time.perf_counter() - first.saved >= first.checkpoint_seconds: save()
         for t in now: t.end_epoch(before=stop)
@@ -648,23 +672,23 @@ def _signals():
 
 
 @contextlib.contextmanager
-def _shared_teacher(distillers: list[Distiller]):
-    "A function from images to each distiller's outputs of the teacher, with one forward pass; None for a single distiller or no teacher."
-    teacher = distillers[0].teacher
-    if teacher is None or len(distillers) == 1:
+def _shared_teacher(tasks: list):
+    "A function from images to the teacher's outputs for each task, with one forward pass; None where there is nothing to share."
+    teacher = tasks[0].teacher
+    if teacher is None or len(tasks) == 1 or not all(isinstance(t, Distiller) for t in tasks):
         yield None
         return
-    paths = list(dict.fromkeys(p for d in distillers for p in d.teacher_taps.paths))
+    paths = list(dict.fromkeys(p for d in tasks for p in d.teacher_taps.paths))
     with Taps(teacher, paths) as taps:
         def share(images, precision):
             with torch.no_grad(), mixed(images.device.type, precision): outputs = taps(images)
             at = dict(zip(paths, outputs.features))
-            return {d: Outputs(outputs.logits, tuple(at[p] for p in d.teacher_taps.paths)) for d in distillers}
+            return {d: Outputs(outputs.logits, tuple(at[p] for p in d.teacher_taps.paths)) for d in tasks}
         yield share
 
 
 def _check_company(a: Trainer, b: Trainer):
-    for name, of in (("the training batches", lambda t: t.train), ("the test batches", lambda t: t.test), ("the teacher", lambda t: t.distiller.teacher)):
+    for name, of in (("the training batches", lambda t: t.train), ("the test batches", lambda t: t.test), ("the teacher", lambda t: t.task.teacher)):
         if of(a) is not of(b): raise ValueError(f"runs that share a teacher's forward pass need {name} to be one object")
     for name in ("epochs", "precision", "deterministic"):
         there, here = getattr(a.recipe, name), getattr(b.recipe, name)

@@ -67,7 +67,7 @@ def test_disk_full(data, tmp_path):
         (disk / "ballast").unlink()
         again = trainer(data, disk / "run", seed=9)
         assert again.fit(progress=False) == expected
-        assert same(again.distiller.student, whole.distiller.student)
+        assert same(again.task.student, whole.task.student)
     finally: subprocess.run(["umount", str(disk)], check=True)
 
 
@@ -102,12 +102,12 @@ def test_damaged_checkpoint(data, tmp_path):
     whole = trainer(data, tmp_path / "whole")
     expected = whole.fit(progress=False)
     t = trainer(data, tmp_path / "run", checkpoint_seconds=0)
-    terms, n = t.distiller.method.terms, []
+    terms, n = t.task.method.terms, []
     def stop(*args):
         n.append(1)
         if len(n) == 8: raise KeyboardInterrupt
         return terms(*args)
-    t.distiller.method.terms = stop
+    t.task.method.terms = stop
     with pytest.raises(KeyboardInterrupt): t.fit(progress=False)
     newest = checkpoints(t.folder)[-1]
     content = bytearray(newest.read_bytes())
@@ -115,7 +115,7 @@ def test_damaged_checkpoint(data, tmp_path):
     newest.write_bytes(content)
     again = trainer(data, tmp_path / "run", seed=7)
     with pytest.warns(UserWarning, match=f"{newest.name} is damaged.*checkpoint before it is used"): assert again.fit(progress=False) == expected
-    assert same(again.distiller.student, whole.distiller.student)
+    assert same(again.task.student, whole.task.student)
 
 
 def test_other_setting_is_said(data, tmp_path):
@@ -171,7 +171,7 @@ def test_company_gets_the_same_bits(data, tmp_path):
     for old in checkpoints(broken[2].folder): old.unlink()  # the third begins again, the others wait for it
     again = [make("together", i) for i in range(3)]
     assert fit_together(again, progress=False) == expected
-    for a, b in zip(alone, again): assert same(a.distiller.student, b.distiller.student)
+    for a, b in zip(alone, again): assert same(a.task.student, b.task.student)
 
 
 def test_random_numbers_outside_are_left_alone(data, tmp_path):

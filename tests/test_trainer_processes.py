@@ -59,7 +59,7 @@ def gradients(method, relations):
     distiller.method.double()
     parameters = [*distiller.student.parameters(), *distiller.method.parameters()]
     torch.manual_seed(6)
-    _, _, terms = distiller(part(batch), None, relations)
+    terms, _ = distiller(part(batch), None, relations)
     sum(terms.values()).backward()
     average_gradients(parameters)
     return torch.cat([p.grad.flatten() for p in parameters]), {k: v.item() for k, v in terms.items()}
@@ -70,7 +70,7 @@ def whole_run(folder, method, relations=None):
     torch.manual_seed(3)
     student = Net(4, 1)
     trainer = Trainer(Distiller(student, create_method(method), Net(6, 2)), train, test, Recipe(epochs=3, lr=0.01, relations=relations), folder, checkpoint_seconds=0)
-    trainer.distiller.method.double()
+    trainer.task.method.double()
     history = trainer.fit(progress=False)
     return torch.cat([p.detach().flatten() for p in student.parameters()]), history
 
