@@ -64,7 +64,7 @@ FEATURES = {  # student's path: teacher's path
     **{name: {} for name in ("none", "kd", "dkd", "dist", "ikl_kd", "nkd", "lcka")},
     **{name: {TOKENS: "layer3"} for name in ("fcka", "rcka", "rcka_released", "sp")},
     **{name: {POOLED: "fc:input"} for name in ("cc", "rkd", "pkt", "crd")},
-    **{name: {MAP: "layer3"} for name in ("fitnet", "at", "nst", "vid", "ofd", "ickd_c", "mgd", "dpk")},
+    **{name: {MAP: "layer3"} for name in ("fitnet", "at", "nst", "vid", "ofd", "ickd_c", "mgd", "dpk", "pcka")},
     "srrl": {MAP: "layer3", POOLED: "fc:input"},
     "reviewkd": {MAP: "layer3", MAP + "[...]": "layer3.1.relu2:input", POOLED: "fc:input"},
 }
@@ -104,7 +104,7 @@ def test_tokens_where_a_map_is_needed(name, images, teacher):
     pairs = FEATURES[name]
     distiller = by_paths(name, images, teacher, {TOKENS if p == MAP else p: q for p, q in pairs.items()})
     batch = next(iter(images.batches(8).epoch(0)))
-    with pytest.raises(ValueError, match=r"map.*\(n, channels, height, width\), got \(8, 17, 32\)"):
+    with pytest.raises(ValueError, match=r"map.*\((n, channels, height, width|B, C, H, W)\).*got \(8, 17, 32\)"):
         distiller.build(batch.images, images.train_targets)
         distiller(batch)
 
