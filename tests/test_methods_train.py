@@ -8,13 +8,13 @@ import torch
 from torchvision.models import VisionTransformer
 
 import rcka
-from rcka.losses import create_method, list_methods
+from rcka.losses import DenseMethod, create_method, list_methods
 from rcka.models import create_model
 from rcka.taps import layers_of
 from rcka.trainer import Distiller, Recipe, Trainer, evaluate
 
 REPO = Path(__file__).parent.parent
-METHODS = list_methods()
+METHODS = [name for name in list_methods() if not (name.startswith("dense_") or isinstance(create_method(name), DenseMethod))]  # those for classification
 # warm-ups of 20 epochs are cut to one, for a term that is switched on step by step cannot be seen to fall; CRD has 200 images to contrast, not 50,000
 EPOCHS = {"crd": 6, "pkt": 6, "vid": 6}  # these rise before they fall (CRD contrasts with a memory that begins as noise), or fall slowly
 SHORT = {"dkd": {"warmup": 1}, "ikl_kd": {"warmup": 1}, "reviewkd": {"warmup": 1}, "crd": {"negatives": 256}}
