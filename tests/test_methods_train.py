@@ -64,7 +64,7 @@ FEATURES = {  # student's path: teacher's path
     **{name: {} for name in ("none", "kd", "dkd", "dist", "ikl_kd", "nkd", "lcka")},
     **{name: {TOKENS: "layer3"} for name in ("fcka", "rcka", "rcka_released", "sp")},
     **{name: {POOLED: "fc:input"} for name in ("cc", "rkd", "pkt", "crd")},
-    **{name: {MAP: "layer3"} for name in ("fitnet", "at", "nst", "vid", "ofd", "ickd_c", "mgd", "dpk", "pcka")},
+    **{name: {MAP: "layer3"} for name in ("fitnet", "at", "nst", "vid", "ofd", "ickd_c", "mgd", "dpk")},
     "srrl": {MAP: "layer3", POOLED: "fc:input"},
     "reviewkd": {MAP: "layer3", MAP + "[...]": "layer3.1.relu2:input", POOLED: "fc:input"},
 }
