@@ -25,9 +25,9 @@ from .trainer import Distiller, Step, gathered, mixed, processes, sum_over_proce
 
 # %% auto #0
 __all__ = ['IGNORED', 'CITYSCAPES', 'UNKNOWN', 'ARCHITECTURES', 'label_table', 'list_scenes', 'check_sizes', 'read_scene',
-           'window', 'SceneBatch', 'SceneBatches', 'Scenes', 'load_scenes', 'dilate', 'PyramidHead', 'create_segmenter',
-           'segmenter_layers', 'confusion', 'iou', 'evaluate_segmentation', 'pixel_ce', 'SegmentationDistiller',
-           'SegmentationExperiment', 'scenes_from_boxes']
+           'window', 'SceneReader', 'SceneBatch', 'SceneBatches', 'Scenes', 'load_scenes', 'dilate', 'PyramidHead',
+           'create_segmenter', 'segmenter_layers', 'confusion', 'iou', 'evaluate_segmentation', 'pixel_ce',
+           'SegmentationDistiller', 'SegmentationExperiment', 'scenes_from_boxes']
 
 # %% ../nbs/method/07b_segmentation.ipynb #39048da1
 IGNORED = 255
@@ -125,6 +125,36 @@ def window(
     return crops * inside[:, None], found.where(inside, IGNORED)
 
 # %% ../nbs/method/07b_segmentation.ipynb #0bdcaa9a
+class SceneReader:
+    "Bytes of images and masks, on the device."
+    def __init__(self,
+        pairs: list[tuple[Path, Path]],  # images and masks of one size
+        num_classes: int,
+        device: str | torch.device,
+        memory: float,                   # GB that decoded images may take on the device
+    ):
+        self.pairs, self.num_classes, self.device, self.size = pairs, num_classes, torch.device(device), check_sizes(pairs[:1])
+        self.held = self.decode(range(len(pairs))) if 4e-9 * len(pairs) * self.size[0] * self.size[1] <= memory else None
+
+    def decode(self, index) -> tuple[Tensor, Tensor]:
+        "uint8 (n, 3, H, W) and (n, H, W)."
+        import numpy as np
+        with ThreadPoolExecutor() as pool: found = list(pool.map(partial(read_scene, num_classes=self.num_classes), [self.pairs[i] for i in index]))
+        images, masks = (torch.from_numpy(np.stack(part)).to(self.device, non_blocking=True) for part in zip(*found))
+        return images.permute(0, 3, 1, 2), masks
+
+    def read(self, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        "What each index names; the next one is decoded while this one is used."
+        if self.held is not None: yield from ((self.held[0][i], self.held[1][i]) for i in (index.to(self.device) for index in indices))
+        elif indices:
+            with ThreadPoolExecutor(1) as ahead:
+                coming = ahead.submit(self.decode, indices[0].tolist())
+                for following in [*indices[1:], None]:
+                    ready = coming.result()
+                    if following is not None: coming = ahead.submit(self.decode, following.tolist())
+                    yield ready
+
+# %% ../nbs/method/07b_segmentation.ipynb #846c5891
 class SceneBatch(NamedTuple):
     "A batch on the device."
     images: Tensor   # (B, 3, h, w) normalised
@@ -149,57 +179,37 @@ class SceneBatches:
         memory: float = 8.0,                           # GB that decoded images may take on the device
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),  # by channel, of pixels in [0, 1]: ImageNet's
     ):
-        for name, value in (("batch_size", batch_size), *((("crop", c) for c in crop or ()))):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f"{name} must be positive whole numbers, got {batch_size if name == 'batch_size' else crop!r}")
+        for name, value, parts in (("batch_size", batch_size, [batch_size]), ("crop", crop, crop or ())):
+            if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in parts): raise ValueError(f"{name} must be positive whole numbers, got {value!r}")
         if not 0 < scales[0] <= scales[1]: raise ValueError(f"scales must be (least, most), both positive; got {scales}")
         if train and len(pairs) < min(batch_size, self.smallest): raise ValueError(f"{len(pairs)} image(s) make no training batch: at least {self.smallest} are needed")
-        self.pairs, self.num_classes, self.batch_size, self.device, self.train = pairs, num_classes, batch_size, torch.device(device), train
-        self.size = check_sizes(pairs[:1])
-        self.crop, self.scales, self.flip, self.seed = tuple(crop or self.size), scales, flip, seed
+        self.reader, self.num_classes, self.batch_size, self.train = SceneReader(pairs, num_classes, device, memory), num_classes, batch_size, train
+        self.crop, self.scales, self.flip, self.seed = tuple(crop or self.reader.size), scales, flip, seed
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
-        self.held = self._decode(range(len(pairs))) if 4e-9 * len(pairs) * self.size[0] * self.size[1] <= memory else None
 
     def __len__(self) -> int:
         "Batches in an epoch."
-        whole, rest = divmod(len(self.pairs), self.batch_size)
+        whole, rest = divmod(len(self.reader.pairs), self.batch_size)
         return whole + (rest >= self.smallest if self.train else rest > 0)
 
     @property
     def samples(self) -> int:
         "Images in an epoch, those left out not counted."
-        return min(len(self) * self.batch_size, len(self.pairs))
-
-    def _decode(self, index) -> tuple[Tensor, Tensor]:
-        "uint8 (n, 3, H, W) and (n, H, W) on the device."
-        import numpy as np
-        with ThreadPoolExecutor() as pool: found = list(pool.map(partial(read_scene, num_classes=self.num_classes), [self.pairs[i] for i in index]))
-        images, masks = (torch.from_numpy(np.stack(part)) for part in zip(*found))
-        return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2), masks.to(self.device, non_blocking=True)
+        return min(len(self) * self.batch_size, len(self.reader.pairs))
 
     def epoch(self, e: int = 0, start: int = 0) -> Iterator[SceneBatch]:
         "The batches of epoch `e`, from step `start` on. Depends on the seed and `e` alone."
         if not 0 <= start <= len(self): raise ValueError(f"start must be a step from 0 to {len(self)}, got {start}")
-        n = len(self.pairs)
+        n, device = len(self.reader.pairs), self.reader.device
         g = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(f"{self.seed},{e}".encode(), digest_size=8).digest(), "little"))
         order = torch.randperm(n, generator=g) if self.train else torch.arange(n)
         scale, top, left, flip = torch.rand(4, n, generator=g)
-        chance = [t.to(self.device) for t in (self.scales[0] + (self.scales[1] - self.scales[0]) * scale, torch.stack([top, left]), flip < (0.5 if self.flip else 0))]
+        chance = [t.to(device) for t in (self.scales[0] + (self.scales[1] - self.scales[0]) * scale, torch.stack([top, left]), flip < (0.5 if self.flip else 0))]
         cuts = [slice(k * self.batch_size, (k + 1) * self.batch_size) for k in range(start, len(self))]
-        for now, (images, masks) in zip(cuts, self._read([order[cut] for cut in cuts])):
+        for now, (images, masks) in zip(cuts, self.reader.read([order[cut] for cut in cuts])):
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
             if self.train: images, masks = window(images, masks, *(t[..., now] for t in chance), self.crop)
-            yield SceneBatch(images, masks.long(), order[now].to(self.device))
-
-    def _read(self, indices) -> Iterator[tuple[Tensor, Tensor]]:
-        "Decoded batches; the next one is at work while this one is used."
-        if self.held is not None: yield from ((self.held[0][i], self.held[1][i]) for i in (index.to(self.device) for index in indices))
-        elif indices:
-            with ThreadPoolExecutor(1) as ahead:
-                coming = ahead.submit(self._decode, indices[0].tolist())
-                for following in [*indices[1:], None]:
-                    ready = coming.result()
-                    if following is not None: coming = ahead.submit(self._decode, following.tolist())
-                    yield ready
+            yield SceneBatch(images, masks.long(), order[now].to(device))
 
 # %% ../nbs/method/07b_segmentation.ipynb #f46c2563
 @dataclass(frozen=True, eq=False, repr=False)
@@ -218,7 +228,7 @@ class Scenes:
 
     def batches(self, batch_size: int | None = None, train: bool = True, part: str | None = None, **kwargs) -> SceneBatches:
         "Batches of `part` (\"train\" or \"val\"; None: by `train`). kwargs: device, seed, crop, scales, flip, memory of `SceneBatches`."
-        return SceneBatches(getattr(self, part or ("train" if train else "val")), self.num_classes, batch_size or 8, train=train, **kwargs)
+        return SceneBatches(getattr(self, part or ("train" if train else "val")), self.num_classes, 8 if batch_size is None else batch_size, train=train, **kwargs)
 
 
 def load_scenes(
@@ -263,7 +273,7 @@ class PyramidHead(nn.Module):
         pooled = [F.interpolate(pool(x), x.shape[-2:], mode="bilinear", align_corners=False) for pool in self.pools]
         return self.fuse(torch.cat([x, *pooled], 1))
 
-
+# %% ../nbs/method/07b_segmentation.ipynb #1bf34c02
 ARCHITECTURES = ("pspnet", "deeplabv3", "fcn", "lraspp")
 
 
@@ -293,7 +303,7 @@ def create_segmenter(
     model.layers = segmenter_layers(model)
     return model
 
-
+# %% ../nbs/method/07b_segmentation.ipynb #3f00ad0c
 def segmenter_layers(model: nn.Module) -> Layers:
     "Stages and decode head of a segmentation network of torchvision, or of one that says so itself by `model.layers`."
     names = [name for name, _ in model.named_modules()]
@@ -354,7 +364,7 @@ def pixel_ce(
     rows = logits.float().movedim(1, -1).flatten(0, -2)  # for rows there is a deterministic kernel on a GPU, for maps none
     return F.cross_entropy(rows, target.flatten(), ignore_index=IGNORED, reduction="sum") / (target != IGNORED).sum().clamp_min(1)
 
-
+# %% ../nbs/method/07b_segmentation.ipynb #96eca9d7
 class SegmentationDistiller(Distiller):
     "A segmentation student, perhaps a teacher, and the method between them."
     score = "miou"
