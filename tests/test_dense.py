@@ -251,7 +251,6 @@ def test_gradients_in_float64(name):
     method = create_method(name)
     s, t = pyramid(4, grad=True, dtype=torch.float64), pyramid(6, seed=50, dtype=torch.float64)
     method.build(s, t)
-    method.double()
     inputs = [*s.features, *method.parameters()] if name in MAPS else [s.logits]
     for p in method.parameters():  # not at the zeros where FGD's blocks begin
         with torch.no_grad(): p.add_(0.1 * torch.randn_like(p))
@@ -286,6 +285,17 @@ def test_constant_outputs_never_give_nan(name, fill):
         total = sum(method.terms(a, b, TARGET).values())
         total.backward()
         assert total.isfinite() and all(x.grad is None or x.grad.isfinite().all() for x in (a.logits, *a.features))
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_in_half_precision_outside_autocast(name):
+    torch.manual_seed(0)
+    half = lambda o: o._replace(features=tuple(f.detach().bfloat16().requires_grad_() for f in o.features))
+    method, s, t = create_method(name), half(pyramid(4)), half(pyramid(6, seed=50))
+    method.build(s, t)
+    total = sum(method.terms(s, t, TARGET).values())
+    total.backward()
+    assert total.dtype == torch.float32 and all(f.grad.isfinite().all() for f in s.features)
 
 
 def test_widths_that_differ_need_build():
