@@ -398,7 +398,7 @@ def test_an_experiment(root, tmp_path):
     assert given.prepare(tmp_path, "cpu", False, {}).scores == pytest.approx(result.teacher)
 
 
-@pytest.mark.parametrize("bad, error", [({"student": "resnet18"}, "architecture/backbone"), ({"student": "psp/resnet18"}, "architecture/backbone"), ({"method": "lcka"}, "needs a teacher"), ({"method": "lkca", "teacher": "pspnet/resnet18"}, "did you mean lcka")])
+@pytest.mark.parametrize("bad, error", [({"student": "resnet18"}, "architecture/backbone"), ({"student": "psp/resnet18"}, "architecture/backbone"), ({"method": "lcka"}, "needs a teacher"), ({"method": "lkca", "teacher": "pspnet/resnet18"}, "did you mean lcka"), ({"batch_size": 1}, "at least 2"), ({"schedule": "polly"}, "schedule must be")])
 def test_experiments_that_cannot_be(bad, error):
     with pytest.raises(ValueError, match=error): SegmentationExperiment(**bad)
 
