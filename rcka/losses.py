@@ -123,7 +123,6 @@ def unit(
 # %% ../nbs/method/01_losses.ipynb #aa36e0fd
 def _row_normalised_alignment(x: Tensor, y: Tensor) -> Tensor:
     "Alignment of the Gram matrices of the rows, (n, p), row i divided by sqrt(K_ii), as released by the paper's authors. No product is larger than the smaller of n and p."
-    x, y = _scaled(x), _scaled(y)
     u, v = unit(x), unit(y)  # a zero row stays zero
     if len(x) <= x.shape[1]:
         k, l = u @ x.mT, v @ y.mT
@@ -155,6 +154,7 @@ def lcka(
     student, teacher = student.flatten(1), teacher.flatten(1)
     if not normalize_rows: return intra_inter(student, teacher, center, unbiased)
     if center: raise ValueError("normalize_rows=True is part of the released form, which does not centre; use it with center=False")
+    student, teacher = _scaled(student), _scaled(teacher)
     return IntraInter(_row_normalised_alignment(student, teacher), _row_normalised_alignment(student.T, teacher.T))
 
 # %% ../nbs/method/01_losses.ipynb #023e10c0
