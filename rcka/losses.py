@@ -339,7 +339,7 @@ class _FeatureTerm:
 class FCKA(_FeatureTerm, Method):
     "weight * (1 - CKA) of feature maps (Zhou et al. 2024). No connector: the widths may differ."
     def __init__(self,
-        weight: float = 4.0,         # of the term
+        weight: float = 16.0,        # of the term
         stages=(-1,),                # which of the network's stages; their similarities are averaged
         center: bool = True,         # False: as released
         unbiased: bool = False,      # debiased CKA
@@ -379,7 +379,7 @@ class RCKA(_FeatureTerm, Method):
     name = "rcka"
 
     def __init__(self,
-        alpha: float = 4.0,                # weight of the features
+        alpha: float = 16.0,               # weight of the features
         beta: float = 1.0,                 # weight of intra-LCKA
         gamma: float = 1.0,                # weight of inter-LCKA
         stages=(-1,),                      # which of the network's stages the feature term compares
