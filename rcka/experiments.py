@@ -364,6 +364,7 @@ def run_together(
     "Run several experiments in one process, the teacher's forward pass shared; those that are done already are read."
     for e in experiments[1:]: _check_shared(experiments[0], e)
     root, device = runs_root(root), join(device)
+    if processes()[1] > 1: raise RuntimeError("run_together works in one process; launched in several, use run for each experiment")
     folders = {root / e.key: e for e in experiments}
     with contextlib.ExitStack() as held:
         for folder in sorted(folders):  # in one order everywhere, so that nobody waits for each other

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -474,6 +475,13 @@ class PCKA(DenseMethod):
         super().__init__()
         self.weights, self.mimic, self.stages = {"pcka_intra": intra, "pcka_inter": inter}, mimic, stages
         self.options = dict(patch_size=patch_size, center=center, inter=bool(inter))
+
+    def build(self, student, teacher, **kw):
+        super().build(student, teacher, **kw)
+        k = self.options["patch_size"]
+        single = [i for i, (_, t) in enumerate(self.pairs(student, teacher)) if max(t.shape[-2:]) <= k]
+        if single and not self.weights["pcka_inter"]:
+            warnings.warn(f"the maps of level {', '.join(map(str, single))} fit into one patch of {k} x {k}, where intra-PCKA has nothing to compare: give a smaller patch_size, other stages, or a weight for inter")
 
     def terms(self, student, teacher, target=None, index=None):
         maps, terms = self.maps(student, teacher), {}

@@ -21,7 +21,7 @@ from .experiments import Experiment, Parts, run
 from .losses import Layers, Outputs, create_method, nearest
 from .models import load_checkpoint
 from .taps import as_logits, layers_of
-from .trainer import Distiller, Step, gathered, mixed, processes, sum_over_processes
+from .trainer import Distiller, Step, determinism, gathered, mixed, processes, sum_over_processes
 
 # %% auto #0
 __all__ = ['IGNORED', 'CITYSCAPES', 'UNKNOWN', 'ARCHITECTURES', 'label_table', 'list_scenes', 'check_sizes', 'read_scene',
@@ -324,7 +324,8 @@ def confusion(
     "torchmetrics' confusion matrix of the pixels that count."
     try: from torchmetrics.functional.classification import multiclass_confusion_matrix
     except ImportError as error: raise ImportError("the score of segmentation comes from torchmetrics: pip install 'rcka[segmentation]'") from error
-    return multiclass_confusion_matrix(answer, target, num_classes, ignore_index=IGNORED, validate_args=False)
+    with determinism(False, search=False):  # whole numbers add up to the same in any order; in deterministic mode torchmetrics would take a table of pixels by classes squared
+        return multiclass_confusion_matrix(answer, target, num_classes, ignore_index=IGNORED, validate_args=False)
 
 
 def iou(counts: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class FolderBusy(RuntimeError):
     "Another process is at work in the folder."
 
 # %% ../nbs/method/06_trainer.ipynb #564b4772
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 _NAME = re.compile(r"checkpoint-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
 
 
@@ -274,10 +274,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 
 
 @contextlib.contextmanager
-def determinism(on: bool):
-    "Deterministic kernels inside, the old setting after."
+def determinism(on: bool, search: bool = True):
+    "Deterministic kernels inside, or with `search` the fastest for each shape; the old setting after."
     was, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = not on  # the fastest kernel for these shapes may be another one next time
+    torch.backends.cudnn.benchmark = search and not on  # the fastest kernel for these shapes may be another one next time
     if on:
         torch.use_deterministic_algorithms(True)
     try: yield
@@ -593,7 +593,7 @@ def fit_together(
     epochs, main = first.recipe.epochs, processes()[0] == 0
     with contextlib.ExitStack() as held:
         for t in trainers if main else []: held.enter_context(claimed(t.folder))
-        held.enter_context(determinism(first.recipe.deterministic))
+        held.enter_context(determinism(first.recipe.deterministic, search=getattr(first.task, "fixed_shapes", True)))
         caught = held.enter_context(_signals())
         share = held.enter_context(_shared_teacher([t.task for t in trainers]))
         for t in trainers: t.resume()
