@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import Layers, Method, Outputs, register
+from .losses import Layers, Method, Outputs, register, unit
 from .similarity import as_features, as_real, full_precision
 
 # %% auto #0
-__all__ = ['check_logits', 'kd_loss', 'KD', 'unit', 'split_target', 'dkd_loss', 'WarmUp', 'DKD', 'correlation', 'dist_loss',
-           'DIST', 'weighted_mse', 'IKLKD', 'nkd_loss', 'NKD', 'FeatureMethod', 'need', 'check_samples', 'sp_loss',
-           'SP', 'rkd_losses', 'RKD', 'pkt_loss', 'PKT']
+__all__ = ['check_logits', 'kd_loss', 'KD', 'split_target', 'dkd_loss', 'WarmUp', 'DKD', 'correlation', 'dist_loss', 'DIST',
+           'weighted_mse', 'IKLKD', 'nkd_loss', 'NKD', 'FeatureMethod', 'need', 'check_samples', 'sp_loss', 'SP',
+           'rkd_losses', 'RKD', 'pkt_loss', 'PKT']
 
 # %% ../nbs/method/02_baselines.ipynb #0c9f06fa
 def check_logits(student: Tensor, teacher: Tensor):
@@ -51,16 +51,6 @@ class KD(Method):
 
     def terms(self, student, teacher, target=None, index=None):
         return {"kd": self.weight * kd_loss(student.logits, teacher.logits, self.temperature)}
-
-# %% ../nbs/method/02_baselines.ipynb #ebbb4035
-def unit(
-    x: Tensor,      # any shape, floating point
-    dim: int = -1,  # along which the length is one
-) -> Tensor:        # the shape of x
-    "`x` scaled to unit length; zero, with a zero gradient, where `x` is zero."
-    squared = x.square().sum(dim, keepdim=True)
-    ok = squared > 0
-    return torch.where(ok, x, 0 * x) * torch.where(ok, squared, torch.ones_like(squared)).rsqrt()
 
 # %% ../nbs/method/02_baselines.ipynb #95fa334e
 def split_target(

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .similarity import _debias, _scaled, as_features, as_real, check_pair, cka, cosine, full_precision
+from .similarity import _debias, _inner, _scaled, as_features, as_real, check_pair, cka, cosine, full_precision
 
 # %% auto #0
-__all__ = ['fcka', 'IntraInter', 'intra_inter', 'lcka', 'Outputs', 'Layers', 'Method', 'register', 'list_methods', 'nearest',
-           'create_method', 'Alone', 'Sum', 'FCKA', 'LCKA', 'RCKA', 'RCKAReleased']
+__all__ = ['fcka', 'IntraInter', 'intra_inter', 'unit', 'lcka', 'pcka', 'Outputs', 'Layers', 'Method', 'register', 'list_methods',
+           'nearest', 'create_method', 'Alone', 'Sum', 'FCKA', 'LCKA', 'RCKA', 'RCKAReleased', 'DenseMethod', 'map_mse',
+           'PCKA']
 
 # %% ../nbs/method/01_losses.ipynb #95feb13f
 @full_precision
@@ -40,69 +41,148 @@ class IntraInter(NamedTuple):
     inter: Tensor  # columns against columns
 
 
+class _Gram(torch.autograd.Function):
+    "x x^T. Its derivative is one product, (g + g^T) x; autograd alone would take two, not knowing that both factors are the same."
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x): return x @ x.mT
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        return (grad + grad.mT) @ x
+
+
+def _split(x: Tensor):
+    "Doubly centred part with the row sqrt(n) d, (*batch, n + 1, p), and the effect m of the sample, (*batch, n, 1)."
+    x = x - x[..., :1, :1].detach()  # constant logits become exact zeros
+    x = _scaled(x - x.mean((-2, -1), keepdim=True))
+    m, d = x.mean(-1, keepdim=True), x.mean(-2, keepdim=True)  # effects of the sample (n, 1) and of the class (1, p)
+    return torch.cat([x - m - d, x.shape[-2] ** 0.5 * d], -2), m
+
+
+def _ratio(xy: Tensor, xx: Tensor, yy: Tensor, noise: float, diagonals) -> Tensor:
+    "xy / sqrt(xx yy), debiased with the diagonals of both Gram matrices where they are given; 0 where a side is within the noise."
+    if diagonals:
+        x, y = diagonals
+        xy, xx, yy = _debias(xy, x, y), _debias(xx, x, x), _debias(yy, y, y)
+    return cosine(xy, *(torch.where(z > noise, z, 0 * z) for z in (xx, yy)))
+
+
 def intra_inter(
     student: Tensor,         # (*batch, n, p)
     teacher: Tensor,         # (*batch, n, p)
     center: bool = True,     # rows less the mean row for intra, columns less the mean column for inter
     unbiased: bool = False,  # unbiased HSIC in both (n >= 4 and p >= 4)
+    inter: bool = True,      # False leaves inter out: None, and one product less
 ) -> IntraInter:             # two tensors of shape (*batch,)
     "CKA of the rows and CKA of the columns of two matrices of one shape, from three Gram products."
     n, p = student.shape[-2:]
-    if p < n: return IntraInter(*reversed(intra_inter(student.mT, teacher.mT, center, unbiased)))
-    z = torch.stack([student, teacher])  # (2, *batch, n, p): both sides in one launch
-    if not center:
-        z = _scaled(z)
-        k = z @ z.mT
-        c = z[0] @ z[1].mT
-        aa, bb = k.square().sum((-2, -1))
-        return IntraInter(cosine((k[0] * k[1]).sum((-2, -1)), aa, bb), cosine(c.square().sum((-2, -1)), aa, bb))
-    z = z - z[..., :1, :1].detach()  # constant logits become exact zeros
-    z = _scaled(z - z.mean((-2, -1), keepdim=True))
-    m, d = z.mean(-1, keepdim=True), z.mean(-2, keepdim=True)  # effects of the sample (n, 1) and of the class (1, p)
-    z = torch.cat([z - m - d, n**0.5 * d], -2)  # D with the row sqrt(n) d: (2, *batch, n + 1, p)
-    k = z @ z.mT
-    c = z[0] @ z[1].mT
-    norms, cross = k.square().sum((-2, -1)), c.square().sum((-2, -1))
-    k = k[..., :n, :n] + p * m * m.mT
-    rows, inner = k.square().sum((-2, -1)), (k[0] * k[1]).sum((-2, -1))
-    if unbiased:
-        a, b = k.diagonal(dim1=-2, dim2=-1)
-        inner, rows = _debias(inner, a, b), torch.stack([_debias(rows[0], a, a), _debias(rows[1], b, b)])
-        a, b = z.square().sum(-2)
-        cross, norms = _debias(cross, a, b), torch.stack([_debias(norms[0], a, a), _debias(norms[1], b, b)])
-    return IntraInter(cosine(inner, *rows), cosine(cross, *norms))
+    if p < n:
+        columns, rows = intra_inter(student.mT, teacher.mT, center, unbiased)
+        return IntraInter(rows, columns if inter else None)
+    # the two sides apart: a teacher that asks for no gradient costs none
+    if center: (student, m), (teacher, l) = _split(student), _split(teacher)
+    else: student, teacher = _scaled(student), _scaled(teacher)
+    a, b = _Gram.apply(student), _Gram.apply(teacher)
+    norms = _inner(a, a), _inner(b, b)
+    cross = (student @ teacher.mT).square().sum((-2, -1)) if inter else None
+    if not center: return IntraInter(cosine(_inner(a, b), *norms), cosine(cross, *norms) if inter else None)
+    a, b = (k[..., :n, :n] + p * effect * effect.mT for k, effect in ((a, m), (b, l)))
+    rows = unbiased and [k.diagonal(dim1=-2, dim2=-1) for k in (a, b)]
+    columns = unbiased and [z.square().sum(-2) for z in (student, teacher)]
+    noise = (n * p * (8 * torch.finfo(a.dtype).eps) ** 2) ** 2  # what rounding leaves of rows that are all alike
+    return IntraInter(_ratio(_inner(a, b), _inner(a, a), _inner(b, b), noise, rows), _ratio(cross, *norms, noise, columns) if inter else None)
 
 # %% ../nbs/method/01_losses.ipynb #b455759e
+def unit(
+    x: Tensor,      # any shape, floating point
+    dim: int = -1,  # along which the length is one
+) -> Tensor:        # the shape of x
+    "`x` scaled to unit length; zero, with a zero gradient, where `x` is zero."
+    squared = x.square().sum(dim, keepdim=True)
+    ok = squared > 0
+    return torch.where(ok, x, 0 * x) * torch.where(ok, squared, torch.ones_like(squared)).rsqrt()
+
+# %% ../nbs/method/01_losses.ipynb #aa36e0fd
 def _row_normalised_alignment(x: Tensor, y: Tensor) -> Tensor:
-    "Alignment of Gram matrices whose row i is divided by sqrt(K_ii), as released by the paper's authors."
-    k, l = (F.normalize(z, dim=-1) @ z.mT for z in (x, y))  # <x_i / |x_i|, x_j>; a zero row stays zero
-    return cosine((k * l).sum(), k.square().sum(), l.square().sum())
+    "Alignment of the Gram matrices of the rows, (n, p), row i divided by sqrt(K_ii), as released by the paper's authors. No product is larger than the smaller of n and p."
+    x, y = _scaled(x), _scaled(y)
+    u, v = unit(x), unit(y)  # a zero row stays zero
+    if len(x) <= x.shape[1]:
+        k, l = u @ x.mT, v @ y.mT
+        return cosine(_inner(k, l), _inner(k, k), _inner(l, l))
+    return cosine(*(_inner(i.mT @ j, a.mT @ b) for i, j, a, b in ((u, v, x, y), (u, u, x, x), (v, v, y, y))))
 
 
 @full_precision
 def lcka(
-    student_logits: Tensor,             # (n, P)
-    teacher_logits: Tensor,             # (n, P)
+    student_logits: Tensor,             # (n, P), or maps of logits (n, P, H, W) read as n rows
+    teacher_logits: Tensor,             # the same shape
     center: bool = True,                # False: as in the code the paper's authors released
     unbiased: bool = False,             # debiased CKA (n >= 4 and P >= 4)
-    temperature: float | None = None,   # compare softmax(logits / temperature); None compares the logits
+    temperature: float | None = None,   # compare softmax(logits / temperature), over the classes P; None compares the logits
     normalize_rows: bool = False,       # divide row i of each Gram matrix by sqrt(K_ii); needs center=False
 ) -> IntraInter:                        # (intra, inter): two scalars, 1 at the optimum
-    "Similarity of two sets of logits, samples against samples and classes against classes (Zhou et al. 2024, section 3)."
+    "Similarity of two sets of logits, samples against samples and classes (or classes at places) against each other (Zhou et al. 2024, section 3)."
     student, teacher = as_real(student_logits, "student_logits"), as_real(teacher_logits, "teacher_logits")
-    if student.dim() != 2 or student.shape != teacher.shape:
-        raise ValueError(f"logits must be two (n, classes) tensors of one shape, got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}")
+    if student.dim() < 2 or student.shape != teacher.shape:
+        raise ValueError(f"logits must be two tensors of one shape, (n, classes) or (n, classes, height, width), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}")
     least = 4 if unbiased else 2 if center else 1
-    if min(student.shape) < least:
+    if min(len(student), student[:1].numel()) < least:
         raise ValueError(f"this form of LCKA needs at least {least} samples and {least} classes, got {tuple(student.shape)}")
     check_pair(student, teacher)
     if unbiased and not center: raise ValueError("unbiased=True estimates the centred HSIC; use it with center=True")
     if temperature is not None:
         if not temperature > 0: raise ValueError(f"temperature must be positive, or None for plain logits; got {temperature}")
-        student, teacher = (F.softmax(z / temperature, -1) for z in (student, teacher))
+        student, teacher = (F.softmax(z / temperature, 1) for z in (student, teacher))
+    student, teacher = student.flatten(1), teacher.flatten(1)
     if not normalize_rows: return intra_inter(student, teacher, center, unbiased)
     if center: raise ValueError("normalize_rows=True is part of the released form, which does not centre; use it with center=False")
     return IntraInter(_row_normalised_alignment(student, teacher), _row_normalised_alignment(student.T, teacher.T))
+
+# %% ../nbs/method/01_losses.ipynb #023e10c0
+def _resized(x: Tensor, size) -> Tensor:
+    "`x` (B, C, H, W) resized bilinearly to `size`; as it is where that is its size."
+    size = tuple(size)
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def _patches(x: Tensor, size, k: int, center: bool) -> Tensor:
+    "(B, C, H, W) resized to `size` and cut into k x k patches: (C, places, B k k)."
+    if center: x = x - x[:1, :, :1, :1].detach()  # a constant channel becomes zero before resizing rounds it
+    x = _resized(x, size).unflatten(-1, (-1, k)).unflatten(-3, (-1, k))  # (B, C, u, k, v, k)
+    return x.permute(1, 2, 4, 0, 3, 5).flatten(3).flatten(1, 2)
+
+
+@full_precision
+def pcka(
+    student: Tensor,         # (B, C, H, W)
+    teacher: Tensor,         # (B, C, U, V)
+    patch_size: int = 16,    # height and width of a patch, in places of the teacher's map
+    center: bool = False,    # True: centred, as in the paper's text; False: as released
+    inter: bool = True,      # False leaves inter out: None, and a third of the work less
+) -> IntraInter:             # (intra, inter): two scalars, 1 at the optimum
+    """Similarity of two feature maps by patches: mean over channels of the CKA of places, and of what lies inside patches (Zhou et al. 2024, dense prediction).
+
+    Both maps are resized to the teacher's size rounded up to multiples of `patch_size`. Channels must agree: widths that differ need a connector.
+    A channel that is zero (with `center`: constant) has similarity 0 and no gradient. A map of a single patch has intra 1, or 0 with `center`: one place has nothing to be compared with."""
+    student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
+    for who, x in (("student", student), ("teacher", teacher)):
+        if x.dim() != 4 or 0 in x.shape: raise ValueError(f"pcka compares feature maps (B, C, H, W) that are not empty, got {tuple(x.shape)} of the {who}")
+    if len(student) != len(teacher): raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"pcka compares channel by channel, got {student.shape[1]} of the student and {teacher.shape[1]} of the teacher: bring the student's map to the teacher's width with a connector, such as the 1x1 convolution that the method PCKA builds")
+    if patch_size < 1 or patch_size != int(patch_size): raise ValueError(f"patch_size must be a whole number of at least 1, got {patch_size}")
+    check_pair(student, teacher)
+    k = int(patch_size)
+    size = [-(-x // k) * k for x in teacher.shape[-2:]]
+    similarities = intra_inter(_patches(student, size, k, center), _patches(teacher, size, k, center), center, inter=inter)
+    return IntraInter(*(None if x is None else x.mean() for x in similarities))
 
 # %% ../nbs/method/01_losses.ipynb #4504c7e9
 class Outputs(NamedTuple):
@@ -310,3 +390,77 @@ class RCKAReleased(RCKA):
     "RCKA in the form and with the weights of the code around the paper: no centring, row-normalised logit Gram matrices with weight 15, a Gram of a Gram of the features with weight 1."
     def __init__(self, alpha: float = 1.0, beta: float = 15.0, gamma: float = 15.0, stages=(-1,), temperature: float | None = None):
         super().__init__(alpha, beta, gamma, stages, center=False, temperature=temperature, normalize_rows=True, gram_of_gram=True)
+
+# %% ../nbs/method/01_losses.ipynb #c3c25cad
+class DenseMethod(Method):
+    "A method that compares feature maps level by level, the student's brought to the teacher's width by a 1x1 convolution where they differ. Subclasses write `terms`."
+    stages = None  # positions in `Layers.stages`; None is the first four: levels 0 to 3 of a feature pyramid
+
+    def __init__(self):
+        super().__init__()
+        self.connectors = None  # made by `build`
+
+    def wants(self, layers):
+        if self.stages is None: return list(layers.stages[:4])
+        if not all(-len(layers.stages) <= i < len(layers.stages) for i in self.stages):
+            raise ValueError(f"{self.name} compares stages {tuple(self.stages)}, but the network has {len(layers.stages)}: {', '.join(layers.stages)}")
+        return [layers.stages[i] for i in self.stages]
+
+    def pairs(self, student, teacher):
+        "Feature maps as the networks gave them, checked; the teacher's carry no gradient."
+        if not student.features or len(student.features) != len(teacher.features):
+            raise ValueError(f"{self.name} compares feature maps in pairs, got {len(student.features)} of the student and {len(teacher.features)} of the teacher. Ask method.wants(layers) which")
+        for s, t in zip(student.features, teacher.features):
+            if s.dim() != 4 or t.dim() != 4 or len(s) != len(t):
+                raise ValueError(f"{self.name} compares feature maps (B, C, H, W) of one batch, got {tuple(s.shape)} of the student and {tuple(t.shape)} of the teacher")
+        return [(s, t.detach()) for s, t in zip(student.features, teacher.features)]
+
+    def build(self, student, teacher, *, head=None, targets=None):
+        pairs = self.pairs(student, teacher)
+        make = lambda c, d: nn.Identity() if c == d else nn.Conv2d(c, d, 1)
+        self.connectors = nn.ModuleList(make(s.shape[1], t.shape[1]) for s, t in pairs).to(pairs[0][0].device)
+
+    def maps(self, student, teacher):
+        "Pairs of maps of one width, one a level."
+        pairs = self.pairs(student, teacher)
+        if self.connectors is not None: return [(c(s), t) for c, (s, t) in zip(self.connectors, pairs, strict=True)]
+        for s, t in pairs:
+            if s.shape[1] != t.shape[1]:
+                raise RuntimeError(f"{self.name} needs a connector from {s.shape[1]} to {t.shape[1]} channels: call method.build(student_outputs, teacher_outputs) before making the optimiser")
+        return pairs
+
+
+@full_precision
+def map_mse(
+    student: Tensor,  # (B, C, H, W)
+    teacher: Tensor,  # (B, C, U, V); the student's map is resized to this size
+) -> Tensor:          # scalar, 0 at the optimum
+    "Mean squared error of two feature maps of one width."
+    student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
+    return F.mse_loss(_resized(student, teacher.shape[-2:]), teacher)
+
+# %% ../nbs/method/01_losses.ipynb #6e276172
+@register("pcka")
+class PCKA(DenseMethod):
+    """intra * (1 - intra-PCKA) + inter * (1 - inter-PCKA) + mimic * squared error of the maps, each summed over levels (Zhou et al. 2024, dense prediction). A weight of 0 leaves the term out.
+
+    Weights as published with the released configurations: intra 10 for one-stage detectors and RepPoints, intra 10 and inter 10 for two-stage ones and GFL; the weight of "+ mimic" is not public.
+    The released code multiplies the inter term by the intra weight too; here it has its own. A dense task takes `terms` and adds its own loss."""
+    def __init__(self,
+        intra: float = 10.0,    # weight of places against places
+        inter: float = 0.0,     # weight of what lies inside patches; 10 for two-stage detectors
+        mimic: float = 0.0,     # weight of the mean squared error of the maps
+        patch_size: int = 16,   # height and width of a patch, in places of the map
+        center: bool = False,   # True: centred, as in the paper's text
+        stages=None,            # positions of the levels; None is the first four
+    ):
+        super().__init__()
+        self.weights, self.mimic, self.stages = {"pcka_intra": intra, "pcka_inter": inter}, mimic, stages
+        self.options = dict(patch_size=patch_size, center=center, inter=bool(inter))
+
+    def terms(self, student, teacher, target=None, index=None):
+        maps, terms = self.maps(student, teacher), {}
+        if any(self.weights.values()):
+            levels = zip(*(pcka(s, t, **self.options) for s, t in maps))
+            terms = {name: w * sum(1 - x for x in level) for (name, w), level in zip(self.weights.items(), levels) if w}
+        return terms | ({"mimic": self.mimic * sum(map_mse(s, t) for s, t in maps)} if self.mimic else {})
