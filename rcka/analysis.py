@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import difflib
 import fnmatch
 import io
 import itertools
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .losses import nearest
 from .similarity import Gaussian, Linear, Polynomial, as_features, as_kernel, as_real, center, full_precision, _double_center, _u_center
 from .streaming import MinibatchCKA
 from .taps import Taps, find_module, unwrap
@@ -112,9 +112,7 @@ def choose_layers(
 def _is_pattern(layer: str) -> bool: return isinstance(layer, str) and any(c in layer for c in "*?")
 
 
-def _no_match(model, pattern: str, names: list[str]):
-    near = difflib.get_close_matches(pattern.replace("*", "").replace("?", ""), names, n=5, cutoff=0.3) or names[:5]
-    raise ValueError(f"the pattern {pattern!r} fits no module of {type(model).__name__}; near names: {', '.join(near)}")
+def _no_match(model, pattern: str, names: list[str]): raise ValueError(nearest(pattern, names, f"{type(model).__name__} module", most=5))
 
 # %% ../nbs/method/10_analysis.ipynb #ad02020b
 @torch.no_grad()

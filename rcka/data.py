@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import configparser
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import math
@@ -24,6 +23,8 @@ from typing import Iterator, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .losses import nearest
 
 # %% auto #0
 __all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'checkout', 'Dataset', 'balanced_slice', 'measure', 'decode_images', 'DatasetInfo',
@@ -449,9 +450,8 @@ def load_dataset(
     if kind == "imagefolder" and path: return _sliced(_imagefolder(path, root, size), limit, test_limit)
     if name not in KNOWN:
         names = [*KNOWN, "imagefolder:PATH"]
-        near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=2, cutoff=0.5)
         folder = f"; for the folder {name} say imagefolder:{name}" if (root / str(name)).is_dir() or Path(str(name)).is_dir() else ""
-        raise ValueError(f"unknown dataset {name!r}{'; did you mean ' + ' or '.join(near) + '?' if near else '.'} There are {', '.join(names)}{folder}")
+        raise ValueError(nearest(name, names, "dataset") + folder)
     if size is not None: raise ValueError(f"size is for image folders; {name} has images of {KNOWN[name].shape[1]} x {KNOWN[name].shape[2]}")
     return _sliced(_digits(root, download) if name == "digits" else _torchvision(name, root, download), limit, test_limit)
 

@@ -18,14 +18,16 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from .baselines_dense import DenseDIST, DenseKD
 from .coco import as_detections, coco_metrics, from_all
 from .losses import Alone, Layers, Method, Outputs, nearest
 from .taps import Taps
 from .trainer import Step, mixed, processes
 
 # %% auto #0
-__all__ = ['NORMS', 'DETECTORS', 'ANY_LEVELS', 'create_backbone', 'torchvision_models', 'SameSize', 'create_detector',
-           'detector_layers', 'Trunk', 'trunk_taps', 'class_logits', 'DetectorPair', 'DetectionDistiller', 'detect']
+__all__ = ['NORMS', 'DETECTORS', 'ANY_LEVELS', 'COMPARE_LOGITS', 'create_backbone', 'torchvision_models', 'SameSize',
+           'create_detector', 'detector_layers', 'Trunk', 'trunk_taps', 'class_logits', 'DetectorPair',
+           'DetectionDistiller', 'input_size', 'detect']
 
 # %% ../nbs/method/07_detection.ipynb #fd06909d
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(math.gcd(32, channels // 2), channels)}  # no group of a single channel: a map of one place would be constant in it
@@ -191,6 +193,7 @@ def class_logits(
 
 # %% ../nbs/method/07_detection.ipynb #19730cf1
 ANY_LEVELS = Layers(tuple(f"level{i}" for i in range(5)), head="head")
+COMPARE_LOGITS = (DenseKD, DenseDIST)  # a method of your own says so by an attribute: wants_logits = True
 
 
 class DetectorPair:
@@ -203,7 +206,7 @@ class DetectorPair:
         teacher_paths=None,
     ):
         self.student, self.method, self.teacher = student, method or Alone(), teacher
-        self.logits = teacher is not None and bool(getattr(self.method, "wants_logits", False))
+        self.logits = teacher is not None and any(isinstance(m, COMPARE_LOGITS) or getattr(m, "wants_logits", False) for m in self.method.modules())
         paths = [] if teacher is None else self._paths(student, student_paths)
         self.levels, self.proposals = len(paths), None
         self.student_taps = Taps(student, [*paths, *([detector_layers(student).head] if self.logits else [])], logits=_as_is)
@@ -264,13 +267,20 @@ class DetectionDistiller(DetectorPair):
         terms = {name: self.method.ce * loss for name, loss in losses.items()}
         if self.teacher is None: return Step(terms)
         ours = found[-1] if self.logits else None
-        theirs = self.teacher_logits(teacher.logits, ours) if self.logits else None
-        student, teacher = Outputs(ours, found[:self.levels]), Outputs(theirs, teacher.features)
-        return Step(terms | self.method.terms(student, teacher, batch.targets, batch.index))
+        theirs = self.teacher_logits(teacher.logits, ours).flatten(0, -2) if self.logits else None  # (places of all images, classes)
+        student, teacher = Outputs(ours.flatten(0, -2) if self.logits else None, found[:self.levels]), Outputs(theirs, teacher.features)
+        size = input_size(self.student, batch.images)
+        return Step(terms | self.method.terms(student, teacher, [t | {"input_size": size} for t in batch.targets], batch.index))
 
     def evaluate(self, batches, precision: str = "fp32", before=lambda: None) -> dict[str, float]:
         "The twelve numbers of COCO's evaluation, in per cent."
         return coco_metrics(batches.data, detect(self.student, batches, precision, before))
+
+
+def input_size(detector: nn.Module, images: list[Tensor]) -> tuple[int, int]:
+    "Height and width of the batch that the network sees, padding included."
+    step = getattr(getattr(detector, "transform", None), "size_divisible", 1)
+    return tuple(step * math.ceil(max(x.shape[d] for x in images) / step) for d in (1, 2))
 
 
 @torch.no_grad()

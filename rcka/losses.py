@@ -243,11 +243,14 @@ def list_methods() -> list[str]:
     return sorted(_METHODS)
 
 
-def nearest(name: str, names, what: str) -> str:
-    "An error message for an unknown name, with the near ones."
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "") + f" Known: {', '.join(names)}"
+def nearest(name: str, names, what: str, most: int = 60) -> str:
+    "An error message for an unknown name: the near ones, whatever their case, dashes and wildcards, and `most` of those there are."
+    plain = lambda text: text.lower().replace("-", "_").translate({ord(c): None for c in "*?"})
+    names = {plain(n): n for n in reversed(list(names))}
+    near = [names[n] for n in difflib.get_close_matches(plain(str(name)), names, n=3, cutoff=0.4)]
+    known = list(names.values())[::-1]
+    return (f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ".")
+            + f" Known: {', '.join(known[:most])}" + (f" and {len(known) - most} more" if len(known) > most else ""))
 
 
 def create_method(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .losses import Layers, Outputs
+from .losses import Layers, Outputs, nearest
 
 # %% auto #0
 __all__ = ['NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'as_logits', 'Taps', 'layers_of']
@@ -48,10 +47,8 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     modules = dict(unwrap(model).named_modules(remove_duplicate=False))
     name = parse_path(path).module
     if name in modules: return modules[name]
-    near = difflib.get_close_matches(name, modules, n=5, cutoff=0.5)
-    known = f"near names: {', '.join(near)}" if near else f"it begins with: {', '.join(list(modules)[1:6])}"
-    raise ValueError(f"{type(unwrap(model)).__name__} has no module {name!r} (path {path!r}); {known}. "
-                     "All names: [name for name, _ in model.named_modules()]")
+    names = [n for n in modules if n]
+    raise ValueError(nearest(name, names, f"{type(unwrap(model)).__name__} module", most=5) + ". All of them: [name for name, _ in model.named_modules()]")
 
 # %% ../nbs/method/03_taps.ipynb #5a9fdf37
 def as_logits(

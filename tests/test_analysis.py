@@ -168,7 +168,7 @@ def test_loaders_that_will_not_do(pair, loader, error, words):
 # ---- layers
 
 def test_a_pattern_that_fits_nothing_names_what_is_near(pair):
-    with pytest.raises(ValueError, match="near names: .*layer1"): compare(*pair, [IMAGES], "layers1*")
+    with pytest.raises(ValueError, match="did you mean .*layer1"): compare(*pair, [IMAGES], "layers1*")
     with pytest.raises(ValueError, match="layer1.0.bn2"): compare(*pair, [IMAGES], ["layer1.0.bn9"])
     with pytest.raises(ValueError, match="empty"): compare(*pair, [IMAGES], [])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import papermill
 import pytest
 
-from rcka.experiments import Experiment, Result
+from rcka.experiments import Experiment, Result, run
 
 benchmarks = Path(__file__).parent.parent / "nbs" / "benchmarks"
 small = dict(dataset="digits", teacher="resnet14", student="resnet8", epochs=1, schedule="onecycle", train_limit=120, test_limit=100)
@@ -60,3 +60,12 @@ def test_speed_analysis(tmp_path, monkeypatch):
     done = papermill.execute_notebook(benchmarks / "speed_analysis.ipynb", tmp_path / "out.ipynb", dict(batches=1, batch_size=8, image_size=32, layers=6),
                                       cwd=tmp_path, progress_bar=False, kernel_name="python3")
     assert "times as long" in str(done)
+
+
+def test_report(tmp_path, monkeypatch):
+    "Of two runs: the table has both, with what their result files say."
+    experiment = Experiment(**small, method="kd")
+    results = [run(e, tmp_path / "runs", progress=False) for e in (experiment, Experiment(**small | {"teacher": None}))]
+    execute("report", tmp_path, monkeypatch, root=str(tmp_path / "runs"))
+    executed = (tmp_path / "report.ipynb").read_text()
+    for result, line in zip(results, ("| resnet14 | resnet8 | kd | 1 | {:.2f}", "| resnet8 | none | 1 | {:.2f}")): assert line.format(result.last["top1"]) in executed

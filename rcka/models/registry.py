@@ -99,7 +99,7 @@ def _reads(model: nn.Module, in_channels: int) -> nn.Module:
 def _timm(name: str, num_classes: int, in_channels: int, options: dict) -> nn.Module:
     try: import timm
     except ImportError: raise ImportError(f"timm/{name} needs the package timm: pip install timm") from None
-    if not timm.is_model(name.split(".")[0]): raise ValueError(nearest(name, timm.list_models(), "timm network")[:400])
+    if not timm.is_model(name.split(".")[0]): raise ValueError(nearest(name, timm.list_models(), "timm network", most=20))
     return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **options)
 
 # %% ../../nbs/method/04_models.ipynb #ec97a6ac
