@@ -21,8 +21,9 @@ from torch import Tensor
 from .trainer import processes
 
 # %% auto #0
-__all__ = ['METRICS', 'Boxes', 'BrokenImage', 'read_image', 'CocoData', 'load_coco', 'DetectionBatch', 'resized', 'prepare_image',
-           'CocoBatches', 'as_detections', 'ground_truth', 'coco_metrics', 'from_all', 'show_boxes']
+__all__ = ['METRICS', 'Boxes', 'BrokenImage', 'read_image', 'CocoData', 'load_coco', 'draw_rectangles', 'DetectionBatch',
+           'resized', 'prepare_image', 'CocoBatches', 'as_detections', 'ground_truth', 'coco_metrics', 'from_all',
+           'show_boxes']
 
 # %% ../nbs/method/07a_coco.ipynb #27cc5dfc
 class Boxes(NamedTuple):
@@ -199,6 +200,30 @@ def _notes(data: CocoData) -> dict:
     out = [(e[:, :2] < 0).any(1) | (e[:, :2] + e[:, 2:] > torch.tensor(size) + 1e-6).any(1) for e, size in zip(edges, data.sizes)]
     return {"clipped": sum(int(o.sum()) for o in out), "no area": sum(int((~_has_area(f.boxes)).sum()) for f in data.found),
             "crowd": sum(int(f.crowd.sum()) for f in data.found), "without boxes": sum(len(f.boxes) == 0 for f in data.found)}
+
+# %% ../nbs/method/07a_coco.ipynb #efc4b8f1
+def draw_rectangles(
+    folder: Path | str,         # gets SPLIT/*.png and annotations/instances_SPLIT.json
+    n: int = 8,                 # images
+    split: str = "train2017",
+    seed: int = 0,
+) -> tuple[Path, Path, dict]:   # the folder with the pictures, the annotation file and its content
+    "A dataset of wide and upright pictures with one coloured rectangle each."
+    from PIL import Image
+    g = torch.Generator().manual_seed(seed)
+    images, path = Path(folder) / split, Path(folder) / "annotations" / f"instances_{split}.json"
+    for place in (images, path.parent): place.mkdir(parents=True, exist_ok=True)
+    content = dict(images=[], annotations=[], categories=[dict(id=c, name=f"kind {c}") for c in (20, 3, 7)])
+    for i in range(n):
+        w, h = ((96, 64), (64, 96), (80, 64))[i % 3]
+        kind, x, y = (int(torch.randint(k, (), generator=g)) for k in (3, w // 3, h // 3))
+        pixels = torch.full((h, w, 3), 90, dtype=torch.uint8)
+        pixels[y:y + h // 2, x:x + w // 2] = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]][kind], dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(images / f"{i}.png")
+        content["images"].append(dict(id=100 + i, file_name=f"{i}.png", width=w, height=h))
+        content["annotations"].append(dict(id=i + 1, image_id=100 + i, category_id=(3, 7, 20)[kind], bbox=[x, y, w // 2, h // 2], area=(w // 2) * (h // 2), iscrowd=0))
+    path.write_text(json.dumps(content))
+    return images, path, content
 
 # %% ../nbs/method/07a_coco.ipynb #6d339318
 class DetectionBatch(NamedTuple):
