@@ -116,7 +116,7 @@ def correlation(
     dim: int = -1,  # over what
 ) -> Tensor:
     "Pearson correlation along `dim`; 0 where either side is constant."
-    x, y = (z - z.narrow(dim, 0, 1).detach() for z in (x, y))  # what is constant becomes exact zeros
+    x, y = (z - z.narrow(dim, 0, 1).detach() for z in (x, y))  # a constant becomes an exact zero, not what rounding leaves of it
     x, y = (unit(z - z.mean(dim, keepdim=True), dim) for z in (x, y))
     return (x * y).sum(dim)
 

@@ -32,7 +32,7 @@ from .taps import Taps, layers_of
 __all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'LOOK_EVERY', 'Recipe', 'write_atomic', 'remove_parts', 'claimed', 'FolderBusy',
            'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged', 'last_checkpoint', 'processes', 'join',
            'part', 'sum_over_processes', 'together', 'gathered', 'average_gradients', 'Accuracy', 'evaluate', 'mixed',
-           'determinism', 'Step', 'Distiller', 'head_of', 'Run', 'from_first', 'as_safetensors', 'as_csv',
+           'determinism', 'Step', 'Distiller', 'head_of', 'from_first', 'as_safetensors', 'as_csv', 'Run',
            'NonFiniteLoss', 'Trainer', 'OutOfMemory', 'BatchesFailed', 'Stopped', 'fit_together']
 
 # %% ../nbs/method/06_trainer.ipynb #890160f8
@@ -291,7 +291,7 @@ class Step(NamedTuple):
     terms: dict[str, torch.Tensor]  # weighted scalars; their sum is the loss
     counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # sums and of how many; an epoch's is 100 * sum / number
 
-
+# %% ../nbs/method/06_trainer.ipynb #e8d0d102
 class Distiller:
     "A student, perhaps a teacher, and the method between them: the task of classification."
     score = "top1"
@@ -358,6 +358,32 @@ def head_of(model: nn.Module) -> nn.Module | None:
     except (ValueError, AttributeError): return None
 
 # %% ../nbs/method/06_trainer.ipynb #8f05ab5c
+def _set_random(state: dict, device: torch.device):
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda": torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def from_first(tensors):
+    "The first process's values in all."
+    if processes()[1] > 1:
+        for t in tensors: dist.broadcast(t, 0)
+
+
+def as_safetensors(model: nn.Module) -> bytes:
+    "All parameters and buffers; `load_weights` reads them."
+    import safetensors.torch
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    return safetensors.torch.save(tensors, metadata={"format": "pt"})
+
+
+def as_csv(rows: list[dict]) -> str:
+    "Rows as CSV text; the columns are those of all rows, in order of appearance."
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    writer.writeheader(); writer.writerows(rows)
+    return text.getvalue()
+
+# %% ../nbs/method/06_trainer.ipynb #6b028dd0
 class Run:
     "What a run is between two steps, and how it lives in its folder."
     def __init__(self, folder, recipe, device, parts, setting, keep, score):
@@ -429,32 +455,6 @@ class Run:
             self.random = self._random_state()
             _set_random(outside, self.device)
 
-
-def _set_random(state: dict, device: torch.device):
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda": torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def from_first(tensors):
-    "The first process's values in all."
-    if processes()[1] > 1:
-        for t in tensors: dist.broadcast(t, 0)
-
-
-def as_safetensors(model: nn.Module) -> bytes:
-    "All parameters and buffers; `load_weights` reads them."
-    import safetensors.torch
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
-    return safetensors.torch.save(tensors, metadata={"format": "pt"})
-
-
-def as_csv(rows: list[dict]) -> str:
-    "Rows as CSV text; the columns are those of all rows, in order of appearance."
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
-    writer.writeheader(); writer.writerows(rows)
-    return text.getvalue()
-
 # %% ../nbs/method/06_trainer.ipynb #9a569ff6
 LOOK_EVERY = 50  # steps between two looks at the loss
 
@@ -474,7 +474,7 @@ class _Finite:
         if self.asked: self.asked.synchronize()
         return bool(self.ok)
 
-
+# %% ../nbs/method/06_trainer.ipynb #dc634c25
 class Trainer(Run):
     "One run of a task in a folder."
     def __init__(self,
@@ -559,7 +559,7 @@ class Trainer(Run):
         raise NonFiniteLoss(f"{', '.join(broken) or 'the sum of the terms'} is not finite in epoch {self.epoch + 1}, step {step + 1}. "
                             f"{self.kept()} Try a lower lr, or a lower weight of that term")
 
-
+# %% ../nbs/method/06_trainer.ipynb #6ced3c9d
 def _refuse_memory(method: nn.Module):
     "A part of the batch would fill a part of a memory bank."
     norms = {id(b) for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()}
@@ -582,7 +582,7 @@ class Stopped(KeyboardInterrupt):
         super().__init__(message)
         self.signum = signum  # which signal
 
-
+# %% ../nbs/method/06_trainer.ipynb #e8d7996e
 def fit_together(
     trainers: list[Trainer],  # one teacher, the same batches, the same number of epochs; students, methods and folders of their own
     progress: bool = True,
@@ -608,7 +608,7 @@ def fit_together(
         together()
     return [t.history for t in trainers]
 
-
+# %% ../nbs/method/06_trainer.ipynb #fe6b4983
 def _one_epoch(now: list[Trainer], share, caught: list[int]):
     "From where these runs stand to the end of the epoch, saved now and then."
     first = now[0]

@@ -8,13 +8,13 @@ import torch
 from torchvision.models import VisionTransformer
 
 import rcka
-from rcka.losses import create_method, list_methods
+from rcka.losses import DenseMethod, create_method, list_methods
 from rcka.models import create_model
 from rcka.taps import layers_of
 from rcka.trainer import Distiller, Recipe, Trainer, evaluate
 
 REPO = Path(__file__).parent.parent
-METHODS = list_methods()
+METHODS = [name for name in list_methods() if not (name.startswith("dense_") or isinstance(create_method(name), DenseMethod))]  # those for classification
 # warm-ups of 20 epochs are cut to one, for a term that is switched on step by step cannot be seen to fall; CRD has 200 images to contrast, not 50,000
 EPOCHS = {"crd": 6, "pkt": 6, "vid": 6}  # these rise before they fall (CRD contrasts with a memory that begins as noise), or fall slowly
 SHORT = {"dkd": {"warmup": 1}, "ikl_kd": {"warmup": 1}, "reviewkd": {"warmup": 1}, "crd": {"negatives": 256}}
@@ -64,7 +64,7 @@ FEATURES = {  # student's path: teacher's path
     **{name: {} for name in ("none", "kd", "dkd", "dist", "ikl_kd", "nkd", "lcka")},
     **{name: {TOKENS: "layer3"} for name in ("fcka", "rcka", "rcka_released", "sp")},
     **{name: {POOLED: "fc:input"} for name in ("cc", "rkd", "pkt", "crd")},
-    **{name: {MAP: "layer3"} for name in ("fitnet", "at", "nst", "vid", "ofd", "ickd_c", "mgd", "dpk", "pcka")},
+    **{name: {MAP: "layer3"} for name in ("fitnet", "at", "nst", "vid", "ofd", "ickd_c", "mgd", "dpk")},
     "srrl": {MAP: "layer3", POOLED: "fc:input"},
     "reviewkd": {MAP: "layer3", MAP + "[...]": "layer3.1.relu2:input", POOLED: "fc:input"},
 }
