@@ -20,7 +20,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .baselines_dense import DenseDIST, DenseKD
 from .coco import as_detections, coco_metrics, from_all
-from .losses import Alone, Layers, Method, Outputs, nearest
+from .losses import Alone, Layers, Method, Outputs, nearest, pcka
 from .taps import Taps
 from .trainer import Step, mixed, processes
 
@@ -204,8 +204,9 @@ class DetectorPair:
         teacher: nn.Module | None = None, # frozen, in eval mode
         student_paths=None,               # of the features, instead of what the method wants of the pyramid
         teacher_paths=None,
+        watch: int | None = None,         # patch size at which the similarity of each level is noted along training; None: it is not
     ):
-        self.student, self.method, self.teacher = student, method or Alone(), teacher
+        self.student, self.method, self.teacher, self.watch = student, method or Alone(), teacher, watch
         self.logits = teacher is not None and any(isinstance(m, COMPARE_LOGITS) or getattr(m, "wants_logits", False) for m in self.method.modules())
         paths = [] if teacher is None else self._paths(student, student_paths)
         self.levels, self.proposals = len(paths), None
@@ -270,7 +271,15 @@ class DetectionDistiller(DetectorPair):
         theirs = self.teacher_logits(teacher.logits, ours).flatten(0, -2) if self.logits else None  # (places of all images, classes)
         student, teacher = Outputs(ours.flatten(0, -2) if self.logits else None, found[:self.levels]), Outputs(theirs, teacher.features)
         size = input_size(self.student, batch.images)
-        return Step(terms | self.method.terms(student, teacher, [t | {"input_size": size} for t in batch.targets], batch.index))
+        terms |= self.method.terms(student, teacher, [t | {"input_size": size} for t in batch.targets], batch.index)
+        return Step(terms, self.similarities(student, teacher) if self.watch else {})
+
+    @torch.no_grad()
+    def similarities(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, Tensor]]:
+        "Centred intra-PCKA of each level, for the history: {'level0': (sum, number), ...}."
+        pairs = self.method.maps(student, teacher) if hasattr(self.method, "maps") else zip(student.features, teacher.features)
+        found = [pcka(s, t, self.watch, center=True, inter=False).intra for s, t in pairs]
+        return {f"level{i}": (x, torch.ones_like(x)) for i, x in enumerate(found)}
 
     def evaluate(self, batches, precision: str = "fp32", before=lambda: None) -> dict[str, float]:
         "The twelve numbers of COCO's evaluation, in per cent."

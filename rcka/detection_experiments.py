@@ -64,6 +64,7 @@ class DetectionExperiment:
     precision: str = "fp32"
     deterministic: bool = False
     relations: str | None = None        # detectors compare within each device; "device" says so
+    watch: int | None = None            # patch size at which the similarity of each level is noted along training
     # the images
     size: tuple | int | None = None     # shorter side, or a range to draw from; None: 800, for FCOS 640 to 800
     max_size: int = 1333                # longer side, at most
@@ -98,7 +99,7 @@ class DetectionExperiment:
         if self.batch_size < 1: raise ValueError(f"batch_size must be positive, got {self.batch_size}")
         if self.method == "none":
             for f in fields(self):
-                if f.name.startswith("teacher"): fix(f.name, f.default)
+                if f.name.startswith("teacher") or f.name == "watch": fix(f.name, f.default)
         elif self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, a backbone such as resnet101")
         self._protocol(fix)
         if self.method_args is None: fix("method_args", detection_args(self.method, self.detector))
@@ -110,9 +111,9 @@ class DetectionExperiment:
         if self.schedule in SCHEDULES:
             epochs, at = SCHEDULES[self.schedule]
             if self.epochs is None: fix("epochs", epochs)
-            if self.lr_steps is None: fix("lr_steps", tuple(round(s / epochs, 6) for s in at))
+            if self.lr_steps is None: fix("lr_steps", tuple(s / epochs for s in at))
         elif self.epochs is None: raise ValueError(f"schedule {self.schedule!r} needs epochs; 1x and 2x have their own")
-        if self.lr_steps is None: fix("lr_steps", tuple(round(s / 24, 6) for s in (16, 22)))
+        if self.lr_steps is None: fix("lr_steps", (16 / 24, 22 / 24))
         if self.lr is None: fix("lr", (0.02 if self.detector == "faster_rcnn" else 0.01) * self.batch_size / 16)
         if self.size is None: fix("size", (640, 800) if self.detector == "fcos" else 800)
 
@@ -132,7 +133,7 @@ class DetectionExperiment:
     def teachers(self) -> DetectionExperiment | None:
         "The experiment that trains this one's teacher."
         if self.teacher is None: return None
-        return replace(self, student=self.teacher, method="none", method_args={}, seed=self.teacher_seed, epochs=self.teacher_epochs or self.epochs,
+        return replace(self, student=self.teacher, method="none", method_args=None, seed=self.teacher_seed, epochs=self.teacher_epochs or self.epochs,
                        lr=self.teacher_lr or self.lr, backbone_weights=self.teacher_backbone_weights, data_seed=None)
 
     to_dict, from_dict, from_parameters = Experiment.to_dict, classmethod(Experiment.from_dict.__func__), classmethod(Experiment.from_parameters.__func__)
@@ -161,7 +162,7 @@ class DetectionExperiment:
             beside = Parts(None, self.batches(data, True, device), test, *_teacher(self, data, test, root, device, progress, options), data)
         torch.manual_seed(self.seed)
         student = self.detector_of(self.student, beside.data.num_classes, self.backbone_weights).to(device)
-        return beside._replace(task=DetectionDistiller(student, create_method(self.method, self.method_args), beside.teacher))
+        return beside._replace(task=DetectionDistiller(student, create_method(self.method, self.method_args), beside.teacher, watch=self.watch))
 
 
 def _teacher(experiment, data, test, root, device, progress, options):
