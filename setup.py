@@ -9,10 +9,11 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "notebook", "slurm", "dev", "docs")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "notebook", "segmentation", "slurm", "dev", "docs")}
 extras["notebook"] += extras["train"]
+extras["segmentation"] += extras["train"]
 extras["slurm"] += extras["notebook"]
-extras["dev"] += extras["slurm"]
+extras["dev"] += extras["slurm"] + extras["segmentation"]
 extras["docs"] += extras["dev"]
 
 setup(

@@ -164,7 +164,8 @@ class FGD(DenseMethod):
     def build(self, student, teacher, *, head=None, targets=None):
         super().build(student, teacher)
         block = lambda t: nn.ModuleList(ContextBlock(t.shape[1]) for _ in range(2))  # the student's and the teacher's
-        self.blocks = nn.ModuleList(block(t) for t in teacher.features).to(teacher.features[0].device)
+        first = as_real(teacher.features[0], "teacher")
+        self.blocks = nn.ModuleList(block(t) for t in teacher.features).to(first.device, first.dtype)
 
     def terms(self, student, teacher, target, index=None):
         if self.blocks is None: raise RuntimeError("fgd has parameters of its own: call method.build(student_outputs, teacher_outputs) before making the optimiser")

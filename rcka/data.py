@@ -424,7 +424,9 @@ def list_datasets(
     root = data_root(root)
     how = {"digits": "comes with scikit-learn: pip install scikit-learn"}
     infos = [DatasetInfo(name, k.classes, k.shape, _is_there(name, root), how.get(name, f"python -m rcka.data {name}")) for name, k in KNOWN.items()]
+    infos.append(DatasetInfo("imagenet", 1000, (3, 224, 224), (root / "imagenet" / "train").is_dir(), "image-net.org; see data/README.md"))
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if folder.name == "imagenet": continue
         with contextlib.suppress(ValueError, OSError):
             train, _ = _find_folder(str(folder.resolve()), root)
             first = next((p for p, *_ in _walk(train)), None)
@@ -434,22 +436,27 @@ def list_datasets(
 
 
 def load_dataset(
-    name: str,                        # "digits", "fashion_mnist", "cifar10", "cifar100" or "imagefolder:PATH"
+    name: str,                        # "digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:PATH", "imagenet" or "imagenet:PATH"
     root: str | Path | None = None,   # the folder with the datasets; see `data_root`
     limit: int | None = None,         # keep so many training images, the first of each class
     test_limit: int | None = None,    # keep so many test images
-    size: int | tuple[int, int] | None = None,  # image folders only: resize to (H, W), cutting what sticks out
+    size: int | tuple[int, int] | None = None,  # image folders: resize to (H, W), cutting what sticks out; imagenet: pixels of a side, 224 if not given
     download: bool = True,            # fetch what is not there, with a progress bar
+    **options,                        # imagenet only: val, skip_broken; see `rcka.imagenet.load_imagenet`
 ) -> Dataset:
-    """A dataset in memory. `limit` changes neither the classes nor mean and deviation, which are those of the whole training set.
+    """A dataset in memory; "imagenet" is one in files, with the same `batches`. `limit` changes neither the classes nor mean and deviation, which are those of the whole training set.
 
     Raises ValueError for an unknown name (with the near ones) or a folder that is not as it should be; FileNotFoundError where the
     dataset is not there and cannot be fetched (with the URL, the folder and the command)."""
     root = data_root(root)
     kind, _, path = str(name).partition(":")
+    if kind == "imagenet" and (path or name == "imagenet"):
+        from rcka.imagenet import load_imagenet
+        return load_imagenet(path or name, root, limit, test_limit, **({} if size is None else {"size": size}), **options)
+    if options: raise TypeError(f"{', '.join(options)} is for imagenet; {name} has no such option")
     if kind == "imagefolder" and path: return _sliced(_imagefolder(path, root, size), limit, test_limit)
     if name not in KNOWN:
-        names = [*KNOWN, "imagefolder:PATH"]
+        names = [*KNOWN, "imagenet", "imagenet:PATH", "imagefolder:PATH"]
         folder = f"; for the folder {name} say imagefolder:{name}" if (root / str(name)).is_dir() or Path(str(name)).is_dir() else ""
         raise ValueError(nearest(name, names, "dataset") + folder)
     if size is not None: raise ValueError(f"size is for image folders; {name} has images of {KNOWN[name].shape[1]} x {KNOWN[name].shape[2]}")
@@ -575,9 +582,9 @@ def _table(infos: list[DatasetInfo]) -> str:
 def main(args: list[str] | None = None) -> int:
     "`python -m rcka.data [NAME] [--root ROOT] [--size N]`"
     parser = argparse.ArgumentParser("python -m rcka.data", description="List the datasets, or fetch and check one.")
-    parser.add_argument("name", nargs="?", help="digits, fashion_mnist, cifar10, cifar100 or imagefolder:PATH; none lists them")
+    parser.add_argument("name", nargs="?", help="digits, fashion_mnist, cifar10, cifar100, imagenet, imagenet:PATH or imagefolder:PATH; none lists them")
     parser.add_argument("--root", help="the folder with the datasets (default: RCKA_DATA, else data/ of the checkout, else ./data)")
-    parser.add_argument("--size", type=int, help="image folders: resize to SIZE x SIZE")
+    parser.add_argument("--size", type=int, help="image folders: resize to SIZE x SIZE; imagenet: crop to it")
     given = parser.parse_args(args)
     if given.name is None:
         print(f"datasets under {data_root(given.root)}\n{_table(list_datasets(given.root))}")
@@ -586,7 +593,8 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
-    print(f"{data}\nunder {data_root(given.root)}; mean {data.mean}, deviation {data.std}, crop padding {data.pad}, mirrored: {'yes' if data.flip else 'no'}")
+    how = f"crop padding {data.pad}, mirrored: {'yes' if data.flip else 'no'}" if isinstance(data, Dataset) else "random resized crops, mirrored: yes"
+    print(f"{data}\nunder {data_root(given.root)}; mean {data.mean}, deviation {data.std}, {how}")
     return 0
 
 

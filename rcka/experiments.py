@@ -25,24 +25,32 @@ from filelock import FileLock, Timeout
 import rcka
 from .baselines_features import paper_args
 from .data import Batches, Dataset, checkout, load_dataset
+from .imagenet import FileDataset
 from .losses import create_method, nearest
 from .models import create_model, list_models, load_checkpoint
-from .trainer import Distiller, Recipe, Trainer, fit_together, join, processes, together, write_atomic
+from .trainer import Distiller, Recipe, Trainer, evaluate, fit_together, join, processes, together, write_atomic
 
 # %% auto #0
-__all__ = ['RESULT_FORMAT', 'OWN', 'TABLES', 'paper_lr', 'Experiment', 'Parts', 'Result', 'runs_root', 'run', 'run_together',
-           'summary', 'plot_run', 'published']
+__all__ = ['IMAGENET', 'RESULT_FORMAT', 'OWN', 'TABLES', 'of_imagenet', 'paper_lr', 'Experiment', 'Parts', 'Result', 'runs_root',
+           'run', 'given_teacher', 'run_together', 'summary', 'plot_run', 'published']
 
 # %% ../nbs/method/08_experiments.ipynb #1645c036
-def paper_lr(network: str) -> float:
-    "Learning rate of the CIFAR-100 protocol: 0.01 for MobileNet and ShuffleNet, 0.05 for the rest (Tian et al. 2020)."
+IMAGENET = dict(epochs=100, batch_size=256, weight_decay=1e-4, lr_steps=(0.3, 0.6, 0.9))  # where its protocol differs from that of small images
+
+
+def of_imagenet(dataset: str) -> bool: return dataset.split(":")[0] == "imagenet"
+
+
+def paper_lr(network: str, dataset: str = "cifar100", batch_size: int = 64) -> float:
+    "Learning rate of the protocol. ImageNet: 0.1 for 256 images; else 0.01 for MobileNet and ShuffleNet, 0.05 for the rest (Tian et al. 2020)."
+    if of_imagenet(dataset): return 0.1 * batch_size / 256
     return 0.01 if any(name in network for name in ("mobilenet", "shufflenet")) else 0.05
 
 # %% ../nbs/method/08_experiments.ipynb #5f1558ea
 @dataclass(frozen=True)
 class Experiment:
     "One run: a student trained on a dataset, alone or by a method from a teacher."
-    dataset: str = "digits"             # a name of `list_datasets()`, or imagefolder:PATH
+    dataset: str = "digits"             # a name of `list_datasets()`, or imagefolder:PATH, or imagenet:PATH
     student: str = "resnet8"            # a name of `list_models()`
     teacher: str | None = None          # likewise; None with method "none"
     method: str = "none"                # a name of `list_methods()`, or several with a plus
@@ -66,13 +74,17 @@ class Experiment:
     teacher_seed: int = 0
     teacher_epochs: int | None = None   # None: as many as the student
     teacher_lr: float | None = None     # None: the student's, or the paper's where that one was not given
-    teacher_weights: str | None = None  # a checkpoint to load instead of training one
+    teacher_weights: str | None = None  # a checkpoint to load instead of training one; or torchvision's, as "IMAGENET1K_V1"
     # features by module path, for networks whose layers are not known
     student_paths: tuple | None = None
     teacher_paths: tuple | None = None
     # a class-balanced part of the dataset
     train_limit: int | None = None
     test_limit: int | None = None
+    # images from files
+    image_size: int | None = None       # pixels of a side; None: 224 of imagenet, as they are of an image folder
+    evaluate_on: str | None = None      # imagenet: "train" evaluates on the training images, for a folder without val/
+    skip_broken: bool | None = None     # imagenet: pass over images that cannot be decoded
 
     def __post_init__(self):
         for name in ("lr_steps", "student_paths", "teacher_paths"):
@@ -82,11 +94,12 @@ class Experiment:
             for name in ("teacher", "teacher_epochs", "teacher_lr", "teacher_weights", "teacher_paths", "student_paths", "relations"): fix(name, None)
             fix("teacher_seed", 0)
         elif self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, one of {', '.join(list_models())}")
-        if self.teacher and self.teacher_lr is None: fix("teacher_lr", self.lr or paper_lr(self.teacher))
-        if self.lr is None: fix("lr", paper_lr(self.student))
+        if self.teacher and self.teacher_lr is None: fix("teacher_lr", self.lr or paper_lr(self.teacher, self.dataset, self.batch_size))
+        if self.lr is None: fix("lr", paper_lr(self.student, self.dataset, self.batch_size))
         if self.method_args is None: fix("method_args", paper_args(self.method, self.teacher, self.student, self.dataset))
         for name in filter(None, (self.student, self.teacher)):
             if "/" not in name and name not in list_models(): raise ValueError(nearest(name, list_models(), "network"))
+        if not of_imagenet(self.dataset) and (self.evaluate_on or self.skip_broken): raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}")
         if self.batch_size < 1: raise ValueError(f"batch_size must be positive, got {self.batch_size}")
         self.recipe                                   # says what is wrong with it
         create_method(self.method, self.method_args)  # likewise
@@ -108,8 +121,11 @@ class Experiment:
 
     @staticmethod
     def paper(dataset: str, teacher: str | None, student: str, method: str, seed: int = 0, **changes) -> Experiment:
-        "The paper's protocol for a pair of networks on small images; `changes` are the fields that differ from it."
-        if dataset in ("imagenet", "coco", "cityscapes"): raise ValueError(f"{dataset} has a protocol of its own, not that of CIFAR-100")
+        "The paper's protocol for a pair of networks on small images or ImageNet; `changes` are the fields that differ from it."
+        if dataset in ("coco", "cityscapes"): raise ValueError(f"{dataset} has a protocol of its own, not that of CIFAR-100")
+        if of_imagenet(dataset):
+            given = {"teacher_weights": "IMAGENET1K_V1"} if (teacher or "").startswith("torchvision/") else {}
+            changes = IMAGENET | given | changes
         return Experiment(dataset, student, teacher, method, seed=seed, **changes)
 
     @classmethod
@@ -132,13 +148,21 @@ class Experiment:
         return replace(self, student=self.teacher, method="none", method_args={}, seed=self.teacher_seed,
                        epochs=self.teacher_epochs or self.epochs, lr=self.teacher_lr, data_seed=None)
 
+    def load_data(self) -> Dataset | FileDataset:
+        given = {"size": self.image_size, "val": self.evaluate_on, "skip_broken": self.skip_broken}
+        return load_dataset(self.dataset, limit=self.train_limit, test_limit=self.test_limit, **{k: v for k, v in given.items() if v is not None})
+
+    def batches(self, data: Dataset | FileDataset, device, options: dict) -> tuple[Batches, Batches]:
+        "Training and test batches."
+        how = {"device": device} | ({"workers": options.get("workers")} if isinstance(data, FileDataset) else {})
+        return (data.batches(self.batch_size, train=True, seed=self.seed if self.data_seed is None else self.data_seed, **how), data.batches(train=False, **how))
+
     def prepare(self, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
         "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
         if beside is None:
-            data = load_dataset(self.dataset, limit=self.train_limit, test_limit=self.test_limit)
+            data = self.load_data()
             teacher, scores = _teacher(self, data, root, device, progress, options)
-            order = self.seed if self.data_seed is None else self.data_seed
-            train, test = data.batches(self.batch_size, train=True, device=device, seed=order), data.batches(train=False, device=device)
+            train, test = self.batches(data, device, options)
             beside = Parts(None, train, test, teacher, scores, data)
         torch.manual_seed(self.seed)
         student = _network(self.student, beside.data, device)
@@ -156,7 +180,7 @@ class Parts(NamedTuple):
     test: Batches
     teacher: torch.nn.Module | None
     scores: dict | None    # the teacher's, in per cent
-    data: Dataset | None = None
+    data: Dataset | FileDataset | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +248,7 @@ def run(
     folder: Path | str | None = None,  # folder of this run; None: `root` / `experiment.key`
     device: str | None = None,         # None: CUDA where there is one, else the CPU
     progress: bool = True,             # bars in the terminal
-    **options,                         # of `Trainer`: checkpoint_seconds, keep, channels_last, compile
+    **options,                         # of `Trainer`: checkpoint_seconds, keep, channels_last, compile; and workers, which decode images from files
 ) -> Result:
     "Run an experiment, or find what it left. Launched in several processes, each takes its part of every batch and the first one writes."
     root = runs_root(root)
@@ -242,9 +266,12 @@ def _run(experiment, root, folder, device, progress, options) -> Result:
     together()
     if (folder / "result.json").exists(): return Result.load(folder / "result.json")
     parts = experiment.prepare(root, device, progress, options)
-    trainer = Trainer(parts.task, parts.train, parts.test, experiment.recipe, folder, **options)
+    trainer = Trainer(parts.task, parts.train, parts.test, experiment.recipe, folder, **_of_trainer(options))
     trainer.fit(progress)
     return _finish(experiment, trainer, parts.scores)
+
+
+def _of_trainer(options: dict) -> dict: return {k: v for k, v in options.items() if k != "workers"}
 
 
 def _finish(experiment, trainer: Trainer, teacher: dict | None, company: int = 1) -> Result:
@@ -295,15 +322,31 @@ def _network(name: str, data, device) -> torch.nn.Module:
 def _teacher(experiment, data, root, device, progress, options):
     "The teacher and its accuracy: from given weights, from an earlier run, or trained now."
     if experiment.teacher is None: return None, None
-    teacher = _network(experiment.teacher, data, device)
     if experiment.teacher_weights:
-        from rcka.trainer import evaluate
-        load_checkpoint(teacher, experiment.teacher_weights)
-        return teacher, evaluate(teacher, data.batches(train=False, device=device))._asdict()
-    own = experiment.teachers
+        teacher = given_teacher(experiment, data).to(device)
+        return teacher, evaluate(teacher, experiment.batches(data, device, options)[1])._asdict()
+    teacher, own = _network(experiment.teacher, data, device), experiment.teachers
     result = run(own, root, device=str(device), progress=progress, **options)
     load_checkpoint(teacher, root / own.key / "last.safetensors")
     return teacher, {k: result.last[k] for k in ("top1", "top5")}
+
+
+def given_teacher(experiment: Experiment, data) -> torch.nn.Module:
+    "The teacher with the weights that the experiment gives: a checkpoint, or torchvision's by their name."
+    name, weights = experiment.teacher, experiment.teacher_weights
+    if not name.startswith("torchvision/") or not weights.isidentifier() or Path(weights).exists():
+        return load_checkpoint(_network(name, data, "cpu"), weights)
+    from torchvision.models import get_model_weights
+    known = get_model_weights(name.split("/")[1]).__members__
+    if weights not in known: raise ValueError(nearest(weights, known, f"weights of {name}"))
+    classes, url = len(known[weights].meta["categories"]), known[weights].url
+    if classes != data.num_classes: raise ValueError(f"{weights} of {name} knows {classes} classes, {experiment.dataset} has {data.num_classes}")
+    there = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    try: return create_model(name, classes, data.shape[0], weights=weights)
+    except OSError as err:
+        raise FileNotFoundError(f"no {weights} of {name}: {there} is not there, and {url} cannot be reached ({err}). Put that file there (TORCH_HOME is the folder two above), "
+                                "or give the path of a checkpoint as teacher_weights") from err
+    except (RuntimeError, EOFError) as err: raise ValueError(f"{there} is broken: {err}. Delete it, and it is fetched again") from err
 
 # %% ../nbs/method/08_experiments.ipynb #4be29112
 def run_together(
@@ -311,7 +354,7 @@ def run_together(
     root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
     device: str | None = None,       # None: CUDA where there is one, else the CPU
     progress: bool = True,
-    **options,                       # of `Trainer`
+    **options,                       # of `Trainer`; and workers
 ) -> list[Result]:
     "Run several experiments in one process, the teacher's forward pass shared; those that are done already are read."
     for e in experiments[1:]: _check_shared(experiments[0], e)
@@ -325,7 +368,7 @@ def run_together(
         for folder, e in folders.items():
             if (folder / "result.json").exists(): continue
             parts = e.prepare(root, device, progress, options, beside=parts)
-            trainers[folder] = Trainer(parts.task, parts.train, parts.test, e.recipe, folder, **options)
+            trainers[folder] = Trainer(parts.task, parts.train, parts.test, e.recipe, folder, **_of_trainer(options))
         if trainers: fit_together(list(trainers.values()), progress)
         for folder, trainer in trainers.items(): _finish(folders[folder], trainer, parts.scores, len(trainers))
     return [Result.load(root / e.key / "result.json") for e in experiments]
@@ -367,12 +410,14 @@ def plot_run(
     import matplotlib.pyplot as plt
     import pandas as pd
     rows = pd.read_csv(Path(folder) / "metrics.csv")
+    experiment = Path(folder) / "experiment.json"
+    tested = "training (not augmented)" if experiment.exists() and json.loads(experiment.read_text()).get("evaluate_on") == "train" else "test"
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
     for i, name in enumerate(c for c in rows if c not in ("epoch", "lr", "loss", "train_top1", "top1", "top5")):
         left.plot(rows["epoch"], rows[name], label=name.replace("_", " "), color=f"C{i}", linestyle=["-", "--", ":", "-."][i % 4])
     left.set(xlabel="epoch", ylabel="weighted loss term (mean of the epoch)", yscale="log")
     right.plot(rows["epoch"], rows["train_top1"], label="training (augmented)", color="C7", linestyle="--")
-    right.plot(rows["epoch"], rows["top1"], label="test", color="C0")
+    right.plot(rows["epoch"], rows["top1"], label=tested, color="C0")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
     for ax in (left, right): ax.legend(frameon=False); ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()

@@ -421,12 +421,14 @@ class DenseMethod(Method):
     def build(self, student, teacher, *, head=None, targets=None):
         pairs = self.pairs(student, teacher)
         make = lambda c, d: nn.Identity() if c == d else nn.Conv2d(c, d, 1)
-        self.connectors = nn.ModuleList(make(s.shape[1], t.shape[1]) for s, t in pairs).to(pairs[0][0].device)
+        first = as_real(pairs[0][1], "teacher")
+        self.connectors = nn.ModuleList(make(s.shape[1], t.shape[1]) for s, t in pairs).to(first.device, first.dtype)
 
     def maps(self, student, teacher):
         "Pairs of maps of one width, one a level."
         pairs = self.pairs(student, teacher)
-        if self.connectors is not None: return [(c(s), t) for c, (s, t) in zip(self.connectors, pairs, strict=True)]
+        widened = lambda c, s: s if isinstance(c, nn.Identity) else c(as_real(s, "student"))
+        if self.connectors is not None: return [(widened(c, s), t) for c, (s, t) in zip(self.connectors, pairs, strict=True)]
         for s, t in pairs:
             if s.shape[1] != t.shape[1]:
                 raise RuntimeError(f"{self.name} needs a connector from {s.shape[1]} to {t.shape[1]} channels: call method.build(student_outputs, teacher_outputs) before making the optimiser")

@@ -54,9 +54,9 @@ def changes(e: Experiment) -> tuple[dict, dict]:
 def published_top1(dataset: str, teacher: str | None, student: str, method: str) -> float | None:
     "The paper's number for our names; method \"none\" is the student alone, \"teacher\" the teacher."
     if dataset not in ("cifar100", "imagenet"): return None
-    plain = lambda name: name.lower().replace("-", "_").removesuffix("_half")
+    plain = lambda name: name.lower().replace("-", "_").removesuffix("_half").removeprefix("torchvision/")
     for row in published(dataset):
-        if row["student"] != plain(student) or (teacher and row["teacher"] != teacher): continue
+        if row["student"] != plain(student) or (teacher and row["teacher"] != plain(teacher)): continue
         if method in ("none", "teacher"): return row["student_top1" if method == "none" else "teacher_top1"]
         if plain(row["method"]) == method: return row["top1"]
     return None

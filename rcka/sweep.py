@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
@@ -25,11 +26,11 @@ import torch
 from filelock import FileLock, Timeout
 
 import rcka
-from .data import checkout, load_dataset
+from .data import checkout
 from .engine import engine
-from .experiments import Experiment, Result, _claim, published, runs_root
+from .experiments import Experiment, Result, _claim, given_teacher, of_imagenet, published, runs_root
 from .losses import create_method, nearest
-from .models import create_model, list_models, load_checkpoint
+from .models import create_model, list_models
 from .trainer import Distiller, write_atomic
 
 # %% auto #0
@@ -48,23 +49,24 @@ def grid(
     "One experiment for each pair, method and seed."
     listed = lambda v: [x.strip() for x in v.split(",") if x.strip()] if isinstance(v, str) else list(v)
     pairs = paper_pairs(dataset) if pairs == "all" else [_pair(p) for p in listed(pairs)]
-    runs = [Experiment(dataset, student, None if method == "none" else teacher, method, seed=seed, **fields)
+    runs = [Experiment.paper(dataset, None if method == "none" else teacher, student, method, seed, **fields)
             for teacher, student in pairs for method in listed(methods) for seed in seeds]
     if not runs: raise ValueError("nothing to run: give at least one pair, one method and one seed")
     return list({e.key: e for e in runs}.values())
 
 
 def paper_pairs(dataset: str) -> list[tuple[str, str]]:
-    "Teacher and student of every row of the published table, by the names of `list_models()`."
+    "Teacher and student of every row of the published table, by the names of `create_model`."
     ours = lambda name: name if name in list_models() else f"{name}_half"
-    return list(dict.fromkeys((ours(r["teacher"]), ours(r["student"])) for r in published(dataset)))
+    if of_imagenet(dataset): ours = lambda name: name if name == "mobilenet_v1" else f"torchvision/{name}"  # the package's own ResNets are for small images
+    return list(dict.fromkeys((ours(r["teacher"]), ours(r["student"])) for r in published(dataset.split(":")[0])))
 
 
 def _pair(text: str) -> tuple[str, str]:
     names = text.split(":")
     if len(names) != 2: raise ValueError(f"a pair is TEACHER:STUDENT, got {text!r}")
     for name in names:
-        if name not in list_models(): raise ValueError(nearest(name, list_models(), "network"))
+        if "/" not in name and name not in list_models(): raise ValueError(nearest(name, list_models(), "network"))
     return names[0], names[1]
 
 
@@ -80,9 +82,9 @@ def misfits(experiments: Iterable[Experiment]) -> list[str]:
     identity = lambda e: (e.dataset, e.teacher, e.student, e.method, json.dumps(e.method_args), e.student_paths, e.teacher_paths, e.teacher_weights)
     problems, data = [], {}
     for e in {identity(e): e for e in experiments}.values():
-        where = (e.dataset, e.train_limit, e.test_limit)
+        where = (e.dataset, e.train_limit, e.test_limit, e.image_size, e.evaluate_on)
         try:
-            if where not in data: data[where] = load_dataset(e.dataset, limit=e.train_limit, test_limit=e.test_limit)
+            if where not in data: data[where] = e.load_data()
             _try(e, data[where])
         except Exception as error:
             if where not in data: problems.append(f"{e.dataset}: {error}"); data[where] = None
@@ -94,10 +96,9 @@ def misfits(experiments: Iterable[Experiment]) -> list[str]:
 def _try(e: Experiment, data):
     "One untrained step of an experiment on eight images."
     network = lambda name: create_model(name, num_classes=data.num_classes, in_channels=data.shape[0])
-    teacher = network(e.teacher) if e.teacher else None
-    if e.teacher_weights: load_checkpoint(teacher, e.teacher_weights)
+    teacher = (given_teacher(e, data) if e.teacher_weights else network(e.teacher)) if e.teacher else None
     distiller = Distiller(network(e.student), create_method(e.method, e.method_args), teacher, e.student_paths, e.teacher_paths)
-    batches = data.batches(8, train=True)
+    batches, _ = replace(e, batch_size=8).batches(data, "cpu", {"workers": 0})
     batch = next(iter(batches.epoch(0)))
     distiller.build(batch.images, batches.targets)
     distiller(batch)
@@ -108,7 +109,7 @@ def notebook_for(dataset: str) -> Path:
     places = [checkout(), Path(rcka.__file__).resolve().parent.parent]
     folder = next((p / "nbs" / "benchmarks" for p in places if p and (p / "nbs" / "benchmarks").is_dir()), None)
     if folder is None: raise FileNotFoundError("the benchmark notebooks are in a checkout of rcka, and this is none: give notebook=")
-    own = folder / f"{dataset}.ipynb"
+    own = folder / f"{dataset.split(':')[0]}.ipynb"
     return own if own.exists() and "student" in parameters(own) and "method" in parameters(own) else folder / "cifar10.ipynb"
 
 

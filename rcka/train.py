@@ -34,10 +34,11 @@ def parse(args: list[str] | None = None) -> tuple[Experiment, dict]:
     how.add_argument("--checkpoint_seconds", type=float, help="when the process is killed, about so much work is lost (default: 60)")
     how.add_argument("--channels_last", action="store_true", help="memory layout of the networks; rounds differently")
     how.add_argument("--compile", action="store_true", help="torch.compile of the networks; rounds differently")
+    how.add_argument("--workers", type=int, help="processes that decode images from files (default: one for each core)")
     how.add_argument("--quiet", action="store_true", help="no progress bar")
     given = vars(parser.parse_args(args))
     file, quiet = given.pop("file"), given.pop("quiet")
-    options = {name: value for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile") if (value := given.pop(name))}
+    options = {name: value for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "workers") if (value := given.pop(name)) not in (None, False)}
     values = json.loads(file.read_text()) if file else {}
     if not isinstance(values, dict): raise ValueError(f"{file} must hold a JSON object with fields of an experiment")
     return Experiment.from_dict(values | given), options | {"progress": not quiet}

@@ -321,7 +321,7 @@ class Distiller:
 
     def prepare(self, train):
         "Before the optimiser is made. `train`: the training batches."
-        self.build(next(iter(train.epoch(0))).images, train.targets)
+        self.build(part(next(iter(train.epoch(0)))).images, train.targets)
 
     def build(self, images: torch.Tensor, targets: torch.Tensor):
         "Show the method one batch of images and all training targets, so that it can make its connectors."

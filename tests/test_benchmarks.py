@@ -6,6 +6,8 @@ import papermill
 import pytest
 
 from rcka.experiments import Experiment, Result, run
+from rcka.segmentation import SegmentationExperiment
+from test_segmentation import draw
 
 benchmarks = Path(__file__).parent.parent / "nbs" / "benchmarks"
 small = dict(dataset="digits", teacher="resnet14", student="resnet8", epochs=1, schedule="onecycle", train_limit=120, test_limit=100)
@@ -69,3 +71,13 @@ def test_report(tmp_path, monkeypatch):
     execute("report", tmp_path, monkeypatch, root=str(tmp_path / "runs"))
     executed = (tmp_path / "report.ipynb").read_text()
     for result, line in zip(results, ("| resnet14 | resnet8 | kd | 1 | {:.2f}", "| resnet8 | none | 1 | {:.2f}")): assert line.format(result.last["top1"]) in executed
+
+
+def test_cityscapes(tmp_path, monkeypatch):
+    "On drawn scenes in its layout."
+    assert parameters("cityscapes") == {f.name for f in fields(SegmentationExperiment)} | {"boxes"}
+    for part, n in (("train", 6), ("val", 4)): draw(tmp_path / "scenes", part, n)
+    network = "lraspp/mobilenet_v3_large"
+    text = execute("cityscapes", tmp_path, monkeypatch, dataset=f"cityscapes:{tmp_path / 'scenes'}", teacher=network, student=network, epochs=1, batch_size=3, crop=[16, 24])
+    assert "teacher, training images" in text and "6 training and 4 validation images" in text
+    assert {Result.load(p).experiment["method"] for p in (tmp_path / "runs").glob("*/result.json")} == {"none", "lcka"}

@@ -18,7 +18,8 @@ PUBLISHED = {  # the field's networks: parameters with 100 classes
     "resnet8": 83892, "resnet14": 181108, "resnet20": 278324, "resnet32": 472756, "resnet44": 667188, "resnet56": 861620,
     "resnet110": 1736564, "resnet8x4": 1233540, "resnet32x4": 7433860, "wrn_16_1": 180916, "wrn_16_2": 703284, "wrn_40_1": 569780,
     "wrn_40_2": 2255156, "vgg8": 3965028, "vgg11": 9277284, "vgg13": 9462180, "vgg16": 14774436, "vgg19": 20086692,
-    "resnet18": 11220132, "resnet50": 23705252, "mobilenet_v2_half": 812836, "shufflenet_v1": 949258, "shufflenet_v2": 1355528}
+    "resnet18": 11220132, "resnet50": 23705252, "mobilenet_v2_half": 812836, "shufflenet_v1": 949258, "shufflenet_v2": 1355528,
+    "mobilenet_v1": 3309476}  # 4,231,976 with 1000
 
 
 def test_every_network_is_there():
@@ -32,7 +33,8 @@ def test_a_step_of_training(name):
     torch.manual_seed(0)
     model = create_model(name, num_classes=7, in_channels=1)
     layers = layers_of(model)
-    logits, features = Taps(model, [*layers.stages, *layers.preacts, layers.pooled])(torch.randn(4, 1, 20, 24))
+    size = (36, 40) if name == "mobilenet_v1" else (20, 24)
+    logits, features = Taps(model, [*layers.stages, *layers.preacts, layers.pooled])(torch.randn(4, 1, *size))
     n = len(layers.stages)
     assert logits.shape == (4, 7) and len(layers.preacts) == n
     sizes = [f.shape[2:].numel() for f in features[:n]]
@@ -44,7 +46,7 @@ def test_a_step_of_training(name):
     assert any(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v2_half", "shufflenet_v1", "shufflenet_v2"])
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v1", "mobilenet_v2_half", "shufflenet_v1", "shufflenet_v2"])
 def test_networks_copy_pickle_compile_and_take_channels_last(name):
     torch.manual_seed(0)
     model, x = create_model(name, 5).eval(), torch.randn(2, 3, 32, 32)
@@ -98,6 +100,18 @@ def test_layers_of_timm(name):
     torch.testing.assert_close(find_module(model, layers.head)(features[-1]), logits)
 
 
+def test_mobilenet_v1_is_that_of_timm():
+    "The same weights give the same logits, but for the bound at 6, which small activations never meet."
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs, ours = timm.create_model("mobilenetv1_100").eval(), create_model("mobilenet_v1", 1000).eval()
+    kinds = lambda model, kind: [m for m in model.modules() if isinstance(m, kind)]
+    for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
+        for a, b in zip(kinds(ours, kind), kinds(theirs, kind), strict=True): a.load_state_dict(b.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(): torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+
+
 def test_a_transformer_beside_a_residual_network():
     vit, resnet = create_model("torchvision/vit_b_16", 10), create_model("torchvision/resnet18", 10)
     x = torch.randn(4, 3, 224, 224)
@@ -115,6 +129,7 @@ KEYS = {  # names that published checkpoints have
     "wrn_16_2": ["conv1.weight", "block1.layer.0.bn1.weight", "block2.layer.0.convShortcut.weight", "block3.layer.1.conv2.weight", "bn1.weight", "fc.bias"],
     "vgg13": ["block0.0.weight", "block0.0.bias", "block0.1.weight", "block0.3.weight", "block4.4.running_var", "classifier.weight"],
     "mobilenet_v2_half": ["conv1.0.weight", "blocks.0.0.conv.0.weight", "blocks.6.0.conv.7.weight", "conv2.1.bias", "classifier.0.weight"],
+    "mobilenet_v1": ["model.0.0.weight", "model.0.1.running_var", "model.1.0.weight", "model.13.3.weight", "model.13.4.bias", "fc.weight"],
     "shufflenet_v1": ["conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer2.7.bn3.weight", "linear.weight"],
     "shufflenet_v2": ["layer1.0.conv5.weight", "layer1.0.bn5.weight", "layer3.3.bn3.weight", "conv2.weight", "bn2.weight", "linear.bias"]}
 

@@ -11,7 +11,7 @@ from .registry import check_images, init_weights, network
 
 # %% auto #0
 __all__ = ['InvertedResidual', 'MobileNetV2', 'mobilenet_v2_half', 'Shuffle', 'ShuffleBlock', 'ShuffleNetV1', 'shufflenet_v1',
-           'PassBlock', 'HalvingBlock', 'ShuffleNetV2', 'shufflenet_v2']
+           'PassBlock', 'HalvingBlock', 'ShuffleNetV2', 'shufflenet_v2', 'SeparableConv', 'MobileNetV1', 'mobilenet_v1']
 
 # %% ../../nbs/method/04d_mobile.ipynb #0ca4e9c0
 class InvertedResidual(nn.Module):
@@ -213,3 +213,40 @@ class ShuffleNetV2(nn.Module):
 def shufflenet_v2(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV2:
     "ShuffleNetV2 of width 1, for small images."
     return ShuffleNetV2((116, 232, 464, 1024), (3, 7, 3), num_classes, in_channels)
+
+# %% ../../nbs/method/04d_mobile.ipynb #f539f5ed
+class SeparableConv(nn.Sequential):
+    "Filter each channel, then mix them: (n, c_in, h, w) to (n, c_out, h / stride, w / stride)."
+
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__(
+            nn.Conv2d(c_in, c_in, 3, stride, 1, groups=c_in, bias=False), nn.BatchNorm2d(c_in), nn.ReLU(inplace=True),
+            nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+class MobileNetV1(nn.Module):
+    "(n, in_channels, h, w) to (n, num_classes). Images of at least 32 x 32 pixels."
+    PLAN = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]  # channels, stride
+    ENDS = (3, 5, 11, 13)  # the last block before each halving, and the last of all
+
+    def __init__(self, num_classes: int, in_channels: int):
+        super().__init__()
+        widths = [32, *(c for c, _ in self.PLAN)]
+        self.model = nn.Sequential(
+            nn.Sequential(nn.Conv2d(in_channels, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(SeparableConv(c_in, c, stride) for c_in, (c, stride) in zip(widths, self.PLAN)))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(1024, num_classes)
+        stages = ("model.0", *(f"model.{i}" for i in self.ENDS))
+        self.layers = Layers(stages, ("model.0.2:input", *(f"{s}.5:input" for s in stages[1:])), "fc:input", "fc")
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.model[0][0].in_channels, 32)
+        return self.fc(self.avgpool(self.model(x)).flatten(1))
+
+
+@network
+def mobilenet_v1(num_classes: int = 1000, in_channels: int = 3) -> MobileNetV1:
+    "MobileNetV1 of full width, for images of ImageNet's size."
+    return MobileNetV1(num_classes, in_channels)
