@@ -15,8 +15,10 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
+from torchvision.ops.poolers import initLevelMapper
 
 from .baselines_dense import DenseDIST, DenseKD
 from .coco import as_detections, coco_metrics, from_all
@@ -130,6 +132,7 @@ def create_detector(
     classes, anchors = num_classes + 1, None
     if name == "faster_rcnn":
         detector = FasterRCNN(body((4, 8, 16, 32)), classes, **options)
+        _fix_scales(detector.roi_heads.box_roi_pool, (4, 8, 16, 32))
     elif name == "retinanet":
         detector = RetinaNet(body(extra=LastLevelP6P7(channels, channels)), classes, **options)
     else:
@@ -138,6 +141,12 @@ def create_detector(
     detector.transform = SameSize()
     if weights is not None: _load_detector(detector, weights, name)
     return detector
+
+
+def _fix_scales(pool: MultiScaleRoIAlign, strides: tuple[int, ...]):
+    "Tell the pooling of regions the scales of its maps. It would guess them from the first batch it sees: wrongly from small images, and anew in a run that is resumed."
+    pool.scales = [1 / s for s in strides]
+    pool.map_levels = initLevelMapper(round(math.log2(strides[0])), round(math.log2(strides[-1])), pool.canonical_scale, pool.canonical_level)
 
 
 def _load_detector(detector: nn.Module, weights, name: str):
