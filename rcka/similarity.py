@@ -190,7 +190,9 @@ def hsic(
 # %% ../nbs/theory/01_similarity.ipynb #ca1e83f4
 def _scaled(x: Tensor) -> Tensor:
     "Entries of order one, so that fourth powers neither overflow nor vanish. Zero stays zero."
-    size = x.detach().abs().amax((-2, -1), keepdim=True)
+    known, dims = x.detach(), (-2, -1)
+    if x.numel() < 2**22: size = known.abs().amax(dims, keepdim=True)
+    else: size = torch.maximum(known.amax(dims, keepdim=True), -known.amin(dims, keepdim=True))  # writes no copy: an eighth of the time, out of the cache
     return x / torch.where(size > 0, size, torch.ones_like(size))
 
 
