@@ -379,7 +379,7 @@ def coco_metrics(
 ) -> dict[str, float]:       # the twelve numbers, in per cent; -1 where there are no such objects
     "Average precision and recall as COCO's evaluation has them."
     try: from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as e: raise ImportError("the evaluation of detectors needs faster-coco-eval: pip install 'rcka[coco]'") from e
+    except ImportError as e: raise ImportError("the evaluation of detectors needs faster-coco-eval: pip install 'rcka[detection]'") from e
     known = set(data.ids)
     for d in detections:
         if d["image_id"] not in known: raise ValueError(f"a detection is of image {d['image_id']}, which is not in {data}")
@@ -417,9 +417,10 @@ def show_boxes(
     title: str = "",
 ):
     "Draw an image with boxes."
-    ax.imshow(image.permute(1, 2, 0).numpy())
+    height, width = image.shape[1:]
+    ax.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))  # boxes count from the edge of the first pixel
     for (x0, y0, x1, y1), text in zip(boxes.tolist(), list(labels) or [""] * len(boxes)):
         ax.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color=color, linewidth=1.5)
         if text: ax.text(x0, max(y0, 0), text, fontsize=6, va="bottom", color="black", bbox=dict(facecolor=color, edgecolor="none", pad=0.5))
-    ax.set(xlim=(0, image.shape[2]), ylim=(image.shape[1], 0), xticks=[], yticks=[])
+    ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     ax.set_title(title, fontsize=8)

@@ -28,7 +28,7 @@ from .trainer import Step, mixed, processes
 
 # %% auto #0
 __all__ = ['NORMS', 'DETECTORS', 'ANY_LEVELS', 'COMPARE_LOGITS', 'create_backbone', 'torchvision_models', 'SameSize',
-           'create_detector', 'detector_layers', 'Trunk', 'trunk_taps', 'class_logits', 'DetectorPair',
+           'create_detector', 'pick_classes', 'detector_layers', 'Trunk', 'trunk_taps', 'class_logits', 'DetectorPair',
            'DetectionDistiller', 'input_size', 'detect']
 
 # %% ../nbs/method/07_detection.ipynb #fd06909d
@@ -156,6 +156,28 @@ def _load_detector(detector: nn.Module, weights, name: str):
         return load_checkpoint(detector, weights)
     try: detector.load_state_dict(weights)
     except RuntimeError as e: raise ValueError(f"weights do not fit {name}: {' '.join(str(e).split())[:400]}") from e
+
+# %% ../nbs/method/07_detection.ipynb #f9b2ea74
+def pick_classes(
+    state: Mapping[str, Tensor],  # weights of a detector that has a class for each id of a category
+    categories,                   # the ids there are, as `CocoData.categories`
+) -> dict[str, Tensor]:           # the same with the classes 1 to K in their place, and the background
+    "Weights of a detector for the contiguous labels of `CocoData`, from one with a class for each category id."
+    keep, out = torch.tensor([0, *categories]), dict(state)
+    for key, rows in state.items():
+        if "cls_logits" not in key and "box_predictor" not in key: continue
+        if "rpn." in key: continue  # objects or not; no classes
+        classes = _number_of_classes(state, key)
+        if classes <= keep.max(): raise ValueError(f"{key} has {classes} classes, and category {int(keep.max())} is wanted: these weights are not numbered by category ids")
+        out[key] = rows.unflatten(0, (-1, classes))[:, keep].flatten(0, 1) if "cls" in key else rows.unflatten(0, (classes, -1))[keep].flatten(0, 1)
+    return out
+
+
+def _number_of_classes(state: Mapping[str, Tensor], key: str) -> int:
+    "With the background, of the head that a tensor belongs to."
+    if "box_predictor" in key: return len(state[key.split("box_predictor")[0] + "box_predictor.cls_score.bias"])
+    anchors = len(state[key.split("classification_head")[0] + "regression_head.bbox_reg.bias"]) // 4
+    return len(state[key]) // anchors
 
 # %% ../nbs/method/07_detection.ipynb #28c01749
 def detector_layers(detector: nn.Module) -> Layers:

@@ -1,9 +1,12 @@
 "Images with boxes, the evaluation, and detectors that learn from others."
 import copy
-import importlib.util
 import json
 import math
-from dataclasses import fields, replace
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from rcka.detection_experiments import DetectionExperiment, detection_args
 from rcka.experiments import Result, run
 from rcka.losses import create_method, pcka
 from rcka.taps import Taps
-from rcka.trainer import Recipe, Stopped, Trainer
+from rcka.trainer import Recipe, Trainer, join, processes
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +294,34 @@ def test_a_detector_fits_what_it_sees(drawn, tmp_path):
     train, test = drawn.batches(4, size=64, max_size=96, flip=False), drawn.batches(8, train=False, size=64, max_size=96)
     Trainer(task, train, test.data.take([0]).batches(1, train=False, size=64, max_size=96), Recipe(epochs=30, lr=0.02, weight_decay=1e-4, schedule="onecycle"), tmp_path).fit(progress=False)
     assert coco_metrics(drawn, detect(task.student, test))["AP50"] > 60
+
+
+# ---- several processes
+
+def in_processes(folder):
+    "What one of several processes does: train, and evaluate together."
+    join("cpu")
+    data = load_coco(folder / "train2017", folder / "annotations" / "instances_train2017.json")
+    torch.manual_seed(0)
+    task = DetectionDistiller(small("fcos"), create_method("pcka", {"patch_size": 4}), small("fcos"))
+    test = data.batches(3, train=False, size=48, max_size=72)  # the last batch has two images
+    trainer = Trainer(task, data.batches(4, size=48, max_size=72), test, Recipe(epochs=1, lr=0.01), folder / "run")
+    history = trainer.fit(progress=False)
+    torch.save({"weights": task.student.state_dict(), "scores": {k: history[-1][k] for k in METRICS}}, folder / f"rank{processes()[0]}.pt")
+    with pytest.raises(ValueError, match="relations='global' is not for detectors"): task(next(test.epoch(0)), relations="global")
+
+
+def test_two_processes(tmp_path):
+    "One student comes out, and the numbers of all images, whoever looked at them."
+    images, path, _ = draw_rectangles(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, str(tmp_path)],
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, other = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+    assert one["scores"] == other["scores"] and all(torch.equal(a, b) for a, b in zip(one["weights"].values(), other["weights"].values()))
+    student = small("fcos")
+    student.load_state_dict(one["weights"])
+    assert DetectionDistiller(student).evaluate(load_coco(images, path).batches(3, train=False, size=48, max_size=72)) == pytest.approx(one["scores"])
+
+
+if __name__ == "__main__": in_processes(Path(sys.argv[1]))
