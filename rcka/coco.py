@@ -22,8 +22,8 @@ from .trainer import processes
 
 # %% auto #0
 __all__ = ['METRICS', 'Boxes', 'BrokenImage', 'read_image', 'CocoData', 'load_coco', 'draw_rectangles', 'DetectionBatch',
-           'resized', 'prepare_image', 'CocoBatches', 'as_detections', 'ground_truth', 'coco_metrics', 'from_all',
-           'show_boxes']
+           'resized', 'prepare_image', 'CocoPlan', 'CocoBatches', 'as_detections', 'ground_truth', 'coco_metrics',
+           'from_all', 'show_boxes']
 
 # %% ../nbs/method/07a_coco.ipynb #27cc5dfc
 class Boxes(NamedTuple):
@@ -136,7 +136,7 @@ class CocoData:
         return replace(self, **{name: pick(getattr(self, name)) for name in ("files", "ids", "sizes", "found", "raw")})
 
     def batches(self, batch_size: int, train: bool = True, **kwargs) -> CocoBatches:
-        "Batches of these images; see `CocoBatches`."
+        "Batches of these images; see `CocoPlan` and `CocoBatches`."
         return CocoBatches(self, batch_size, train, **kwargs)
 
 # %% ../nbs/method/07a_coco.ipynb #5186be08
@@ -169,7 +169,7 @@ def load_coco(
     if not len(data): raise BrokenImage(f"none of the {len(bad)} pictures can be read; the first: {next(iter(bad.values()))}")
     return replace(data, notes=_notes(data) | {"broken": list(bad.values())})
 
-
+# %% ../nbs/method/07a_coco.ipynb #b6c1a639
 def _size_of(folder: Path, record: dict, lenient: bool) -> tuple[int, int]:
     "(width, height) of an image as its record says, or as its file does."
     if record.get("width") and record.get("height"): return int(record["width"]), int(record["height"])
@@ -259,8 +259,8 @@ def prepare_image(
     return image.float().div_(255), boxes
 
 # %% ../nbs/method/07a_coco.ipynb #c7111d9b
-class CocoBatches:
-    "Batches of images with boxes. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
+class CocoPlan:
+    "Which images make the batches of an epoch, how large and whether mirrored."
     def __init__(self,
         data: CocoData,
         batch_size: int,
@@ -270,15 +270,13 @@ class CocoBatches:
         flip: bool = True,                         # training: mirror every second image, at random
         negatives: bool = False,                   # training: take images without boxes too
         seed: int = 0,
-        workers: int = 0,                          # threads that decode ahead; 0: none, each batch when it is asked for
-        device: str | torch.device = "cpu",
     ):
         low, high = size if isinstance(size, (tuple, list)) else (size, size)
-        for name, value, least in (("batch_size", batch_size, 1), ("size", low, 1), ("max_size", max_size, 1), ("workers", workers, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+        for name, value in (("batch_size", batch_size), ("size", low), ("max_size", max_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
         if not low <= high <= max_size: raise ValueError(f"size must be a number, or a range (low, high), of at most max_size; got {size} and {max_size}")
         self.data, self.batch_size, self.train, self.size, self.max_size = data, batch_size, train, (low, high), max_size
-        self.flip, self.seed, self.workers, self.device = flip and train, seed, workers, torch.device(device)
+        self.flip, self.seed = flip and train, seed
         usable = [_has_area(f.boxes) & ~f.crowd for f in data.found]
         self.targets = [{"boxes": f.boxes[u], "labels": f.labels[u]} for f, u in zip(data.found, usable)]  # in the originals' pixels
         self.numbers = [i for i, u in enumerate(usable) if not train or negatives or u.any()]
@@ -293,20 +291,7 @@ class CocoBatches:
         "Images in an epoch."
         return len(self.numbers)
 
-    def epoch(
-        self,
-        e: int = 0,      # which epoch: with the seed, all that chance depends on
-        start: int = 0,  # first step, 0 to len(self)
-    ) -> Iterator[DetectionBatch]:
-        "The batches of an epoch, from step `start` on."
-        if not e >= 0: raise ValueError(f"e must be an epoch, 0 or more; got {e}")
-        if not 0 <= start <= len(self): raise ValueError(f"start must be a step from 0 to {len(self)}, got {start}")
-        plan = self._plan(e)[start:]
-        with contextlib.ExitStack() as held:
-            pool = held.enter_context(ThreadPoolExecutor(self.workers)) if self.workers else None
-            for ready in _ahead(pool, self._one, plan): yield self._batch(ready)
-
-    def _plan(self, e: int) -> list[list[tuple]]:
+    def plan(self, e: int) -> list[list[tuple]]:
         "For each batch of an epoch its images: (number, shorter side, mirrored or not)."
         size = self.batch_size
         if not self.train:
@@ -320,6 +305,31 @@ class CocoBatches:
         order = torch.randperm(len(batches), generator=g).tolist()
         side = torch.randint(self.size[0], self.size[1] + 1, (len(batches),), generator=g).tolist()
         return [[(i, side[b], self.flip and bool(torch.rand((), generator=g) < 0.5)) for i in batches[b].tolist()] for b in order]
+
+# %% ../nbs/method/07a_coco.ipynb #7b058944
+class CocoBatches(CocoPlan):
+    "Batches of images with boxes. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
+    def __init__(self,
+        *args,                              # of `CocoPlan`
+        workers: int = 0,                   # threads that decode ahead; 0: none, each batch when it is asked for
+        device: str | torch.device = "cpu",
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0: raise ValueError(f"workers must be a whole number of 0 or more, got {workers!r}")
+        self.workers, self.device = workers, torch.device(device)
+
+    def epoch(
+        self,
+        e: int = 0,      # which epoch: with the seed, all that chance depends on
+        start: int = 0,  # first step, 0 to len(self)
+    ) -> Iterator[DetectionBatch]:
+        "The batches of an epoch, from step `start` on."
+        if not e >= 0: raise ValueError(f"e must be an epoch, 0 or more; got {e}")
+        if not 0 <= start <= len(self): raise ValueError(f"start must be a step from 0 to {len(self)}, got {start}")
+        with contextlib.ExitStack() as held:
+            pool = held.enter_context(ThreadPoolExecutor(self.workers)) if self.workers else None
+            for ready in _ahead(pool, self._one, self.plan(e)[start:]): yield self._batch(ready)
 
     def _one(self, what: tuple) -> tuple:
         "(number, image, target) as a step sees them."

@@ -29,7 +29,7 @@ from .trainer import Step, mixed, processes
 # %% auto #0
 __all__ = ['NORMS', 'DETECTORS', 'ANY_LEVELS', 'COMPARE_LOGITS', 'create_backbone', 'torchvision_models', 'SameSize',
            'create_detector', 'pick_classes', 'detector_layers', 'Trunk', 'trunk_taps', 'class_logits', 'DetectorPair',
-           'DetectionDistiller', 'input_size', 'detect']
+           'input_size', 'detect', 'DetectionDistiller']
 
 # %% ../nbs/method/07_detection.ipynb #fd06909d
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(math.gcd(32, channels // 2), channels)}  # no group of a single channel: a map of one place would be constant in it
@@ -274,6 +274,33 @@ class DetectorPair:
         raise ValueError("class logits can be compared where teacher and student know the same classes at the same places; "
                          f"the teacher gives {tuple(theirs.shape)}, the student {tuple(ours.shape)}")
 
+# %% ../nbs/method/07_detection.ipynb #45d0520c
+def input_size(detector: nn.Module, images: list[Tensor]) -> tuple[int, int]:
+    "Height and width of the batch that the network sees, padding included."
+    step = getattr(getattr(detector, "transform", None), "size_divisible", 1)
+    return tuple(step * math.ceil(max(x.shape[d] for x in images) / step) for d in (1, 2))
+
+
+@torch.no_grad()
+def detect(
+    detector: nn.Module,
+    batches,                 # CocoBatches with train=False
+    precision: str = "fp32",
+    before=lambda: None,     # called before each batch
+) -> list[dict]:             # in the layout of COCO's result files, boxes in the originals' pixels
+    "What a detector finds in all images; several processes share the work. Its mode is put back afterwards."
+    mode, (rank, world), found = detector.training, processes(), []
+    detector.eval()
+    for batch in batches.epoch(0):
+        before()
+        images, index = batch.images[rank::world], batch.index[rank::world].tolist()
+        if not images: continue
+        with mixed(images[0].device.type, precision): results = detector(images)
+        for image, i, result in zip(images, index, results):
+            found += as_detections(batches.data, i, result, (image.shape[2], image.shape[1]))
+    detector.train(mode)
+    return from_all(found)
+
 # %% ../nbs/method/07_detection.ipynb #ea10672b
 class DetectionDistiller(DetectorPair):
     "A detector that learns, perhaps from another one, by a method between them: a task for `Trainer`."
@@ -315,30 +342,3 @@ class DetectionDistiller(DetectorPair):
     def evaluate(self, batches, precision: str = "fp32", before=lambda: None) -> dict[str, float]:
         "The twelve numbers of COCO's evaluation, in per cent."
         return coco_metrics(batches.data, detect(self.student, batches, precision, before))
-
-
-def input_size(detector: nn.Module, images: list[Tensor]) -> tuple[int, int]:
-    "Height and width of the batch that the network sees, padding included."
-    step = getattr(getattr(detector, "transform", None), "size_divisible", 1)
-    return tuple(step * math.ceil(max(x.shape[d] for x in images) / step) for d in (1, 2))
-
-
-@torch.no_grad()
-def detect(
-    detector: nn.Module,
-    batches,                 # CocoBatches with train=False
-    precision: str = "fp32",
-    before=lambda: None,     # called before each batch
-) -> list[dict]:             # in the layout of COCO's result files, boxes in the originals' pixels
-    "What a detector finds in all images; several processes share the work. Its mode is put back afterwards."
-    mode, (rank, world), found = detector.training, processes(), []
-    detector.eval()
-    for batch in batches.epoch(0):
-        before()
-        images, index = batch.images[rank::world], batch.index[rank::world].tolist()
-        if not images: continue
-        with mixed(images[0].device.type, precision): results = detector(images)
-        for image, i, result in zip(images, index, results):
-            found += as_detections(batches.data, i, result, (image.shape[2], image.shape[1]))
-    detector.train(mode)
-    return from_all(found)

@@ -19,7 +19,8 @@ from .models import load_checkpoint
 from .trainer import Recipe
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_args', 'DetectionExperiment']
+__all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_args', 'DetectionFields', 'DetectionParts',
+           'DetectionExperiment']
 
 # %% ../nbs/method/08d_detection_experiments.ipynb #3332f4dd
 SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22))}  # epochs, and after which the rate falls
@@ -41,8 +42,8 @@ def detection_args(
 
 # %% ../nbs/method/08d_detection_experiments.ipynb #35daee00
 @dataclass(frozen=True)
-class DetectionExperiment:
-    "One run: a detector trained on images with boxes, alone or by a method from a teacher of its kind."
+class DetectionFields:
+    "What one decides of a run."
     dataset: str = "coco"               # a folder in COCO's layout, absolute or below the data root
     detector: str = "retinanet"         # "faster_rcnn", "retinanet" or "fcos"
     student: str = "resnet50"           # backbone, a classifier of torchvision
@@ -90,12 +91,47 @@ class DetectionExperiment:
     teacher_epochs: int | None = None   # None: as many as the student
     teacher_lr: float | None = None     # None: the student's
 
+# %% ../nbs/method/08d_detection_experiments.ipynb #b38e406c
+@dataclass(frozen=True)
+class DetectionParts(DetectionFields):
+    "What it is made of."
+    def detector_of(self, backbone: str, num_classes: int, weights: str | None = None):
+        "A detector on this backbone."
+        return create_detector(self.detector, backbone, num_classes, backbone_weights=weights, channels=self.channels, norm=self.norm,
+                               trainable_layers=self.trainable_layers, head_convs=self.head_convs)
+
+    def data(self, train: bool = True):
+        "The images with boxes of one split."
+        split, limit = (self.train_split, self.train_limit) if train else (self.test_split, self.test_limit)
+        folder = data_root() / self.dataset
+        return load_coco(folder / split, folder / "annotations" / f"instances_{split}.json", limit, self.skip_broken)
+
+    def batches(self, data, train: bool = True, device="cpu"):
+        return data.batches(self.batch_size, train, size=self.size, max_size=self.max_size, flip=self.flip, negatives=self.negatives,
+                            seed=self.seed if self.data_seed is None else self.data_seed, workers=self.workers, device=device)
+
+def _teacher(experiment, data, test, root, device, progress, options):
+    "The teacher and its numbers: from given weights, from an earlier run, or trained now."
+    if experiment.teacher is None: return None, None
+    teacher = experiment.detector_of(experiment.teacher, data.num_classes).to(device)
+    if experiment.teacher_weights:
+        load_checkpoint(teacher, experiment.teacher_weights)
+        return teacher, DetectionDistiller(teacher).evaluate(test)
+    own = experiment.teachers
+    result = run(own, root, device=str(device), progress=progress, **options)
+    load_checkpoint(teacher, root / own.key / "last.safetensors")
+    return teacher, {k: v for k, v in result.last.items() if k != "epoch"}
+
+# %% ../nbs/method/08d_detection_experiments.ipynb #f0460fdd
+@dataclass(frozen=True)
+class DetectionExperiment(DetectionParts):
+    "One run: a detector trained on images with boxes, alone or by a method from a teacher of its kind. Its fields are those of `DetectionFields`."
     def __post_init__(self):
         fix = lambda name, value: object.__setattr__(self, name, value)
         for name in ("lr_steps", "size"):
             if isinstance(getattr(self, name), list): fix(name, tuple(getattr(self, name)))
-        if self.detector not in DETECTORS: raise ValueError(nearest(self.detector, DETECTORS, "detector"))
-        if self.norm not in NORMS: raise ValueError(nearest(self.norm, NORMS, "norm"))
+        for name, known in (("detector", DETECTORS), ("norm", NORMS)):
+            if getattr(self, name) not in known: raise ValueError(nearest(getattr(self, name), known, name))
         if self.batch_size < 1: raise ValueError(f"batch_size must be positive, got {self.batch_size}")
         if self.method == "none":
             for f in fields(self):
@@ -103,8 +139,7 @@ class DetectionExperiment:
         elif self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, a backbone such as resnet101")
         self._protocol(fix)
         if self.method_args is None: fix("method_args", detection_args(self.method, self.detector))
-        self.recipe                                   # says what is wrong with it
-        create_method(self.method, self.method_args)  # likewise
+        self.recipe, create_method(self.method, self.method_args)  # both say what is wrong with them
 
     def _protocol(self, fix):
         "What was not given, as the paper has it."
@@ -132,47 +167,18 @@ class DetectionExperiment:
     @property
     def teachers(self) -> DetectionExperiment | None:
         "The experiment that trains this one's teacher."
-        if self.teacher is None: return None
-        return replace(self, student=self.teacher, method="none", method_args=None, seed=self.teacher_seed, epochs=self.teacher_epochs or self.epochs,
+        return self.teacher and replace(self, student=self.teacher, method="none", method_args=None, seed=self.teacher_seed, epochs=self.teacher_epochs or self.epochs,
                        lr=self.teacher_lr or self.lr, backbone_weights=self.teacher_backbone_weights, data_seed=None)
 
     to_dict, from_dict, from_parameters = Experiment.to_dict, classmethod(Experiment.from_dict.__func__), classmethod(Experiment.from_parameters.__func__)
 
-    def detector_of(self, backbone: str, num_classes: int, weights: str | None = None):
-        "A detector on this backbone."
-        return create_detector(self.detector, backbone, num_classes, backbone_weights=weights, channels=self.channels, norm=self.norm,
-                               trainable_layers=self.trainable_layers, head_convs=self.head_convs)
-
-    def data(self, train: bool = True):
-        "The images with boxes of one split."
-        split, limit = (self.train_split, self.train_limit) if train else (self.test_split, self.test_limit)
-        folder = data_root() / self.dataset
-        return load_coco(folder / split, folder / "annotations" / f"instances_{split}.json", limit, self.skip_broken)
-
-    def batches(self, data, train: bool = True, device="cpu"):
-        return data.batches(self.batch_size, train, size=self.size, max_size=self.max_size, flip=self.flip, negatives=self.negatives,
-                            seed=self.seed if self.data_seed is None else self.data_seed, workers=self.workers, device=device)
-
     def prepare(self, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
         "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
         if beside is None:
-            data, test = self.data(), self.data(train=False)
+            data, test = self.data(), self.data(False)
             if data.classes != test.classes: raise ValueError(f"the classes of {self.test_split} are not those of {self.train_split}: {len(test.classes)} and {len(data.classes)}")
             test = self.batches(test, False, device)
             beside = Parts(None, self.batches(data, True, device), test, *_teacher(self, data, test, root, device, progress, options), data)
         torch.manual_seed(self.seed)
         student = self.detector_of(self.student, beside.data.num_classes, self.backbone_weights).to(device)
         return beside._replace(task=DetectionDistiller(student, create_method(self.method, self.method_args), beside.teacher, watch=self.watch))
-
-
-def _teacher(experiment, data, test, root, device, progress, options):
-    "The teacher and its numbers: from given weights, from an earlier run, or trained now."
-    if experiment.teacher is None: return None, None
-    teacher = experiment.detector_of(experiment.teacher, data.num_classes).to(device)
-    if experiment.teacher_weights:
-        load_checkpoint(teacher, experiment.teacher_weights)
-        return teacher, DetectionDistiller(teacher).evaluate(test)
-    own = experiment.teachers
-    result = run(own, root, device=str(device), progress=progress, **options)
-    load_checkpoint(teacher, root / own.key / "last.safetensors")
-    return teacher, {k: v for k, v in result.last.items() if k != "epoch"}
