@@ -201,6 +201,11 @@ class Result:
     company: int = 1         # how many runs shared the process and the teacher's forward pass; `seconds` is the time of all of them
     format: int = RESULT_FORMAT
 
+    @property
+    def score(self) -> str:
+        "The metric that counts: top1, AP or miou."
+        return next(k for k in self.last if k != "epoch")
+
     def save(self, path: Path | str): write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
@@ -387,7 +392,7 @@ def _check_shared(a: Experiment, b: Experiment):
 def summary(
     results,  # Results, or a folder of runs
 ):            # pandas.DataFrame, one row for each experiment but for its seed
-    "Mean and standard deviation over seeds of top-1 in per cent, at the last and the best epoch."
+    "Mean and standard deviation over seeds of the score in per cent (top1, AP, miou), at the last and the best epoch."
     import pandas as pd
     if isinstance(results, (str, Path)): results = [Result.load(p) for p in sorted(Path(results).glob("*/result.json"))]
     groups: dict[str, list[Result]] = {}
@@ -396,8 +401,9 @@ def summary(
     rows = []
     for runs in groups.values():
         e = runs[0].experiment
-        last, best = ([getattr(r, which)["top1"] for r in runs] for which in ("last", "best"))
-        rows.append({"dataset": e["dataset"], "teacher": e["teacher"], "student": e["student"], "method": e["method"], "seeds": len(runs),
+        score = runs[0].score
+        last, best = ([getattr(r, which)[score] for r in runs] for which in ("last", "best"))
+        rows.append({"dataset": e["dataset"], "teacher": e["teacher"], "student": e["student"], "method": e["method"], "score": score, "seeds": len(runs),
                      "last": statistics.mean(last), "last std": std(last), "best": statistics.mean(best), "best std": std(best),
                      "seconds": statistics.mean(r.seconds for r in runs)})
     return pd.DataFrame(rows)
@@ -405,7 +411,7 @@ def summary(
 # %% ../nbs/method/08_experiments.ipynb #2b16620f
 def plot_run(
     folder: Path | str,  # of a run
-):                       # a matplotlib Figure: the loss terms, and the accuracy, epoch by epoch
+):                       # a matplotlib Figure: the loss terms, and the score, epoch by epoch
     "What happened along a run, from its metrics.csv."
     import matplotlib.pyplot as plt
     import pandas as pd
@@ -413,12 +419,14 @@ def plot_run(
     experiment = Path(folder) / "experiment.json"
     tested = "training (not augmented)" if experiment.exists() and json.loads(experiment.read_text()).get("evaluate_on") == "train" else "test"
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-    for i, name in enumerate(c for c in rows if c not in ("epoch", "lr", "loss", "train_top1", "top1", "top5")):
+    done = Path(folder) / "result.json"
+    score, *others = list(Result.load(done).last)[1:] if done.exists() else ("top1", "top5")
+    for i, name in enumerate(c for c in rows if c not in ("epoch", "lr", "loss", score, *others) and not c.startswith("train_")):
         left.plot(rows["epoch"], rows[name], label=name.replace("_", " "), color=f"C{i}", linestyle=["-", "--", ":", "-."][i % 4])
     left.set(xlabel="epoch", ylabel="weighted loss term (mean of the epoch)", yscale="log")
-    right.plot(rows["epoch"], rows["train_top1"], label="training (augmented)", color="C7", linestyle="--")
-    right.plot(rows["epoch"], rows["top1"], label=tested, color="C0")
-    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
+    for name, label, color, style in ((f"train_{score}", "training (augmented)", "C7", "--"), (score, tested, "C0", "-")):
+        if name in rows: right.plot(rows["epoch"], rows[name], label=label, color=color, linestyle=style)
+    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if score == "top1" else f"{score} (%)")
     for ax in (left, right): ax.legend(frameon=False); ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     return fig

@@ -62,10 +62,11 @@ def decode(
     path: str | Path,  # an image file
 ) -> Tensor:           # uint8 (3, H, W)
     "The RGB pixels of an image. Raises whatever a decoder raises where it is broken."
-    from torchvision.io import ImageReadMode, decode_image
-    try: image = decode_image(str(path), mode=ImageReadMode.RGB)
-    except RuntimeError: image = None
-    if image is not None and image.dim() == 3 and image.dtype == torch.uint8: return image
+    try:
+        from torchvision.io import ImageReadMode, decode_image
+        image = decode_image(torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        if image.dim() == 3 and image.dtype == torch.uint8: return image
+    except (ImportError, RuntimeError, ValueError): pass  # Pillow reads it, or says what is wrong with it
     return torch.from_numpy(np.array(_open(str(path), None))).permute(2, 0, 1)
 
 # %% ../nbs/method/05b_imagenet.ipynb #9fbdc190
@@ -195,10 +196,11 @@ class FileBatches(Batches):
         try:
             with _own_sigchld(): results = iter(self._loader)
             yield from results
-        except GeneratorExit: raise  # nobody wants the rest
-        except BaseException:
-            self._loader = None  # an end of one worker is the end of all; the next epoch starts new ones
-            raise
+        except Exception as err:
+            self._loader = None  # the end of one worker is the end of all; the next epoch starts new ones
+            if not self.workers: raise
+            raise RuntimeError(f"a worker process that decodes images died ({type(err).__name__}{f': {err}' if str(err) else ''}); it may have been killed for lack of memory: "
+                               f"try fewer than workers={self.workers}") from err
 
     def _start(self) -> DataLoader:
         decoder = Decoder(self.images, self.size, self.train, self.seed, self.skip_broken)

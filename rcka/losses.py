@@ -65,6 +65,12 @@ def _split(x: Tensor):
     return torch.cat([x - m - d, x.shape[-2] ** 0.5 * d], -2), m
 
 
+def _peak(k: Tensor) -> Tensor:
+    "Largest diagonal entry of Gram matrices (*batch, n, n), which bounds the others: (*batch, 1, 1), and 1 where it is 0."
+    peak = k.detach().diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    return torch.where(peak > 0, peak, torch.ones_like(peak))
+
+
 def _ratio(xy: Tensor, xx: Tensor, yy: Tensor, noise: float, diagonals) -> Tensor:
     "xy / sqrt(xx yy), debiased with the diagonals of both Gram matrices where they are given; 0 where a side is within the noise."
     if diagonals:
@@ -80,17 +86,23 @@ def intra_inter(
     unbiased: bool = False,  # unbiased HSIC in both (n >= 4 and p >= 4)
     inter: bool = True,      # False leaves inter out: None, and one product less
 ) -> IntraInter:             # two tensors of shape (*batch,)
-    "CKA of the rows and CKA of the columns of two matrices of one shape, from three Gram products."
+    """CKA of the rows and CKA of the columns of two matrices of one shape, from three Gram products.
+
+    Entries of any size for one pair of matrices; a batch without centring wants them between 1e-17 and 1e17 in float32."""
     n, p = student.shape[-2:]
     if p < n:
         columns, rows = intra_inter(student.mT, teacher.mT, center, unbiased)
         return IntraInter(rows, columns if inter else None)
     # the two sides apart: a teacher that asks for no gradient costs none
     if center: (student, m), (teacher, l) = _split(student), _split(teacher)
-    else: student, teacher = _scaled(student), _scaled(teacher)
+    elif student.dim() == 2: student, teacher = _scaled(student), _scaled(teacher)
     a, b = _Gram.apply(student), _Gram.apply(teacher)
+    cross = student @ teacher.mT if inter else None
+    if not center and student.dim() > 2:  # a batch of maps: pass over the small Gram matrices instead of the maps
+        x, y = _peak(a), _peak(b)
+        a, b, cross = a / x, b / y, cross / x.sqrt() / y.sqrt() if inter else None
     norms = _inner(a, a), _inner(b, b)
-    cross = (student @ teacher.mT).square().sum((-2, -1)) if inter else None
+    cross = cross.square().sum((-2, -1)) if inter else None
     if not center: return IntraInter(cosine(_inner(a, b), *norms), cosine(cross, *norms) if inter else None)
     a, b = (k[..., :n, :n] + p * effect * effect.mT for k, effect in ((a, m), (b, l)))
     rows = unbiased and [k.diagonal(dim1=-2, dim2=-1) for k in (a, b)]
@@ -111,7 +123,6 @@ def unit(
 # %% ../nbs/method/01_losses.ipynb #aa36e0fd
 def _row_normalised_alignment(x: Tensor, y: Tensor) -> Tensor:
     "Alignment of the Gram matrices of the rows, (n, p), row i divided by sqrt(K_ii), as released by the paper's authors. No product is larger than the smaller of n and p."
-    x, y = _scaled(x), _scaled(y)
     u, v = unit(x), unit(y)  # a zero row stays zero
     if len(x) <= x.shape[1]:
         k, l = u @ x.mT, v @ y.mT
@@ -143,6 +154,7 @@ def lcka(
     student, teacher = student.flatten(1), teacher.flatten(1)
     if not normalize_rows: return intra_inter(student, teacher, center, unbiased)
     if center: raise ValueError("normalize_rows=True is part of the released form, which does not centre; use it with center=False")
+    student, teacher = _scaled(student), _scaled(teacher)
     return IntraInter(_row_normalised_alignment(student, teacher), _row_normalised_alignment(student.T, teacher.T))
 
 # %% ../nbs/method/01_losses.ipynb #023e10c0

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -412,51 +412,92 @@ class SegmentationDistiller(Distiller):
 
 # %% ../nbs/method/07b_segmentation.ipynb #33485403
 @dataclass(frozen=True)
-class SegmentationExperiment(Experiment):
+class SegmentationExperiment:
     "One run of a segmentation network, alone or by a method from a teacher."
-    dataset: str = "cityscapes"                 # or cityscapes:PATH
-    student: str = "pspnet/resnet18"            # architecture/backbone, see `create_segmenter`
+    dataset: str = "cityscapes"          # or cityscapes:PATH
+    student: str = "pspnet/resnet18"     # architecture/backbone, see `create_segmenter`
+    teacher: str | None = None           # likewise; None with method "none"
+    method: str = "none"                 # a name of `list_methods()`, or several with a plus
+    method_args: dict | None = None      # as for `create_method`
+    backbone_weights: str | None = None  # of student and teacher at the start: "IMAGENET1K_V1", which downloads
+    seed: int = 0
+    # the recipe, for student and teacher
+    crop: tuple | None = (512, 1024)     # of training, (h, w); None: the whole image
     epochs: int = 432
     batch_size: int = 16
-    lr: float | None = 0.01
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
     schedule: str = "poly"
-    crop: tuple | None = (512, 1024)            # of training, (h, w); None: the whole image
-    backbone_weights: str | None = None         # of student and teacher at the start: "IMAGENET1K_V1", which downloads
+    warmup_steps: int = 0
+    precision: str = "fp32"
+    deterministic: bool = False
+    relations: str | None = None         # on several devices: "global" (None) or "device", see `Recipe`
+    data_seed: int | None = None         # of the order and augmentation of the images; None: `seed`
+    # where the teacher differs
+    teacher_seed: int = 0
+    teacher_epochs: int | None = None    # None: as many as the student
+    teacher_lr: float | None = None      # None: the student's
+    teacher_weights: str | None = None   # a checkpoint to load instead of training one
+    # features by module path, for networks whose layers are not known
+    student_paths: tuple | None = None
+    teacher_paths: tuple | None = None
+    # the first so many images by name
+    train_limit: int | None = None
+    test_limit: int | None = None
 
-    def __post_init__(self):
-        if isinstance(self.crop, list): object.__setattr__(self, "crop", tuple(self.crop))
-        for name in filter(None, (self.student, self.teacher)):
-            if name.count("/") != 1 or name.split("/")[0] not in ARCHITECTURES: raise ValueError(f"a segmentation network is named architecture/backbone, as pspnet/resnet18, with one of {', '.join(ARCHITECTURES)}; got {name!r}")
-        if self.lr is None: object.__setattr__(self, "lr", 0.01)
-        super().__post_init__()
+    # the same for every kind of experiment
+    recipe, to_dict, from_dict, from_parameters, key, teachers = (vars(Experiment)[n] for n in ("recipe", "to_dict", "from_dict", "from_parameters", "key", "teachers"))
 
     def prepare(self, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
         "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
-        if beside is None:
-            scenes = load_scenes(self.dataset)
-            scenes = replace(scenes, train=scenes.train[:self.train_limit], val=scenes.val[:self.test_limit])
-            order = self.seed if self.data_seed is None else self.data_seed
-            train, test = scenes.batches(self.batch_size, device=device, crop=self.crop, seed=order), scenes.batches(4, train=False, device=device)
-            beside = Parts(None, train, test, *self._taught(scenes, test, root, device, progress, options), scenes)
-        torch.manual_seed(self.seed)
-        student = self._network(self.student, beside.data, device)
-        task = SegmentationDistiller(student, create_method(self.method, self.method_args), beside.teacher, self.student_paths, self.teacher_paths)
-        return beside._replace(task=task)
+        return _parts(self, root, device, progress, options, beside)
 
-    def _network(self, name, scenes, device, weights=True):
-        return create_segmenter(*name.split("/"), scenes.num_classes, self.backbone_weights if weights else None).to(device)
+    def __post_init__(self):
+        fix = lambda name, value: object.__setattr__(self, name, value)
+        for name in ("crop", "student_paths", "teacher_paths"):
+            if isinstance(getattr(self, name), list): fix(name, tuple(getattr(self, name)))
+        if self.method == "none":  # a student alone: nothing of a teacher is part of what it is
+            for f in fields(self):
+                if f.name.startswith("teacher") or f.name in ("student_paths", "relations"): fix(f.name, f.default)
+        elif self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, such as pspnet/resnet101")
+        for name in filter(None, (self.student, self.teacher)):
+            if name.count("/") != 1 or name.split("/")[0] not in ARCHITECTURES: raise ValueError(f"a segmentation network is named architecture/backbone, as pspnet/resnet18, with one of {', '.join(ARCHITECTURES)}; got {name!r}")
+        if self.teacher and self.teacher_lr is None: fix("teacher_lr", self.lr)
+        if self.batch_size < 2: raise ValueError(f"batch_size must be at least 2, for batch normalisation of pooled maps; got {self.batch_size}")
+        self.recipe                                   # says what is wrong with it
+        create_method(self.method, self.method_args)  # likewise
 
-    def _taught(self, scenes, test, root, device, progress, options):
-        "The teacher and its scores: from given weights, from an earlier run, or trained now."
-        if self.teacher is None: return None, None
-        teacher = self._network(self.teacher, scenes, device, weights=False)
-        if self.teacher_weights:
-            load_checkpoint(teacher, self.teacher_weights)
-            return teacher, evaluate_segmentation(teacher, test)
-        own = self.teachers
-        last = run(own, root, device=str(device), progress=progress, **options).last
-        load_checkpoint(teacher, root / own.key / "last.safetensors")
-        return teacher, {k: last[k] for k in ("miou", "accuracy")}
+# %% ../nbs/method/07b_segmentation.ipynb #4896fc00
+def _segmenter(experiment, name, scenes, device, weights=True):
+    return create_segmenter(*name.split("/"), scenes.num_classes, experiment.backbone_weights if weights else None).to(device)
+
+
+def _taught(experiment, scenes, test, root, device, progress, options):
+    "The teacher and its scores: from given weights, from an earlier run, or trained now."
+    if experiment.teacher is None: return None, None
+    teacher = _segmenter(experiment, experiment.teacher, scenes, device, weights=False)
+    if experiment.teacher_weights:
+        load_checkpoint(teacher, experiment.teacher_weights)
+        return teacher, evaluate_segmentation(teacher, test)
+    own = experiment.teachers
+    last = run(own, root, device=str(device), progress=progress, **options).last
+    load_checkpoint(teacher, root / own.key / "last.safetensors")
+    return teacher, {k: last[k] for k in ("miou", "accuracy")}
+
+
+def _parts(experiment, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
+    "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
+    if beside is None:
+        scenes = load_scenes(experiment.dataset)
+        scenes = replace(scenes, train=scenes.train[:experiment.train_limit], val=scenes.val[:experiment.test_limit])
+        order = experiment.seed if experiment.data_seed is None else experiment.data_seed
+        train, test = scenes.batches(experiment.batch_size, device=device, crop=experiment.crop, seed=order), scenes.batches(4, train=False, device=device)
+        beside = Parts(None, train, test, *_taught(experiment, scenes, test, root, device, progress, options), scenes)
+    torch.manual_seed(experiment.seed)
+    student = _segmenter(experiment, experiment.student, beside.data, device)
+    task = SegmentationDistiller(student, create_method(experiment.method, experiment.method_args), beside.teacher, experiment.student_paths, experiment.teacher_paths)
+    return beside._replace(task=task)
 
 # %% ../nbs/method/07b_segmentation.ipynb #73d0be91
 def scenes_from_boxes(

@@ -48,7 +48,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     name = parse_path(path).module
     if name in modules: return modules[name]
     names = [n for n in modules if n]
-    raise ValueError(nearest(name, names, f"{type(unwrap(model)).__name__} module", most=5) + ". All of them: [name for name, _ in model.named_modules()]")
+    raise ValueError(nearest(name, names, f"{type(unwrap(model)).__name__} module", most=5) + ". All names: [name for name, _ in model.named_modules()]")
 
 # %% ../nbs/method/03_taps.ipynb #5a9fdf37
 def as_logits(

@@ -38,7 +38,7 @@ def parse(args: list[str] | None = None) -> tuple[Experiment, dict]:
     how.add_argument("--quiet", action="store_true", help="no progress bar")
     given = vars(parser.parse_args(args))
     file, quiet = given.pop("file"), given.pop("quiet")
-    options = {name: value for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "workers") if (value := given.pop(name)) not in (None, False)}
+    options = {name: value for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "workers") if (value := given.pop(name)) is not None and value is not False}
     values = json.loads(file.read_text()) if file else {}
     if not isinstance(values, dict): raise ValueError(f"{file} must hold a JSON object with fields of an experiment")
     return Experiment.from_dict(values | given), options | {"progress": not quiet}

@@ -9,6 +9,7 @@ from rcka.coco import draw_rectangles
 from rcka.detection_experiments import DetectionExperiment
 from rcka.experiments import Experiment, Result, run
 from rcka.segmentation import SegmentationExperiment
+from test_imagenet import make_folder
 from test_segmentation import draw
 
 benchmarks = Path(__file__).parent.parent / "nbs" / "benchmarks"
@@ -38,6 +39,20 @@ def test_image_benchmarks(name, tmp_path, monkeypatch):
     assert "student, last epoch" in text
     results = [Result.load(p) for p in (tmp_path / "runs").glob("*/result.json")]
     assert {r.experiment["method"] for r in results} == {"none", "kd+fcka"}
+
+
+def test_imagenet(tmp_path, monkeypatch):
+    "On photographs in its layout; a second time it shows what is there."
+    assert parameters("imagenet") == {f.name for f in fields(Experiment)} | {"device", "workers", "channels_last", "compile"}
+    make_folder(tmp_path / "data", 8, 2, 3)
+    tiny = dict(dataset=f"imagenet:{tmp_path / 'data'}", teacher="resnet14", student="mobilenet_v1", teacher_weights=None, epochs=2, teacher_epochs=1,
+                batch_size=8, lr=0.01, image_size=32, channels_last=True, workers=1, device="cpu")
+    text = execute("imagenet", tmp_path, monkeypatch, **tiny)
+    assert "24 training images in 3 classes, 6 test images; seen at 32 x 32" in text and "that on the validation images" in text
+    for said in ("lcka_intra", "data alone", "step alone", "whole run"): assert said in text
+    assert "bounds it" in text or "as fast as each other" in text
+    result, = [r for p in (tmp_path / "runs").glob("*/result.json") if (r := Result.load(p)).experiment["method"] == "rcka"]
+    assert result.last["epoch"] == 2 and result.experiment["image_size"] == 32
 
 
 def test_digits(tmp_path, monkeypatch):

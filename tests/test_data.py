@@ -186,7 +186,7 @@ def test_digits_are_the_same_every_time():
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="did you mean fashion_mnist"): load_dataset("Fashion-MNIST")
-    with pytest.raises(ValueError, match="There are digits"): load_dataset("xyzzy")
+    with pytest.raises(ValueError, match="Known: digits"): load_dataset("xyzzy")
     with pytest.raises(ValueError, match="imagefolder"): load_dataset("imagefolder:")
 
 
@@ -352,7 +352,7 @@ def test_a_constant_channel_can_be_normalised(tmp_path):
 def test_listing_finds_folders(tmp_path):
     make_folder(tmp_path / "pets"); make_folder(tmp_path / "only", parts=("train",)); (tmp_path / "file").touch()
     found = {i.name: i for i in list_datasets(tmp_path)}
-    assert list(found) == ["digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:pets"]
+    assert list(found) == ["digits", "fashion_mnist", "cifar10", "cifar100", "imagenet", "imagefolder:pets"]
     assert found["imagefolder:pets"].classes == 2 and found["imagefolder:pets"].shape == (3, 5, 7)
     assert not found["cifar100"].there and "rcka.data cifar100" in found["cifar100"].how
 

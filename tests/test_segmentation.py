@@ -1,7 +1,11 @@
 "rcka.segmentation: layout, ids, bad input, the loss and the score against naive ones, networks, resuming, other people's networks."
 import json
 import math
+import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from rcka.experiments import run
 from rcka.losses import Layers, create_method
 from rcka.segmentation import (IGNORED, SceneBatch, SegmentationDistiller, SegmentationExperiment, confusion, create_segmenter, evaluate_segmentation,
                                iou, label_table, load_scenes, pixel_ce, read_scene, scenes_from_boxes, segmenter_layers, window)
-from rcka.trainer import Recipe, Trainer, checkpoints
+from rcka.trainer import Recipe, Trainer, average_gradients, checkpoints, part, processes
 
 SIZE, COLOURS = (24, 40), {7: (90, 90, 90), 23: (120, 160, 190), 26: (150, 40, 40)}
 
@@ -394,7 +398,7 @@ def test_an_experiment(root, tmp_path):
     assert given.prepare(tmp_path, "cpu", False, {}).scores == pytest.approx(result.teacher)
 
 
-@pytest.mark.parametrize("bad, error", [({"student": "resnet18"}, "architecture/backbone"), ({"student": "psp/resnet18"}, "architecture/backbone"), ({"method": "lcka"}, "needs a teacher"), ({"method": "lkca", "teacher": "pspnet/resnet18"}, "did you mean lcka")])
+@pytest.mark.parametrize("bad, error", [({"student": "resnet18"}, "architecture/backbone"), ({"student": "psp/resnet18"}, "architecture/backbone"), ({"method": "lcka"}, "needs a teacher"), ({"method": "lkca", "teacher": "pspnet/resnet18"}, "did you mean lcka"), ({"batch_size": 1}, "at least 2"), ({"schedule": "polly"}, "schedule must be")])
 def test_experiments_that_cannot_be(bad, error):
     with pytest.raises(ValueError, match=error): SegmentationExperiment(**bad)
 
@@ -417,3 +421,28 @@ def test_boxes(tmp_path):
     expected = np.full((40, 60), 1); expected[10:30, 10:30] = 2
     assert (mask == expected).all()
     with pytest.raises(ValueError, match="unknown category 'cot'; did you mean cat"): scenes_from_boxes(tmp_path, tmp_path / "none", ["cot"])
+
+
+# several processes
+
+def gradient_and_score(path):
+    "What one process has of a step and of an evaluation; the first one writes it."
+    batch = batch_of()
+    batch = batch._replace(targets=batch.targets.clamp_max(4))  # as many pixels count in each part
+    task = SegmentationDistiller(Tiny(5, seed=1).eval(), create_method("rcka"), Tiny(5, seed=2))
+    sum(task(part(batch)).terms.values()).backward()
+    average_gradients(list(task.student.parameters()))
+    scores = evaluate_segmentation(task.student, type("Test", (), {"num_classes": 5, "epoch": lambda self, e: iter([batch])})())
+    if processes()[0] == 0: torch.save((torch.cat([p.grad.flatten() for p in task.student.parameters()]), scores), path)
+
+
+def test_two_processes_are_one(tmp_path):
+    "The relations are taken over the whole batch, with gradients, and the score over all images."
+    gradient_and_score(tmp_path / "one.pt")
+    script = tmp_path / "two.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom rcka.trainer import join; join('cpu')\nfrom test_segmentation import gradient_and_score; gradient_and_score({str(tmp_path / 'two.pt')!r})\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)], capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (one, scores), (two, same) = (torch.load(tmp_path / f"{n}.pt") for n in ("one", "two"))
+    assert (one - two).norm() < 1e-5 * one.norm() and scores == same
