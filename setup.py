@@ -9,11 +9,12 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "notebook", "segmentation", "slurm", "dev", "docs")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "notebook", "segmentation", "detection", "slurm", "dev", "docs")}
 extras["notebook"] += extras["train"]
 extras["segmentation"] += extras["train"]
+extras["detection"] += extras["train"]
 extras["slurm"] += extras["notebook"]
-extras["dev"] += extras["slurm"] + extras["segmentation"]
+extras["dev"] += extras["slurm"] + extras["segmentation"] + extras["detection"]
 extras["docs"] += extras["dev"]
 
 setup(

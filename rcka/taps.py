@@ -70,6 +70,7 @@ def as_logits(
 def _pick(value, place: Place, path: str) -> Tensor:
     "The tensor at `path` in what a hook saw."
     for key in place.index:
+        if isinstance(value, Mapping) and key not in value: key = str(key)  # the maps of a feature pyramid are named "0", "1", ...
         try: value = value[key]
         except (LookupError, TypeError):
             raise ValueError(f"path {path!r}: no element [{key}] in {_describe(value)}") from None

@@ -5,6 +5,8 @@ from pathlib import Path
 import papermill
 import pytest
 
+from rcka.coco import draw_rectangles
+from rcka.detection_experiments import DetectionExperiment
 from rcka.experiments import Experiment, Result, run
 from rcka.segmentation import SegmentationExperiment
 from test_imagenet import make_folder
@@ -96,3 +98,15 @@ def test_cityscapes(tmp_path, monkeypatch):
     text = execute("cityscapes", tmp_path, monkeypatch, dataset=f"cityscapes:{tmp_path / 'scenes'}", teacher=network, student=network, epochs=1, batch_size=3, crop=[16, 24])
     assert "teacher, training images" in text and "6 training and 4 validation images" in text
     assert {Result.load(p).experiment["method"] for p in (tmp_path / "runs").glob("*/result.json")} == {"none", "lcka"}
+
+
+def test_coco(tmp_path, monkeypatch):
+    "On drawn rectangles in its layout."
+    pytest.importorskip("faster_coco_eval")
+    assert parameters("coco") == {f.name for f in fields(DetectionExperiment)}  # one for one
+    for split, n in (("train2017", 6), ("val2017", 4)): draw_rectangles(tmp_path / "rectangles", n, split)
+    network = "mobilenet_v3_small"
+    text = execute("coco", tmp_path, monkeypatch, dataset=str(tmp_path / "rectangles"), teacher=network, student=network, epochs=1, teacher_epochs=1, size=48, max_size=72, head_convs=1, precision="fp32")
+    assert "trained on (6)" in text and "others (4)" in text and "level0" in text
+    assert {Result.load(p).experiment["method"] for p in (tmp_path / "runs").glob("*/result.json")} == {"none", "pcka"}
+    assert {"coco_along_training.png", "coco_boxes.png"} <= {p.name for p in (tmp_path / "figures").iterdir()}
