@@ -139,8 +139,15 @@ def create_detector(
         head = FCOSHead(channels, 1, classes, head_convs)
         detector = FCOS(body(extra=LastLevelP6P7(channels, channels)), classes, head=head, **{"score_thresh": 0.05, **options})
     detector.transform = SameSize()
+    for path in ("head.regression_head", "head.classification_head", "rpn.head", "roi_heads.box_predictor"):
+        if path in dict(detector.named_modules()): detector.get_submodule(path).register_forward_hook(_in_float32)
     if weights is not None: _load_detector(detector, weights, name)
     return detector
+
+
+def _in_float32(module, args, found):
+    "A head's answer, in mixed precision too: pixels are whole numbers up to 256 in bfloat16, and torchvision makes boxes in the type of the answer."
+    return found.float() if isinstance(found, Tensor) else type(found)(_in_float32(module, args, x) for x in found)
 
 
 def _fix_scales(pool: MultiScaleRoIAlign, strides: tuple[int, ...]):
@@ -305,6 +312,7 @@ def detect(
 class DetectionDistiller(DetectorPair):
     "A detector that learns, perhaps from another one, by a method between them: a task for `Trainer`."
     score = "AP"
+    fixed_shapes = False  # batches differ in size: no search for the fastest kernel of each
 
     def prepare(self, train):
         "Show the method one batch, so that it can make its connectors."

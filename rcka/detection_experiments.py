@@ -12,9 +12,9 @@ import torch
 
 from .coco import load_coco
 from .data import data_root
-from .detection import DETECTORS, NORMS, DetectionDistiller, create_detector
+from .detection import COMPARE_LOGITS, DETECTORS, NORMS, DetectionDistiller, create_detector
 from .experiments import Experiment, Parts, run
-from .losses import create_method, nearest
+from .losses import DenseMethod, create_method, nearest
 from .models import load_checkpoint
 from .trainer import Recipe
 
@@ -139,7 +139,19 @@ class DetectionExperiment(DetectionParts):
         elif self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, a backbone such as resnet101")
         self._protocol(fix)
         if self.method_args is None: fix("method_args", detection_args(self.method, self.detector))
-        self.recipe, create_method(self.method, self.method_args)  # both say what is wrong with them
+        if self.relations == "global": raise ValueError("relations='global' is not for detectors, whose batches differ in size; None and 'device' compare within each device")
+        self.recipe, self._compared()  # both say what is wrong with them
+
+    def _check_start(self):
+        "Frozen statistics are those of weights, and there must be some."
+        for who, given in (("backbone_weights", self.backbone_weights), ("teacher_backbone_weights, or teacher_weights", self.teacher is None or self.teacher_weights or self.teacher_backbone_weights)):
+            if self.norm == "frozen" and not given: raise ValueError(f"norm='frozen' needs {who}, such as IMAGENET1K_V1; a detector that starts from nothing needs norm='group' or 'batch'")
+
+    def _compared(self):
+        "A method compares maps or class logits of places; those of whole images have nothing to look at here."
+        for name, part in zip(self.method.split("+"), getattr(method := create_method(self.method, self.method_args), "parts", [method])):
+            if name != "none" and not isinstance(part, (DenseMethod, *COMPARE_LOGITS)) and not getattr(part, "wants_logits", False):
+                raise ValueError(f"method {name!r} is for classifiers; detectors are compared by pcka, mimic, pkd, fgd, dense_kd or dense_dist")
 
     def _protocol(self, fix):
         "What was not given, as the paper has it."
@@ -174,6 +186,7 @@ class DetectionExperiment(DetectionParts):
 
     def prepare(self, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
         "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
+        self._check_start()
         if beside is None:
             data, test = self.data(), self.data(False)
             if data.classes != test.classes: raise ValueError(f"the classes of {self.test_split} are not those of {self.train_split}: {len(test.classes)} and {len(data.classes)}")
