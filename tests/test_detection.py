@@ -17,7 +17,7 @@ pytest.importorskip("faster_coco_eval")
 
 from rcka.coco import METRICS, BrokenImage, as_detections, coco_metrics, draw_rectangles, load_coco, read_image
 from rcka.data import data_root
-from rcka.detection import DetectionDistiller, Trunk, class_logits, create_detector, detect, detector_layers, input_size
+from rcka.detection import DETECTORS, DetectionDistiller, Trunk, class_logits, create_detector, detect, detector_layers, input_size
 from rcka.detection_experiments import DetectionExperiment, detection_args
 from rcka.experiments import Result, run
 from rcka.losses import create_method, pcka
