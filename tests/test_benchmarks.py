@@ -110,3 +110,16 @@ def test_coco(tmp_path, monkeypatch):
     assert "trained on (6)" in text and "others (4)" in text and "level0" in text
     assert {Result.load(p).experiment["method"] for p in (tmp_path / "runs").glob("*/result.json")} == {"none", "pcka"}
     assert {"coco_along_training.png", "coco_boxes.png"} <= {p.name for p in (tmp_path / "figures").iterdir()}
+
+
+def test_study(tmp_path, monkeypatch):
+    "A few of its losses: a row for each loss and seed, gradients along training, and the protocol."
+    monkeypatch.setenv("PYTHONPATH", str(benchmarks.parent.parent)); monkeypatch.setenv("RCKA_RUNS", str(tmp_path / "runs"))
+    losses = ["none", "kd", "fcka-u", "fcka-c", "rcka-c@16"]
+    papermill.execute_notebook(benchmarks / "study.ipynb", tmp_path / "out.ipynb", dict(
+        dataset="digits", teacher="resnet14", student="resnet8", losses=losses, seeds=[0, 1], epochs=2, train_limit=128, test_limit=100, teacher_epochs=1, teacher_limit=128,
+        precision="fp32", name="tiny", figures=str(tmp_path / "figures")), cwd=tmp_path, progress_bar=False, kernel_name="python3")
+    rows = (tmp_path / "figures" / "tiny.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * len(losses) and {r.split(",")[0] for r in rows[1:]} == set(losses)
+    assert "fcka-u,fcka-c,2" in (tmp_path / "figures" / "tiny-gradients.csv").read_text()
+    assert '"epochs": 2' in (tmp_path / "figures" / "tiny.json").read_text()
