@@ -335,6 +335,6 @@ if __name__ == "__main__": in_processes(Path(sys.argv[1]))
 def test_boxes_are_float32_in_mixed_precision(name):
     "In bfloat16 pixels above 256 are even numbers at best."
     torch.manual_seed(0)
-    detector = create_detector(name, "mobilenet_v3_small", 3, norm="group", channels=32, **{"box_score_thresh" if name == "faster_rcnn" else "score_thresh": 0.0}).eval()
+    detector = create_detector(name, "mobilenet_v3_small", 3, norm="group", channels=64, **{"box_score_thresh" if name == "faster_rcnn" else "score_thresh": 0.0}).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): found, = detector([torch.rand(3, 96, 96)])
     assert found["boxes"].dtype == torch.float32 and len(found["boxes"])
