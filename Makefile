@@ -13,12 +13,12 @@ RUN := PYTHONPATH=$(CURDIR) PATH="$(CURDIR)/$(BIN):$$PATH"
 help:
 	@sed -n 's/^# //p' Makefile
 
-# uv comes by pip into the environment itself, so that nothing outside .venv is touched
+# uv comes by pip into the environment itself, so that nothing outside .venv is touched; what is compiled now is not compiled by every process the tests start
 .venv/.installed: settings.ini setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q --disable-pip-version-check uv
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -q -e '.[dev,docs]'
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -q --compile-bytecode -e '.[dev,docs]'
 	@touch $@
 
 demo: .venv/.installed
