@@ -208,6 +208,8 @@ def dense_kd_loss(
 @register("dense_kd")
 class DenseKD(Method):
     "Knowledge distillation of class logits of many places (Hinton et al. 2015; class by class as in Yang et al., ICCV 2023): weight * dense_kd_loss. Weight and temperature are ours."
+    dense = wants_logits = True
+
     def __init__(self,
         weight: float = 1.0,       # of the term
         form: str = "softmax",     # or "sigmoid", for RetinaNet and FCOS
@@ -238,6 +240,8 @@ def dense_dist_loss(
 @register("dense_dist")
 class DenseDIST(Method):
     "DIST (Huang et al., NeurIPS 2022) on class logits of many places: weight * dense_dist_loss. Weights 1 and temperature 1, as in the code released with the paper of this book."
+    dense = wants_logits = True
+
     def __init__(self,
         weight: float = 1.0,       # of both parts
         beta: float = 1.0,         # correlation over classes

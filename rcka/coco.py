@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 from collections import Counter, deque
@@ -18,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .data import check_epoch, seed_of
 from .trainer import processes
 
 # %% auto #0
@@ -296,8 +296,7 @@ class CocoPlan:
         size = self.batch_size
         if not self.train:
             return [[(i, self.size[1], False) for i in self.numbers[at:at + size]] for at in range(0, len(self.numbers), size)]
-        mixed = hashlib.blake2b(f"{self.seed},{e}".encode(), digest_size=8).digest()  # seed 1, epoch 0 is not seed 0, epoch 1
-        g = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
+        g = torch.Generator().manual_seed(seed_of(self.seed, e))
         shuffled = [group[torch.randperm(len(group), generator=g)] for group in self.groups]
         whole = [batch for group in shuffled for batch in group[:len(group) // size * size].split(size) if len(batch)]
         rest = torch.cat([group[len(group) // size * size:] for group in shuffled])
@@ -325,8 +324,7 @@ class CocoBatches(CocoPlan):
         start: int = 0,  # first step, 0 to len(self)
     ) -> Iterator[DetectionBatch]:
         "The batches of an epoch, from step `start` on."
-        if not e >= 0: raise ValueError(f"e must be an epoch, 0 or more; got {e}")
-        if not 0 <= start <= len(self): raise ValueError(f"start must be a step from 0 to {len(self)}, got {start}")
+        check_epoch(e, start, len(self))
         with contextlib.ExitStack() as held:
             pool = held.enter_context(ThreadPoolExecutor(self.workers)) if self.workers else None
             for ready in _ahead(pool, self._one, self.plan(e)[start:]): yield self._batch(ready)

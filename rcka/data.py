@@ -28,7 +28,7 @@ from .losses import nearest
 
 # %% auto #0
 __all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'checkout', 'Dataset', 'balanced_slice', 'measure', 'decode_images', 'DatasetInfo',
-           'list_datasets', 'load_dataset', 'Batch', 'crop_flip', 'Batches', 'main']
+           'list_datasets', 'load_dataset', 'Batch', 'seed_of', 'crop_flip', 'check_epoch', 'Batches', 'main']
 
 # %% ../nbs/method/05_data.ipynb #25e238b8
 def data_root(
@@ -477,10 +477,14 @@ class _Draws(NamedTuple):
     flips: Tensor
 
 
+def seed_of(*key) -> int:
+    "A seed for torch that depends on all of the key, and on their order: seed 1, epoch 0 is not seed 0, epoch 1."
+    return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
+
+
 def _draw(n: int, pad: int, flip: bool, seed: int, epoch: int) -> _Draws:
     "Depends on its arguments alone. Drawn on the CPU, so all devices see the same epochs."
-    mixed = hashlib.blake2b(f"{seed},{epoch}".encode(), digest_size=8).digest()  # seed 1, epoch 0 is not seed 0, epoch 1
-    g = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
+    g = torch.Generator().manual_seed(seed_of(seed, epoch))
     order = torch.randperm(n, generator=g)
     offsets = torch.randint(0, 2 * pad + 1, (2, n), generator=g)
     return _Draws(order, offsets, torch.rand(n, generator=g) < (0.5 if flip else 0))
@@ -501,6 +505,12 @@ def crop_flip(
     return F.pad(images, (pad,) * 4).view(b, c, -1).gather(2, where).view(b, c, h, w)
 
 # %% ../nbs/method/05_data.ipynb #f9b48083
+def check_epoch(e: int, start: int, steps: int):
+    "Refuse an epoch, or a step to begin at, that there is not."
+    if not e >= 0: raise ValueError(f"e must be an epoch, 0 or more; got {e}")
+    if not 0 <= start <= steps: raise ValueError(f"start must be a step from 0 to {steps}, got {start}")
+
+
 class Batches:
     "A dataset on the device, in batches. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
     smallest = 4  # an incomplete last training batch of fewer images is left out
@@ -549,8 +559,7 @@ class Batches:
         start: int = 0,  # first step, 0 to len(self)
     ) -> Iterator[Batch]:
         "The batches of an epoch, from step `start` on."
-        if not e >= 0: raise ValueError(f"e must be an epoch, 0 or more; got {e}")
-        if not 0 <= start <= len(self): raise ValueError(f"start must be a step from 0 to {len(self)}, got {start}")
+        check_epoch(e, start, len(self))
         return self._epoch(e, start)
 
     def _epoch(self, e: int, start: int) -> Iterator[Batch]:

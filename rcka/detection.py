@@ -20,16 +20,15 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.ops.misc import FrozenBatchNorm2d
 from torchvision.ops.poolers import initLevelMapper
 
-from .baselines_dense import DenseDIST, DenseKD
 from .coco import as_detections, coco_metrics, from_all
 from .losses import Alone, Layers, Method, Outputs, nearest, pcka
 from .taps import Taps
 from .trainer import Step, mixed, processes
 
 # %% auto #0
-__all__ = ['NORMS', 'DETECTORS', 'ANY_LEVELS', 'COMPARE_LOGITS', 'create_backbone', 'torchvision_models', 'SameSize',
-           'create_detector', 'pick_classes', 'detector_layers', 'Trunk', 'trunk_taps', 'class_logits', 'DetectorPair',
-           'input_size', 'detect', 'DetectionDistiller']
+__all__ = ['NORMS', 'DETECTORS', 'ANY_LEVELS', 'create_backbone', 'SameSize', 'create_detector', 'pick_classes',
+           'detector_layers', 'Trunk', 'trunk_taps', 'class_logits', 'DetectorPair', 'input_size', 'detect',
+           'DetectionDistiller']
 
 # %% ../nbs/method/07_detection.ipynb #fd06909d
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(math.gcd(32, channels // 2), channels)}  # no group of a single channel: a map of one place would be constant in it
@@ -82,10 +81,11 @@ def create_backbone(
     trainable_layers: int | None = None,    # how many of stem and stages are trained, from the end; None: 3 with weights, else all 5
 ) -> BackboneWithFPN:
     "A backbone with a feature pyramid, from a network of torchvision by name."
-    from torchvision.models import get_model, list_models
-    if name not in list_models(module=torchvision_models()): raise ValueError(nearest(name, list_models(module=torchvision_models()), "backbone"))
+    import torchvision.models as classifiers
+    known = classifiers.list_models(module=classifiers)
+    if name not in known: raise ValueError(nearest(name, known, "backbone"))
     if norm not in NORMS: raise ValueError(nearest(norm, NORMS, "norm"))
-    net = get_model(name, weights=None, norm_layer=NORMS[norm])
+    net = classifiers.get_model(name, weights=None, norm_layer=NORMS[norm])
     if weights is not None: _backbone_weights(net, weights, name)
     body = net.features if isinstance(getattr(net, "features", None), nn.Sequential) else net
     stages = _stages(body)
@@ -94,12 +94,6 @@ def create_backbone(
     layers = {stages[s][0]: str(i) for i, s in enumerate(strides)}
     return BackboneWithFPN(body, layers, [stages[s][1] for s in strides], channels, extra or LastLevelMaxPool(),
                            norm_layer=None if norm == "frozen" else NORMS[norm])
-
-
-def torchvision_models():
-    "The module with torchvision's classifiers."
-    import torchvision.models
-    return torchvision.models
 
 # %% ../nbs/method/07_detection.ipynb #1671f72c
 class SameSize(GeneralizedRCNNTransform):
@@ -231,7 +225,6 @@ def class_logits(
 
 # %% ../nbs/method/07_detection.ipynb #19730cf1
 ANY_LEVELS = Layers(tuple(f"level{i}" for i in range(5)), head="head")
-COMPARE_LOGITS = (DenseKD, DenseDIST)  # a method of your own says so by an attribute: wants_logits = True
 
 
 class DetectorPair:
@@ -245,7 +238,7 @@ class DetectorPair:
         watch: int | None = None,         # patch size at which the similarity of each level is noted along training; None: it is not
     ):
         self.student, self.method, self.teacher, self.watch = student, method or Alone(), teacher, watch
-        self.logits = teacher is not None and any(isinstance(m, COMPARE_LOGITS) or getattr(m, "wants_logits", False) for m in self.method.modules())
+        self.logits = teacher is not None and any(getattr(m, "wants_logits", False) for m in self.method.modules())
         paths = [] if teacher is None else self._paths(student, student_paths)
         self.levels, self.proposals = len(paths), None
         self.student_taps = Taps(student, [*paths, *([detector_layers(student).head] if self.logits else [])], logits=_as_is)

@@ -3,24 +3,19 @@
 # %% ../nbs/method/08d_detection_experiments.ipynb #5dd7d55c
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import torch
-
-from .coco import load_coco
+from .coco import CocoBatches, CocoData, load_coco
 from .data import data_root
-from .detection import COMPARE_LOGITS, DETECTORS, NORMS, DetectionDistiller, create_detector
-from .experiments import Experiment, Parts, run
-from .losses import DenseMethod, create_method, nearest
-from .models import load_checkpoint
+from .detection import DETECTORS, NORMS, DetectionDistiller, create_detector
+from .experiments import BaseExperiment, Parts
+from .losses import create_method, nearest
 from .trainer import Recipe
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_args', 'DetectionFields', 'DetectionParts',
-           'DetectionExperiment']
+__all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_args', 'DetectionFields', 'fill_in',
+           'check_compared', 'check_start', 'DetectionExperiment']
 
 # %% ../nbs/method/08d_detection_experiments.ipynb #3332f4dd
 SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22))}  # epochs, and after which the rate falls
@@ -42,7 +37,7 @@ def detection_args(
 
 # %% ../nbs/method/08d_detection_experiments.ipynb #35daee00
 @dataclass(frozen=True)
-class DetectionFields:
+class DetectionFields(BaseExperiment):
     "What one decides of a run."
     dataset: str = "coco"               # a folder in COCO's layout, absolute or below the data root
     detector: str = "retinanet"         # "faster_rcnn", "retinanet" or "fcos"
@@ -72,7 +67,6 @@ class DetectionFields:
     flip: bool = True
     negatives: bool = False             # train on images without boxes too
     skip_broken: bool = False           # leave out pictures that cannot be read, instead of an error
-    workers: int = 4                    # threads that decode
     train_split: str = "train2017"
     test_split: str = "val2017"
     train_limit: int | None = None      # the first so many images
@@ -92,77 +86,46 @@ class DetectionFields:
     teacher_lr: float | None = None     # None: the student's
 
 # %% ../nbs/method/08d_detection_experiments.ipynb #b38e406c
-@dataclass(frozen=True)
-class DetectionParts(DetectionFields):
-    "What it is made of."
-    def detector_of(self, backbone: str, num_classes: int, weights: str | None = None):
-        "A detector on this backbone."
-        return create_detector(self.detector, backbone, num_classes, backbone_weights=weights, channels=self.channels, norm=self.norm,
-                               trainable_layers=self.trainable_layers, head_convs=self.head_convs)
+def fill_in(e: DetectionFields):
+    "The published values of what was not given."
+    if e.schedule in SCHEDULES:
+        epochs, at = SCHEDULES[e.schedule]
+        if e.epochs is None: e.fix("epochs", epochs)
+        if e.lr_steps is None: e.fix("lr_steps", tuple(s / epochs for s in at))
+    elif e.epochs is None: raise ValueError(f"schedule {e.schedule!r} needs epochs; 1x and 2x have their own")
+    if e.lr_steps is None: e.fix("lr_steps", (16 / 24, 22 / 24))
+    if e.lr is None: e.fix("lr", (0.02 if e.detector == "faster_rcnn" else 0.01) * e.batch_size / 16)
+    if e.size is None: e.fix("size", (640, 800) if e.detector == "fcos" else 800)
+    if e.method_args is None: e.fix("method_args", detection_args(e.method, e.detector))
 
-    def data(self, train: bool = True):
-        "The images with boxes of one split."
-        split, limit = (self.train_split, self.train_limit) if train else (self.test_split, self.test_limit)
-        folder = data_root() / self.dataset
-        return load_coco(folder / split, folder / "annotations" / f"instances_{split}.json", limit, self.skip_broken)
 
-    def batches(self, data, train: bool = True, device="cpu"):
-        return data.batches(self.batch_size, train, size=self.size, max_size=self.max_size, flip=self.flip, negatives=self.negatives,
-                            seed=self.seed if self.data_seed is None else self.data_seed, workers=self.workers, device=device)
+def check_compared(e: DetectionFields):
+    "A method compares maps or class logits of places; those of whole images have nothing to look at here."
+    method = create_method(e.method, e.method_args)
+    for name, part in zip(e.method.split("+"), getattr(method, "parts", [method])):
+        if name != "none" and not part.dense: raise ValueError(f"method {name!r} is for classifiers; detectors are compared by pcka, mimic, pkd, fgd, dense_kd or dense_dist")
+    if e.relations == "global": raise ValueError("relations='global' is not for detectors, whose batches differ in size; None and 'device' compare within each device")
 
-def _teacher(experiment, data, test, root, device, progress, options):
-    "The teacher and its numbers: from given weights, from an earlier run, or trained now."
-    if experiment.teacher is None: return None, None
-    teacher = experiment.detector_of(experiment.teacher, data.num_classes).to(device)
-    if experiment.teacher_weights:
-        load_checkpoint(teacher, experiment.teacher_weights)
-        return teacher, DetectionDistiller(teacher).evaluate(test)
-    own = experiment.teachers
-    result = run(own, root, device=str(device), progress=progress, **options)
-    load_checkpoint(teacher, root / own.key / "last.safetensors")
-    return teacher, {k: v for k, v in result.last.items() if k != "epoch"}
+
+def check_start(e: DetectionFields):
+    "Frozen statistics are those of weights, and there must be some."
+    for who, given in (("backbone_weights", e.backbone_weights), ("teacher_backbone_weights, or teacher_weights", e.teacher is None or e.teacher_weights or e.teacher_backbone_weights)):
+        if e.norm == "frozen" and not given: raise ValueError(f"norm='frozen' needs {who}, such as IMAGENET1K_V1; a detector that starts from nothing needs norm='group' or 'batch'")
 
 # %% ../nbs/method/08d_detection_experiments.ipynb #f0460fdd
 @dataclass(frozen=True)
-class DetectionExperiment(DetectionParts):
+class DetectionExperiment(DetectionFields):
     "One run: a detector trained on images with boxes, alone or by a method from a teacher of its kind. Its fields are those of `DetectionFields`."
+    named_by = ("detector", "teacher", "student", "method")
+
     def __post_init__(self):
-        fix = lambda name, value: object.__setattr__(self, name, value)
-        for name in ("lr_steps", "size"):
-            if isinstance(getattr(self, name), list): fix(name, tuple(getattr(self, name)))
         for name, known in (("detector", DETECTORS), ("norm", NORMS)):
             if getattr(self, name) not in known: raise ValueError(nearest(getattr(self, name), known, name))
         if self.batch_size < 1: raise ValueError(f"batch_size must be positive, got {self.batch_size}")
-        if self.method == "none":
-            for f in fields(self):
-                if f.name.startswith("teacher") or f.name == "watch": fix(f.name, f.default)
-        elif self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, a backbone such as resnet101")
-        self._protocol(fix)
-        if self.method_args is None: fix("method_args", detection_args(self.method, self.detector))
-        if self.relations == "global": raise ValueError("relations='global' is not for detectors, whose batches differ in size; None and 'device' compare within each device")
-        self.recipe, self._compared()  # both say what is wrong with them
-
-    def _check_start(self):
-        "Frozen statistics are those of weights, and there must be some."
-        for who, given in (("backbone_weights", self.backbone_weights), ("teacher_backbone_weights, or teacher_weights", self.teacher is None or self.teacher_weights or self.teacher_backbone_weights)):
-            if self.norm == "frozen" and not given: raise ValueError(f"norm='frozen' needs {who}, such as IMAGENET1K_V1; a detector that starts from nothing needs norm='group' or 'batch'")
-
-    def _compared(self):
-        "A method compares maps or class logits of places; those of whole images have nothing to look at here."
-        for name, part in zip(self.method.split("+"), getattr(method := create_method(self.method, self.method_args), "parts", [method])):
-            if name != "none" and not isinstance(part, (DenseMethod, *COMPARE_LOGITS)) and not getattr(part, "wants_logits", False):
-                raise ValueError(f"method {name!r} is for classifiers; detectors are compared by pcka, mimic, pkd, fgd, dense_kd or dense_dist")
-
-    def _protocol(self, fix):
-        "What was not given, as the paper has it."
-        if self.schedule in SCHEDULES:
-            epochs, at = SCHEDULES[self.schedule]
-            if self.epochs is None: fix("epochs", epochs)
-            if self.lr_steps is None: fix("lr_steps", tuple(s / epochs for s in at))
-        elif self.epochs is None: raise ValueError(f"schedule {self.schedule!r} needs epochs; 1x and 2x have their own")
-        if self.lr_steps is None: fix("lr_steps", (16 / 24, 22 / 24))
-        if self.lr is None: fix("lr", (0.02 if self.detector == "faster_rcnn" else 0.01) * self.batch_size / 16)
-        if self.size is None: fix("size", (640, 800) if self.detector == "fcos" else 800)
+        self.settle(such_as="resnet101, a backbone")
+        fill_in(self)
+        check_compared(self)
+        self.recipe  # says what is wrong with it
 
     @property
     def recipe(self) -> Recipe:
@@ -170,28 +133,32 @@ class DetectionExperiment(DetectionParts):
         return Recipe(**own | {"schedule": "step" if self.schedule in SCHEDULES else self.schedule})
 
     @property
-    def key(self) -> str:
-        "A readable name that no other experiment has."
-        identity = json.dumps({k: v for k, v in self.to_dict().items() if v is not None}, sort_keys=True)
-        parts = [Path(self.dataset).name, self.detector, self.teacher, self.student, self.method, f"s{self.seed}"]
-        return f"{'-'.join(p for p in parts if p)}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-
-    @property
     def teachers(self) -> DetectionExperiment | None:
-        "The experiment that trains this one's teacher."
-        return self.teacher and replace(self, student=self.teacher, method="none", method_args=None, seed=self.teacher_seed, epochs=self.teacher_epochs or self.epochs,
-                       lr=self.teacher_lr or self.lr, backbone_weights=self.teacher_backbone_weights, data_seed=None)
+        own = super().teachers
+        return own and replace(own, backbone_weights=self.teacher_backbone_weights)
 
-    to_dict, from_dict, from_parameters = Experiment.to_dict, classmethod(Experiment.from_dict.__func__), classmethod(Experiment.from_parameters.__func__)
+    def prepare(self, *args, **kwargs) -> Parts:
+        check_start(self)
+        return super().prepare(*args, **kwargs)
 
-    def prepare(self, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
-        "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
-        self._check_start()
-        if beside is None:
-            data, test = self.data(), self.data(False)
-            if data.classes != test.classes: raise ValueError(f"the classes of {self.test_split} are not those of {self.train_split}: {len(test.classes)} and {len(data.classes)}")
-            test = self.batches(test, False, device)
-            beside = Parts(None, self.batches(data, True, device), test, *_teacher(self, data, test, root, device, progress, options), data)
-        torch.manual_seed(self.seed)
-        student = self.detector_of(self.student, beside.data.num_classes, self.backbone_weights).to(device)
-        return beside._replace(task=DetectionDistiller(student, create_method(self.method, self.method_args), beside.teacher, watch=self.watch))
+    def split(self, train: bool) -> CocoData:
+        "The images with boxes of one split."
+        name, limit = (self.train_split, self.train_limit) if train else (self.test_split, self.test_limit)
+        folder = data_root() / self.dataset
+        return load_coco(folder / name, folder / "annotations" / f"instances_{name}.json", limit, self.skip_broken)
+
+    def load_data(self) -> tuple[CocoData, CocoData]:
+        train, test = self.split(True), self.split(False)
+        if train.classes != test.classes: raise ValueError(f"the classes of {self.test_split} are not those of {self.train_split}: {len(test.classes)} and {len(train.classes)}")
+        return train, test
+
+    def batches(self, data, device, options: dict) -> tuple[CocoBatches, CocoBatches]:
+        "Training and test batches, decoded by four threads if `options` has no other number of `workers`."
+        how = dict(size=self.size, max_size=self.max_size, flip=self.flip, negatives=self.negatives, seed=self.order_seed, device=device, workers=options.get("workers", 4))
+        return tuple(part.batches(self.batch_size, train, **how) for part, train in zip(data, (True, False)))
+
+    def network(self, name: str, data, start: bool = True):
+        return create_detector(self.detector, name, data[0].num_classes, backbone_weights=self.backbone_weights if start else None, channels=self.channels,
+                               norm=self.norm, trainable_layers=self.trainable_layers, head_convs=self.head_convs)
+
+    def task(self, student, method=None, teacher=None) -> DetectionDistiller: return DetectionDistiller(student, method, teacher, watch=self.watch)

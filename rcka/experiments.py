@@ -28,11 +28,104 @@ from .data import Batches, Dataset, checkout, load_dataset
 from .imagenet import FileDataset
 from .losses import create_method, nearest
 from .models import create_model, list_models, load_checkpoint
-from .trainer import Distiller, Recipe, Trainer, evaluate, fit_together, join, processes, together, write_atomic
+from .trainer import Distiller, Recipe, Trainer, fit_together, join, processes, together, write_atomic
 
 # %% auto #0
-__all__ = ['IMAGENET', 'RESULT_FORMAT', 'OWN', 'TABLES', 'of_imagenet', 'paper_lr', 'Experiment', 'Parts', 'Result', 'runs_root',
-           'run', 'given_teacher', 'run_together', 'summary', 'plot_run', 'published']
+__all__ = ['IMAGENET', 'RESULT_FORMAT', 'OWN', 'TABLES', 'Parts', 'ExperimentRecord', 'BaseExperiment', 'of_imagenet', 'paper_lr',
+           'ExperimentFields', 'Experiment', 'Result', 'runs_root', 'run', 'torchvision_teacher', 'run_together',
+           'summary', 'plot_run', 'published']
+
+# %% ../nbs/method/08_experiments.ipynb #6f71ff4e
+class Parts(NamedTuple):
+    "What a trainer needs of an experiment."
+    task: Distiller        # or of another kind
+    train: Batches
+    test: Batches
+    teacher: torch.nn.Module | None
+    scores: dict | None    # the teacher's, in per cent
+    data: object = None    # what `load_data` gave
+
+
+class ExperimentRecord:
+    "Plain data: to JSON and back, to a recipe and a name."
+    named_by = ("teacher", "student", "method")  # the fields to be seen in its name
+
+    def to_dict(self) -> dict:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        "The inverse of `to_dict`; an unknown field is an error with the near names."
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known: raise ValueError(nearest(name, known, "field of an experiment"))
+        return cls(**values)
+
+    @classmethod
+    def from_parameters(cls, namespace: dict):
+        "From the variables of a notebook's parameters cell: those with the names of fields."
+        return cls(**{f.name: namespace[f.name] for f in fields(cls) if f.name in namespace})
+
+    def fix(self, name: str, value): object.__setattr__(self, name, value)  # of a frozen dataclass, while it is made
+
+    def settle(self, such_as: str):
+        "Lists from JSON become tuples; of a student alone, nothing of a teacher is part of what it is."
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), list): self.fix(f.name, tuple(value))
+            if self.method == "none" and (f.name.startswith("teacher") or f.name in ("student_paths", "relations", "watch")): self.fix(f.name, f.default)
+        if self.method != "none" and self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, such as {such_as}")
+
+    @property
+    def key(self) -> str:
+        "A readable name that no other experiment has."
+        identity = json.dumps({k: v for k, v in self.to_dict().items() if v is not None}, sort_keys=True)
+        parts = [Path(self.dataset).name.split(":")[-1], *(getattr(self, name) for name in self.named_by), f"s{self.seed}"]
+        name = "-".join(p.replace("/", ".") for p in parts if p)
+        return f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe) if hasattr(self, f.name)})
+
+    @property
+    def order_seed(self) -> int:
+        "Of the order and augmentation of the images."
+        return self.seed if self.data_seed is None else self.data_seed
+
+# %% ../nbs/method/08_experiments.ipynb #1ba0798e
+class BaseExperiment(ExperimentRecord):
+    "A kind is a frozen dataclass with `load_data()`, `batches(data, device, options)`, `network(name, data, start)` and `task(student, method, teacher)`."
+    @property
+    def teachers(self):
+        "The experiment that trains this one's teacher; None without a teacher."
+        if self.teacher is None: return None
+        return replace(self, student=self.teacher, method="none", method_args={}, seed=self.teacher_seed,
+                       epochs=self.teacher_epochs or self.epochs, lr=self.teacher_lr or self.lr, data_seed=None)
+
+    def given_teacher(self, data) -> torch.nn.Module:
+        "The teacher with the weights that the experiment gives."
+        return load_checkpoint(self.network(self.teacher, data, start=False), self.teacher_weights)
+
+    def taught(self, data, root: Path, device, progress: bool, options: dict) -> tuple[torch.nn.Module | None, dict | None]:
+        "The teacher, and its scores where a run of its own has left them."
+        if self.teacher is None: return None, None
+        if self.teacher_weights: return self.given_teacher(data).to(device), None
+        own = self.teachers
+        result = run(own, root, device=str(device), progress=progress, **options)
+        teacher = load_checkpoint(self.network(self.teacher, data, start=False), root / own.key / "last.safetensors")
+        return teacher.to(device), {k: v for k, v in result.last.items() if k != "epoch"}
+
+    def prepare(self, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
+        "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
+        if beside is None:
+            data = self.load_data()
+            teacher, scores = self.taught(data, root, device, progress, options)  # before the batches, which may fill the device
+            train, test = self.batches(data, device, options)
+            if teacher is not None and scores is None: scores = self.task(teacher).evaluate(test, "fp32", lambda: None)
+            beside = Parts(None, train, test, teacher, scores, data)
+        torch.manual_seed(self.seed)
+        student = self.network(self.student, beside.data).to(device)
+        return beside._replace(task=self.task(student, create_method(self.method, self.method_args), beside.teacher))
 
 # %% ../nbs/method/08_experiments.ipynb #1645c036
 IMAGENET = dict(epochs=100, batch_size=256, weight_decay=1e-4, lr_steps=(0.3, 0.6, 0.9))  # where its protocol differs from that of small images
@@ -48,8 +141,8 @@ def paper_lr(network: str, dataset: str = "cifar100", batch_size: int = 64) -> f
 
 # %% ../nbs/method/08_experiments.ipynb #5f1558ea
 @dataclass(frozen=True)
-class Experiment:
-    "One run: a student trained on a dataset, alone or by a method from a teacher."
+class ExperimentFields(BaseExperiment):
+    "What one decides of a run."
     dataset: str = "digits"             # a name of `list_datasets()`, or imagefolder:PATH, or imagenet:PATH
     student: str = "resnet8"            # a name of `list_models()`
     teacher: str | None = None          # likewise; None with method "none"
@@ -87,16 +180,10 @@ class Experiment:
     skip_broken: bool | None = None     # imagenet: pass over images that cannot be decoded
 
     def __post_init__(self):
-        for name in ("lr_steps", "student_paths", "teacher_paths"):
-            if isinstance(getattr(self, name), list): object.__setattr__(self, name, tuple(getattr(self, name)))
-        fix = lambda name, value: object.__setattr__(self, name, value)
-        if self.method == "none":  # a student alone: nothing of a teacher is part of what it is
-            for name in ("teacher", "teacher_epochs", "teacher_lr", "teacher_weights", "teacher_paths", "student_paths", "relations"): fix(name, None)
-            fix("teacher_seed", 0)
-        elif self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, one of {', '.join(list_models())}")
-        if self.teacher and self.teacher_lr is None: fix("teacher_lr", self.lr or paper_lr(self.teacher, self.dataset, self.batch_size))
-        if self.lr is None: fix("lr", paper_lr(self.student, self.dataset, self.batch_size))
-        if self.method_args is None: fix("method_args", paper_args(self.method, self.teacher, self.student, self.dataset))
+        self.settle(such_as="resnet32x4; list_models() has them all")
+        if self.teacher and self.teacher_lr is None: self.fix("teacher_lr", self.lr or paper_lr(self.teacher, self.dataset, self.batch_size))
+        if self.lr is None: self.fix("lr", paper_lr(self.student, self.dataset, self.batch_size))
+        if self.method_args is None: self.fix("method_args", paper_args(self.method, self.teacher, self.student, self.dataset))
         for name in filter(None, (self.student, self.teacher)):
             if "/" not in name and name not in list_models(): raise ValueError(nearest(name, list_models(), "network"))
         if not of_imagenet(self.dataset) and (self.evaluate_on or self.skip_broken): raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}")
@@ -104,21 +191,10 @@ class Experiment:
         self.recipe                                   # says what is wrong with it
         create_method(self.method, self.method_args)  # likewise
 
-    @property
-    def recipe(self) -> Recipe:
-        return Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe) if hasattr(self, f.name)})
-
-    def to_dict(self) -> dict:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Experiment:
-        "The inverse of `to_dict`; an unknown field is an error with the near names."
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known: raise ValueError(nearest(name, known, "field of an experiment"))
-        return cls(**values)
-
+# %% ../nbs/method/08_experiments.ipynb #2a4cc122
+@dataclass(frozen=True)
+class Experiment(ExperimentFields):
+    "One run: a student trained on a dataset, alone or by a method from a teacher. Its fields are those of `ExperimentFields`."
     @staticmethod
     def paper(dataset: str, teacher: str | None, student: str, method: str, seed: int = 0, **changes) -> Experiment:
         "The paper's protocol for a pair of networks on small images or ImageNet; `changes` are the fields that differ from it."
@@ -128,26 +204,6 @@ class Experiment:
             changes = IMAGENET | given | changes
         return Experiment(dataset, student, teacher, method, seed=seed, **changes)
 
-    @classmethod
-    def from_parameters(cls, namespace: dict) -> Experiment:
-        "From the variables of a notebook's parameters cell: those with the names of fields."
-        return cls(**{f.name: namespace[f.name] for f in fields(cls) if f.name in namespace})
-
-    @property
-    def key(self) -> str:
-        "A readable name that no other experiment has."
-        identity = json.dumps({k: v for k, v in self.to_dict().items() if v is not None}, sort_keys=True)
-        parts = [Path(self.dataset).name.split(":")[-1], self.teacher, self.student, self.method, f"s{self.seed}"]
-        name = "-".join(p.replace("/", ".") for p in parts if p)
-        return f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-
-    @property
-    def teachers(self) -> Experiment | None:
-        "The experiment that trains this one's teacher."
-        if self.teacher is None: return None
-        return replace(self, student=self.teacher, method="none", method_args={}, seed=self.teacher_seed,
-                       epochs=self.teacher_epochs or self.epochs, lr=self.teacher_lr, data_seed=None)
-
     def load_data(self) -> Dataset | FileDataset:
         given = {"size": self.image_size, "val": self.evaluate_on, "skip_broken": self.skip_broken}
         return load_dataset(self.dataset, limit=self.train_limit, test_limit=self.test_limit, **{k: v for k, v in given.items() if v is not None})
@@ -155,32 +211,20 @@ class Experiment:
     def batches(self, data: Dataset | FileDataset, device, options: dict) -> tuple[Batches, Batches]:
         "Training and test batches."
         how = {"device": device} | ({"workers": options.get("workers")} if isinstance(data, FileDataset) else {})
-        return (data.batches(self.batch_size, train=True, seed=self.seed if self.data_seed is None else self.data_seed, **how), data.batches(train=False, **how))
+        return data.batches(self.batch_size, train=True, seed=self.order_seed, **how), data.batches(train=False, **how)
 
-    def prepare(self, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
-        "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
-        if beside is None:
-            data = self.load_data()
-            teacher, scores = _teacher(self, data, root, device, progress, options)
-            train, test = self.batches(data, device, options)
-            beside = Parts(None, train, test, teacher, scores, data)
-        torch.manual_seed(self.seed)
-        student = _network(self.student, beside.data, device)
-        method = create_method(self.method, self.method_args)
-        return beside._replace(task=Distiller(student, method, beside.teacher, self.student_paths, self.teacher_paths))
+    def network(self, name: str, data, start: bool = True) -> torch.nn.Module:
+        return create_model(name, num_classes=data.num_classes, in_channels=data.shape[0])
+
+    def task(self, student, method=None, teacher=None) -> Distiller: return Distiller(student, method, teacher, self.student_paths, self.teacher_paths)
+
+    def given_teacher(self, data) -> torch.nn.Module:
+        "The teacher with the weights that the experiment gives: a checkpoint, or torchvision's by their name."
+        if not self.teacher.startswith("torchvision/") or not self.teacher_weights.isidentifier() or Path(self.teacher_weights).exists(): return super().given_teacher(data)
+        return torchvision_teacher(self, data)
 
 # %% ../nbs/method/08_experiments.ipynb #d07f4ba6
 RESULT_FORMAT = 1
-
-
-class Parts(NamedTuple):
-    "What a trainer needs of an experiment. An experiment of another kind is a dataclass with `prepare`, `recipe`, `key` and `to_dict`."
-    task: Distiller
-    train: Batches
-    test: Batches
-    teacher: torch.nn.Module | None
-    scores: dict | None    # the teacher's, in per cent
-    data: Dataset | FileDataset | None = None
 
 
 @dataclass(frozen=True)
@@ -320,27 +364,9 @@ def _claim(folder: Path, experiment: Experiment):
         write_atomic(path, json.dumps(mine, indent=1) + "\n")
 
 
-def _network(name: str, data, device) -> torch.nn.Module:
-    return create_model(name, num_classes=data.num_classes, in_channels=data.shape[0]).to(device)
-
-
-def _teacher(experiment, data, root, device, progress, options):
-    "The teacher and its accuracy: from given weights, from an earlier run, or trained now."
-    if experiment.teacher is None: return None, None
-    if experiment.teacher_weights:
-        teacher = given_teacher(experiment, data).to(device)
-        return teacher, evaluate(teacher, experiment.batches(data, device, options)[1])._asdict()
-    teacher, own = _network(experiment.teacher, data, device), experiment.teachers
-    result = run(own, root, device=str(device), progress=progress, **options)
-    load_checkpoint(teacher, root / own.key / "last.safetensors")
-    return teacher, {k: result.last[k] for k in ("top1", "top5")}
-
-
-def given_teacher(experiment: Experiment, data) -> torch.nn.Module:
-    "The teacher with the weights that the experiment gives: a checkpoint, or torchvision's by their name."
+def torchvision_teacher(experiment: Experiment, data) -> torch.nn.Module:
+    "The teacher with torchvision's weights of this name."
     name, weights = experiment.teacher, experiment.teacher_weights
-    if not name.startswith("torchvision/") or not weights.isidentifier() or Path(weights).exists():
-        return load_checkpoint(_network(name, data, "cpu"), weights)
     from torchvision.models import get_model_weights
     known = get_model_weights(name.split("/")[1]).__members__
     if weights not in known: raise ValueError(nearest(weights, known, f"weights of {name}"))
@@ -385,7 +411,7 @@ OWN = ("student", "method", "method_args", "seed", "data_seed", "student_paths",
 
 
 def _check_shared(a: Experiment, b: Experiment):
-    shared = lambda e: {k: v for k, v in e.to_dict().items() if k not in OWN} | {"order of the data": e.seed if e.data_seed is None else e.data_seed}
+    shared = lambda e: {k: v for k, v in e.to_dict().items() if k not in OWN} | {"order of the data": e.order_seed}
     differ = [f"{k}: {v!r} and {shared(b)[k]!r}" for k, v in shared(a).items() if v != shared(b)[k]]
     if differ: raise ValueError(f"runs that share a teacher's forward pass must agree in {'; '.join(differ)}")
 
@@ -420,13 +446,16 @@ def plot_run(
     experiment = Path(folder) / "experiment.json"
     tested = "training (not augmented)" if experiment.exists() and json.loads(experiment.read_text()).get("evaluate_on") == "train" else "test"
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-    done = Path(folder) / "result.json"
-    score, *others = list(Result.load(done).last)[1:] if done.exists() else ("top1", "top5")
-    for i, name in enumerate(c for c in rows if c not in ("epoch", "lr", "loss", score, *others) and not c.startswith("train_")):
+    columns = [c for c in rows if c not in ("epoch", "lr", "loss")]
+    score = next(c for c in ("top1", "AP", "miou") if c in columns)
+    told = columns[:columns.index(score)]  # after it come other scores
+    shares = [c for c in told if c.startswith(("train_", "level"))]
+    for i, name in enumerate(c for c in told if c not in shares):
         left.plot(rows["epoch"], rows[name], label=name.replace("_", " "), color=f"C{i}", linestyle=["-", "--", ":", "-."][i % 4])
     left.set(xlabel="epoch", ylabel="weighted loss term (mean of the epoch)", yscale="log")
-    for name, label, color, style in ((f"train_{score}", "training (augmented)", "C7", "--"), (score, tested, "C0", "-")):
-        if name in rows: right.plot(rows["epoch"], rows[name], label=label, color=color, linestyle=style)
+    for name, style in zip(shares, ("--", ":", "-.", "--", ":")):
+        right.plot(rows["epoch"], rows[name], label="training (augmented)" if name.startswith("train_") else f"similarity to the teacher, {name}", color="C7", linestyle=style)
+    right.plot(rows["epoch"], rows[score], label=tested, color="C0")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if score == "top1" else f"{score} (%)")
     for ax in (left, right): ax.legend(frameon=False); ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()

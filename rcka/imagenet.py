@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import signal
 import threading
@@ -16,11 +15,11 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .data import SUFFIXES, Batch, Batches, _class_folders, _draw, _open, _some, balanced_slice, data_root
+from .data import SUFFIXES, Batch, Batches, _class_folders, _draw, _open, _some, balanced_slice, data_root, seed_of
+from .trainer import processes
 
 # %% auto #0
 __all__ = ['Files', 'list_files', 'decode', 'chance', 'transforms', 'Decoder', 'Share', 'default_workers', 'FileBatches',
@@ -74,8 +73,7 @@ def decode(
 def chance(*key):
     "Random numbers of torch inside depend on `key` alone; outside nothing has changed."
     before = torch.get_rng_state()
-    mixed = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
-    torch.default_generator.manual_seed(int.from_bytes(mixed, "little"))  # torch.manual_seed takes 200 times as long
+    torch.default_generator.manual_seed(seed_of(*key))  # torch.manual_seed takes 200 times as long
     try: yield
     finally: torch.set_rng_state(before)
 
@@ -127,11 +125,6 @@ class Share:
         raise RuntimeError(f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, and was asked for {wanted}; take them by rcka.trainer.part")
 
 
-def _place() -> tuple[int, int]:
-    "Number of this process, and how many there are."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
 def default_workers() -> int:
     "One for each core this process may use; those of a machine are shared out among its processes."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -148,6 +141,26 @@ def _in_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; the trainer saves first, then ends them
 
 
+def _own(n: int, train: bool) -> slice:
+    "Which rows of a batch of `n` this process will be asked for."
+    rank, world = processes()
+    return slice(rank * (n // world), (rank + 1) * (n // world)) if train else slice(rank, None, world)
+
+
+def _as_it_is(x): return x
+
+
+@contextlib.contextmanager
+def _own_sigchld():
+    "A loader sets a handler that raises wherever the program is when a worker dies; without it the loader itself does, when it is asked for the next batch."
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try: yield
+    finally: signal.signal(signal.SIGCHLD, before)
+
+# %% ../nbs/method/05b_imagenet.ipynb #22e8c710
 class FileBatches(Batches):
     "Images from files, in batches. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
 
@@ -186,7 +199,7 @@ class FileBatches(Batches):
             own = _own(len(step), self.train)
             if broken: self._report(broken, lost=self.train and len(index) < len(step[own]))
             rows = self._to_device(images, index)
-            yield rows if _place()[1] == 1 else Batch(*(Share(r, own, len(step)) for r in rows))
+            yield rows if processes()[1] == 1 else Batch(*(Share(r, own, len(step)) for r in rows))
             if turn != self._turn: raise RuntimeError("another epoch of these batches was begun; its workers cannot do two at once")
 
     def _decoded(self, e: int, steps: list[Tensor]):
@@ -218,26 +231,6 @@ class FileBatches(Batches):
         for what in broken:
             if what not in self.broken: warnings.warn(f"passed over, since it cannot be decoded: {what}", stacklevel=2)
         self.broken.update(broken)
-
-
-def _own(n: int, train: bool) -> slice:
-    "Which rows of a batch of `n` this process will be asked for."
-    rank, world = _place()
-    return slice(rank * (n // world), (rank + 1) * (n // world)) if train else slice(rank, None, world)
-
-
-def _as_it_is(x): return x
-
-
-@contextlib.contextmanager
-def _own_sigchld():
-    "A loader sets a handler that raises wherever the program is when a worker dies; without it the loader itself does, when it is asked for the next batch."
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try: yield
-    finally: signal.signal(signal.SIGCHLD, before)
 
 # %% ../nbs/method/05b_imagenet.ipynb #f12cc4c8
 @dataclass(frozen=True, eq=False, repr=False)

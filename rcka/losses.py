@@ -217,6 +217,8 @@ class Method(nn.Module):
 
     `ce` is the factor of the cross-entropy. Adding methods multiplies their factors."""
     ce = 1.0
+    dense = False         # compares the many places of a detector or a segmentation network, not whole images
+    wants_logits = False  # of a dense method: it compares class logits, too
 
     def wants(self, layers: Layers) -> list[str]:
         "Module paths whose features this method compares, for a network with these `layers`."
@@ -410,6 +412,7 @@ class RCKAReleased(RCKA):
 # %% ../nbs/method/01_losses.ipynb #c3c25cad
 class DenseMethod(Method):
     "A method that compares feature maps level by level, the student's brought to the teacher's width by a 1x1 convolution where they differ. Subclasses write `terms`."
+    dense = True
     stages = None  # positions in `Layers.stages`; None is the first four: levels 0 to 3 of a feature pyramid
 
     def __init__(self):

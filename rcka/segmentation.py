@@ -3,11 +3,10 @@
 # %% ../nbs/method/07b_segmentation.ipynb #2b3f8e2a
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import data_root
-from .experiments import Experiment, Parts, run
+from .data import check_epoch, data_root, seed_of
+from .experiments import BaseExperiment
 from .losses import Layers, Outputs, create_method, nearest
-from .models import load_checkpoint
 from .taps import as_logits, layers_of
 from .trainer import Distiller, Step, determinism, gathered, mixed, processes, sum_over_processes
 
@@ -199,9 +197,9 @@ class SceneBatches:
 
     def epoch(self, e: int = 0, start: int = 0) -> Iterator[SceneBatch]:
         "The batches of epoch `e`, from step `start` on. Depends on the seed and `e` alone."
-        if not 0 <= start <= len(self): raise ValueError(f"start must be a step from 0 to {len(self)}, got {start}")
+        check_epoch(e, start, len(self))
         n, device = len(self.reader.pairs), self.reader.device
-        g = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(f"{self.seed},{e}".encode(), digest_size=8).digest(), "little"))
+        g = torch.Generator().manual_seed(seed_of(self.seed, e))
         order = torch.randperm(n, generator=g) if self.train else torch.arange(n)
         scale, top, left, flip = torch.rand(4, n, generator=g)
         chance = [t.to(device) for t in (self.scales[0] + (self.scales[1] - self.scales[0]) * scale, torch.stack([top, left]), flip < (0.5 if self.flip else 0))]
@@ -413,7 +411,7 @@ class SegmentationDistiller(Distiller):
 
 # %% ../nbs/method/07b_segmentation.ipynb #33485403
 @dataclass(frozen=True)
-class SegmentationExperiment:
+class SegmentationExperiment(BaseExperiment):
     "One run of a segmentation network, alone or by a method from a teacher."
     dataset: str = "cityscapes"          # or cityscapes:PATH
     student: str = "pspnet/resnet18"     # architecture/backbone, see `create_segmenter`
@@ -447,58 +445,27 @@ class SegmentationExperiment:
     train_limit: int | None = None
     test_limit: int | None = None
 
-    # the same for every kind of experiment
-    recipe, to_dict, from_dict, from_parameters, key, teachers = (vars(Experiment)[n] for n in ("recipe", "to_dict", "from_dict", "from_parameters", "key", "teachers"))
-
-    def prepare(self, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
-        "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
-        return _parts(self, root, device, progress, options, beside)
-
     def __post_init__(self):
-        fix = lambda name, value: object.__setattr__(self, name, value)
-        for name in ("crop", "student_paths", "teacher_paths"):
-            if isinstance(getattr(self, name), list): fix(name, tuple(getattr(self, name)))
-        if self.method == "none":  # a student alone: nothing of a teacher is part of what it is
-            for f in fields(self):
-                if f.name.startswith("teacher") or f.name in ("student_paths", "relations"): fix(f.name, f.default)
-        elif self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, such as pspnet/resnet101")
+        self.settle(such_as="pspnet/resnet101")
         for name in filter(None, (self.student, self.teacher)):
             if name.count("/") != 1 or name.split("/")[0] not in ARCHITECTURES: raise ValueError(f"a segmentation network is named architecture/backbone, as pspnet/resnet18, with one of {', '.join(ARCHITECTURES)}; got {name!r}")
-        if self.teacher and self.teacher_lr is None: fix("teacher_lr", self.lr)
+        if self.teacher and self.teacher_lr is None: self.fix("teacher_lr", self.lr)
         if self.batch_size < 2: raise ValueError(f"batch_size must be at least 2, for batch normalisation of pooled maps; got {self.batch_size}")
         self.recipe                                   # says what is wrong with it
         create_method(self.method, self.method_args)  # likewise
 
-# %% ../nbs/method/07b_segmentation.ipynb #4896fc00
-def _segmenter(experiment, name, scenes, device, weights=True):
-    return create_segmenter(*name.split("/"), scenes.num_classes, experiment.backbone_weights if weights else None).to(device)
+    def load_data(self) -> Scenes:
+        scenes = load_scenes(self.dataset)
+        return replace(scenes, train=scenes.train[:self.train_limit], val=scenes.val[:self.test_limit])
 
+    def batches(self, data: Scenes, device, options: dict) -> tuple[SceneBatches, SceneBatches]:
+        "Training and test batches."
+        return data.batches(self.batch_size, device=device, crop=self.crop, seed=self.order_seed), data.batches(4, train=False, device=device)
 
-def _taught(experiment, scenes, test, root, device, progress, options):
-    "The teacher and its scores: from given weights, from an earlier run, or trained now."
-    if experiment.teacher is None: return None, None
-    teacher = _segmenter(experiment, experiment.teacher, scenes, device, weights=False)
-    if experiment.teacher_weights:
-        load_checkpoint(teacher, experiment.teacher_weights)
-        return teacher, evaluate_segmentation(teacher, test)
-    own = experiment.teachers
-    last = run(own, root, device=str(device), progress=progress, **options).last
-    load_checkpoint(teacher, root / own.key / "last.safetensors")
-    return teacher, {k: last[k] for k in ("miou", "accuracy")}
+    def network(self, name: str, data: Scenes, start: bool = True) -> nn.Module:
+        return create_segmenter(*name.split("/"), data.num_classes, self.backbone_weights if start else None)
 
-
-def _parts(experiment, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
-    "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
-    if beside is None:
-        scenes = load_scenes(experiment.dataset)
-        scenes = replace(scenes, train=scenes.train[:experiment.train_limit], val=scenes.val[:experiment.test_limit])
-        order = experiment.seed if experiment.data_seed is None else experiment.data_seed
-        train, test = scenes.batches(experiment.batch_size, device=device, crop=experiment.crop, seed=order), scenes.batches(4, train=False, device=device)
-        beside = Parts(None, train, test, *_taught(experiment, scenes, test, root, device, progress, options), scenes)
-    torch.manual_seed(experiment.seed)
-    student = _segmenter(experiment, experiment.student, beside.data, device)
-    task = SegmentationDistiller(student, create_method(experiment.method, experiment.method_args), beside.teacher, experiment.student_paths, experiment.teacher_paths)
-    return beside._replace(task=task)
+    def task(self, student, method=None, teacher=None) -> SegmentationDistiller: return SegmentationDistiller(student, method, teacher, self.student_paths, self.teacher_paths)
 
 # %% ../nbs/method/07b_segmentation.ipynb #73d0be91
 def scenes_from_boxes(

@@ -28,10 +28,10 @@ from filelock import FileLock, Timeout
 import rcka
 from .data import checkout
 from .engine import engine
-from .experiments import Experiment, Result, _claim, given_teacher, of_imagenet, published, runs_root
+from .experiments import Experiment, Result, _claim, of_imagenet, published, runs_root
 from .losses import create_method, nearest
-from .models import create_model, list_models
-from .trainer import Distiller, write_atomic
+from .models import list_models
+from .trainer import write_atomic
 
 # %% auto #0
 __all__ = ['FULL', 'grid', 'paper_pairs', 'with_teachers', 'misfits', 'notebook_for', 'parameters', 'fingerprint', 'value_of',
@@ -82,7 +82,7 @@ def misfits(experiments: Iterable[Experiment]) -> list[str]:
     identity = lambda e: (e.dataset, e.teacher, e.student, e.method, json.dumps(e.method_args), e.student_paths, e.teacher_paths, e.teacher_weights)
     problems, data = [], {}
     for e in {identity(e): e for e in experiments}.values():
-        where = (e.dataset, e.train_limit, e.test_limit, e.image_size, e.evaluate_on)
+        where = (e.dataset, e.train_limit, e.test_limit, e.image_size, e.evaluate_on, e.skip_broken)
         try:
             if where not in data: data[where] = e.load_data()
             _try(e, data[where])
@@ -95,9 +95,8 @@ def misfits(experiments: Iterable[Experiment]) -> list[str]:
 @torch.no_grad()
 def _try(e: Experiment, data):
     "One untrained step of an experiment on eight images."
-    network = lambda name: create_model(name, num_classes=data.num_classes, in_channels=data.shape[0])
-    teacher = (given_teacher(e, data) if e.teacher_weights else network(e.teacher)) if e.teacher else None
-    distiller = Distiller(network(e.student), create_method(e.method, e.method_args), teacher, e.student_paths, e.teacher_paths)
+    teacher = (e.given_teacher(data) if e.teacher_weights else e.network(e.teacher, data)) if e.teacher else None
+    distiller = e.task(e.network(e.student, data), create_method(e.method, e.method_args), teacher)
     batches, _ = replace(e, batch_size=8).batches(data, "cpu", {"workers": 0})
     batch = next(iter(batches.epoch(0)))
     distiller.build(batch.images, batches.targets)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .experiments import Experiment, Parts, Result, _network, _of_trainer, runs_root
+from .experiments import Experiment, Parts, Result, _of_trainer, runs_root
 from .trainer import Trainer, determinism, join, part
 
 # %% auto #0
@@ -50,7 +50,7 @@ def throughput(
     "Measure an experiment's data and step, each alone. Its run is left as it is; weights are random, which changes no time."
     device = join(device)
     data = experiment.load_data()
-    teacher = _network(experiment.teacher, data, device) if experiment.teacher else None
+    teacher = experiment.network(experiment.teacher, data, start=False).to(device) if experiment.teacher else None
     parts = experiment.prepare(runs_root(root), device, False, options, beside=Parts(None, *experiment.batches(data, device, options), teacher, None, data))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(parts.task, parts.train, parts.test, experiment.recipe, folder, **_of_trainer(options))

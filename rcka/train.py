@@ -7,13 +7,14 @@ import argparse
 import json
 import sys
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
-from .experiments import Experiment, run
+from .experiments import BaseExperiment, run
 from .trainer import BatchesFailed, FolderBusy, NonFiniteLoss, OutOfMemory, Stopped, processes
 
 # %% auto #0
-__all__ = ['parse', 'main']
+__all__ = ['KINDS', 'kind_of', 'parse', 'main']
 
 # %% ../nbs/method/08b_train.ipynb #412524cf
 def _value(text: str):
@@ -21,12 +22,25 @@ def _value(text: str):
     except ValueError: return text
 
 
-def parse(args: list[str] | None = None) -> tuple[Experiment, dict]:
+KINDS = {"classification": "rcka.experiments.Experiment", "detection": "rcka.detection_experiments.DetectionExperiment", "segmentation": "rcka.segmentation.SegmentationExperiment"}
+
+
+def kind_of(args: list[str] | None) -> type[BaseExperiment]:
+    "The class of experiments that a command line is about."
+    first = argparse.ArgumentParser("python -m rcka.train", add_help=False, allow_abbrev=False)
+    first.add_argument("--kind", choices=KINDS, default="classification")
+    module, name = KINDS[first.parse_known_args(args)[0].kind].rsplit(".", 1)
+    return getattr(import_module(module), name)
+
+
+def parse(args: list[str] | None = None) -> tuple[BaseExperiment, dict]:
     "The experiment and the arguments of `run` that a command line asks for."
+    kind = kind_of(args)
     parser = argparse.ArgumentParser("python -m rcka.train", description="Run an experiment, go on with one that was interrupted, or find its result.",
                                      epilog="exit code: 0 done, 1 an error that is said, 128 + n stopped by signal n with the state saved", allow_abbrev=False)
     parser.add_argument("file", nargs="?", type=Path, help="JSON with fields of an experiment")
-    for f in fields(Experiment): parser.add_argument(f"--{f.name}", type=_value, default=argparse.SUPPRESS, help=f"default {f.default}")
+    parser.add_argument("--kind", choices=KINDS, help="what is trained (default: classification); the other options are those of that kind")
+    for f in fields(kind): parser.add_argument(f"--{f.name}", type=_value, default=argparse.SUPPRESS, help=f"default {f.default}")
     how = parser.add_argument_group("how to run it, which changes no result")
     how.add_argument("--root", help="folder of all runs (default: RCKA_RUNS, else runs/)")
     how.add_argument("--folder", help="folder of this run (default: by its key, under root)")
@@ -34,14 +48,14 @@ def parse(args: list[str] | None = None) -> tuple[Experiment, dict]:
     how.add_argument("--checkpoint_seconds", type=float, help="when the process is killed, about so much work is lost (default: 60)")
     how.add_argument("--channels_last", action="store_true", help="memory layout of the networks; rounds differently")
     how.add_argument("--compile", action="store_true", help="torch.compile of the networks; rounds differently")
-    how.add_argument("--workers", type=int, help="processes that decode images from files (default: one for each core)")
+    how.add_argument("--workers", type=int, help="who decode images from files: processes (default: one for each core), of detection threads (default: 4)")
     how.add_argument("--quiet", action="store_true", help="no progress bar")
     given = vars(parser.parse_args(args))
-    file, quiet = given.pop("file"), given.pop("quiet")
+    file, quiet, _ = (given.pop(name) for name in ("file", "quiet", "kind"))
     options = {name: value for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "workers") if (value := given.pop(name)) is not None and value is not False}
     values = json.loads(file.read_text()) if file else {}
     if not isinstance(values, dict): raise ValueError(f"{file} must hold a JSON object with fields of an experiment")
-    return Experiment.from_dict(values | given), options | {"progress": not quiet}
+    return kind.from_dict(values | given), options | {"progress": not quiet}
 
 
 def main(args: list[str] | None = None) -> int:

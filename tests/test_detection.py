@@ -273,18 +273,18 @@ def test_mixed_precision(drawn, tmp_path, precision):
 
 def tiny(folder, **changes):
     return DetectionExperiment(str(folder), "fcos", "mobilenet_v3_small", "mobilenet_v3_small", "pcka", {"patch_size": 4}, schedule="onecycle", **(dict(
-        epochs=1, batch_size=4, lr=0.01, warmup_steps=0, size=48, max_size=72, flip=False, norm="group", channels=64, head_convs=1, workers=0) | changes))
+        epochs=1, batch_size=4, lr=0.01, warmup_steps=0, size=48, max_size=72, flip=False, norm="group", channels=64, head_convs=1) | changes))
 
 
 def test_experiment(tmp_path):
     draw_rectangles(tmp_path, 6); draw_rectangles(tmp_path, 4, "val2017", seed=1)
     e = tiny(tmp_path)
     assert DetectionExperiment.from_dict(json.loads(json.dumps(e.to_dict()))) == e
-    result = run(e, tmp_path / "runs", progress=False)
+    result = run(e, tmp_path / "runs", progress=False, workers=0)
     assert set(METRICS) < set(result.last) and "pcka_intra" in result.train and set(result.teacher) == set(METRICS)
     assert Result.load(tmp_path / "runs" / e.key / "result.json") == result
     given = replace(e, teacher_weights=str(tmp_path / "runs" / e.teachers.key / "last.safetensors"))
-    assert run(given, tmp_path / "runs", progress=False).last == result.last
+    assert run(given, tmp_path / "runs", progress=False, workers=0).last == result.last
 
 
 def test_a_detector_fits_what_it_sees(drawn):

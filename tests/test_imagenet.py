@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from rcka import create_method, imagenet
 from rcka.baselines_features import paper_args
 from rcka.data import list_datasets, load_dataset, main
-from rcka.experiments import Experiment, given_teacher, run
+from rcka.experiments import Experiment, run
 from rcka.imagenet import Decoder, FileBatches, Share, chance, decode, list_files, load_imagenet
 from rcka.losses import Layers
 from rcka.models import create_model
@@ -171,7 +171,7 @@ def test_each_process_decodes_its_part(folder, monkeypatch, world):
     "Training batches in blocks as `part` cuts them, evaluation in turns as `evaluate` does."
     whole, tested = list(batches(folder).epoch(0)), list(batches(folder, train=False).epoch(0))
     for rank in range(world):
-        monkeypatch.setattr(imagenet, "_place", lambda: (rank, world))
+        monkeypatch.setattr(imagenet, "processes", lambda: (rank, world))
         monkeypatch.setattr("rcka.trainer.processes", lambda: (rank, world))
         for b, mine in zip(whole, batches(folder).epoch(0), strict=True):
             each = len(b.targets) // world
@@ -276,17 +276,17 @@ def test_torchvisions_weights_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     e, data = experiment("anywhere", teacher_weights="IMAGENET1K_V1"), SimpleNamespace(num_classes=1000, shape=(3, 224, 224))
     file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
-    with pytest.raises(FileNotFoundError, match=f"{file} is not there.*https://.*no network.*teacher_weights"): given_teacher(e, data)
+    with pytest.raises(FileNotFoundError, match=f"{file} is not there.*https://.*no network.*teacher_weights"): e.given_teacher(data)
     torch.manual_seed(0)
     theirs = models.resnet18()
     torch.save(theirs.state_dict(), file)
-    ours = given_teacher(e, data).state_dict()
+    ours = e.given_teacher(data).state_dict()
     assert all(torch.equal(v, ours[k]) for k, v in theirs.state_dict().items())
-    assert torch.equal(given_teacher(experiment("anywhere", teacher_weights=str(file)), data).fc.weight, theirs.fc.weight)  # a path
+    assert torch.equal(experiment("anywhere", teacher_weights=str(file)).given_teacher(data).fc.weight, theirs.fc.weight)  # a path
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is broken"): given_teacher(e, data)
-    with pytest.raises(ValueError, match="knows 1000 classes, imagenet:anywhere has 10"): given_teacher(e, SimpleNamespace(num_classes=10, shape=(3, 9, 9)))
-    with pytest.raises(ValueError, match="IMAGENET1K_V1"): given_teacher(experiment("anywhere", teacher_weights="IMAGENET1K_V3"), data)
+    with pytest.raises(ValueError, match="is broken"): e.given_teacher(data)
+    with pytest.raises(ValueError, match="knows 1000 classes, imagenet:anywhere has 10"): e.given_teacher(SimpleNamespace(num_classes=10, shape=(3, 9, 9)))
+    with pytest.raises(ValueError, match="IMAGENET1K_V1"): experiment("anywhere", teacher_weights="IMAGENET1K_V3").given_teacher(data)
 
 
 def test_the_papers_protocol():
