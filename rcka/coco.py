@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import check_epoch, seed_of
-from .trainer import processes
+from .trainer import own_rows, processes, share
 
 # %% auto #0
 __all__ = ['METRICS', 'Boxes', 'BrokenImage', 'read_image', 'CocoData', 'load_coco', 'draw_rectangles', 'DetectionBatch',
@@ -327,7 +327,9 @@ class CocoBatches(CocoPlan):
         check_epoch(e, start, len(self))
         with contextlib.ExitStack() as held:
             pool = held.enter_context(ThreadPoolExecutor(self.workers)) if self.workers else None
-            for ready in _ahead(pool, self._one, self.plan(e)[start:]): yield self._batch(ready)
+            plan = self.plan(e)[start:]
+            own = [batch[own_rows(len(batch), self.train)] for batch in plan]  # a process decodes no more than it needs
+            for batch, ready in zip(plan, _ahead(pool, self._one, own)): yield share(self._batch(ready), len(batch), self.train)
 
     def _one(self, what: tuple) -> tuple:
         "(number, image, target) as a step sees them."
@@ -336,9 +338,9 @@ class CocoBatches(CocoPlan):
         return i, image, {"boxes": boxes, "labels": self.targets[i]["labels"]}
 
     def _batch(self, ready: list[tuple]) -> DetectionBatch:
-        index, images, targets = zip(*ready)
+        index, images, targets = zip(*ready) if ready else ((), (), ())
         there = lambda t: t.to(self.device, non_blocking=True)
-        return DetectionBatch([there(x) for x in images], [{k: there(v) for k, v in t.items()} for t in targets], torch.tensor(index, device=self.device))
+        return DetectionBatch([there(x) for x in images], [{k: there(v) for k, v in t.items()} for t in targets], torch.tensor(index, dtype=torch.int64, device=self.device))
 
 
 def _ahead(pool: ThreadPoolExecutor | None, one, plan: list[list]) -> Iterator[list]:

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .data import SUFFIXES, Batch, Batches, _class_folders, _draw, _open, _some, balanced_slice, data_root, seed_of
-from .trainer import processes
+from .trainer import own_rows, share
 
 # %% auto #0
-__all__ = ['Files', 'list_files', 'decode', 'chance', 'transforms', 'Decoder', 'Share', 'default_workers', 'FileBatches',
-           'FileDataset', 'load_imagenet']
+__all__ = ['Files', 'list_files', 'decode', 'chance', 'transforms', 'Decoder', 'default_workers', 'FileBatches', 'FileDataset',
+           'load_imagenet']
 
 # %% ../nbs/method/05b_imagenet.ipynb #f13eb81e
 class Files(NamedTuple):
@@ -115,22 +115,12 @@ class Decoder(torch.utils.data.Dataset):
         return None, i
 
 # %% ../nbs/method/05b_imagenet.ipynb #13fc0fd0
-class Share:
-    "The rows of a batch that this process has, in place of a tensor with all of them."
-    def __init__(self, rows: Tensor, own: slice, n: int): self.rows, self.own, self.n = rows, own, n
-    def __len__(self): return self.n
-
-    def __getitem__(self, wanted: slice) -> Tensor:
-        if isinstance(wanted, slice) and range(self.n)[wanted] == range(self.n)[self.own]: return self.rows
-        raise RuntimeError(f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, and was asked for {wanted}; take them by rcka.trainer.part")
-
-
 def default_workers() -> int:
     "One for each core this process may use; those of a machine are shared out among its processes."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
-# %% ../nbs/method/05b_imagenet.ipynb #8e5d9915
+# %% ../nbs/method/05b_imagenet.ipynb #12b3c65e
 class _Steps:
     "What the workers are to do next; set before each epoch."
     def __init__(self): self.plan = None
@@ -139,12 +129,6 @@ class _Steps:
 
 def _in_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; the trainer saves first, then ends them
-
-
-def _own(n: int, train: bool) -> slice:
-    "Which rows of a batch of `n` this process will be asked for."
-    rank, world = processes()
-    return slice(rank * (n // world), (rank + 1) * (n // world)) if train else slice(rank, None, world)
 
 
 def _as_it_is(x): return x
@@ -196,15 +180,13 @@ class FileBatches(Batches):
         self._turn += 1
         turn, decoded = self._turn, self._decoded(e, steps)
         for step, (images, index, broken) in zip(steps, decoded):
-            own = _own(len(step), self.train)
-            if broken: self._report(broken, lost=self.train and len(index) < len(step[own]))
-            rows = self._to_device(images, index)
-            yield rows if processes()[1] == 1 else Batch(*(Share(r, own, len(step)) for r in rows))
+            if broken: self._report(broken, lost=self.train and len(index) < len(step[own_rows(len(step), self.train)]))
+            yield share(self._to_device(images, index), len(step), self.train)
             if turn != self._turn: raise RuntimeError("another epoch of these batches was begun; its workers cannot do two at once")
 
     def _decoded(self, e: int, steps: list[Tensor]):
         "What the workers make of this process's part of each step, in order."
-        self._steps.plan = ((e, step[_own(len(step), self.train)].tolist()) for step in steps)
+        self._steps.plan = ((e, step[own_rows(len(step), self.train)].tolist()) for step in steps)
         if self._loader is None: self._loader = self._start()
         try:
             with _own_sigchld(): results = iter(self._loader)

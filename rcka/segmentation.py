@@ -19,7 +19,7 @@ from .data import check_epoch, data_root, seed_of
 from .experiments import BaseExperiment
 from .losses import Layers, Outputs, create_method, nearest
 from .taps import as_logits, layers_of
-from .trainer import Distiller, Step, determinism, gathered, mixed, processes, sum_over_processes
+from .trainer import Distiller, Step, determinism, gathered, mixed, own_rows, part, processes, share, sum_over_processes
 
 # %% auto #0
 __all__ = ['IGNORED', 'CITYSCAPES', 'UNKNOWN', 'ARCHITECTURES', 'label_table', 'list_scenes', 'check_sizes', 'read_scene',
@@ -137,6 +137,7 @@ class SceneReader:
     def decode(self, index) -> tuple[Tensor, Tensor]:
         "uint8 (n, 3, H, W) and (n, H, W)."
         import numpy as np
+        if not len(index): return (torch.empty(0, *dims, *self.size, dtype=torch.uint8, device=self.device) for dims in ((3,), ()))  # of several processes, one without a part
         with ThreadPoolExecutor() as pool: found = list(pool.map(partial(read_scene, num_classes=self.num_classes), [self.pairs[i] for i in index]))
         images, masks = (torch.from_numpy(np.stack(part)).to(self.device, non_blocking=True) for part in zip(*found))
         return images.permute(0, 3, 1, 2), masks
@@ -203,11 +204,12 @@ class SceneBatches:
         order = torch.randperm(n, generator=g) if self.train else torch.arange(n)
         scale, top, left, flip = torch.rand(4, n, generator=g)
         chance = [t.to(device) for t in (self.scales[0] + (self.scales[1] - self.scales[0]) * scale, torch.stack([top, left]), flip < (0.5 if self.flip else 0))]
-        cuts = [slice(k * self.batch_size, (k + 1) * self.batch_size) for k in range(start, len(self))]
-        for now, (images, masks) in zip(cuts, self.reader.read([order[cut] for cut in cuts])):
+        steps = [torch.arange(n)[k * self.batch_size:(k + 1) * self.batch_size] for k in range(start, len(self))]
+        own = [step[own_rows(len(step), self.train)] for step in steps]  # a process decodes no more than it needs
+        for step, now, (images, masks) in zip(steps, own, self.reader.read([order[now] for now in own])):
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
-            if self.train: images, masks = window(images, masks, *(t[..., now] for t in chance), self.crop)
-            yield SceneBatch(images, masks.long(), order[now].to(device))
+            if self.train: images, masks = window(images, masks, *(t[..., now.to(device)] for t in chance), self.crop)
+            yield share(SceneBatch(images, masks.long(), order[now].to(device)), len(step), self.train)
 
 # %% ../nbs/method/07b_segmentation.ipynb #f46c2563
 @dataclass(frozen=True, eq=False, repr=False)
@@ -378,7 +380,7 @@ class SegmentationDistiller(Distiller):
     def prepare(self, train):
         "Before the optimiser is made: the method sees one batch, to make its connectors."
         if self.teacher is None: return
-        batch, mode = next(iter(train.epoch(0))), self.student.training
+        batch, mode = part(next(iter(train.epoch(0)))), self.student.training
         self.student.eval()  # batch statistics must not see this batch
         with torch.no_grad(): student, teacher = self._decoded(self.student_taps(batch.images), self.teacher_taps(batch.images))
         self.student.train(mode)

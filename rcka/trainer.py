@@ -31,9 +31,10 @@ from .taps import Taps, layers_of
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'LOOK_EVERY', 'Recipe', 'write_atomic', 'remove_parts', 'claimed', 'FolderBusy',
            'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged', 'last_checkpoint', 'processes', 'join',
-           'part', 'sum_over_processes', 'together', 'gathered', 'average_gradients', 'Accuracy', 'evaluate', 'mixed',
-           'determinism', 'Step', 'Distiller', 'head_of', 'from_first', 'as_safetensors', 'as_csv', 'Run',
-           'NonFiniteLoss', 'Trainer', 'OutOfMemory', 'BatchesFailed', 'Stopped', 'fit_together']
+           'sum_over_processes', 'together', 'own_rows', 'part', 'Share', 'share', 'gathered', 'average_gradients',
+           'Accuracy', 'evaluate', 'mixed', 'determinism', 'Step', 'Distiller', 'head_of', 'from_first',
+           'as_safetensors', 'as_csv', 'Run', 'NonFiniteLoss', 'Trainer', 'OutOfMemory', 'BatchesFailed', 'Stopped',
+           'fit_together']
 
 # %% ../nbs/method/06_trainer.ipynb #890160f8
 @dataclass(frozen=True)
@@ -184,14 +185,6 @@ def join(device: str | torch.device | None = None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def part(batch):
-    "This process's part of a batch, of one size in all processes; what does not divide is left out. None if there is not enough for all."
-    rank, world = processes()
-    if world == 1: return batch
-    each = len(batch.targets) // world
-    return type(batch)(*(t[rank * each:(rank + 1) * each] for t in batch)) if each else None
-
-
 def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
     "In place."
     if processes()[1] > 1: dist.all_reduce(x)
@@ -201,6 +194,34 @@ def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
 def together():
     "Wait until every process has come this far."
     if processes()[1] > 1: dist.barrier()
+
+# %% ../nbs/method/06_trainer.ipynb #48d3cdd9
+def own_rows(n: int, train: bool) -> slice:
+    "Which rows of a batch of `n` are this process's."
+    rank, world = processes()
+    return slice(rank * (n // world), (rank + 1) * (n // world)) if train else slice(rank, None, world)
+
+
+def part(batch):
+    "This process's part of a training batch, of one size in all processes; what does not divide is left out. None if there is not enough for all."
+    if processes()[1] == 1: return batch
+    own = own_rows(len(batch.targets), True)
+    return type(batch)(*(t[own] for t in batch)) if own.stop > own.start else None
+
+
+class Share:
+    "The rows of a batch that this process has, in place of a tensor or list with all of them."
+    def __init__(self, rows, own: slice, n: int): self.rows, self.own, self.n = rows, own, n
+    def __len__(self): return self.n
+
+    def __getitem__(self, wanted: slice):
+        if isinstance(wanted, slice) and range(self.n)[wanted] == range(self.n)[self.own]: return self.rows
+        raise RuntimeError(f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, and was asked for {wanted}; take them by rcka.trainer.part")
+
+
+def share(batch, n: int, train: bool):
+    "This process's rows as a batch of `n`; in one process they are the batch."
+    return batch if processes()[1] == 1 else type(batch)(*(Share(rows, own_rows(n, train), n) for rows in batch))
 
 # %% ../nbs/method/06_trainer.ipynb #a2256317
 class _Gather(torch.autograd.Function):

@@ -22,7 +22,7 @@ from rcka.detection_experiments import DetectionExperiment, detection_args
 from rcka.experiments import Result, run
 from rcka.losses import create_method, pcka
 from rcka.taps import Taps
-from rcka.trainer import Recipe, Trainer, join, processes
+from rcka.trainer import Recipe, Trainer, join, part, processes
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +301,23 @@ def test_a_detector_fits_what_it_sees(drawn):
 
 
 # ---- several processes
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_each_process_decodes_its_part(drawn, monkeypatch, world):
+    "Blocks of training batches, turns of evaluation; five processes share batches of four, too."
+    make = lambda train: drawn.batches(4, train, size=(48, 64), max_size=96, seed=3, workers=1)
+    whole, tested = list(make(True).epoch(1)), list(make(False).epoch(0))
+    equal = lambda a, b: len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    for rank in range(world):
+        monkeypatch.setattr("rcka.trainer.processes", lambda: (rank, world))
+        for b, mine in zip(whole, make(True).epoch(1), strict=True):
+            each = len(b.targets) // world
+            assert len(mine.targets) == len(b.targets) and len(mine.images.rows) == each
+            if not each: assert part(mine) is None; continue
+            own, rows = part(mine), slice(rank * each, (rank + 1) * each)
+            assert equal(own.images, b.images[rows]) and torch.equal(own.index, b.index[rows]) and equal([t["boxes"] for t in own.targets], [t["boxes"] for t in b.targets[rows]])
+        for b, mine in zip(tested, make(False).epoch(0), strict=True): assert equal(mine.images[rank::world], b.images[rank::world])
+
 
 def in_processes(folder):
     "What one of several processes does: train, and evaluate together."

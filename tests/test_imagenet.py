@@ -21,7 +21,7 @@ from rcka import create_method, imagenet
 from rcka.baselines_features import paper_args
 from rcka.data import list_datasets, load_dataset, main
 from rcka.experiments import Experiment, run
-from rcka.imagenet import Decoder, FileBatches, Share, chance, decode, list_files, load_imagenet
+from rcka.imagenet import Decoder, FileBatches, chance, decode, list_files, load_imagenet
 from rcka.losses import Layers
 from rcka.models import create_model
 from rcka.train import parse
@@ -171,7 +171,6 @@ def test_each_process_decodes_its_part(folder, monkeypatch, world):
     "Training batches in blocks as `part` cuts them, evaluation in turns as `evaluate` does."
     whole, tested = list(batches(folder).epoch(0)), list(batches(folder, train=False).epoch(0))
     for rank in range(world):
-        monkeypatch.setattr(imagenet, "processes", lambda: (rank, world))
         monkeypatch.setattr("rcka.trainer.processes", lambda: (rank, world))
         for b, mine in zip(whole, batches(folder).epoch(0), strict=True):
             each = len(b.targets) // world
