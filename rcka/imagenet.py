@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .data import SUFFIXES, Batch, Batches, _class_folders, _draw, _open, _some, balanced_slice, data_root, seed_of
-from .trainer import own_rows, share
+from .trainer import BatchesFailed, own_rows, share
 
 # %% auto #0
 __all__ = ['Files', 'list_files', 'decode', 'chance', 'transforms', 'Decoder', 'default_workers', 'FileBatches', 'FileDataset',
@@ -194,7 +194,7 @@ class FileBatches(Batches):
         except Exception as err:
             self._loader = None  # the end of one worker is the end of all; the next epoch starts new ones
             if not self.workers: raise
-            raise RuntimeError(f"a worker process that decodes images died ({type(err).__name__}{f': {err}' if str(err) else ''}); it may have been killed for lack of memory: "
+            raise BatchesFailed(f"a worker process that decodes images died ({type(err).__name__}{f': {err}' if str(err) else ''}); it may have been killed for lack of memory: "
                                f"try fewer than workers={self.workers}") from err
 
     def _start(self) -> DataLoader:

@@ -197,6 +197,14 @@ def test_a_worker_that_dies_is_said_and_replaced(folder, tmp_path):
     assert same(train.epoch(0), batches(folder, batch_size=4).epoch(0))
 
 
+def test_a_worker_that_dies_in_an_evaluation_is_said(folder):
+    test = batches(folder, train=False, workers=1, batch_size=1)
+    seen = test.epoch(0)
+    next(seen)
+    for w in test._loader._iterator._workers: os.kill(w.pid, signal.SIGKILL)
+    with pytest.raises(BatchesFailed, match="a worker process that decodes images died"): list(seen)
+
+
 # broken images
 
 @pytest.fixture
