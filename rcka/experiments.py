@@ -457,7 +457,7 @@ def plot_run(
         right.plot(rows["epoch"], rows[name], label="training (augmented)" if name.startswith("train_") else f"similarity to the teacher, {name}", color="C7", linestyle=style)
     right.plot(rows["epoch"], rows[score], label=tested, color="C0")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if score == "top1" else f"{score} (%)")
-    for ax in (left, right): ax.legend(frameon=False); ax.spines[["top", "right"]].set_visible(False)
+    for ax in (left, right): ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2); ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     return fig
 
