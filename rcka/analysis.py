@@ -210,6 +210,45 @@ def _names(models, names) -> list[str]:
 
 def _listed(value) -> list: return list(value) if isinstance(value, (tuple, list)) else [value]
 
+# %% ../nbs/method/10_analysis.ipynb #fa9d7e1e
+def _usable(model, wanted, images) -> tuple[list[str], list[str]]:
+    "Layers to compare, and those of a pattern or the default that have no feature of each image."
+    paths = choose_layers(model, wanted)
+    exact = {w for w in ([] if wanted is None else [wanted] if isinstance(wanted, str) else wanted) if not _is_pattern(w)}
+    fits = exact | set(_survey(model, [p for p in paths if p not in exact], images) if set(paths) - exact else [])
+    if not fits: raise ValueError(f"none of the {len(paths)} chosen layers of {type(model).__name__} gives a feature vector for each image: {', '.join(paths[:5])}")
+    return [p for p in paths if p in fits], [p for p in paths if p not in fits]
+
+# %% ../nbs/method/10_analysis.ipynb #eb75073a
+class _FromRelations(MinibatchCKA):
+    "Is given Gram matrices (n, n) instead of features, and centres those of all layers together."
+    def _stack(self, layers, dtype):
+        k = torch.stack(layers)
+        k = _u_center(k) if self.unbiased else _double_center(k)
+        size = torch.maximum(k.amax((-2, -1)), -k.amin((-2, -1)))
+        size = torch.where(size > 0, size, 1)
+        return k.div_(size[:, None, None]).flatten(1), _float64(size)
+
+
+def _check_finite(accumulator, paths, titles):
+    for s, names, title in zip((accumulator.xx, accumulator.yy), paths, titles):
+        bad = [name for name, ok in zip(names, s.isfinite().tolist()) if not ok]
+        if bad: raise ValueError(f"features of {title} are not finite at {', '.join(bad[:5])}{' and others' * (len(bad) > 5)}")
+
+
+def _kernel_name(kernel) -> str:
+    return repr(kernel) if not isinstance(kernel, (Linear, Gaussian)) or getattr(kernel, "bandwidth", None) else type(kernel).__name__.lower()
+
+
+def _frame(accumulator, kernel, paths, titles, **made):
+    "The similarities, with the layers' paths; `attrs` says how they were made."
+    import pandas as pd
+    _check_finite(accumulator, paths, titles)
+    frame = pd.DataFrame(accumulator.compute().cpu().numpy(), pd.Index(paths[0], name=titles[0]), pd.Index(paths[1], name=titles[1]))
+    frame.attrs = {"estimator": "debiased" if accumulator.unbiased else "biased", "kernel": _kernel_name(kernel), "samples": accumulator.samples, **made,
+                   "projections": "none: wide layers are summed in blocks of columns, exactly"}
+    return frame
+
 # %% ../nbs/method/10_analysis.ipynb #f5a2c02c
 @torch.no_grad()
 def compare(
@@ -230,7 +269,7 @@ def compare(
     the largest batch, samples left out because their batch was too small, layers left out because they have no feature of each image.
     Where a module runs more than once in a forward, its last call counts. A layer that is constant has similarity 0.
     ValueError for a pattern that fits nothing, a budget that is too small, no usable batch, or features that are not finite."""
-    import pandas as pd
+    import pandas  # missing? say so now, not after the pass
     from tqdm import tqdm
     kernels, estimators = [as_kernel(k) for k in _listed(kernel)], _listed(unbiased)
     alone = model_b is None or model_b is model_a and layers_b is None
@@ -256,44 +295,9 @@ def compare(
             bar.update()
     if not largest: raise ValueError(f"no usable batch: the loader gave {skipped} image(s) in batches below {least}, which unbiased={unbiased} needs at least")
     paths, titles = [list(t.paths) for t in taps] * (2 if alone else 1), _names([models[0], models[-1]], names)
-    results = {}
-    for (k, u), accumulator in accumulators.items():
-        _check_finite(accumulator, paths, titles)
-        frame = pd.DataFrame(accumulator.compute().cpu().numpy(), pd.Index(paths[0], name=titles[0]), pd.Index(paths[1], name=titles[1]))
-        frame.attrs = {"estimator": "debiased" if u else "biased", "kernel": _kernel_name(kernels[k]), "samples": accumulator.samples,
-                       "largest_batch": largest, "samples_left_out": skipped, "layers_left_out": missing * (2 if alone else 1),
-                       "budget": budget, "projections": "none: wide layers are summed in blocks of columns, exactly"}
-        results[_listed(kernel)[k], u] = frame
-    return results if isinstance(kernel, (tuple, list)) or isinstance(unbiased, (tuple, list)) else frame
-
-
-class _FromRelations(MinibatchCKA):
-    "Is given Gram matrices (n, n) instead of features, and centres those of all layers together."
-    def _stack(self, layers, dtype):
-        k = torch.stack(layers)
-        k = _u_center(k) if self.unbiased else _double_center(k)
-        size = torch.maximum(k.amax((-2, -1)), -k.amin((-2, -1)))
-        size = torch.where(size > 0, size, 1)
-        return k.div_(size[:, None, None]).flatten(1), _float64(size)
-
-
-def _kernel_name(kernel) -> str:
-    return repr(kernel) if not isinstance(kernel, (Linear, Gaussian)) or getattr(kernel, "bandwidth", None) else type(kernel).__name__.lower()
-
-
-def _usable(model, wanted, images) -> tuple[list[str], list[str]]:
-    "Layers to compare, and those of a pattern or the default that have no feature of each image."
-    paths = choose_layers(model, wanted)
-    exact = {w for w in ([] if wanted is None else [wanted] if isinstance(wanted, str) else wanted) if not _is_pattern(w)}
-    fits = exact | set(_survey(model, [p for p in paths if p not in exact], images) if set(paths) - exact else [])
-    if not fits: raise ValueError(f"none of the {len(paths)} chosen layers of {type(model).__name__} gives a feature vector for each image: {', '.join(paths[:5])}")
-    return [p for p in paths if p in fits], [p for p in paths if p not in fits]
-
-
-def _check_finite(accumulator, paths, titles):
-    for s, names, title in zip((accumulator.xx, accumulator.yy), paths, titles):
-        bad = [name for name, ok in zip(names, s.isfinite().tolist()) if not ok]
-        if bad: raise ValueError(f"features of {title} are not finite at {', '.join(bad[:5])}{' and others' * (len(bad) > 5)}")
+    made = {"largest_batch": largest, "samples_left_out": skipped, "layers_left_out": missing * (2 if alone else 1), "budget": budget}
+    results = {(_listed(kernel)[k], u): _frame(accumulator, kernels[k], paths, titles, **made) for (k, u), accumulator in accumulators.items()}
+    return results if isinstance(kernel, (tuple, list)) or isinstance(unbiased, (tuple, list)) else next(iter(results.values()))
 
 # %% ../nbs/method/10_analysis.ipynb #607105c4
 COMPARISON_FORMAT = 1

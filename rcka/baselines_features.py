@@ -395,7 +395,7 @@ class Fusion(nn.Module):
         if x.shape[-2:] != size: x = F.interpolate(x, size, mode="nearest")
         return self.out(x), x
 
-
+# %% ../nbs/method/02b_baselines_features.ipynb #4920f78f
 @full_precision
 def hcl_loss(
     student: Tensor,  # (n, C, H, W)
@@ -407,7 +407,7 @@ def hcl_loss(
     total = sum(F.mse_loss(*((pooled_to(x, (size, size)) if size else x) for x in (student, teacher))) / 2**i for i, size in enumerate(sizes))
     return total / (2 - 0.5 ** (len(sizes) - 1))
 
-
+# %% ../nbs/method/02b_baselines_features.ipynb #318a2c18
 @register("reviewkd")
 class ReviewKD(WarmUp, FeatureMethod):
     """Knowledge review (Chen et al., CVPR 2021): weight * sum over stages of the hierarchical context loss of the fused student maps.

@@ -36,12 +36,6 @@ def fcka(
     return cka(student, teacher, center=center, unbiased=unbiased)
 
 # %% ../nbs/method/01_losses.ipynb #4e705cfc
-class IntraInter(NamedTuple):
-    "Two similarities of one pair of matrices."
-    intra: Tensor  # rows against rows
-    inter: Tensor  # columns against columns
-
-
 class _Gram(torch.autograd.Function):
     "x x^T. Its derivative is one product, (g + g^T) x; autograd alone would take two, not knowing that both factors are the same."
     generate_vmap_rule = True
@@ -57,7 +51,7 @@ class _Gram(torch.autograd.Function):
         x, = ctx.saved_tensors
         return (grad + grad.mT) @ x
 
-
+# %% ../nbs/method/01_losses.ipynb #8cd4f442
 def _split(x: Tensor):
     "Doubly centred part with the row sqrt(n) d, (*batch, n + 1, p), and the effect m of the sample, (*batch, n, 1)."
     x = x - x[..., :1, :1].detach()  # constant logits become exact zeros
@@ -65,7 +59,7 @@ def _split(x: Tensor):
     m, d = x.mean(-1, keepdim=True), x.mean(-2, keepdim=True)  # effects of the sample (n, 1) and of the class (1, p)
     return torch.cat([x - m - d, x.shape[-2] ** 0.5 * d], -2), m
 
-
+# %% ../nbs/method/01_losses.ipynb #b0408210
 def _peak(k: Tensor) -> Tensor:
     "Largest diagonal entry of Gram matrices (*batch, n, n), which bounds the others: (*batch, 1, 1), and 1 where it is 0."
     peak = k.detach().diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
@@ -78,6 +72,12 @@ def _ratio(xy: Tensor, xx: Tensor, yy: Tensor, noise: float, diagonals) -> Tenso
         x, y = diagonals
         xy, xx, yy = _debias(xy, x, y), _debias(xx, x, x), _debias(yy, y, y)
     return cosine(xy, *(torch.where(z > noise, z, 0 * z) for z in (xx, yy)))
+
+# %% ../nbs/method/01_losses.ipynb #1dac3acb
+class IntraInter(NamedTuple):
+    "Two similarities of one pair of matrices."
+    intra: Tensor  # rows against rows
+    inter: Tensor  # columns against columns
 
 
 def intra_inter(

@@ -63,6 +63,10 @@ def _to_float64(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def _check_finite(sums: Tensor, what: str):
+    if not sums.isfinite().all(): raise ValueError(f"features of layer(s) {(~sums.isfinite()).nonzero().flatten().tolist()}{what}")
+
+
 @full_precision
 def _centred_gram(
     x: Tensor,        # (n, p)
@@ -140,12 +144,40 @@ class MinibatchCKA:
     def compute(self) -> Tensor:  # (A, B) in float64
         "CKA of every pair of layers; 0 where a layer is constant. Raises ValueError before any batch and for features that are not finite."
         if self.xy is None: raise ValueError("no batch yet: call update(a, b) first")
-        for side, s in (("a", self.xx), ("b", self.yy)):
-            if not s.isfinite().all():
-                raise ValueError(f"features of layer(s) {(~s.isfinite()).nonzero().flatten().tolist()} of {side} are not finite, or too large")
+        for side, s in (("a", self.xx), ("b", self.yy)): _check_finite(s, f" of {side} are not finite, or too large")
         return cosine(self.xy, self.xx[:, None], self.yy)
 
 # %% ../nbs/theory/03_estimators.ipynb #af504c4e
+def _layer_of(widths: tuple[int, ...], like: Tensor) -> Tensor:  # (P, L): 1 where the column belongs to the layer
+    which = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(like.device)
+    return torch.nn.functional.one_hot(which, len(widths)).to(like.dtype)
+
+
+def _sums(z: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Mean (P,) of the rows of z (n, P), and the sums C, U, T about it."
+    d = _shifted(z)
+    mean = (z - d)[0]
+    squares = d.square() @ _layer_of(widths, mean)
+    return mean, d.mT @ d, squares.mT @ d, squares.mT @ squares
+
+
+def _moved(shift: Tensor, n: int, s: Tensor, c: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "The sums C, U, T of n samples about a mean moved by `shift` (03_estimators, Proposition 3)."
+    trace, w, moved = c.diagonal() @ s, shift.square() @ s, shift[:, None] * c
+    u_moved = u - torch.outer(trace + n * w, shift) - 2 * s.mT @ moved
+    r, tw = (u * shift) @ s, torch.outer(trace, w)
+    cross = s.mT @ (moved * shift) @ s
+    return c + n * torch.outer(shift, shift), u_moved, t - 2 * (r + r.mT) + tw + tw.mT + n * torch.outer(w, w) + 4 * cross
+
+# %% ../nbs/theory/03_estimators.ipynb #9796b178
+def _together(a: StreamingCKA, b: StreamingCKA) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+    "Samples, mean, and the sums C, U, T about it, of two parts."
+    samples = a.samples + b.samples
+    mean = a.mean + (b.mean - a.mean) * (b.samples / samples)
+    moved = (_moved(mean - x.mean, x.samples, _layer_of(x.widths, x.mean), x.c, x.u, x.t) for x in (a, b))
+    return samples, mean, *(s + o for s, o in zip(*moved))
+
+# %% ../nbs/theory/03_estimators.ipynb #3340ad36
 class StreamingCKA:
     """Linear CKA between all layers of two networks, exactly that of the whole set, from batches of any size in any order.
 
@@ -160,27 +192,9 @@ class StreamingCKA:
         "Add a batch of one sample or more. Raises ValueError where it does not fit the earlier ones."
         a, b = _as_sides(a, b)
         layers, part = a + (b or []), StreamingCKA()
-        part.widths, part.split = tuple(x.shape[1] for x in layers), None if b is None else len(a)
-        part.samples = len(a[0])
-        z = torch.cat([_to_float64(x) for x in layers], 1)
-        d = _shifted(z)
-        part.mean = (z - d)[0]
-        squares = d.square() @ part._layer_of()
-        part.c, part.u, part.t = d.mT @ d, squares.mT @ d, squares.mT @ squares
+        part.samples, part.widths, part.split = len(a[0]), tuple(x.shape[1] for x in layers), None if b is None else len(a)
+        part.mean, part.c, part.u, part.t = _sums(torch.cat([_to_float64(x) for x in layers], 1), part.widths)
         return self.merge(part)
-
-    def _layer_of(self):  # (P, L): 1 where the column belongs to the layer
-        which = torch.repeat_interleave(torch.arange(len(self.widths)), torch.tensor(self.widths)).to(self.mean.device)
-        return torch.nn.functional.one_hot(which, len(self.widths)).to(self.mean.dtype)
-
-    def _about(self, mean):
-        "The sums C, U, T about another mean (03_estimators, Proposition 3)."
-        n, s, shift, c = self.samples, self._layer_of(), mean - self.mean, self.c
-        t, w, moved = c.diagonal() @ s, shift.square() @ s, shift[:, None] * c
-        u = self.u - torch.outer(t + n * w, shift) - 2 * s.mT @ moved
-        r, tw = (self.u * shift) @ s, torch.outer(t, w)
-        cross = s.mT @ (moved * shift) @ s
-        return c + n * torch.outer(shift, shift), u, self.t - 2 * (r + r.mT) + tw + tw.mT + n * torch.outer(w, w) + 4 * cross
 
     @torch.no_grad()
     def merge(self,
@@ -194,11 +208,7 @@ class StreamingCKA:
             return self
         if (other.widths, other.split) != (self.widths, self.split):
             raise ValueError(f"layers must keep their widths and sides: earlier {self.widths} ({self.split} of them on side a), now {other.widths} ({other.split})")
-        other = other.to(self.mean.device)
-        samples = self.samples + other.samples
-        mean = self.mean + (other.mean - self.mean) * (other.samples / samples)
-        self.c, self.u, self.t = (s + o for s, o in zip(self._about(mean), other._about(mean)))
-        self.mean, self.samples = mean, samples
+        self.samples, self.mean, self.c, self.u, self.t = _together(self, other.to(self.mean.device))
         return self
 
     def to(self,
@@ -218,10 +228,9 @@ class StreamingCKA:
         "CKA of every pair of layers; 0 where a layer is constant. Raises ValueError before enough samples and for features that are not finite."
         n, least = self.samples, 4 if unbiased else 2
         if n < least: raise ValueError(f"got {n} sample(s) so far, but unbiased={unbiased} needs at least {least}")
-        s = self._layer_of()
+        s = _layer_of(self.widths, self.mean)
         trace = self.c.diagonal() @ s
-        if not trace.isfinite().all():
-            raise ValueError(f"features of layer(s) {(~trace.isfinite()).nonzero().flatten().tolist()}, counted over both sides, are not finite")
+        _check_finite(trace, ", counted over both sides, are not finite")
         h = s.mT @ self.c.square() @ s
         if unbiased: h = h - n / (n - 2) * self.t + torch.outer(trace, trace) / ((n - 1) * (n - 2))
         value = cosine(h, h.diagonal()[:, None], h.diagonal())

@@ -95,7 +95,34 @@ class _Hook:
         if self.place.input: value = args[0] if args else next(iter(kwargs.values()), None)
         self.owner._note(self.path, _pick(value, self.place, self.path))
 
+
+def _hook(owner, path: str, module: nn.Module):
+    "Tells `owner` what the module at `path` is given or gives. Gives the handle that takes the hook off."
+    place = parse_path(path)
+    register = module.register_forward_pre_hook if place.input else module.register_forward_hook
+    return register(_Hook(owner, path, place), with_kwargs=True)
+
 # %% ../nbs/method/03_taps.ipynb #5ac00659
+def _noted(value: Tensor, may_change: bool) -> tuple[Tensor, Tensor | None, int | None]:
+    "The value, a copy of it if it may be written to, and the version at which it is right; None where no version is counted."
+    if torch.compiler.is_compiling() or value.is_inference(): return value, value.clone(), None
+    return value, value.clone() if may_change else None, value._version
+
+
+def _as_noted(noted, path: str, changes: dict[str, bool]) -> Tensor:
+    "The value that was noted, whatever was written since; `changes` learns whether something was."
+    value, safe, version = noted
+    if version is None: return safe
+    written = value._version != version
+    if not written and not changes.get(path, False):
+        changes[path] = False
+        return value
+    changes[path] = True
+    if safe is not None: return safe
+    raise RuntimeError(f"the tensor at {path!r} was written to in place after it was tapped, which no earlier forward did; "
+                       "its value is lost. The next forward keeps a copy")
+
+# %% ../nbs/method/03_taps.ipynb #fcbd48b2
 class Taps:
     """Run a network and read features by module path, with forward hooks; the network is left as it is.
 
@@ -119,11 +146,7 @@ class Taps:
         self._written: dict[tuple, dict[str, bool]] = {}  # (training, grad) to path to whether something wrote to it later
         self._now: dict[str, bool] = {}
         modules = {path: find_module(model, path) for path in self.paths}
-        self._handles = []
-        for path, module in modules.items():
-            hook, place = _Hook(self, path, parse_path(path)), parse_path(path)
-            register = module.register_forward_pre_hook if place.input else module.register_forward_hook
-            self._handles.append(register(hook, with_kwargs=True))
+        self._handles = [_hook(self, path, module) for path, module in modules.items()]
 
     def __call__(self, *args, **kwargs) -> Outputs:
         if self.paths and not self._handles: raise RuntimeError("these taps were removed: make new ones with Taps(model, paths)")
@@ -136,24 +159,14 @@ class Taps:
         finally: self._seen = None
 
     def _note(self, path: str, value: Tensor):
-        "Called by the hooks: the value, a copy of it if it may be written to, and the version at which it is right."
-        if torch.compiler.is_compiling() or value.is_inference(): self._seen[path] = (value, value.clone(), None)
-        else: self._seen[path] = (value, value.clone() if self._now.get(path, True) else None, value._version)
+        "Called by the hooks."
+        self._seen[path] = _noted(value, may_change=self._now.get(path, True))
 
     def _read(self, path: str) -> Tensor:
         "After the forward: the value that was noted, whatever was written since."
         if path not in self._seen:
             raise RuntimeError(f"the module of path {path!r} did not run in this forward; under torch.compile, make the taps before the first one")
-        value, safe, version = self._seen[path]
-        if version is None: return safe
-        written = value._version != version
-        if not written and not self._now.get(path, False):
-            self._now[path] = False
-            return value
-        self._now[path] = True
-        if safe is not None: return safe
-        raise RuntimeError(f"the tensor at {path!r} was written to in place after it was tapped, which no earlier forward did; "
-                           "its value is lost. The next forward keeps a copy")
+        return _as_noted(self._seen[path], path, self._now)
 
     def remove(self):
         "Take the hooks off the model."

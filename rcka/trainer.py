@@ -32,9 +32,8 @@ from .taps import Taps, layers_of
 __all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'LOOK_EVERY', 'Recipe', 'write_atomic', 'remove_parts', 'claimed', 'FolderBusy',
            'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged', 'last_checkpoint', 'processes', 'join',
            'sum_over_processes', 'together', 'own_rows', 'part', 'Share', 'share', 'gathered', 'average_gradients',
-           'Accuracy', 'evaluate', 'mixed', 'determinism', 'Step', 'Distiller', 'head_of', 'from_first',
-           'as_safetensors', 'as_csv', 'Run', 'NonFiniteLoss', 'Trainer', 'OutOfMemory', 'BatchesFailed', 'Stopped',
-           'fit_together']
+           'Accuracy', 'evaluate', 'mixed', 'determinism', 'Step', 'head_of', 'Distiller', 'as_safetensors', 'as_csv',
+           'from_first', 'Run', 'NonFiniteLoss', 'Trainer', 'OutOfMemory', 'BatchesFailed', 'Stopped', 'fit_together']
 
 # %% ../nbs/method/06_trainer.ipynb #890160f8
 @dataclass(frozen=True)
@@ -313,6 +312,15 @@ class Step(NamedTuple):
     counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # sums and of how many; an epoch's is 100 * sum / number
 
 # %% ../nbs/method/06_trainer.ipynb #e8d0d102
+ANY_LAYERS = Layers(tuple("stage%d" % i for i in range(6)), tuple("preact%d" % i for i in range(6)), "pooled", "head")
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    "The classifier of a network whose layers are known."
+    try: return model.get_submodule(layers_of(model).head)
+    except (ValueError, AttributeError): return None
+
+# %% ../nbs/method/06_trainer.ipynb #0c06d4d0
 class Distiller:
     "A student, perhaps a teacher, and the method between them: the task of classification."
     score = "top1"
@@ -369,27 +377,7 @@ class Distiller:
         "The student's accuracy."
         return evaluate(self.student, batches, precision, before)._asdict()
 
-
-ANY_LAYERS = Layers(tuple("stage%d" % i for i in range(6)), tuple("preact%d" % i for i in range(6)), "pooled", "head")
-
-
-def head_of(model: nn.Module) -> nn.Module | None:
-    "The classifier of a network whose layers are known."
-    try: return model.get_submodule(layers_of(model).head)
-    except (ValueError, AttributeError): return None
-
 # %% ../nbs/method/06_trainer.ipynb #8f05ab5c
-def _set_random(state: dict, device: torch.device):
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda": torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def from_first(tensors):
-    "The first process's values in all."
-    if processes()[1] > 1:
-        for t in tensors: dist.broadcast(t, 0)
-
-
 def as_safetensors(model: nn.Module) -> bytes:
     "All parameters and buffers; `load_weights` reads them."
     import safetensors.torch
@@ -404,7 +392,52 @@ def as_csv(rows: list[dict]) -> str:
     writer.writeheader(); writer.writerows(rows)
     return text.getvalue()
 
+
+def _write_epoch(run: Run):
+    "After an epoch: the student if it is the best so far, and if it is the last; all metrics."
+    student = run.parts["student"]
+    if run.best is run.history[-1]: write_atomic(run.folder / "best.safetensors", as_safetensors(student))
+    if run.epoch == run.recipe.epochs: write_atomic(run.folder / "last.safetensors", as_safetensors(student))
+    write_atomic(run.folder / "metrics.csv", as_csv(run.history))
+
 # %% ../nbs/method/06_trainer.ipynb #6b028dd0
+def _random_state(device: torch.device) -> dict:
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_random(state: dict, device: torch.device) -> dict:
+    "Gives the state before."
+    before = _random_state(device)
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda": torch.cuda.set_rng_state(state["cuda"], device)
+    return before
+
+
+def from_first(tensors):
+    "The first process's values in all."
+    if processes()[1] > 1:
+        for t in tensors: dist.broadcast(t, 0)
+
+
+def _checkpoint_for_all(folder: Path) -> dict | None:
+    "The newest checkpoint, read by the first process for all."
+    state = [last_checkpoint(folder) if processes()[0] == 0 else None]
+    if processes()[1] > 1: dist.broadcast_object_list(state, 0)
+    return state[0]
+
+
+def _differences(there: dict, here: dict) -> str:
+    return "; ".join(f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v)
+
+
+def _kept(folder: Path) -> str:
+    "What one would start again from."
+    found = checkpoints(folder)
+    if not found: return f"{folder} has no checkpoint yet."
+    epoch, step, _ = _NAME.fullmatch(found[-1].name).groups()
+    return f"{folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
+
+# %% ../nbs/method/06_trainer.ipynb #0f58d372
 class Run:
     "What a run is between two steps, and how it lives in its folder."
     def __init__(self, folder, recipe, device, parts, setting, keep, score):
@@ -414,7 +447,12 @@ class Run:
         self.values = []                    # of this epoch: a row a step, on the device; after the terms a sum and a number for each count
         self.history = []                   # a dict an epoch
         self.seconds, self.since = 0.0, 0.0 # of work, over all parts of the run; the clock when it was last read
-        self.random = self._random_state()
+        self.random = _random_state(self.device)
+
+    def note(self, loss, terms: dict, counts: dict):
+        "The values of a step."
+        self.names, self.counted = ["loss", *terms], list(counts)
+        self.values.append(torch.stack([loss.detach(), *(v.detach() for v in terms.values()), *(v for pair in counts.values() for v in pair)]))
 
     def save(self, checkpoint: bool = True):
         "Write the folder's files, each one atomically, the checkpoint last. Only the first process writes."
@@ -422,12 +460,8 @@ class Run:
         self.seconds, self.since = self.seconds + now - self.since, now
         if checkpoint: self.saved = now
         if processes()[0]: return
-        student = self.parts["student"]
         try:
-            if self.history and self.step == 0:
-                if self.best is self.history[-1]: write_atomic(self.folder / "best.safetensors", as_safetensors(student))
-                if self.epoch == self.recipe.epochs: write_atomic(self.folder / "last.safetensors", as_safetensors(student))
-                write_atomic(self.folder / "metrics.csv", as_csv(self.history))
+            if self.history and self.step == 0: _write_epoch(self)
             if checkpoint: save_checkpoint(self.folder, self._state(), self.keep)
         except OSError as e:
             raise OSError(e.errno, f"the state of the run could not be written ({e.strerror}). {self.kept()} Free space or make the folder writable, and start again", str(self.folder)) from e
@@ -439,42 +473,28 @@ class Run:
 
     def resume(self):
         "Take up the newest checkpoint of the folder, if there is one. The first process reads it for all."
-        state = [last_checkpoint(self.folder) if processes()[0] == 0 else None]
-        if processes()[1] > 1: dist.broadcast_object_list(state, 0)
-        if state := state[0]:
-            differ = lambda there, here: "; ".join(f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v)
-            if d := differ(state["recipe"], asdict(self.recipe)): raise ValueError(f"{self.folder} belongs to another recipe ({d}). Use another folder")
-            if d := differ(state["setting"], self.setting): warnings.warn(f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run")
+        if state := _checkpoint_for_all(self.folder):
+            if d := _differences(state["recipe"], asdict(self.recipe)): raise ValueError(f"{self.folder} belongs to another recipe ({d}). Use another folder")
+            if d := _differences(state["setting"], self.setting): warnings.warn(f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run")
             for name, part in self.parts.items(): part.load_state_dict(state[name])
             for name in ("random", "epoch", "step", "names", "counted", "history", "seconds"): setattr(self, name, state[name])
             self.values = list(state["values"].to(self.device))
         from_first(t for name in ("student", "method") for t in self.parts[name].state_dict().values())
         self.since = self.saved = time.perf_counter()
 
-    def kept(self) -> str:
-        "What one would start again from."
-        found = checkpoints(self.folder)
-        if not found: return f"{self.folder} has no checkpoint yet."
-        epoch, step, _ = _NAME.fullmatch(found[-1].name).groups()
-        return f"{self.folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
+    def kept(self) -> str: return _kept(self.folder)
 
     @property
     def best(self) -> dict:
         "The history's row of the best score, the first if several."
         return max(self.history, key=lambda row: row[self.score])
 
-    def _random_state(self) -> dict:
-        return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
-
     @contextlib.contextmanager
     def own_random(self):
         "Random numbers inside are the run's own; outside nothing has changed."
-        outside = self._random_state()
-        _set_random(self.random, self.device)
+        outside = _set_random(self.random, self.device)
         try: yield
-        finally:
-            self.random = self._random_state()
-            _set_random(outside, self.device)
+        finally: self.random = _set_random(outside, self.device)
 
 # %% ../nbs/method/06_trainer.ipynb #9a569ff6
 LOOK_EVERY = 50  # steps between two looks at the loss
@@ -487,15 +507,60 @@ class NonFiniteLoss(RuntimeError):
 class _Finite:
     "Are these values finite? Asked now, answered later: only the answer waits for the device."
     def __init__(self, values):
-        self.ok = torch.stack(values).isfinite().all().to("cpu", non_blocking=True)
-        self.asked = torch.cuda.Event() if values[0].is_cuda else None
+        self.ok = not values or torch.stack(values).isfinite().all().to("cpu", non_blocking=True)
+        self.asked = torch.cuda.Event() if values and values[0].is_cuda else None
         if self.asked: self.asked.record()
 
     def __bool__(self):
         if self.asked: self.asked.synchronize()
         return bool(self.ok)
 
+
+def _not_finite(run: Run) -> NonFiniteLoss:
+    "Which terms, and in which step first."
+    bad = ~torch.stack(run.values).isfinite()
+    step = int(bad.any(1).nonzero()[0])
+    broken = [n for n, b in zip(run.names, bad[step].tolist()) if b and n != "loss"]
+    return NonFiniteLoss(f"{', '.join(broken) or 'the sum of the terms'} is not finite in epoch {run.epoch + 1}, step {step + 1}. "
+                         f"{run.kept()} Try a lower lr, or a lower weight of that term")
+
+
+def _epoch_means(run: Run) -> dict[str, float]:
+    "Means of the terms over the steps, and shares in per cent of what is counted; over all processes."
+    sums = sum_over_processes(torch.stack(run.values).double().sum(0)).tolist()
+    means = {name: s / (len(run.values) * processes()[1]) for name, s in zip(run.names, sums)}
+    counts = sums[len(run.names):]
+    return means | {name: 100 * s / n for name, s, n in zip(run.counted, counts[::2], counts[1::2])}
+
 # %% ../nbs/method/06_trainer.ipynb #dc634c25
+def _optimizer(parameters: list, recipe: Recipe, device: torch.device) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
+                                nesterov=recipe.nesterov, fused=device.type in ("cpu", "cuda"))
+    for p in parameters if recipe.momentum else []:  # a first step that the scaler skips would leave them as they came from memory
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def _descend(loss: torch.Tensor, parameters: list, optimizer, scaler):
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    average_gradients(parameters)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def _setting(device: torch.device) -> dict:
+    return {"torch": str(torch.__version__), "device": device.type, "threads": torch.get_num_threads(), "processes": processes()[1]}
+
+
+def _refuse_memory(method: nn.Module):
+    "A part of the batch would fill a part of a memory bank."
+    norms = {id(b) for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()}
+    memory = [name for name, b in method.named_buffers() if id(b) not in norms]
+    if memory and processes()[1] > 1:
+        raise ValueError(f"relations='device' with a method that keeps a memory ({', '.join(memory)}): each process would fill its own. Use relations='global'")
+
+# %% ../nbs/method/06_trainer.ipynb #6ced3c9d
 class Trainer(Run):
     "One run of a task in a folder."
     def __init__(self,
@@ -509,25 +574,18 @@ class Trainer(Run):
         compile: bool = False,           # torch.compile of the networks; changes rounding, and speed
     ):
         self.task, self.train, self.test, self.checkpoint_seconds = task, train, test, checkpoint_seconds
-        student, method = task.student, task.method
-        device = next(student.parameters()).device
+        student, method, device = task.student, task.method, next(task.student.parameters()).device
         networks = [n for n in (student, task.teacher) if n is not None]
-        if channels_last:
-            for network in networks: network.to(memory_format=torch.channels_last)
+        for network in networks if channels_last else []: network.to(memory_format=torch.channels_last)
         task.prepare(train)
-        if compile:
-            for network in networks: network.compile()
+        for network in networks if compile else []: network.compile()
         if recipe.relations == "device": _refuse_memory(method)
         self.parameters = [p for p in [*student.parameters(), *method.parameters()] if p.requires_grad]
-        self.optimizer = torch.optim.SGD(self.parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
-                                         nesterov=recipe.nesterov, fused=device.type in ("cpu", "cuda"))
-        for p in self.parameters if recipe.momentum else []:  # a first step that the scaler skips would leave them as they came from memory
-            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.optimizer = _optimizer(self.parameters, recipe, device)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=recipe.precision == "fp16")
-        self.looked, self.look = 0, None
-        super().__init__(folder, recipe, device, {"student": student, "method": method, "optimizer": self.optimizer, "scaler": self.scaler},
-                         {"torch": str(torch.__version__), "device": device.type, "threads": torch.get_num_threads(), "processes": processes()[1],
-                          "channels_last": channels_last, "compile": compile}, keep, task.score)
+        self.looked, self.look = 0, _Finite([])
+        parts = {"student": student, "method": method, "optimizer": self.optimizer, "scaler": self.scaler}
+        super().__init__(folder, recipe, device, parts, _setting(device) | {"channels_last": channels_last, "compile": compile}, keep, task.score)
 
     def fit(self, progress: bool = True) -> list[dict]:
         "Train to the last epoch, from where the folder left off. Gives the history, one dict an epoch."
@@ -537,7 +595,7 @@ class Trainer(Run):
         "Also in the middle of one, after `resume`."
         self.task.student.train(); self.task.method.train()
         self.task.method.set_epoch(self.epoch)
-        self.looked, self.look = 0, None
+        self.looked, self.look = 0, _Finite([])
 
     def train_step(self, batch, teacher: Outputs | None = None):
         "One step of the optimiser. `teacher`: its outputs for the batch, if they are there already."
@@ -545,13 +603,8 @@ class Trainer(Run):
         with self.own_random():
             with mixed(self.device.type, self.recipe.precision): terms, counts = self.task(batch, teacher, self.recipe.relations)
             loss = sum(terms.values())
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
-            average_gradients(self.parameters)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.names, self.counted = ["loss", *terms], list(counts)
-        self.values.append(torch.stack([loss.detach(), *(v.detach() for v in terms.values()), *(v for pair in counts.values() for v in pair)]))
+            _descend(loss, self.parameters, self.optimizer, self.scaler)
+        self.note(loss, terms, counts)
         if len(self.values) % LOOK_EVERY == 0: self.check()
 
     def end_epoch(self, before=lambda: None):
@@ -559,34 +612,14 @@ class Trainer(Run):
         self.check(wait=True)
         from_first([*self.task.student.buffers(), *self.task.method.buffers()])
         scores = self.task.evaluate(self.test, self.recipe.precision, before)
-        sums = sum_over_processes(torch.stack(self.values).double().sum(0)).tolist()
-        means = {name: s / (len(self.values) * processes()[1]) for name, s in zip(self.names, sums)}
-        counts = sums[len(self.names):]
-        shares = {name: 100 * s / n for name, s, n in zip(self.counted, counts[::2], counts[1::2])}
-        self.history.append({"epoch": self.epoch + 1, "lr": self.recipe.lr_at(self.epoch, 0, len(self.train))} | means | shares | scores)
+        self.history.append({"epoch": self.epoch + 1, "lr": self.recipe.lr_at(self.epoch, 0, len(self.train))} | _epoch_means(self) | scores)
         self.epoch, self.step, self.values = self.epoch + 1, 0, []
 
     def check(self, wait: bool = False):
         "NonFiniteLoss if a value up to the last look was not finite; with `wait`, up to now."
-        if self.look is not None and not self.look: self._not_finite()
-        fresh = self.values[self.looked:]
-        self.look, self.looked = _Finite(fresh) if fresh else None, len(self.values)
-        if wait and self.look is not None and not self.look: self._not_finite()
-
-    def _not_finite(self):
-        bad = ~torch.stack(self.values).isfinite()
-        step = int(bad.any(1).nonzero()[0])
-        broken = [n for n, b in zip(self.names, bad[step].tolist()) if b and n != "loss"]
-        raise NonFiniteLoss(f"{', '.join(broken) or 'the sum of the terms'} is not finite in epoch {self.epoch + 1}, step {step + 1}. "
-                            f"{self.kept()} Try a lower lr, or a lower weight of that term")
-
-# %% ../nbs/method/06_trainer.ipynb #6ced3c9d
-def _refuse_memory(method: nn.Module):
-    "A part of the batch would fill a part of a memory bank."
-    norms = {id(b) for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()}
-    memory = [name for name, b in method.named_buffers() if id(b) not in norms]
-    if memory and processes()[1] > 1:
-        raise ValueError(f"relations='device' with a method that keeps a memory ({', '.join(memory)}): each process would fill its own. Use relations='global'")
+        if not self.look: raise _not_finite(self)
+        self.look, self.looked = _Finite(self.values[self.looked:]), len(self.values)
+        if wait and not self.look: raise _not_finite(self)
 
 # %% ../nbs/method/06_trainer.ipynb #3620fa79
 class OutOfMemory(RuntimeError):

@@ -74,7 +74,7 @@ class Shuffle(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
     def extra_repr(self): return f"groups={self.groups}"
 
-
+# %% ../../nbs/method/04d_mobile.ipynb #74c3e38c
 class ShuffleBlock(nn.Module):
     "Grouped 1x1, 3x3 by channel, grouped 1x1; `c_out` counts the pooled input where `stride` is 2."
 
@@ -176,7 +176,7 @@ class HalvingBlock(nn.Module):
         right = self.bn4(self.conv4(self.relu3(self.bn3(self.conv3(x)))))
         return self.shuffle(self.relu5(torch.cat([left, self.bn5(self.conv5(right))], 1)))
 
-
+# %% ../../nbs/method/04d_mobile.ipynb #d771a172
 class ShuffleNetV2(nn.Module):
     "(n, in_channels, h, w) to (n, num_classes). Images of at least 8 x 8 pixels."
 

@@ -150,7 +150,7 @@ class WideStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.layer(x)
 
-
+# %% ../../nbs/method/04b_resnets.ipynb #e3452c7b
 class WideResNet(nn.Module):
     "(n, in_channels, h, w) to (n, num_classes). Images of at least 4 x 4 pixels."
 
@@ -181,7 +181,7 @@ class WideResNet(nn.Module):
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         return self.fc(self.avgpool(self.relu(self.bn1(x))).flatten(1))
 
-
+# %% ../../nbs/method/04b_resnets.ipynb #a40cc21c
 def _wide(depth: int, widen: int):
     def make(num_classes: int = 100, in_channels: int = 3) -> WideResNet: return WideResNet(depth, widen, num_classes, in_channels)
     make.__name__ = make.__qualname__ = f"wrn_{depth}_{widen}"
