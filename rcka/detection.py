@@ -23,7 +23,7 @@ from torchvision.ops.poolers import initLevelMapper
 from .coco import as_detections, coco_metrics, from_all
 from .losses import Alone, Layers, Method, Outputs, nearest, pcka
 from .taps import Taps
-from .trainer import Step, mixed, part, processes
+from .trainer import Step, first_part, mixed, processes
 
 # %% auto #0
 __all__ = ['NORMS', 'DETECTORS', 'ANY_LEVELS', 'create_backbone', 'SameSize', 'create_detector', 'pick_classes',
@@ -310,7 +310,7 @@ class DetectionDistiller(DetectorPair):
     def prepare(self, train):
         "Show the method one batch, so that it can make its connectors."
         if not self.levels: return
-        mode, images = self.student.training, part(next(iter(train.epoch(0)))).images[:2]
+        mode, images = self.student.training, first_part(train).images[:2]
         self.student.eval()  # batch statistics must not see this batch
         with torch.no_grad(), trunk_taps(self.student, self.student_taps.paths[:self.levels]) as taps:
             self.method.build(Outputs(None, taps(images).features), Outputs(None, self.teach(images).features))

@@ -10,7 +10,7 @@ from .coco import CocoBatches, CocoData, load_coco
 from .data import data_root
 from .detection import DETECTORS, NORMS, DetectionDistiller, create_detector
 from .experiments import BaseExperiment, Parts
-from .losses import create_method, nearest
+from .losses import create_method, list_methods, nearest
 from .trainer import Recipe
 
 # %% auto #0
@@ -90,20 +90,20 @@ def fill_in(e: DetectionFields):
     "The published values of what was not given."
     if e.schedule in SCHEDULES:
         epochs, at = SCHEDULES[e.schedule]
-        if e.epochs is None: e.fix("epochs", epochs)
-        if e.lr_steps is None: e.fix("lr_steps", tuple(s / epochs for s in at))
+        if e.epochs is None: e._set("epochs", epochs)
+        if e.lr_steps is None: e._set("lr_steps", tuple(s / epochs for s in at))
     elif e.epochs is None: raise ValueError(f"schedule {e.schedule!r} needs epochs; 1x and 2x have their own")
-    if e.lr_steps is None: e.fix("lr_steps", (16 / 24, 22 / 24))
-    if e.lr is None: e.fix("lr", (0.02 if e.detector == "faster_rcnn" else 0.01) * e.batch_size / 16)
-    if e.size is None: e.fix("size", (640, 800) if e.detector == "fcos" else 800)
-    if e.method_args is None: e.fix("method_args", detection_args(e.method, e.detector))
+    if e.lr_steps is None: e._set("lr_steps", (16 / 24, 22 / 24))
+    if e.lr is None: e._set("lr", (0.02 if e.detector == "faster_rcnn" else 0.01) * e.batch_size / 16)
+    if e.size is None: e._set("size", (640, 800) if e.detector == "fcos" else 800)
+    if e.method_args is None: e._set("method_args", detection_args(e.method, e.detector))
 
 
 def check_compared(e: DetectionFields):
-    "A method compares maps or class logits of places; those of whole images have nothing to look at here."
+    "A method compares maps or class logits of places, within each device; those of whole images have nothing to look at here."
     method = create_method(e.method, e.method_args)
     for name, part in zip(e.method.split("+"), getattr(method, "parts", [method])):
-        if name != "none" and not part.dense: raise ValueError(f"method {name!r} is for classifiers; detectors are compared by pcka, mimic, pkd, fgd, dense_kd or dense_dist")
+        if name != "none" and not part.dense: raise ValueError(f"method {name!r} is for classifiers; for detectors there are {', '.join(n for n in list_methods() if create_method(n).dense)}; a method of your own says dense = True")
     if e.relations == "global": raise ValueError("relations='global' is not for detectors, whose batches differ in size; None and 'device' compare within each device")
 
 
@@ -122,7 +122,7 @@ class DetectionExperiment(DetectionFields):
         for name, known in (("detector", DETECTORS), ("norm", NORMS)):
             if getattr(self, name) not in known: raise ValueError(nearest(getattr(self, name), known, name))
         if self.batch_size < 1: raise ValueError(f"batch_size must be positive, got {self.batch_size}")
-        self.settle(such_as="resnet101, a backbone")
+        self._settle(such_as="resnet101, a backbone")
         fill_in(self)
         check_compared(self)
         self.recipe  # says what is wrong with it
@@ -154,11 +154,14 @@ class DetectionExperiment(DetectionFields):
 
     def batches(self, data, device, options: dict) -> tuple[CocoBatches, CocoBatches]:
         "Training and test batches, decoded by four threads if `options` has no other number of `workers`."
-        how = dict(size=self.size, max_size=self.max_size, flip=self.flip, negatives=self.negatives, seed=self.order_seed, device=device, workers=options.get("workers", 4))
+        workers = 4 if options.get("workers") is None else options["workers"]
+        how = dict(size=self.size, max_size=self.max_size, flip=self.flip, negatives=self.negatives, seed=self.order_seed, device=device, workers=workers)
         return tuple(part.batches(self.batch_size, train, **how) for part, train in zip(data, (True, False)))
 
     def network(self, name: str, data, start: bool = True):
         return create_detector(self.detector, name, data[0].num_classes, backbone_weights=self.backbone_weights if start else None, channels=self.channels,
                                norm=self.norm, trainable_layers=self.trainable_layers, head_convs=self.head_convs)
 
-    def task(self, student, method=None, teacher=None) -> DetectionDistiller: return DetectionDistiller(student, method, teacher, watch=self.watch)
+    def evaluate(self, network, test: CocoBatches) -> dict: return DetectionDistiller(network).evaluate(test)
+
+    def task(self, student, method, teacher) -> DetectionDistiller: return DetectionDistiller(student, method, teacher, watch=self.watch)

@@ -28,7 +28,7 @@ from .data import Batches, Dataset, checkout, load_dataset
 from .imagenet import FileDataset
 from .losses import create_method, nearest
 from .models import create_model, list_models, load_checkpoint
-from .trainer import Distiller, Recipe, Trainer, fit_together, join, processes, together, write_atomic
+from .trainer import Distiller, Recipe, Trainer, evaluate, fit_together, join, processes, together, write_atomic
 
 # %% auto #0
 __all__ = ['IMAGENET', 'RESULT_FORMAT', 'OWN', 'TABLES', 'Parts', 'ExperimentRecord', 'BaseExperiment', 'of_imagenet', 'paper_lr',
@@ -66,13 +66,13 @@ class ExperimentRecord:
         "From the variables of a notebook's parameters cell: those with the names of fields."
         return cls(**{f.name: namespace[f.name] for f in fields(cls) if f.name in namespace})
 
-    def fix(self, name: str, value): object.__setattr__(self, name, value)  # of a frozen dataclass, while it is made
+    def _set(self, name: str, value): object.__setattr__(self, name, value)  # of a frozen dataclass, while it is made
 
-    def settle(self, such_as: str):
+    def _settle(self, such_as: str):
         "Lists from JSON become tuples; of a student alone, nothing of a teacher is part of what it is."
         for f in fields(self):
-            if isinstance(value := getattr(self, f.name), list): self.fix(f.name, tuple(value))
-            if self.method == "none" and (f.name.startswith("teacher") or f.name in ("student_paths", "relations", "watch")): self.fix(f.name, f.default)
+            if isinstance(value := getattr(self, f.name), list): self._set(f.name, tuple(value))
+            if self.method == "none" and (f.name.startswith("teacher") or f.name in ("student_paths", "relations", "watch")): self._set(f.name, f.default)
         if self.method != "none" and self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, such as {such_as}")
 
     @property
@@ -94,7 +94,9 @@ class ExperimentRecord:
 
 # %% ../nbs/method/08_experiments.ipynb #1ba0798e
 class BaseExperiment(ExperimentRecord):
-    "A kind is a frozen dataclass with `load_data()`, `batches(data, device, options)`, `network(name, data, start)` and `task(student, method, teacher)`."
+    """A kind is a frozen dataclass with `load_data()`, `batches(data, device, options)`, `network(name, data, start)`, `evaluate(network, test)` and `task(student, method, teacher)`.
+
+    It has at least the fields dataset, student, teacher, method, method_args, seed, data_seed, epochs, lr, teacher_seed, teacher_epochs, teacher_lr and teacher_weights, and completes them in `__post_init__`."""
     @property
     def teachers(self):
         "The experiment that trains this one's teacher; None without a teacher."
@@ -121,7 +123,7 @@ class BaseExperiment(ExperimentRecord):
             data = self.load_data()
             teacher, scores = self.taught(data, root, device, progress, options)  # before the batches, which may fill the device
             train, test = self.batches(data, device, options)
-            if teacher is not None and scores is None: scores = self.task(teacher).evaluate(test, "fp32", lambda: None)
+            if teacher is not None and scores is None: scores = self.evaluate(teacher, test)
             beside = Parts(None, train, test, teacher, scores, data)
         torch.manual_seed(self.seed)
         student = self.network(self.student, beside.data).to(device)
@@ -180,10 +182,10 @@ class ExperimentFields(BaseExperiment):
     skip_broken: bool | None = None     # imagenet: pass over images that cannot be decoded
 
     def __post_init__(self):
-        self.settle(such_as="resnet32x4; list_models() has them all")
-        if self.teacher and self.teacher_lr is None: self.fix("teacher_lr", self.lr or paper_lr(self.teacher, self.dataset, self.batch_size))
-        if self.lr is None: self.fix("lr", paper_lr(self.student, self.dataset, self.batch_size))
-        if self.method_args is None: self.fix("method_args", paper_args(self.method, self.teacher, self.student, self.dataset))
+        self._settle(such_as="resnet32x4; list_models() has them all")
+        if self.teacher and self.teacher_lr is None: self._set("teacher_lr", self.lr or paper_lr(self.teacher, self.dataset, self.batch_size))
+        if self.lr is None: self._set("lr", paper_lr(self.student, self.dataset, self.batch_size))
+        if self.method_args is None: self._set("method_args", paper_args(self.method, self.teacher, self.student, self.dataset))
         for name in filter(None, (self.student, self.teacher)):
             if "/" not in name and name not in list_models(): raise ValueError(nearest(name, list_models(), "network"))
         if not of_imagenet(self.dataset) and (self.evaluate_on or self.skip_broken): raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}")
@@ -216,7 +218,9 @@ class Experiment(ExperimentFields):
     def network(self, name: str, data, start: bool = True) -> torch.nn.Module:
         return create_model(name, num_classes=data.num_classes, in_channels=data.shape[0])
 
-    def task(self, student, method=None, teacher=None) -> Distiller: return Distiller(student, method, teacher, self.student_paths, self.teacher_paths)
+    def evaluate(self, network: torch.nn.Module, test: Batches) -> dict: return evaluate(network, test)._asdict()
+
+    def task(self, student, method, teacher) -> Distiller: return Distiller(student, method, teacher, self.student_paths, self.teacher_paths)
 
     def given_teacher(self, data) -> torch.nn.Module:
         "The teacher with the weights that the experiment gives: a checkpoint, or torchvision's by their name."
@@ -447,14 +451,16 @@ def plot_run(
     tested = "training (not augmented)" if experiment.exists() and json.loads(experiment.read_text()).get("evaluate_on") == "train" else "test"
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
     columns = [c for c in rows if c not in ("epoch", "lr", "loss")]
-    score = next(c for c in ("top1", "AP", "miou") if c in columns)
+    done = Path(folder) / "result.json"
+    score = Result.load(done).score if done.exists() else next((c for c in ("top1", "AP", "miou") if c in columns), columns[-1])
     told = columns[:columns.index(score)]  # after it come other scores
     shares = [c for c in told if c.startswith(("train_", "level"))]
     for i, name in enumerate(c for c in told if c not in shares):
         left.plot(rows["epoch"], rows[name], label=name.replace("_", " "), color=f"C{i}", linestyle=["-", "--", ":", "-."][i % 4])
     left.set(xlabel="epoch", ylabel="weighted loss term (mean of the epoch)", yscale="log")
-    for name, style in zip(shares, ("--", ":", "-.", "--", ":")):
-        right.plot(rows["epoch"], rows[name], label="training (augmented)" if name.startswith("train_") else f"similarity to the teacher, {name}", color="C7", linestyle=style)
+    for i, name in enumerate(shares):
+        label = "training (augmented)" if name.startswith("train_") else f"similarity to the teacher, {name}"
+        right.plot(rows["epoch"], rows[name], label=label, color=f"C{(7 + i) % 10}", linestyle=["--", ":", "-."][i % 3])
     right.plot(rows["epoch"], rows[score], label=tested, color="C0")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if score == "top1" else f"{score} (%)")
     for ax in (left, right): ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2); ax.spines[["top", "right"]].set_visible(False)

@@ -19,7 +19,7 @@ from .data import check_epoch, data_root, seed_of
 from .experiments import BaseExperiment
 from .losses import Layers, Outputs, create_method, nearest
 from .taps import as_logits, layers_of
-from .trainer import Distiller, Step, determinism, gathered, mixed, own_rows, part, processes, share, sum_over_processes
+from .trainer import Distiller, Step, determinism, first_part, gathered, mixed, own_rows, processes, share, sum_over_processes
 
 # %% auto #0
 __all__ = ['IGNORED', 'CITYSCAPES', 'UNKNOWN', 'ARCHITECTURES', 'label_table', 'list_scenes', 'check_sizes', 'read_scene',
@@ -137,7 +137,7 @@ class SceneReader:
     def decode(self, index) -> tuple[Tensor, Tensor]:
         "uint8 (n, 3, H, W) and (n, H, W)."
         import numpy as np
-        if not len(index): return (torch.empty(0, *dims, *self.size, dtype=torch.uint8, device=self.device) for dims in ((3,), ()))  # of several processes, one without a part
+        if not len(index): return tuple(torch.empty(0, *dims, *self.size, dtype=torch.uint8, device=self.device) for dims in ((3,), ()))  # of several processes, one without a part
         with ThreadPoolExecutor() as pool: found = list(pool.map(partial(read_scene, num_classes=self.num_classes), [self.pairs[i] for i in index]))
         images, masks = (torch.from_numpy(np.stack(part)).to(self.device, non_blocking=True) for part in zip(*found))
         return images.permute(0, 3, 1, 2), masks
@@ -163,7 +163,7 @@ class SceneBatch(NamedTuple):
 
 class SceneBatches:
     "Images and masks in batches. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
-    smallest = 2  # an incomplete last training batch of fewer images is left out: batch normalisation of a vector needs two
+    smallest = 2  # an incomplete last training batch of fewer images in each process is left out: batch normalisation of a vector needs two
 
     def __init__(self,
         pairs: list[tuple[Path, Path]],  # images and masks of one size
@@ -182,6 +182,8 @@ class SceneBatches:
             if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in parts): raise ValueError(f"{name} must be positive whole numbers, got {value!r}")
         if not 0 < scales[0] <= scales[1]: raise ValueError(f"scales must be (least, most), both positive; got {scales}")
         if train and len(pairs) < min(batch_size, self.smallest): raise ValueError(f"{len(pairs)} image(s) make no training batch: at least {self.smallest} are needed")
+        each = self.smallest * processes()[1]
+        if train and processes()[1] > 1 and min(batch_size, len(pairs)) < each: raise ValueError(f"batch_size must be at least {each} for {processes()[1]} processes, and there must be as many images; got {batch_size} and {len(pairs)}")
         self.reader, self.num_classes, self.batch_size, self.train = SceneReader(pairs, num_classes, device, memory), num_classes, batch_size, train
         self.crop, self.scales, self.flip, self.seed = tuple(crop or self.reader.size), scales, flip, seed
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
@@ -189,7 +191,7 @@ class SceneBatches:
     def __len__(self) -> int:
         "Batches in an epoch."
         whole, rest = divmod(len(self.reader.pairs), self.batch_size)
-        return whole + (rest >= self.smallest if self.train else rest > 0)
+        return whole + (rest >= self.smallest * processes()[1] if self.train else rest > 0)
 
     @property
     def samples(self) -> int:
@@ -380,7 +382,7 @@ class SegmentationDistiller(Distiller):
     def prepare(self, train):
         "Before the optimiser is made: the method sees one batch, to make its connectors."
         if self.teacher is None: return
-        batch, mode = part(next(iter(train.epoch(0)))), self.student.training
+        batch, mode = first_part(train), self.student.training
         self.student.eval()  # batch statistics must not see this batch
         with torch.no_grad(): student, teacher = self._decoded(self.student_taps(batch.images), self.teacher_taps(batch.images))
         self.student.train(mode)
@@ -448,10 +450,10 @@ class SegmentationExperiment(BaseExperiment):
     test_limit: int | None = None
 
     def __post_init__(self):
-        self.settle(such_as="pspnet/resnet101")
+        self._settle(such_as="pspnet/resnet101")
         for name in filter(None, (self.student, self.teacher)):
             if name.count("/") != 1 or name.split("/")[0] not in ARCHITECTURES: raise ValueError(f"a segmentation network is named architecture/backbone, as pspnet/resnet18, with one of {', '.join(ARCHITECTURES)}; got {name!r}")
-        if self.teacher and self.teacher_lr is None: self.fix("teacher_lr", self.lr)
+        if self.teacher and self.teacher_lr is None: self._set("teacher_lr", self.lr)
         if self.batch_size < 2: raise ValueError(f"batch_size must be at least 2, for batch normalisation of pooled maps; got {self.batch_size}")
         self.recipe                                   # says what is wrong with it
         create_method(self.method, self.method_args)  # likewise
@@ -467,7 +469,9 @@ class SegmentationExperiment(BaseExperiment):
     def network(self, name: str, data: Scenes, start: bool = True) -> nn.Module:
         return create_segmenter(*name.split("/"), data.num_classes, self.backbone_weights if start else None)
 
-    def task(self, student, method=None, teacher=None) -> SegmentationDistiller: return SegmentationDistiller(student, method, teacher, self.student_paths, self.teacher_paths)
+    def evaluate(self, network: nn.Module, test: SceneBatches) -> dict: return evaluate_segmentation(network, test)
+
+    def task(self, student, method, teacher) -> SegmentationDistiller: return SegmentationDistiller(student, method, teacher, self.student_paths, self.teacher_paths)
 
 # %% ../nbs/method/07b_segmentation.ipynb #73d0be91
 def scenes_from_boxes(

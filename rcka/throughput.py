@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .experiments import Experiment, Parts, Result, _of_trainer, runs_root
-from .trainer import Trainer, determinism, join, part
+from .trainer import Trainer, determinism, first_part, join, processes
 
 # %% auto #0
 __all__ = ['Throughput', 'throughput']
@@ -76,11 +76,10 @@ def _data_rate(train, steps: int, device: torch.device) -> float:
 
 def _step_rate(trainer: Trainer, steps: int, device: torch.device) -> float:
     "The first two steps are not counted: kernels are chosen and memory is found in them."
-    whole = next(iter(trainer.train.epoch(0)))
-    batch = part(whole)
+    batch = first_part(trainer.train)
     trainer.begin_epoch()
     with determinism(trainer.recipe.deterministic):
         for _ in range(2): trainer.train_step(batch)
         began = _clock(device)
         for _ in range(steps): trainer.train_step(batch)
-        return steps * len(whole.targets) / (_clock(device) - began)
+        return steps * len(batch.targets) * processes()[1] / (_clock(device) - began)

@@ -48,14 +48,16 @@ def parse(args: list[str] | None = None) -> tuple[BaseExperiment, dict]:
     how.add_argument("--checkpoint_seconds", type=float, help="when the process is killed, about so much work is lost (default: 60)")
     how.add_argument("--channels_last", action="store_true", help="memory layout of the networks; rounds differently")
     how.add_argument("--compile", action="store_true", help="torch.compile of the networks; rounds differently")
-    how.add_argument("--workers", type=int, help="who decode images from files: processes (default: one for each core), of detection threads (default: 4)")
+    how.add_argument("--workers", type=int, help="who decode images from files: processes (default: one for each core), for detectors threads (default: 4); segmentation has its own")
     how.add_argument("--quiet", action="store_true", help="no progress bar")
     given = vars(parser.parse_args(args))
     file, quiet, _ = (given.pop(name) for name in ("file", "quiet", "kind"))
     options = {name: value for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "workers") if (value := given.pop(name)) is not None and value is not False}
     values = json.loads(file.read_text()) if file else {}
     if not isinstance(values, dict): raise ValueError(f"{file} must hold a JSON object with fields of an experiment")
-    return kind.from_dict(values | given), options | {"progress": not quiet}
+    try: experiment = kind.from_dict(values | given)
+    except ValueError as e: raise ValueError(f"{e}. It was read as {kind.__name__}: is --kind right?" if "field of an experiment" in str(e) else e) from e
+    return experiment, options | {"progress": not quiet}
 
 
 def main(args: list[str] | None = None) -> int:

@@ -31,9 +31,10 @@ from .taps import Taps, layers_of
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'LOOK_EVERY', 'Recipe', 'write_atomic', 'remove_parts', 'claimed', 'FolderBusy',
            'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged', 'last_checkpoint', 'processes', 'join',
-           'sum_over_processes', 'together', 'own_rows', 'part', 'Share', 'share', 'gathered', 'average_gradients',
-           'Accuracy', 'evaluate', 'mixed', 'determinism', 'Step', 'head_of', 'Distiller', 'as_safetensors', 'as_csv',
-           'from_first', 'Run', 'NonFiniteLoss', 'Trainer', 'OutOfMemory', 'BatchesFailed', 'Stopped', 'fit_together']
+           'sum_over_processes', 'together', 'own_rows', 'part', 'first_part', 'Share', 'share', 'gathered',
+           'average_gradients', 'Accuracy', 'evaluate', 'mixed', 'determinism', 'Step', 'head_of', 'Distiller',
+           'as_safetensors', 'as_csv', 'from_first', 'Run', 'NonFiniteLoss', 'Trainer', 'OutOfMemory', 'BatchesFailed',
+           'Stopped', 'fit_together']
 
 # %% ../nbs/method/06_trainer.ipynb #890160f8
 @dataclass(frozen=True)
@@ -208,6 +209,13 @@ def part(batch):
     return type(batch)(*(t[own] for t in batch)) if own.stop > own.start else None
 
 
+def first_part(train):
+    "This process's part of the first training batch that is enough for all."
+    for batch in train.epoch(0):
+        if (own := part(batch)) is not None: return own
+    raise ValueError(f"no training batch is enough for {processes()[1]} processes: take a larger batch_size, or fewer processes")
+
+
 class Share:
     "The rows of a batch that this process has, in place of a tensor or list with all of them."
     def __init__(self, rows, own: slice, n: int): self.rows, self.own, self.n = rows, own, n
@@ -350,7 +358,7 @@ class Distiller:
 
     def prepare(self, train):
         "Before the optimiser is made. `train`: the training batches."
-        self.build(part(next(iter(train.epoch(0)))).images, train.targets)
+        self.build(first_part(train).images, train.targets)
 
     def build(self, images: torch.Tensor, targets: torch.Tensor):
         "Show the method one batch of images and all training targets, so that it can make its connectors."
@@ -627,7 +635,7 @@ class OutOfMemory(RuntimeError):
 
 
 class BatchesFailed(RuntimeError):
-    "The batches raised an error; a worker process of theirs died."
+    "The batches raised an error, or a worker process of theirs died."
 
 
 class Stopped(KeyboardInterrupt):
@@ -649,13 +657,13 @@ def fit_together(
         for t in trainers if main else []: held.enter_context(claimed(t.folder))
         held.enter_context(determinism(first.recipe.deterministic, search=getattr(first.task, "fixed_shapes", True)))
         caught = held.enter_context(_signals())
-        share = held.enter_context(_shared_teacher([t.task for t in trainers]))
+        teach = held.enter_context(_shared_teacher([t.task for t in trainers]))
         for t in trainers: t.resume()
         start = min(t.epoch for t in trainers)
         bar = held.enter_context(tqdm(total=epochs, initial=start, desc=first.folder.name, unit="epoch", leave=False, disable=None if progress and main else True))
         for epoch in range(start, epochs):
             now = [t for t in trainers if t.epoch == epoch]  # after an interruption some may be ahead
-            _one_epoch(now, share, caught)
+            _one_epoch(now, teach, caught)
             row = now[0].history[-1]
             bar.set_postfix(loss=f"{row['loss']:.3f}", **{first.score: f"{row[first.score]:.2f}"}, refresh=False)
             bar.update()
@@ -663,7 +671,7 @@ def fit_together(
     return [t.history for t in trainers]
 
 # %% ../nbs/method/06_trainer.ipynb #fe6b4983
-def _one_epoch(now: list[Trainer], share, caught: list[int]):
+def _one_epoch(now: list[Trainer], teach, caught: list[int]):
     "From where these runs stand to the end of the epoch, saved now and then."
     first = now[0]
     epoch, start = first.epoch, min(t.step for t in now)
@@ -681,7 +689,7 @@ def _one_epoch(now: list[Trainer], share, caught: list[int]):
         for step, batch in enumerate(_surely(first.train.epoch(epoch, start=start), len(first.train) - start, save), start):
             stop()
             batch, behind = part(batch), [t for t in now if t.step == step]
-            teachers = share(batch.images, first.recipe.precision) if share and batch else {}
+            teachers = teach(batch.images, first.recipe.precision) if teach and batch else {}
             for t in behind:
                 if batch: t.train_step(batch, teachers.get(t.task))
                 t.step += 1
@@ -703,7 +711,7 @@ def _surely(batches, n: int, save):
         except StopIteration: break
         except Exception as e:
             save()
-            raise BatchesFailed(f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. The state was saved; start again to go on") from e
+            raise BatchesFailed(f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. {'The state was saved' if processes()[0] == 0 else 'The last checkpoint counts'}; start again to go on") from e
         got += 1
         yield batch
     if got != n: raise BatchesFailed(f"the training batches ended after {got} of {n}: len(train) and train.epoch() do not agree")
@@ -734,11 +742,11 @@ def _shared_teacher(tasks: list):
         return
     paths = list(dict.fromkeys(p for d in tasks for p in d.teacher_taps.paths))
     with Taps(teacher, paths) as taps:
-        def share(images, precision):
+        def teach(images, precision):
             with torch.no_grad(), mixed(images.device.type, precision): outputs = taps(images)
             at = dict(zip(paths, outputs.features))
             return {d: Outputs(outputs.logits, tuple(at[p] for p in d.teacher_taps.paths)) for d in tasks}
-        yield share
+        yield teach
 
 
 def _check_company(a: Trainer, b: Trainer):

@@ -13,7 +13,7 @@ from test_imagenet import make_folder
 from test_segmentation import draw
 
 benchmarks = Path(__file__).parent.parent / "nbs" / "benchmarks"
-HOW = {"device", "channels_last", "compile"}  # to run it: arguments of `run`
+HOW = {"device", "channels_last"}  # to run it: arguments of `run`
 small = dict(dataset="digits", teacher="resnet14", student="resnet8", epochs=1, schedule="onecycle", train_limit=120, test_limit=100)
 
 
@@ -44,7 +44,7 @@ def test_image_benchmarks(name, tmp_path, monkeypatch):
 
 def test_imagenet(tmp_path, monkeypatch):
     "On photographs in its layout; a second time it shows what is there."
-    assert parameters("imagenet") == {f.name for f in fields(Experiment)} | HOW | {"workers"}
+    assert parameters("imagenet") == {f.name for f in fields(Experiment)} | HOW | {"workers", "compile"}
     make_folder(tmp_path / "data", 8, 2, 3)
     tiny = dict(dataset=f"imagenet:{tmp_path / 'data'}", teacher="resnet14", student="mobilenet_v1", teacher_weights=None, epochs=2, teacher_epochs=1,
                 batch_size=8, lr=0.01, image_size=32, channels_last=True, workers=1, device="cpu")
@@ -96,7 +96,7 @@ def test_cityscapes(tmp_path, monkeypatch):
     assert parameters("cityscapes") == {f.name for f in fields(SegmentationExperiment)} | HOW | {"boxes"}
     for part, n in (("train", 6), ("val", 4)): draw(tmp_path / "scenes", part, n)
     network = "lraspp/mobilenet_v3_large"
-    text = execute("cityscapes", tmp_path, monkeypatch, dataset=f"cityscapes:{tmp_path / 'scenes'}", teacher=network, student=network, epochs=1, batch_size=3, crop=[16, 24])
+    text = execute("cityscapes", tmp_path, monkeypatch, dataset=f"cityscapes:{tmp_path / 'scenes'}", teacher=network, student=network, epochs=1, batch_size=3, crop=[16, 24], channels_last=True)
     assert "teacher, training images" in text and "6 training and 4 validation images" in text
     assert {Result.load(p).experiment["method"] for p in (tmp_path / "runs").glob("*/result.json")} == {"none", "lcka"}
 
@@ -107,7 +107,7 @@ def test_coco(tmp_path, monkeypatch):
     assert parameters("coco") == {f.name for f in fields(DetectionExperiment)} | HOW | {"workers"}
     for split, n in (("train2017", 6), ("val2017", 4)): draw_rectangles(tmp_path / "rectangles", n, split)
     network = "mobilenet_v3_small"
-    text = execute("coco", tmp_path, monkeypatch, dataset=str(tmp_path / "rectangles"), teacher=network, student=network, epochs=1, teacher_epochs=1, size=48, max_size=72, head_convs=1, precision="fp32")
+    text = execute("coco", tmp_path, monkeypatch, dataset=str(tmp_path / "rectangles"), teacher=network, student=network, epochs=1, teacher_epochs=1, size=48, max_size=72, head_convs=1, precision="fp32", channels_last=True)
     assert "trained on (6)" in text and "others (4)" in text and "level0" in text
     assert {Result.load(p).experiment["method"] for p in (tmp_path / "runs").glob("*/result.json")} == {"none", "pcka"}
     assert {"coco_along_training.png", "coco_boxes.jpg"} <= {p.name for p in (tmp_path / "figures").iterdir()}

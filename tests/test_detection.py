@@ -319,6 +319,17 @@ def test_each_process_decodes_its_part(drawn, monkeypatch, world):
         for b, mine in zip(tested, make(False).epoch(0), strict=True): assert equal(mine.images[rank::world], b.images[rank::world])
 
 
+def test_a_first_batch_that_is_too_small_for_all_is_passed_over(tmp_path, monkeypatch):
+    "Eleven images in batches of eight, four processes: where the three come first, the method sees the eight."
+    data = load_coco(*draw_rectangles(tmp_path, 11)[:2])
+    task = lambda: DetectionDistiller(small("fcos"), create_method("pcka", {"patch_size": 4}), small("fcos"))
+    train = next(b for seed in range(20) if len(next((b := data.batches(8, size=48, max_size=72, seed=seed)).epoch(0)).targets) == 3)
+    monkeypatch.setattr("rcka.trainer.processes", lambda: (1, 4))
+    task().prepare(train)
+    monkeypatch.setattr("rcka.trainer.processes", lambda: (1, 9))
+    with pytest.raises(ValueError, match="no training batch is enough for 9 processes"): task().prepare(train)
+
+
 def in_processes(folder):
     "What one of several processes does: train, and evaluate together."
     join("cpu")

@@ -3,6 +3,7 @@ import errno
 import os
 import subprocess
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import rcka
 import rcka.trainer as T
 from rcka.data import load_dataset
+from rcka.experiments import Experiment
 from rcka.losses import create_method
 from rcka.models import create_model
 from rcka.trainer import Distiller, Recipe, Trainer, checkpoints, fit_together, last_checkpoint
@@ -196,6 +198,17 @@ def test_no_host_synchronisation_in_a_step(data, tmp_path, precision):
         torch.cuda.set_sync_debug_mode("error")
         for batch in batches[1:]: t.train_step(batch)
     finally: torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_given_teacher_with_paths_of_its_own(tmp_path):
+    "The student's module paths are the student's alone, also when the teacher's accuracy is measured."
+    e = Experiment("digits", "vgg8", "resnet8", "fcka", epochs=1, train_limit=64, test_limit=40, student_paths=("block0.0",), teacher_paths=("conv1",))
+    torch.manual_seed(0)
+    weights = create_model("resnet8", num_classes=10, in_channels=1).state_dict()
+    torch.save(weights, tmp_path / "resnet8.pth")
+    parts = replace(e, teacher_weights=str(tmp_path / "resnet8.pth")).prepare(tmp_path, "cpu", False, {})
+    assert set(parts.scores) == {"top1", "top5"} and list(parts.task.student_taps.paths) == ["block0.0"]
+    assert not any(m._forward_hooks for m in parts.teacher.modules() if m is not parts.teacher.conv1)
 
 
 def test_speed_notebook(tmp_path):
