@@ -103,6 +103,33 @@ def run(
     with _environment(RCKA_RUNS=str(runs)): execute(notebook, output, values, progress=sys.stderr.isatty())
 
 # %% ../nbs/method/09c_cli.ipynb #9ded0d42
+def _bar() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs, {task.fields[left]}"), console=console)
+
+
+class _Show:
+    "Shows a sweep's tally: the bar counts epochs, the text runs."
+    def __init__(self, bar: Progress, fingerprint: str):
+        self.bar, self.task, self.fingerprint = bar, bar.add_task("sweep", total=None, left=""), fingerprint
+
+    def __call__(self, tally):
+        through = len(tally.outcomes)
+        left = "time left unknown" if tally.seconds_left is None else f"{_clock(tally.seconds_left)} left"
+        self.bar.update(self.task, total=tally.runs, completed=through, left=left)
+        for o in tally.news:
+            other = o.fingerprint and o.fingerprint != self.fingerprint
+            note = f"; made with another version of the notebook ({o.fingerprint}, now {self.fingerprint})" if other else ""
+            took = f" in {_clock(o.seconds)}" if o.state == "done" else ""
+            if o.state != "found" or other:
+                self.bar.console.print(f"{through}/{tally.runs} {o.state:7} {o.key}{took}{note}{': ' if o.error else ''}{o.error}  ({left})",
+                                       soft_wrap=True, markup=False, highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+# %% ../nbs/method/09c_cli.ipynb #03ea9f39
 @app.command()
 def sweep(
     dataset: Annotated[str, typer.Argument(help="Name of a dataset: see `rcka datasets`.")],
@@ -151,33 +178,6 @@ def sweep(
     bad = [o for o in outcomes if o.state not in ("done", "found")]
     print(f"{len(outcomes) - len(bad)} of {len(outcomes)} runs are done" + (f"; {len(bad)} failed, see `rcka status`" if bad else ""))
     raise typer.Exit(bool(bad))
-
-
-def _bar() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs, {task.fields[left]}"), console=console)
-
-
-class _Show:
-    "Shows a sweep's tally: the bar counts epochs, the text runs."
-    def __init__(self, bar: Progress, fingerprint: str):
-        self.bar, self.task, self.fingerprint = bar, bar.add_task("sweep", total=None, left=""), fingerprint
-
-    def __call__(self, tally):
-        through = len(tally.outcomes)
-        left = "time left unknown" if tally.seconds_left is None else f"{_clock(tally.seconds_left)} left"
-        self.bar.update(self.task, total=tally.runs, completed=through, left=left)
-        for o in tally.news:
-            other = o.fingerprint and o.fingerprint != self.fingerprint
-            note = f"; made with another version of the notebook ({o.fingerprint}, now {self.fingerprint})" if other else ""
-            took = f" in {_clock(o.seconds)}" if o.state == "done" else ""
-            if o.state != "found" or other:
-                self.bar.console.print(f"{through}/{tally.runs} {o.state:7} {o.key}{took}{note}{': ' if o.error else ''}{o.error}  ({left})",
-                                       soft_wrap=True, markup=False, highlight=False)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 # %% ../nbs/method/09c_cli.ipynb #b71e96cf
 @app.command()

@@ -89,7 +89,7 @@ class Table:
     rows: list[Row]
     caption: str
 
-
+# %% ../nbs/method/09b_report.ipynb #c358252c
 def tables(results: list[Result]) -> list[Table]:
     "One table for each dataset and protocol."
     runs = [(Experiment.from_dict(r.experiment), r) for r in results]
@@ -113,7 +113,7 @@ def _table(dataset: str, runs: list) -> Table:
         *(_row(dataset, t, s, m, rs) for m, rs in sorted(by_method.items()))]]
     return Table(dataset, rows, _caption(runs, about))
 
-
+# %% ../nbs/method/09b_report.ipynb #81962877
 def _label(e: Experiment, with_teacher: bool) -> str:
     "The method, and in brackets what is not the paper's."
     usual = Experiment(e.dataset, e.student, e.teacher, e.method).method_args
@@ -165,7 +165,7 @@ def markdown(table: Table) -> str:
     rule = line(["---"] * 3 + ["---:"] * (len(HEADER) - 3))
     return "\n".join([f"### {table.dataset}", "", table.caption, "", line(HEADER), rule, *(line(cells(r)) for r in table.rows), "", NOTE]) + "\n"
 
-
+# %% ../nbs/method/09b_report.ipynb #7a80bd57
 def latex(table: Table) -> str:
     "A table environment; the preamble needs \\usepackage{booktabs}."
     def text(s):
@@ -180,7 +180,7 @@ def latex(table: Table) -> str:
                       f"  \\begin{{tabular}}{{lll{'r' * (len(HEADER) - 3)}}}", r"  \toprule", line(HEADER), r"  \midrule", *body,
                       r"  \bottomrule", r"  \end{tabular}", r"\end{table}"]) + "\n"
 
-
+# %% ../nbs/method/09b_report.ipynb #c4ecc524
 def as_rows(tables: list[Table]) -> list[dict]:
     "All numbers, for CSV or a data frame."
     mean, std = (lambda v: statistics.mean(v) if v else None), (lambda v: statistics.stdev(v) if len(v) > 1 else None)
@@ -208,39 +208,6 @@ def show(table: Table):
     return out
 
 # %% ../nbs/method/09b_report.ipynb #2c3879be
-def plot_scores(table: Table):
-    "A matplotlib Figure: each seed a dot, mean and standard deviation, and the published number, one panel a pair."
-    import seaborn as sns
-    fig, axes = _panels(table, 0.42)
-    for ax, (pair, rows) in zip(axes, _pairs(table).items()):
-        names = [r.method for r in rows if r.method != "teacher"]
-        points = [(v, r.method) for r in rows if r.method != "teacher" for v in r.last]
-        values, where = [p[0] for p in points], [p[1] for p in points]
-        sns.pointplot(x=values, y=where, order=names, errorbar="sd", linestyle="none", marker="|", markersize=14, capsize=0.2, color="0.3", ax=ax)
-        sns.stripplot(x=values, y=where, order=names, hue=where, hue_order=names, palette=_colors(table, names), jitter=False, size=6, alpha=0.8, legend=False, ax=ax)
-        known = [(r.published, i) for i, r in enumerate(r for r in rows if r.method != "teacher") if r.published is not None]
-        if known: ax.plot(*zip(*known), "D", color="black", fillstyle="none", markersize=8, linestyle="none", label="published")
-        for r in rows:
-            if r.method == "teacher": ax.axvline(statistics.mean(r.last), color="0.5", linestyle="--", label="our teacher")
-        ax.set(title=_title(pair), xlabel="top-1, last epoch (%)", ylabel="")
-    return _tidy(fig)
-
-
-def plot_cost(table: Table):
-    "A matplotlib Figure: accuracy (mean and standard deviation) against the time of a step, one panel a pair."
-    fig, axes = _panels(table, 0.6)
-    for ax, (pair, rows) in zip(axes, _pairs(table).items()):
-        rows = [r for r in rows if r.cost is not None]
-        order = sorted({r.method for r in table.rows})
-        for row, color in zip(rows, _colors(table, [r.method for r in rows])):
-            error = statistics.stdev(row.last) if len(row.last) > 1 else None
-            marker = "osD^vP*XhdpH<>"[order.index(row.method) % 14]
-            ax.errorbar(row.cost, statistics.mean(row.last), error, fmt=marker, color=color, capsize=3, label=row.method)
-        ax.set(title=_title(pair), xlabel="cost (ms a training step)", ylabel="top-1, last epoch (%)")
-        ax.margins(0.15)
-    return _tidy(fig)
-
-
 def _pairs(table: Table) -> dict:
     pairs: dict[tuple, list[Row]] = {}
     for row in table.rows: pairs.setdefault((row.teacher, row.student) if any(r.teacher for r in table.rows) else (None, "alone"), []).append(row)
@@ -276,6 +243,39 @@ def _tidy(fig):
     labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     if labels: fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     return fig
+
+# %% ../nbs/method/09b_report.ipynb #9dc09c05
+def plot_scores(table: Table):
+    "A matplotlib Figure: each seed a dot, mean and standard deviation, and the published number, one panel a pair."
+    import seaborn as sns
+    fig, axes = _panels(table, 0.42)
+    for ax, (pair, rows) in zip(axes, _pairs(table).items()):
+        names = [r.method for r in rows if r.method != "teacher"]
+        points = [(v, r.method) for r in rows if r.method != "teacher" for v in r.last]
+        values, where = [p[0] for p in points], [p[1] for p in points]
+        sns.pointplot(x=values, y=where, order=names, errorbar="sd", linestyle="none", marker="|", markersize=14, capsize=0.2, color="0.3", ax=ax)
+        sns.stripplot(x=values, y=where, order=names, hue=where, hue_order=names, palette=_colors(table, names), jitter=False, size=6, alpha=0.8, legend=False, ax=ax)
+        known = [(r.published, i) for i, r in enumerate(r for r in rows if r.method != "teacher") if r.published is not None]
+        if known: ax.plot(*zip(*known), "D", color="black", fillstyle="none", markersize=8, linestyle="none", label="published")
+        for r in rows:
+            if r.method == "teacher": ax.axvline(statistics.mean(r.last), color="0.5", linestyle="--", label="our teacher")
+        ax.set(title=_title(pair), xlabel="top-1, last epoch (%)", ylabel="")
+    return _tidy(fig)
+
+# %% ../nbs/method/09b_report.ipynb #0c76030b
+def plot_cost(table: Table):
+    "A matplotlib Figure: accuracy (mean and standard deviation) against the time of a step, one panel a pair."
+    fig, axes = _panels(table, 0.6)
+    for ax, (pair, rows) in zip(axes, _pairs(table).items()):
+        rows = [r for r in rows if r.cost is not None]
+        order = sorted({r.method for r in table.rows})
+        for row, color in zip(rows, _colors(table, [r.method for r in rows])):
+            error = statistics.stdev(row.last) if len(row.last) > 1 else None
+            marker = "osD^vP*XhdpH<>"[order.index(row.method) % 14]
+            ax.errorbar(row.cost, statistics.mean(row.last), error, fmt=marker, color=color, capsize=3, label=row.method)
+        ax.set(title=_title(pair), xlabel="cost (ms a training step)", ylabel="top-1, last epoch (%)")
+        ax.margins(0.15)
+    return _tidy(fig)
 
 # %% ../nbs/method/09b_report.ipynb #b651115a
 def report(

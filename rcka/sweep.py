@@ -35,7 +35,7 @@ from .trainer import write_atomic
 
 # %% auto #0
 __all__ = ['FULL', 'grid', 'paper_pairs', 'with_teachers', 'misfits', 'notebook_for', 'parameters', 'fingerprint', 'value_of',
-           'execute', 'Outcome', 'work', 'write_failure', 'state', 'epochs_done', 'Processes', 'Work', 'slurm', 'Tally',
+           'execute', 'Outcome', 'write_failure', 'work', 'state', 'epochs_done', 'Processes', 'Work', 'slurm', 'Tally',
            'DiskFull', 'sweep']
 
 # %% ../nbs/method/09_sweep.ipynb #a60dbc75
@@ -155,7 +155,38 @@ class Outcome(NamedTuple):
     error: str = ""      # one line
     fingerprint: str = ""  # of the notebook it was made with
 
+# %% ../nbs/method/09_sweep.ipynb #15b8a9a4
+def write_failure(folder: Path, error: BaseException) -> str:
+    "Leave failure.json beside a run; its first line."
+    where = getattr(error, "traceback", None) or traceback.format_exception(error)  # papermill's own has the kernel's
+    name = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
+    line = next((l.strip() for l in name.splitlines() if l.strip()), type(error).__name__)
+    values = {"error": line, "traceback": _plain("\n".join(where)), "when": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    with contextlib.suppress(OSError): write_atomic(folder / "failure.json", json.dumps(values, indent=1) + "\n")  # the disk may be full
+    return line
 
+
+def _plain(text: str) -> str:
+    "Without the terminal's colours."
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+# %% ../nbs/method/09_sweep.ipynb #e93881b8
+def _made_with(folder: Path) -> str:
+    try: return fingerprint(folder / "notebook.ipynb")
+    except Exception: return ""
+
+
+@contextlib.contextmanager
+def _environment(**values):
+    "Environment variables for the kernels started inside; None leaves one as it is."
+    values = {k: str(v) for k, v in values.items() if v is not None}
+    before = {k: os.environ.get(k) for k in values}
+    os.environ.update(values)
+    try: yield
+    finally:
+        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
+
+# %% ../nbs/method/09_sweep.ipynb #8345d27b
 def work(
     experiment: dict,           # of `Experiment.to_dict`
     root: str,                  # folder of all runs
@@ -177,37 +208,6 @@ def work(
     except Timeout: return outcome("busy")
     except Exception as error:
         return outcome("failed", write_failure(folder, error))
-
-
-def write_failure(folder: Path, error: BaseException) -> str:
-    "Leave failure.json beside a run; its first line."
-    where = getattr(error, "traceback", None) or traceback.format_exception(error)  # papermill's own has the kernel's
-    name = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
-    line = next((l.strip() for l in name.splitlines() if l.strip()), type(error).__name__)
-    values = {"error": line, "traceback": _plain("\n".join(where)), "when": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    with contextlib.suppress(OSError): write_atomic(folder / "failure.json", json.dumps(values, indent=1) + "\n")  # the disk may be full
-    return line
-
-
-def _plain(text: str) -> str:
-    "Without the terminal's colours."
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-def _made_with(folder: Path) -> str:
-    try: return fingerprint(folder / "notebook.ipynb")
-    except Exception: return ""
-
-
-@contextlib.contextmanager
-def _environment(**values):
-    "Environment variables for the kernels started inside; None leaves one as it is."
-    values = {k: str(v) for k, v in values.items() if v is not None}
-    before = {k: os.environ.get(k) for k in values}
-    os.environ.update(values)
-    try: yield
-    finally:
-        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
 
 # %% ../nbs/method/09_sweep.ipynb #f0d950e5
 def state(folder: Path | str) -> str:
@@ -345,7 +345,7 @@ FULL = ("No space left on device", "Disk quota exceeded")
 class DiskFull(OSError):
     "No run can write its result; nothing that is done is lost."
 
-
+# %% ../nbs/method/09_sweep.ipynb #171b7a40
 class _Sweep:
     "The state of a sweep: what waits, what is under way, what has come out."
     def __init__(self, experiments, root, executor, notebook, retry, runs_per_job, threads):
@@ -404,7 +404,7 @@ class _Sweep:
         news, self.news = self.news, []
         return Tally(list(self.outcomes.values()), news, len(self.experiments), whole, done, (whole - done) / pace if pace else None)
 
-
+# %% ../nbs/method/09_sweep.ipynb #8a96355f
 def sweep(
     experiments: Iterable[Experiment],
     root: Path | str | None = None,        # folder of all runs; None: see `runs_root`
