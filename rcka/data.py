@@ -28,7 +28,7 @@ from .losses import nearest
 
 # %% auto #0
 __all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'checkout', 'Dataset', 'balanced_slice', 'measure', 'decode_images', 'DatasetInfo',
-           'list_datasets', 'load_dataset', 'Batch', 'seed_of', 'crop_flip', 'check_epoch', 'Batches', 'main']
+           'list_datasets', 'load_dataset', 'Batch', 'check_epoch', 'seed_of', 'crop_flip', 'Batches', 'main']
 
 # %% ../nbs/method/05_data.ipynb #25e238b8
 def data_root(
@@ -287,6 +287,27 @@ def _find_folder(path: str, root: Path) -> tuple[Path, Path]:
     return base / "train", base / next((t for t in tests if _class_folders(base / t)), tests[0])  # test/ is often without labels
 
 # %% ../nbs/method/05_data.ipynb #45c6138f
+def _differ(first: str, a: tuple, second: str, b: tuple) -> str:
+    return (f"images differ in size: {first} is {a[0]} x {a[1]} (height x width), {second} is {b[0]} x {b[1]}; "
+            f"resize them all with size=(H, W), for example load_dataset(..., size={min(a)})")
+
+
+def _first_size(paths: list[str]) -> tuple[str, tuple[int, int]]:
+    "The first image that can be read, and its (H, W)."
+    from PIL import Image
+    for path in paths:
+        with contextlib.suppress(Exception), Image.open(path) as im: return path, im.size[::-1]
+    raise ValueError(f"none of {len(paths)} images can be decoded: {_some(paths)}")
+
+
+def _check_memory(n: int, height: int, width: int):
+    "An image folder becomes one tensor, twice that while it is turned."
+    need = 2 * n * 3 * height * width
+    try: have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError): return  # not told on this system
+    if need > have: raise ValueError(f"{n} images of {height} x {width} need {need / 1e9:.0f} GB while they are read and this machine has {have / 1e9:.0f} GB; choose a smaller size=")
+
+# %% ../nbs/method/05_data.ipynb #d0e6b301
 def _open(path: str, size: tuple[int, int] | None):
     "An RGB image; resized to cover (H, W) and cut to its centre if `size` says so."
     from PIL import Image, ImageOps
@@ -331,27 +352,6 @@ def decode_images(
             raise
     if broken: raise ValueError(f"{len(broken)} of {len(paths)} images cannot be decoded: {_some(broken)}")
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
-
-
-def _differ(first: str, a: tuple, second: str, b: tuple) -> str:
-    return (f"images differ in size: {first} is {a[0]} x {a[1]} (height x width), {second} is {b[0]} x {b[1]}; "
-            f"resize them all with size=(H, W), for example load_dataset(..., size={min(a)})")
-
-
-def _first_size(paths: list[str]) -> tuple[str, tuple[int, int]]:
-    "The first image that can be read, and its (H, W)."
-    from PIL import Image
-    for path in paths:
-        with contextlib.suppress(Exception), Image.open(path) as im: return path, im.size[::-1]
-    raise ValueError(f"none of {len(paths)} images can be decoded: {_some(paths)}")
-
-
-def _check_memory(n: int, height: int, width: int):
-    "An image folder becomes one tensor, twice that while it is turned."
-    need = 2 * n * 3 * height * width
-    try: have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError): return  # not told on this system
-    if need > have: raise ValueError(f"{n} images of {height} x {width} need {need / 1e9:.0f} GB while they are read and this machine has {have / 1e9:.0f} GB; choose a smaller size=")
 
 # %% ../nbs/method/05_data.ipynb #f669da93
 def _imagefolder(path: str, root: Path, size: int | tuple[int, int] | None) -> Dataset:
@@ -470,6 +470,12 @@ class Batch(NamedTuple):
     index: Tensor    # int64 (B,): which images of the dataset these are
 
 
+def check_epoch(e: int, start: int, steps: int):
+    "Refuse an epoch, or a step to begin at, that there is not."
+    if not e >= 0: raise ValueError(f"e must be an epoch, 0 or more; got {e}")
+    if not 0 <= start <= steps: raise ValueError(f"start must be a step from 0 to {steps}, got {start}")
+
+
 class _Draws(NamedTuple):
     "The chance in one epoch, on the CPU: `order` int64 (N,), `offsets` int64 (2, N) in [0, 2 pad], `flips` bool (N,)."
     order: Tensor
@@ -505,12 +511,6 @@ def crop_flip(
     return F.pad(images, (pad,) * 4).view(b, c, -1).gather(2, where).view(b, c, h, w)
 
 # %% ../nbs/method/05_data.ipynb #f9b48083
-def check_epoch(e: int, start: int, steps: int):
-    "Refuse an epoch, or a step to begin at, that there is not."
-    if not e >= 0: raise ValueError(f"e must be an epoch, 0 or more; got {e}")
-    if not 0 <= start <= steps: raise ValueError(f"start must be a step from 0 to {steps}, got {start}")
-
-
 class Batches:
     "A dataset on the device, in batches. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
     smallest = 4  # an incomplete last training batch of fewer images is left out

@@ -96,6 +96,26 @@ def create_backbone(
                            norm_layer=None if norm == "frozen" else NORMS[norm])
 
 # %% ../nbs/method/07_detection.ipynb #1671f72c
+def _in_float32(module, args, found):
+    "A head's answer, in mixed precision too: pixels are whole numbers up to 256 in bfloat16, and torchvision makes boxes in the type of the answer."
+    return found.float() if isinstance(found, Tensor) else type(found)(_in_float32(module, args, x) for x in found)
+
+
+def _fix_scales(pool: MultiScaleRoIAlign, strides: tuple[int, ...]):
+    "Tell the pooling of regions the scales of its maps. It would guess them from the first batch it sees: wrongly from small images, and anew in a run that is resumed."
+    pool.scales = [1 / s for s in strides]
+    pool.map_levels = initLevelMapper(round(math.log2(strides[0])), round(math.log2(strides[-1])), pool.canonical_scale, pool.canonical_level)
+
+
+def _load_detector(detector: nn.Module, weights, name: str):
+    "A file or a state dict; ValueError with the first keys that do not fit."
+    if not isinstance(weights, Mapping):
+        from rcka.models import load_checkpoint
+        return load_checkpoint(detector, weights)
+    try: detector.load_state_dict(weights)
+    except RuntimeError as e: raise ValueError(f"weights do not fit {name}: {' '.join(str(e).split())[:400]}") from e
+
+# %% ../nbs/method/07_detection.ipynb #0d903700
 class SameSize(GeneralizedRCNNTransform):
     "Normalise and pad; images keep their size, since the batches have resized them already."
     def __init__(self): super().__init__(0, 0, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -137,26 +157,6 @@ def create_detector(
         if path in dict(detector.named_modules()): detector.get_submodule(path).register_forward_hook(_in_float32)
     if weights is not None: _load_detector(detector, weights, name)
     return detector
-
-
-def _in_float32(module, args, found):
-    "A head's answer, in mixed precision too: pixels are whole numbers up to 256 in bfloat16, and torchvision makes boxes in the type of the answer."
-    return found.float() if isinstance(found, Tensor) else type(found)(_in_float32(module, args, x) for x in found)
-
-
-def _fix_scales(pool: MultiScaleRoIAlign, strides: tuple[int, ...]):
-    "Tell the pooling of regions the scales of its maps. It would guess them from the first batch it sees: wrongly from small images, and anew in a run that is resumed."
-    pool.scales = [1 / s for s in strides]
-    pool.map_levels = initLevelMapper(round(math.log2(strides[0])), round(math.log2(strides[-1])), pool.canonical_scale, pool.canonical_level)
-
-
-def _load_detector(detector: nn.Module, weights, name: str):
-    "A file or a state dict; ValueError with the first keys that do not fit."
-    if not isinstance(weights, Mapping):
-        from rcka.models import load_checkpoint
-        return load_checkpoint(detector, weights)
-    try: detector.load_state_dict(weights)
-    except RuntimeError as e: raise ValueError(f"weights do not fit {name}: {' '.join(str(e).split())[:400]}") from e
 
 # %% ../nbs/method/07_detection.ipynb #f9b2ea74
 def pick_classes(

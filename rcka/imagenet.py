@@ -248,7 +248,7 @@ class FileDataset:
         return FileBatches(self.train if train else self.test, batch_size or 256, self.mean, self.std, self.size, train=train,
                            **{"skip_broken": self.skip_broken, **kwargs})
 
-
+# %% ../nbs/method/05b_imagenet.ipynb #38119dfe
 def load_imagenet(
     path: str | Path = "imagenet",   # of the folder with train/WNID and val/WNID: absolute, below the root, or below the working directory
     root: str | Path | None = None,  # the folder with the datasets; see `data_root`
