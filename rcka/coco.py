@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import check_epoch, seed_of
+from .data import check_epoch, check_whole, seed_of
 from .trainer import own_rows, processes, share
 
 # %% auto #0
@@ -272,8 +272,7 @@ class CocoPlan:
         seed: int = 0,
     ):
         low, high = size if isinstance(size, (tuple, list)) else (size, size)
-        for name, value in (("batch_size", batch_size), ("size", low), ("max_size", max_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+        check_whole(1, batch_size=batch_size, size=low, max_size=max_size)
         if not low <= high <= max_size: raise ValueError(f"size must be a number, or a range (low, high), of at most max_size; got {size} and {max_size}")
         self.data, self.batch_size, self.train, self.size, self.max_size = data, batch_size, train, (low, high), max_size
         self.flip, self.seed = flip and train, seed
@@ -315,7 +314,7 @@ class CocoBatches(CocoPlan):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0: raise ValueError(f"workers must be a whole number of 0 or more, got {workers!r}")
+        check_whole(0, workers=workers)
         self.workers, self.device = workers, torch.device(device)
 
     def epoch(

@@ -28,7 +28,8 @@ from .losses import nearest
 
 # %% auto #0
 __all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'checkout', 'Dataset', 'balanced_slice', 'measure', 'decode_images', 'DatasetInfo',
-           'list_datasets', 'load_dataset', 'Batch', 'check_epoch', 'seed_of', 'crop_flip', 'Batches', 'main']
+           'list_datasets', 'load_dataset', 'check_whole', 'check_enough', 'check_epoch', 'Batch', 'seed_of',
+           'crop_flip', 'Batches', 'main']
 
 # %% ../nbs/method/05_data.ipynb #25e238b8
 def data_root(
@@ -463,17 +464,34 @@ def load_dataset(
     return _sliced(_digits(root, download) if name == "digits" else _torchvision(name, root, download), limit, test_limit)
 
 # %% ../nbs/method/05_data.ipynb #2b3b0306
-class Batch(NamedTuple):
-    "A batch on the device."
-    images: Tensor   # (B, C, H, W) normalised, of the chosen dtype
-    targets: Tensor  # int64 (B,)
-    index: Tensor    # int64 (B,): which images of the dataset these are
+def check_whole(least: int, **values):
+    "Refuse what is no whole number of at least so many."
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+
+
+def check_enough(n: int, batch_size: int, smallest: int):
+    "Refuse too few images for a training batch."
+    if n < min(batch_size, smallest): raise ValueError(f"{n} image(s) make no training batch: at least {smallest} are needed, or a smaller batch_size")
 
 
 def check_epoch(e: int, start: int, steps: int):
     "Refuse an epoch, or a step to begin at, that there is not."
     if not e >= 0: raise ValueError(f"e must be an epoch, 0 or more; got {e}")
     if not 0 <= start <= steps: raise ValueError(f"start must be a step from 0 to {steps}, got {start}")
+
+
+def _check_normalisation(mean, std, channels: int, dtype: torch.dtype):
+    if not (len(mean) == len(std) == channels) or not all(math.isfinite(m) and 0 < s < math.inf for m, s in zip(mean, std)):
+        raise ValueError(f"mean and std must have a finite number for each of {channels} channel(s), std positive; got {tuple(mean)} and {tuple(std)}")
+    if not dtype.is_floating_point: raise TypeError(f"dtype must be floating point, got {dtype}")
+
+# %% ../nbs/method/05_data.ipynb #94f8a111
+class Batch(NamedTuple):
+    "A batch on the device."
+    images: Tensor   # (B, C, H, W) normalised, of the chosen dtype
+    targets: Tensor  # int64 (B,)
+    index: Tensor    # int64 (B,): which images of the dataset these are
 
 
 class _Draws(NamedTuple):
@@ -532,12 +550,10 @@ class Batches:
         num_classes: int | None = None,  # if given, targets must be below
     ):
         _check_images(images, targets, "training" if train else "evaluation", num_classes)
-        for name, value, least in (("batch_size", batch_size, 1), ("pad", pad, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
-        if not (len(mean) == len(std) == images.shape[1]) or not all(math.isfinite(m) and 0 < s < math.inf for m, s in zip(mean, std)):
-            raise ValueError(f"mean and std must have a finite number for each of {images.shape[1]} channel(s), std positive; got {tuple(mean)} and {tuple(std)}")
-        if not dtype.is_floating_point: raise TypeError(f"dtype must be floating point, got {dtype}")
-        if train and len(images) < min(batch_size, self.smallest): raise ValueError(f"{len(images)} image(s) make no training batch: at least {self.smallest} are needed, or a smaller batch_size")
+        check_whole(1, batch_size=batch_size)
+        check_whole(0, pad=pad)
+        _check_normalisation(mean, std, images.shape[1], dtype)
+        if train: check_enough(len(images), batch_size, self.smallest)
         self.images, self.targets = images.to(device), targets.to(device)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
         self.batch_size, self.train, self.pad, self.flip, self.seed = batch_size, train, pad, flip, seed
@@ -553,12 +569,8 @@ class Batches:
         "Images in an epoch, those left out not counted."
         return min(len(self) * self.batch_size, len(self.images))
 
-    def epoch(
-        self,
-        e: int = 0,      # which epoch: with the seed, all that chance depends on
-        start: int = 0,  # first step, 0 to len(self)
-    ) -> Iterator[Batch]:
-        "The batches of an epoch, from step `start` on."
+    def epoch(self, e: int = 0, start: int = 0) -> Iterator[Batch]:
+        "The batches of epoch `e`, from step `start` (0 to len(self)) on. All that chance decides in them depends on the seed and `e`."
         check_epoch(e, start, len(self))
         return self._epoch(e, start)
 
@@ -572,11 +584,8 @@ class Batches:
             if augment: images = crop_flip(images, self.pad, offsets[:, now], flips[now])
             yield Batch(self.normalize(images), self.targets[order[now]], order[now])
 
-    def normalize(
-        self,
-        images: Tensor,  # uint8 (B, C, H, W)
-    ) -> Tensor:         # (B, C, H, W) of `dtype`
-        "As torchvision's ToTensor and Normalize, to the bit."
+    def normalize(self, images: Tensor) -> Tensor:
+        "From uint8 (B, C, H, W) to the same of `dtype`: as torchvision's ToTensor and Normalize, to the bit."
         images = images.float().div_(255).sub_(self.mean).div_(self.std)
         return images.to(self.dtype).contiguous(memory_format=self.memory_format)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .data import SUFFIXES, Batch, Batches, _class_folders, _draw, _open, _some, balanced_slice, data_root, seed_of
+from .data import SUFFIXES, Batch, Batches, _class_folders, _draw, _open, _some, balanced_slice, check_enough, check_whole, data_root, seed_of
 from .trainer import BatchesFailed, own_rows, share
 
 # %% auto #0
@@ -134,6 +134,21 @@ def _in_worker(_):
 def _as_it_is(x): return x
 
 
+def _loader(decoder: Decoder, steps: _Steps, workers: int, pinned: bool) -> DataLoader:
+    more = dict(persistent_workers=True, prefetch_factor=2, worker_init_fn=_in_worker) if workers else {}
+    return DataLoader(decoder, batch_size=None, sampler=steps, num_workers=workers, collate_fn=_as_it_is,
+                      pin_memory=pinned, generator=torch.Generator(), **more)  # a generator of its own: the global one is the trainer's
+
+
+def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
+    "Refuse broken images, or warn of those that are not known yet."
+    if lost and skip_broken: raise ValueError(f"{len(broken)} images cannot be decoded, one after another, the last of them {broken[-1]}; is this the right folder?")
+    if not skip_broken: raise ValueError(f"cannot decode {broken[0]}; mend or remove the file, or pass over such files with skip_broken=True")
+    for what in broken:
+        if what not in known: warnings.warn(f"passed over, since it cannot be decoded: {what}", stacklevel=2)
+    known.update(broken)
+
+
 @contextlib.contextmanager
 def _own_sigchld():
     "A loader sets a handler that raises wherever the program is when a worker dies; without it the loader itself does, when it is asked for the next batch."
@@ -163,12 +178,13 @@ class FileBatches(Batches):
         dtype: torch.dtype = torch.float32,  # of the images in a batch; normalisation is in float32
         channels_last: bool = False,   # memory format of the images in a batch
     ):
-        for name, value, least in (("batch_size", batch_size, 1), ("size", size, 1), ("workers", default_workers() if workers is None else workers, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
-        if train and len(files) < min(batch_size, self.smallest): raise ValueError(f"{len(files)} image(s) make no training batch: at least {self.smallest} are needed, or a smaller batch_size")
+        workers = default_workers() if workers is None else workers
+        check_whole(1, batch_size=batch_size, size=size)
+        check_whole(0, workers=workers)
+        if train: check_enough(len(files), batch_size, self.smallest)
         self.images, self.targets, self.device = files, files.targets.to(device), torch.device(device)  # a device holds all targets, eight bytes each
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
-        self.batch_size, self.train, self.size, self.seed, self.workers = batch_size, train, size, seed, default_workers() if workers is None else workers
+        self.batch_size, self.train, self.size, self.seed, self.workers = batch_size, train, size, seed, workers
         self.dtype, self.memory_format = dtype, torch.channels_last if channels_last else torch.contiguous_format
         self.skip_broken, self.broken = skip_broken, set()  # what was broken so far
         self._steps, self._loader, self._turn = _Steps(), None, 0
@@ -180,14 +196,16 @@ class FileBatches(Batches):
         self._turn += 1
         turn, decoded = self._turn, self._decoded(e, steps)
         for step, (images, index, broken) in zip(steps, decoded):
-            if broken: self._report(broken, lost=self.train and len(index) < len(step[own_rows(len(step), self.train)]))
+            if broken: _report(broken, self.broken, self.skip_broken, lost=self.train and len(index) < len(step[own_rows(len(step), self.train)]))
             yield share(self._to_device(images, index), len(step), self.train)
             if turn != self._turn: raise RuntimeError("another epoch of these batches was begun; its workers cannot do two at once")
 
     def _decoded(self, e: int, steps: list[Tensor]):
         "What the workers make of this process's part of each step, in order."
         self._steps.plan = ((e, step[own_rows(len(step), self.train)].tolist()) for step in steps)
-        if self._loader is None: self._loader = self._start()
+        if self._loader is None:
+            decoder = Decoder(self.images, self.size, self.train, self.seed, self.skip_broken)
+            self._loader = _loader(decoder, self._steps, self.workers, pinned=self.device.type == "cuda")
         try:
             with _own_sigchld(): results = iter(self._loader)
             yield from results
@@ -197,22 +215,9 @@ class FileBatches(Batches):
             raise BatchesFailed(f"a worker process that decodes images died ({type(err).__name__}{f': {err}' if str(err) else ''}); it may have been killed for lack of memory: "
                                f"try fewer than workers={self.workers}") from err
 
-    def _start(self) -> DataLoader:
-        decoder = Decoder(self.images, self.size, self.train, self.seed, self.skip_broken)
-        more = dict(persistent_workers=True, prefetch_factor=2, worker_init_fn=_in_worker) if self.workers else {}
-        return DataLoader(decoder, batch_size=None, sampler=self._steps, num_workers=self.workers, collate_fn=_as_it_is,
-                          pin_memory=self.device.type == "cuda", generator=torch.Generator(), **more)  # a generator of its own: the global one is the trainer's
-
     def _to_device(self, images: Tensor, index: list[int]) -> Batch:
         index = torch.tensor(index, dtype=torch.int64).to(self.device)
         return Batch(self.normalize(images.to(self.device, non_blocking=True)), self.targets[index], index)
-
-    def _report(self, broken: list[str], lost: bool):
-        if lost and self.skip_broken: raise ValueError(f"{len(broken)} images cannot be decoded, one after another, the last of them {broken[-1]}; is this the right folder?")
-        if not self.skip_broken: raise ValueError(f"cannot decode {broken[0]}; mend or remove the file, or pass over such files with skip_broken=True")
-        for what in broken:
-            if what not in self.broken: warnings.warn(f"passed over, since it cannot be decoded: {what}", stacklevel=2)
-        self.broken.update(broken)
 
 # %% ../nbs/method/05b_imagenet.ipynb #f12cc4c8
 @dataclass(frozen=True, eq=False, repr=False)

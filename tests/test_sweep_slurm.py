@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -64,7 +65,7 @@ def cluster():
     if absent: pytest.skip(f"no Slurm here: {', '.join(absent)} not found (Debian: apt-get install slurm-wlm munge)")
     if os.geteuid(): pytest.skip("Slurm's daemons are started as root only")
     pytest.importorskip("submitit", reason="pip install 'rcka[slurm]'")
-    home, host = Path(subprocess.check_output(["mktemp", "-d", "/tmp/slurm-XXXX"], text=True).strip()), socket.gethostname().split(".")[0]
+    home, host = Path(tempfile.mkdtemp(prefix="slurm-")), socket.gethostname().split(".")[0]
     home.chmod(0o755)
     for name in ("munge", "state", "spool"): (home / name).mkdir(mode=0o755)
     port, other = free_ports(2)
