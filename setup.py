@@ -1,4 +1,5 @@
 """Installs what settings.ini describes; nothing is said twice here."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,7 +10,10 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "notebook", "segmentation", "detection", "slurm", "dev", "docs")}
+extras = {
+    name: cfg[f"{name}_requirements"].split()
+    for name in ("train", "notebook", "segmentation", "detection", "slurm", "dev", "docs")
+}
 extras["notebook"] += extras["train"]
 extras["segmentation"] += extras["train"]
 extras["detection"] += extras["train"]
@@ -40,6 +44,10 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    entry_points={"console_scripts": [cfg["console_scripts"]], "papermill.engine": ["rcka=rcka.engine:engine"], "nbdev": ["rcka=rcka._modidx:d"]},
+    entry_points={
+        "console_scripts": [cfg["console_scripts"]],
+        "papermill.engine": ["rcka=rcka.engine:engine"],
+        "nbdev": ["rcka=rcka._modidx:d"],
+    },
     zip_safe=False,
 )

@@ -5,11 +5,27 @@ Needs torch and torchvision alone. The trainer (`rcka.trainer`, `rcka.experiment
 
 __version__ = "0.1.0"
 
-from rcka.similarity import Gaussian, Linear, Polynomial, center, cka, gram, hsic, mmd2
-from rcka.losses import FCKA, LCKA, PCKA, RCKA, Layers, Method, Outputs, create_method, fcka, lcka, list_methods, pcka, register
-import rcka.baselines, rcka.baselines_features, rcka.baselines_dense  # their methods go by name
-from rcka.taps import Taps, layers_of
+import rcka.baselines  # their methods go by name
+import rcka.baselines_dense
+import rcka.baselines_features
+from rcka.losses import (
+    FCKA,
+    LCKA,
+    PCKA,
+    RCKA,
+    Layers,
+    Method,
+    Outputs,
+    create_method,
+    fcka,
+    lcka,
+    list_methods,
+    pcka,
+    register,
+)
 from rcka.models import create_model, list_models, load_checkpoint, save_weights
+from rcka.similarity import Gaussian, Linear, Polynomial, center, cka, gram, hsic, mmd2
+from rcka.taps import Taps, layers_of
 
 _LATER = {  # imported when asked for: these need more than torch, or take longer
     "load_dataset": "rcka.data", "list_datasets": "rcka.data",

@@ -10,14 +10,25 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .losses import nearest
-from .similarity import Gaussian, Linear, Polynomial, as_features, as_kernel, as_real, center, full_precision, _double_center, _u_center
+from rcka.similarity import (
+    Gaussian,
+    Linear,
+    Polynomial,
+    _double_center,
+    _u_center,
+    as_features,
+    as_kernel,
+    as_real,
+    center,
+    full_precision,
+)
 from .streaming import MinibatchCKA
 from .taps import Taps, find_module, unwrap
 
@@ -32,14 +43,17 @@ BLOCK = 1 << 18  # how many feature values of one layer are looked at together
 
 
 def _blocks(
-    x: Tensor,   # (n, ...)
-    most: int,   # how many columns a block may have
+    x: Tensor,  # (n, ...)
+    most: int,  # how many columns a block may have
 ):
     "The columns of `x` as (n, at most `most`), views where possible, in an order of their own."
-    if x.dim() <= 2: yield from x.reshape(len(x), -1).split(most, 1)
-    elif (inner := math.prod(x.shape[2:])) <= most: yield from (part.flatten(1) for part in x.split(most // inner, 1))
+    if x.dim() <= 2:
+        yield from x.reshape(len(x), -1).split(most, 1)
+    elif (inner := math.prod(x.shape[2:])) <= most:
+        yield from (part.flatten(1) for part in x.split(most // inner, 1))
     else:
-        for part in x.unbind(1): yield from _blocks(part, most)
+        for part in x.unbind(1):
+            yield from _blocks(part, most)
 
 
 def _float64(k: Tensor) -> Tensor:
@@ -51,43 +65,53 @@ def _size(x: Tensor, dtype) -> Tensor | None:
     "A power of two near the size of the features, so that products neither overflow nor vanish; None where there is no danger."
     size = torch.linalg.vector_norm(x[:2], math.inf).to(dtype)
     size = torch.exp2(torch.where(size > 0, size, 1).log2().floor())  # division by a power of two is exact
-    return None if x.device.type == "cpu" and 1e-8 < size.item() < 1e8 else size  # elsewhere a look costs a wait for the device
+    return (
+        None if x.device.type == "cpu" and 1e-8 < size.item() < 1e8 else size
+    )  # elsewhere a look costs a wait for the device
 
 
 def _product(x: Tensor, shift: bool, size: Tensor | None, scratch: Tensor) -> tuple[Tensor, Tensor]:
     "(n, p) to X X' / size^2 in float64, of centred columns if `shift`; and the squared length of what was taken away."
     x = x.to(scratch.dtype)
     mean = x.mean(0) if shift else x.new_zeros(x.shape[1])
-    x = torch.sub(x, mean, out=scratch[:x.numel()].view(x.shape))
-    if size is not None: x, mean = x.div_(size), mean / size
+    x = torch.sub(x, mean, out=scratch[: x.numel()].view(x.shape))
+    if size is not None:
+        x, mean = x.div_(size), mean / size
     return _float64(x @ x.mT), _float64(mean @ mean)
 
 # %% ../nbs/method/10_analysis.ipynb #9b3c8631
 @full_precision
 def relations(
-    x: Tensor,          # (n, ...): features of n samples
-    kernel="linear",    # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
-    block: int = BLOCK, # feature values looked at together; a kernel of your own gets the features whole
-) -> Tensor:            # (n, n) in float64
+    x: Tensor,  # (n, ...): features of n samples
+    kernel="linear",  # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
+    block: int = BLOCK,  # feature values looked at together; a kernel of your own gets the features whole
+) -> Tensor:  # (n, n) in float64
     "The Gram matrix up to what centring removes, summed over blocks of columns: memory for `block` values, whatever the width."
     kernel = as_kernel(kernel)
     if not isinstance(kernel, (Linear, Gaussian, Polynomial)):
         return _float64(getattr(kernel, "up_to_constant", kernel)(as_features(x.detach())))
-    if not x.numel(): raise ValueError(f"x is empty: its shape is {tuple(x.shape)}")
+    if not x.numel():
+        raise ValueError(f"x is empty: its shape is {tuple(x.shape)}")
     as_real(x[:0], "x")
     shift = not isinstance(kernel, Polynomial)
     columns = max(1, min(block, x.numel()) // len(x))
-    scratch = x.new_empty(columns * len(x), dtype=torch.promote_types(x.dtype, torch.float32))  # one for all blocks: memory that is warm
+    scratch = x.new_empty(
+        columns * len(x), dtype=torch.promote_types(x.dtype, torch.float32)
+    )  # one for all blocks: memory that is warm
     size = _size(x.detach(), scratch.dtype)
     k, away = map(sum, zip(*(_product(part, shift, size, scratch) for part in _blocks(x.detach(), columns))))
     rounding = (8 * torch.finfo(scratch.dtype).eps) ** 2 * away
     k = torch.where(k.diagonal().max() > rounding, k, 0 * k)  # what rounding leaves of constant features is zero
-    if size is not None: k = k * _float64(size).square()
-    if isinstance(kernel, Linear): return k
-    if isinstance(kernel, Polynomial): return (k / (x.numel() // len(x)) + kernel.offset) ** kernel.degree
+    if size is not None:
+        k = k * _float64(size).square()
+    if isinstance(kernel, Linear):
+        return k
+    if isinstance(kernel, Polynomial):
+        return (k / (x.numel() // len(x)) + kernel.offset) ** kernel.degree
     d = k.diagonal()
     d2 = (d[:, None] + d - 2 * k).clamp_min(0)
-    if kernel.bandwidth is not None: return torch.expm1(d2 / (-2 * kernel.bandwidth**2))
+    if kernel.bandwidth is not None:
+        return torch.expm1(d2 / (-2 * kernel.bandwidth**2))
     i, j = torch.triu_indices(*d2.shape, offset=1, device=d2.device)
     variance = d2[i, j].median() if len(i) else d2.new_zeros(())
     return torch.expm1(d2 / (-2 * torch.where(variance > 0, variance, 1)))
@@ -95,54 +119,78 @@ def relations(
 # %% ../nbs/method/10_analysis.ipynb #a661ddbe
 def choose_layers(
     model: nn.Module,
-    layers: str | Sequence[str] | None = None,  # paths "layer1.0.bn2", "fc:input" or patterns "layer?.*.bn?"; None: all leaf modules
+    layers: str
+    | Sequence[str]
+    | None = None,  # paths "layer1.0.bn2", "fc:input" or patterns "layer?.*.bn?"; None: all leaf modules
 ) -> list[str]:
     "Paths of the layers, in the network's order for a pattern. ValueError with the near names where one fits nothing."
     model = unwrap(model)
     names = [name for name, _ in model.named_modules() if name]
-    if layers is None: return [name for name, m in model.named_modules() if name and not any(True for _ in m.children())]
+    if layers is None:
+        return [name for name, m in model.named_modules() if name and not any(True for _ in m.children())]
     chosen = []
     for wanted in [layers] if isinstance(layers, str) else layers:
-        if _is_pattern(wanted): chosen += fnmatch.filter(names, wanted) or _no_match(model, wanted, names)
-        else: chosen.append(wanted if find_module(model, wanted) is not None else "")
-    if not chosen: raise ValueError("layers is empty: give module paths or a pattern, or None for all leaf modules")
+        if _is_pattern(wanted):
+            chosen += fnmatch.filter(names, wanted) or _no_match(model, wanted, names)
+        else:
+            chosen.append(wanted if find_module(model, wanted) is not None else "")
+    if not chosen:
+        raise ValueError("layers is empty: give module paths or a pattern, or None for all leaf modules")
     return list(dict.fromkeys(chosen))
 
 
-def _is_pattern(layer: str) -> bool: return isinstance(layer, str) and any(c in layer for c in "*?")
+def _is_pattern(layer: str) -> bool:
+    return isinstance(layer, str) and any(c in layer for c in "*?")
 
 
-def _no_match(model, pattern: str, names: list[str]): raise ValueError(nearest(pattern, names, f"{type(model).__name__} module", most=5))
+def _no_match(model, pattern: str, names: list[str]):
+    raise ValueError(nearest(pattern, names, f"{type(model).__name__} module", most=5))
 
 # %% ../nbs/method/10_analysis.ipynb #ad02020b
 @torch.no_grad()
 def _survey(model: nn.Module, paths: list[str], images: Tensor) -> list[str]:
     "Those of the module paths whose output is a real feature vector for each image, by a forward of a few images."
     fits, handles = {}, []
+
     def look(name):
-        def hook(module, args, out): fits[name] = isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 0 and len(out) == len(images) and out.numel() > 0
+        def hook(module, args, out):
+            fits[name] = (
+                isinstance(out, Tensor)
+                and out.is_floating_point()
+                and out.dim() > 0
+                and len(out) == len(images)
+                and out.numel() > 0
+            )
+
         return hook
+
     try:
-        for path in paths: handles.append(find_module(model, path).register_forward_hook(look(path)))
+        for path in paths:
+            handles.append(find_module(model, path).register_forward_hook(look(path)))
         model(images)
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
     return [path for path in paths if fits.get(path)]
 
 
 class _Relations(Taps):
     "Taps that keep the relations of each layer's output under each kernel, not the output itself."
+
     def __init__(self, model, paths, kernels, block):
         super().__init__(model, paths, logits=lambda output: output)
         self.kernels, self.block, self.n = kernels, block, 0
 
     def _note(self, path, value):
         if not value.dim() or len(value) != self.n:
-            raise ValueError(f"the output at {path!r} has shape {tuple(value.shape)} for {self.n} images: its first dimension must be the images; choose another layer")
+            raise ValueError(
+                f"the output at {path!r} has shape {tuple(value.shape)} for {self.n} images: its first dimension must be the images; choose another layer"
+            )
         self._seen[path] = tuple(relations(value, kernel, self.block) for kernel in self.kernels)
 
     def _read(self, path):
-        if path not in self._seen: raise RuntimeError(f"the module of path {path!r} did not run in this forward; leave it out")
+        if path not in self._seen:
+            raise RuntimeError(f"the module of path {path!r} did not run in this forward; leave it out")
         return self._seen[path]
 
     def __call__(self, images):
@@ -152,22 +200,25 @@ class _Relations(Taps):
 
 # %% ../nbs/method/10_analysis.ipynb #6d3f4942
 def memory_needed(
-    n: int,             # images in a batch
-    grams: int,         # layers on both sides, times kernels
-    block: int = BLOCK, # feature values looked at together
-) -> int:               # bytes
+    n: int,  # images in a batch
+    grams: int,  # layers on both sides, times kernels
+    block: int = BLOCK,  # feature values looked at together
+) -> int:  # bytes
     "What `compare` holds beyond the networks' own forward pass."
     return 32 * grams * n**2 + 8 * block
 
 
 def _plan(grams: int, budget: int | None, least: int) -> tuple[int | None, int]:
     "The largest part of a batch, and the block, that a budget in bytes allows."
-    if budget is None: return None, BLOCK
+    if budget is None:
+        return None, BLOCK
     block = max(1, min(BLOCK, budget // 32))  # a quarter of the budget at most
     part = math.isqrt(max(0, budget - 8 * block) // (32 * grams))
     most = 2 * least - 1  # a larger batch splits into equal parts of at least `least`
     if part < most:
-        raise ValueError(f"a budget of {budget} bytes is too small for {grams} Gram matrices: give at least {-(-memory_needed(most, grams, 0) * 4 // 3)}, or choose fewer layers")
+        raise ValueError(
+            f"a budget of {budget} bytes is too small for {grams} Gram matrices: give at least {-(-memory_needed(most, grams, 0) * 4 // 3)}, or choose fewer layers"
+        )
     return part, block
 
 
@@ -177,18 +228,25 @@ def _parts(images: Tensor, most: int | None):
 # %% ../nbs/method/10_analysis.ipynb #a00ac75a
 def _batches(loader):
     "Images, whatever the loader wraps them in."
-    if isinstance(loader, Tensor): raise TypeError("loader must be an iterable of batches, got one tensor; write [images], or images.split(64)")
+    if isinstance(loader, Tensor):
+        raise TypeError("loader must be an iterable of batches, got one tensor; write [images], or images.split(64)")
     for batch in loader.epoch(0) if hasattr(loader, "epoch") else loader:
         images = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
         if not isinstance(images, Tensor):
-            raise TypeError(f"the loader gave a {type(batch).__name__}; give batches of images, or tuples that begin with the images")
+            raise TypeError(
+                f"the loader gave a {type(batch).__name__}; give batches of images, or tuples that begin with the images"
+            )
         yield images
 
 
 def _place(model: nn.Module, images: Tensor) -> Tensor:
     "The images where the network is, in its precision."
     at = next(itertools.chain(model.parameters(), model.buffers()), images)
-    return images.to(at.device, at.dtype) if images.is_floating_point() and at.is_floating_point() else images.to(at.device)
+    return (
+        images.to(at.device, at.dtype)
+        if images.is_floating_point() and at.is_floating_point()
+        else images.to(at.device)
+    )
 
 
 @contextlib.contextmanager
@@ -196,32 +254,42 @@ def _evaluating(*models: nn.Module):
     "In eval mode inside; every module back in its own mode after."
     modes = [(m, m.training) for model in models for m in model.modules()]
     try:
-        for model in models: model.eval()
+        for model in models:
+            model.eval()
         yield
     finally:
-        for m, mode in modes: m.training = mode
+        for m, mode in modes:
+            m.training = mode
 
 
 def _names(models, names) -> list[str]:
-    if names is not None and len(names) != 2: raise ValueError(f"names must be two, one for each network; got {names!r}")
+    if names is not None and len(names) != 2:
+        raise ValueError(f"names must be two, one for each network; got {names!r}")
     found = [type(m).__name__ for m in models] if names is None else list(names)
     return found if names is not None or found[0] != found[1] else [f"{found[0]} (a)", f"{found[1]} (b)"]
 
 
-def _listed(value) -> list: return list(value) if isinstance(value, (tuple, list)) else [value]
+def _listed(value) -> list:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
 
 # %% ../nbs/method/10_analysis.ipynb #fa9d7e1e
 def _usable(model, wanted, images) -> tuple[list[str], list[str]]:
     "Layers to compare, and those of a pattern or the default that have no feature of each image."
     paths = choose_layers(model, wanted)
-    exact = {w for w in ([] if wanted is None else [wanted] if isinstance(wanted, str) else wanted) if not _is_pattern(w)}
+    exact = {
+        w for w in ([] if wanted is None else [wanted] if isinstance(wanted, str) else wanted) if not _is_pattern(w)
+    }
     fits = exact | set(_survey(model, [p for p in paths if p not in exact], images) if set(paths) - exact else [])
-    if not fits: raise ValueError(f"none of the {len(paths)} chosen layers of {type(model).__name__} gives a feature vector for each image: {', '.join(paths[:5])}")
+    if not fits:
+        raise ValueError(
+            f"none of the {len(paths)} chosen layers of {type(model).__name__} gives a feature vector for each image: {', '.join(paths[:5])}"
+        )
     return [p for p in paths if p in fits], [p for p in paths if p not in fits]
 
 # %% ../nbs/method/10_analysis.ipynb #eb75073a
 class _FromRelations(MinibatchCKA):
     "Is given Gram matrices (n, n) instead of features, and centres those of all layers together."
+
     def _stack(self, layers, dtype):
         k = torch.stack(layers)
         k = _u_center(k) if self.unbiased else _double_center(k)
@@ -233,53 +301,77 @@ class _FromRelations(MinibatchCKA):
 def _check_finite(accumulator, paths, titles):
     for s, names, title in zip((accumulator.xx, accumulator.yy), paths, titles):
         bad = [name for name, ok in zip(names, s.isfinite().tolist()) if not ok]
-        if bad: raise ValueError(f"features of {title} are not finite at {', '.join(bad[:5])}{' and others' * (len(bad) > 5)}")
+        if bad:
+            raise ValueError(
+                f"features of {title} are not finite at {', '.join(bad[:5])}{' and others' * (len(bad) > 5)}"
+            )
 
 
 def _kernel_name(kernel) -> str:
-    return repr(kernel) if not isinstance(kernel, (Linear, Gaussian)) or getattr(kernel, "bandwidth", None) else type(kernel).__name__.lower()
+    return (
+        repr(kernel)
+        if not isinstance(kernel, (Linear, Gaussian)) or getattr(kernel, "bandwidth", None)
+        else type(kernel).__name__.lower()
+    )
 
 
 def _frame(accumulator, kernel, paths, titles, **made):
     "The similarities, with the layers' paths; `attrs` says how they were made."
     import pandas as pd
+
     _check_finite(accumulator, paths, titles)
-    frame = pd.DataFrame(accumulator.compute().cpu().numpy(), pd.Index(paths[0], name=titles[0]), pd.Index(paths[1], name=titles[1]))
-    frame.attrs = {"estimator": "debiased" if accumulator.unbiased else "biased", "kernel": _kernel_name(kernel), "samples": accumulator.samples, **made,
-                   "projections": "none: wide layers are summed in blocks of columns, exactly"}
+    frame = pd.DataFrame(
+        accumulator.compute().cpu().numpy(), pd.Index(paths[0], name=titles[0]), pd.Index(paths[1], name=titles[1])
+    )
+    frame.attrs = {
+        "estimator": "debiased" if accumulator.unbiased else "biased",
+        "kernel": _kernel_name(kernel),
+        "samples": accumulator.samples,
+        **made,
+        "projections": "none: wide layers are summed in blocks of columns, exactly",
+    }
     return frame
 
 # %% ../nbs/method/10_analysis.ipynb #f5a2c02c
 @torch.no_grad()
 def compare(
-    model_a: nn.Module,        # any network, on any device; it is left as it was
-    model_b: nn.Module | None, # another, perhaps on another device; None, or the same again: `model_a` with itself
-    loader,                    # iterable of images (n, ...) or tuples that begin with them, or `rcka.data.Batches`; mixed, not class by class
-    layers=None,               # paths and patterns, see `choose_layers`; None: all leaf modules
-    layers_b=None,             # those of `model_b`; None: `layers` again
-    kernel="linear",           # "linear", "gaussian", "polynomial", an object, or a list of them
-    unbiased=True,             # debiased CKA; False for biased; (True, False) for both
-    budget: int | None = None, # bytes beyond the networks' own; larger batches are split
-    names=None,                # what to call the two networks; None: their classes
-    progress: bool = True,     # a bar in the terminal
-):                             # pandas.DataFrame (A, B); for lists a dict of them by (kernel, unbiased), from the same pass
+    model_a: nn.Module,  # any network, on any device; it is left as it was
+    model_b: nn.Module | None,  # another, perhaps on another device; None, or the same again: `model_a` with itself
+    loader,  # iterable of images (n, ...) or tuples that begin with them, or `rcka.data.Batches`; mixed, not class by class
+    layers=None,  # paths and patterns, see `choose_layers`; None: all leaf modules
+    layers_b=None,  # those of `model_b`; None: `layers` again
+    kernel="linear",  # "linear", "gaussian", "polynomial", an object, or a list of them
+    unbiased=True,  # debiased CKA; False for biased; (True, False) for both
+    budget: int | None = None,  # bytes beyond the networks' own; larger batches are split
+    names=None,  # what to call the two networks; None: their classes
+    progress: bool = True,  # a bar in the terminal
+):  # pandas.DataFrame (A, B); for lists a dict of them by (kernel, unbiased), from the same pass
     """CKA between all layers of two networks on the same images, in one pass (Nguyen et al. 2021, eq. 2-3).
 
     Rows are the layers of `model_a`, columns those of `model_b`. `frame.attrs` says how it was made: estimator, kernel, samples,
     the largest batch, samples left out because their batch was too small, layers left out because they have no feature of each image.
     Where a module runs more than once in a forward, its last call counts. A layer that is constant has similarity 0.
     ValueError for a pattern that fits nothing, a budget that is too small, no usable batch, or features that are not finite."""
-    import pandas  # missing? say so now, not after the pass
     from tqdm import tqdm
+
     kernels, estimators = [as_kernel(k) for k in _listed(kernel)], _listed(unbiased)
     alone = model_b is None or model_b is model_a and layers_b is None
     models = [unwrap(model_a)] if alone else [unwrap(model_a), unwrap(model_b)]
-    wanted = [layers, layers if layers_b is None else layers_b][:len(models)]
+    wanted = [layers, layers if layers_b is None else layers_b][: len(models)]
     least = 4 if any(estimators) else 2
     accumulators = {(k, u): _FromRelations(unbiased=u) for k in range(len(kernels)) for u in estimators}
     taps, missing, largest, skipped = None, [], 0, 0
-    with _evaluating(*models), contextlib.ExitStack() as stack, tqdm(
-            total=len(loader) if hasattr(loader, "__len__") else None, desc="compare", unit="batch", leave=False, disable=None if progress else True) as bar:
+    with (
+        _evaluating(*models),
+        contextlib.ExitStack() as stack,
+        tqdm(
+            total=len(loader) if hasattr(loader, "__len__") else None,
+            desc="compare",
+            unit="batch",
+            leave=False,
+            disable=None if progress else True,
+        ) as bar,
+    ):
         for images in _batches(loader):
             if taps is None:
                 found = [_usable(m, w, _place(m, images[:5])) for m, w in zip(models, wanted)]
@@ -287,51 +379,89 @@ def compare(
                 part, block = _plan(sum(len(f[0]) for f in found) * len(kernels), budget, least)
                 taps = [stack.enter_context(_Relations(m, f[0], kernels, block)) for m, f in zip(models, found)]
             for some in _parts(images, part):
-                if len(some) < least: skipped += len(some); continue
+                if len(some) < least:
+                    skipped += len(some)
+                    continue
                 largest = max(largest, len(some))
                 sides = [t(_place(m, some)) for m, t in zip(models, taps)]
                 home = sides[0][0][0].device
-                for (k, _), accumulator in accumulators.items(): accumulator.update(*([layer[k].to(home) for layer in side] for side in sides))
+                for (k, _), accumulator in accumulators.items():
+                    accumulator.update(*([layer[k].to(home) for layer in side] for side in sides))
             bar.update()
-    if not largest: raise ValueError(f"no usable batch: the loader gave {skipped} image(s) in batches below {least}, which unbiased={unbiased} needs at least")
+    if not largest:
+        raise ValueError(
+            f"no usable batch: the loader gave {skipped} image(s) in batches below {least}, which unbiased={unbiased} needs at least"
+        )
     paths, titles = [list(t.paths) for t in taps] * (2 if alone else 1), _names([models[0], models[-1]], names)
-    made = {"largest_batch": largest, "samples_left_out": skipped, "layers_left_out": missing * (2 if alone else 1), "budget": budget}
-    results = {(_listed(kernel)[k], u): _frame(accumulator, kernels[k], paths, titles, **made) for (k, u), accumulator in accumulators.items()}
-    return results if isinstance(kernel, (tuple, list)) or isinstance(unbiased, (tuple, list)) else next(iter(results.values()))
+    made = {
+        "largest_batch": largest,
+        "samples_left_out": skipped,
+        "layers_left_out": missing * (2 if alone else 1),
+        "budget": budget,
+    }
+    results = {
+        (_listed(kernel)[k], u): _frame(accumulator, kernels[k], paths, titles, **made)
+        for (k, u), accumulator in accumulators.items()
+    }
+    return (
+        results
+        if isinstance(kernel, (tuple, list)) or isinstance(unbiased, (tuple, list))
+        else next(iter(results.values()))
+    )
 
 # %% ../nbs/method/10_analysis.ipynb #607105c4
 COMPARISON_FORMAT = 1
 
 
 def save_comparison(
-    frame,              # a result of `compare`
-    path: Path | str,   # .json or .csv
+    frame,  # a result of `compare`
+    path: Path | str,  # .json or .csv
 ):
     "Write a comparison and its attrs, atomically."
     from rcka.trainer import write_atomic
-    about = {"format": COMPARISON_FORMAT, "shape": list(frame.shape), "rows": frame.index.name, "columns": frame.columns.name, "attrs": frame.attrs}
-    if Path(path).suffix == ".csv": text = f"# {json.dumps(about)}\n" + frame.to_csv(lineterminator="\n")
+
+    about = {
+        "format": COMPARISON_FORMAT,
+        "shape": list(frame.shape),
+        "rows": frame.index.name,
+        "columns": frame.columns.name,
+        "attrs": frame.attrs,
+    }
+    if Path(path).suffix == ".csv":
+        text = f"# {json.dumps(about)}\n" + frame.to_csv(lineterminator="\n")
     elif Path(path).suffix == ".json":
-        text = json.dumps(about | {"index": list(frame.index), "header": list(frame.columns), "values": frame.values.tolist()}, indent=1) + "\n"
-    else: raise ValueError(f"path must end in .json or .csv, got {path}")
+        text = (
+            json.dumps(
+                about | {"index": list(frame.index), "header": list(frame.columns), "values": frame.values.tolist()},
+                indent=1,
+            )
+            + "\n"
+        )
+    else:
+        raise ValueError(f"path must end in .json or .csv, got {path}")
     write_atomic(path, text)
 
 
 def load_comparison(
     path: Path | str,  # of `save_comparison`
-):                     # pandas.DataFrame
+):  # pandas.DataFrame
     "Read a comparison; a file that is none, or cut short, is an error."
     import pandas as pd
+
     text = Path(path).read_text()
     try:
         about = json.loads(text.partition("\n")[0][1:] if text.startswith("#") else text)
-        if about["format"] != COMPARISON_FORMAT: raise ValueError(f"its format is {about['format']!r}, this version reads {COMPARISON_FORMAT}")
-        if "values" in about: frame = pd.DataFrame(about["values"], about["index"], about["header"], dtype=float)
+        if about["format"] != COMPARISON_FORMAT:
+            raise ValueError(f"its format is {about['format']!r}, this version reads {COMPARISON_FORMAT}")
+        if "values" in about:
+            frame = pd.DataFrame(about["values"], about["index"], about["header"], dtype=float)
         else:
             head, *rows = csv.reader(io.StringIO(text.partition("\n")[2]))
             frame = pd.DataFrame([row[1:] for row in rows], [row[0] for row in rows], head[1:]).astype(float)
-        if list(frame.shape) != about["shape"] or not text.endswith("\n"): raise ValueError(f"it holds {frame.shape} of {tuple(about['shape'])} values")
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is no comparison, or cut short: {e}") from e
+        if list(frame.shape) != about["shape"] or not text.endswith("\n"):
+            raise ValueError(f"it holds {frame.shape} of {tuple(about['shape'])} values")
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is no comparison, or cut short: {e}") from e
     frame.index.name, frame.columns.name = about["rows"], about["columns"]
     frame.attrs = about["attrs"]
     return frame
@@ -339,6 +469,7 @@ def load_comparison(
 # %% ../nbs/method/10_analysis.ipynb #0278aaca
 def _plt():
     import matplotlib.pyplot as plt
+
     return plt
 
 
@@ -348,17 +479,22 @@ MARKERS, DASHES = "osD^vP*X<>", ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
 def _styles(names) -> dict:
     "Colour, marker and dash for each name."
     import seaborn as sns
+
     palette = sns.color_palette("colorblind", 10)
-    return {name: dict(color=palette[i % 10], marker=MARKERS[i % 10], linestyle=DASHES[i % 5]) for i, name in enumerate(dict.fromkeys(names))}
+    return {
+        name: dict(color=palette[i % 10], marker=MARKERS[i % 10], linestyle=DASHES[i % 5])
+        for i, name in enumerate(dict.fromkeys(names))
+    }
 
 
 def save_figure(
-    what,              # a Figure, an Axes or an array of them
+    what,  # a Figure, an Axes or an array of them
     path: Path | str,  # without its suffix
-) -> list[Path]:       # path.png and path.svg
+) -> list[Path]:  # path.png and path.svg
     "Save a picture for the screen (PNG, 150 dpi) and for print (SVG); the same picture gives the same bytes."
     plt, path = _plt(), Path(path)
-    if hasattr(what, "flat"): what = what.flat[0]
+    if hasattr(what, "flat"):
+        what = what.flat[0]
     fig = what if hasattr(what, "savefig") else what.get_figure()
     path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"svg.hashsalt": "rcka"}):
@@ -368,24 +504,43 @@ def save_figure(
 
 # %% ../nbs/method/10_analysis.ipynb #acbd974d
 def plot_similarity(
-    frame,              # (A, B), a result of `compare`
-    ax=None,            # where to draw; None: a new figure
+    frame,  # (A, B), a result of `compare`
+    ax=None,  # where to draw; None: a new figure
     best: bool = True,  # circle the best row of each column
-    numbers=None,       # write the values; None: if there are at most 100
+    numbers=None,  # write the values; None: if there are at most 100
     limits=(0.0, 1.0),  # of the colour scale
-    bar: bool = True,   # draw the colour scale
-):                      # Axes
+    bar: bool = True,  # draw the colour scale
+):  # Axes
     "Heatmap of the similarity of every layer of one network with every layer of another."
-    ax = ax if ax is not None else _plt().subplots(figsize=[max(3.0, min(9.0, 1.6 + 0.34 * n)) for n in frame.shape[::-1]], layout="constrained")[1]
+    ax = (
+        ax
+        if ax is not None
+        else _plt().subplots(
+            figsize=[max(3.0, min(9.0, 1.6 + 0.34 * n)) for n in frame.shape[::-1]], layout="constrained"
+        )[1]
+    )
     image = ax.imshow(frame, cmap="cividis", vmin=limits[0], vmax=limits[1], origin="lower", aspect="auto")
     _label(ax, frame)
     _write(ax, frame, numbers, lambda v: "black" if v > sum(limits) / 2 else "white", "{:.2f}")
-    if best: ax.scatter(range(frame.shape[1]), frame.values.argmax(0), s=90 if _numbered(frame, numbers) else 25, facecolors="none", edgecolors="0.55", linewidths=1.2, marker="s" if _numbered(frame, numbers) else "o")
-    if bar: ax.figure.colorbar(image, ax=ax, label=f"{frame.attrs.get('estimator', '')} {frame.attrs.get('kernel', '')} CKA".strip())
+    if best:
+        ax.scatter(
+            range(frame.shape[1]),
+            frame.values.argmax(0),
+            s=90 if _numbered(frame, numbers) else 25,
+            facecolors="none",
+            edgecolors="0.55",
+            linewidths=1.2,
+            marker="s" if _numbered(frame, numbers) else "o",
+        )
+    if bar:
+        ax.figure.colorbar(
+            image, ax=ax, label=f"{frame.attrs.get('estimator', '')} {frame.attrs.get('kernel', '')} CKA".strip()
+        )
     return ax
 
 
-def _numbered(frame, numbers) -> bool: return frame.size <= 100 if numbers is None else numbers
+def _numbered(frame, numbers) -> bool:
+    return frame.size <= 100 if numbers is None else numbers
 
 
 def _label(ax, frame):
@@ -393,89 +548,114 @@ def _label(ax, frame):
     for axis, names in ((ax.yaxis, frame.index), (ax.xaxis, frame.columns)):
         step = -(-len(names) // 24)
         axis.set_ticks(range(0, len(names), step), list(names)[::step], fontsize=8)
-    ax.tick_params(axis="x", rotation=90, length=0); ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="x", rotation=90, length=0)
+    ax.tick_params(axis="y", length=0)
     ax.set(ylabel=frame.index.name or "", xlabel=frame.columns.name or "")
 
 
 def _write(ax, frame, numbers, color, form):
-    if not _numbered(frame, numbers): return
-    for (i, j), v in _cells(frame): ax.text(j, i, form.format(v), ha="center", va="center", fontsize=7, color=color(v))
+    if not _numbered(frame, numbers):
+        return
+    for (i, j), v in _cells(frame):
+        ax.text(j, i, form.format(v), ha="center", va="center", fontsize=7, color=color(v))
 
 
-def _cells(frame): return (((i, j), v) for i, row in enumerate(frame.values) for j, v in enumerate(row))
+def _cells(frame):
+    return (((i, j), v) for i, row in enumerate(frame.values) for j, v in enumerate(row))
 
 # %% ../nbs/method/10_analysis.ipynb #ab9a4aac
 def plot_before_after(
-    frame,               # rows (student, teacher's layer), columns the student's layers
-    limits=(0.0, 1.0),   # of the colour scale
-):                       # array of Axes: a heatmap for each student, and the change from first to last
+    frame,  # rows (student, teacher's layer), columns the student's layers
+    limits=(0.0, 1.0),  # of the colour scale
+):  # array of Axes: a heatmap for each student, and the change from first to last
     "What a method did to a student: its similarity with the teacher before, after, and the difference."
     names = list(dict.fromkeys(frame.index.get_level_values(0)))
     parts = [frame.xs(name, level=0) for name in names]
-    for part in parts: part.columns.name = part.columns.name or frame.columns.name
+    for part in parts:
+        part.columns.name = part.columns.name or frame.columns.name
     rows, columns = parts[0].shape
-    fig, axes = _plt().subplots(1, len(parts) + 1, figsize=((1.2 + 0.42 * columns) * (len(parts) + 1) + 1, 1.4 + 0.3 * rows), sharey=True, layout="constrained")
-    for ax, name, part in zip(axes, names, parts): plot_similarity(part, ax, bar=False, limits=limits, numbers=part.size <= 150, best=False).set_title(name)
+    fig, axes = _plt().subplots(
+        1,
+        len(parts) + 1,
+        figsize=((1.2 + 0.42 * columns) * (len(parts) + 1) + 1, 1.4 + 0.3 * rows),
+        sharey=True,
+        layout="constrained",
+    )
+    for ax, name, part in zip(axes, names, parts):
+        plot_similarity(part, ax, bar=False, limits=limits, numbers=part.size <= 150, best=False).set_title(name)
     change = parts[-1] - parts[0]
     top = max(abs(change.values).max(), 1e-9)
     image = axes[-1].imshow(change, cmap="PuOr_r", vmin=-top, vmax=top, origin="lower", aspect="auto")
     _label(axes[-1], change)
     _write(axes[-1], change, change.size <= 150, lambda v: "white" if abs(v) > 0.7 * top else "black", "{:+.2f}")
     axes[-1].set_title(f"{names[-1]} less {names[0]}")
-    for ax in axes[1:]: ax.set_ylabel("")
-    fig.colorbar(axes[0].images[0], ax=axes[:-1], label="CKA", pad=0.01); fig.colorbar(image, ax=axes[-1], label="change of CKA", pad=0.01)
+    for ax in axes[1:]:
+        ax.set_ylabel("")
+    fig.colorbar(axes[0].images[0], ax=axes[:-1], label="CKA", pad=0.01)
+    fig.colorbar(image, ax=axes[-1], label="change of CKA", pad=0.01)
     return axes
 
 # %% ../nbs/method/10_analysis.ipynb #7e66e94c
 @torch.no_grad()
 def gram_frame(
     networks: Mapping[str, nn.Module],  # by the name in the picture
-    images: Tensor,                     # (n, ...)
-    targets: Tensor,                    # (n,): samples are sorted by it
-    layer: str | Mapping[str, str],     # a path for all networks, or one for each name
+    images: Tensor,  # (n, ...)
+    targets: Tensor,  # (n,): samples are sorted by it
+    layer: str | Mapping[str, str],  # a path for all networks, or one for each name
     kernel="linear",
-):                                      # pandas.DataFrame (n, k n): index the classes, columns (network, sample)
+):  # pandas.DataFrame (n, k n): index the classes, columns (network, sample)
     "The centred Gram matrices of a layer in several networks, of unit norm, samples sorted by class."
     import pandas as pd
+
     order, blocks = targets.cpu().argsort(stable=True), {}
     for name, model in networks.items():
         path = layer if isinstance(layer, str) else layer[name]
-        with _evaluating(model), _Relations(unwrap(model), [path], [as_kernel(kernel)], BLOCK) as taps: k = taps(_place(model, images))[0][0]
+        with _evaluating(model), _Relations(unwrap(model), [path], [as_kernel(kernel)], BLOCK) as taps:
+            k = taps(_place(model, images))[0][0]
         k = center(k.cpu()[order][:, order])
-        if not k.isfinite().all(): raise ValueError(f"features of {name} are not finite at {path}")
-        blocks[name] = pd.DataFrame((k / k.norm().clamp_min(1e-300)).numpy(), index=pd.Index(targets.cpu()[order].numpy(), name="class"))
+        if not k.isfinite().all():
+            raise ValueError(f"features of {name} are not finite at {path}")
+        blocks[name] = pd.DataFrame(
+            (k / k.norm().clamp_min(1e-300)).numpy(), index=pd.Index(targets.cpu()[order].numpy(), name="class")
+        )
     return pd.concat(blocks, axis=1, names=["network", "sample"])
 
 
 def plot_grams(
     frame,  # of `gram_frame`
-):          # array of Axes, one a network
+):  # array of Axes, one a network
     "Gram matrices side by side: light where two images are alike for the network, dark where they are less alike than on average."
     names = list(dict.fromkeys(frame.columns.get_level_values(0)))
     off = frame.values.copy()
-    for i in range(len(names)): off[range(len(off)), range(i * len(off), (i + 1) * len(off))] = 0
+    for i in range(len(names)):
+        off[range(len(off)), range(i * len(off), (i + 1) * len(off))] = 0
     top = float(abs(off).max()) * 0.7 or 1.0
-    fig, axes = _plt().subplots(1, len(names), figsize=(2.7 * len(names) + 0.8, 2.9), sharey=True, layout="constrained", squeeze=False)
+    fig, axes = _plt().subplots(
+        1, len(names), figsize=(2.7 * len(names) + 0.8, 2.9), sharey=True, layout="constrained", squeeze=False
+    )
     starts = [i for i in range(len(frame)) if not i or frame.index[i] != frame.index[i - 1]]
     middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(frame)])]
     for ax, name in zip(axes[0], names):
         image = ax.imshow(frame[name], cmap="cividis", vmin=-top, vmax=top, interpolation="nearest")
         ax.set(title=name, xlabel="class of the image")
-        ax.set_xticks(middles, frame.index[starts], fontsize=8); ax.set_yticks(middles, frame.index[starts], fontsize=8)
+        ax.set_xticks(middles, frame.index[starts], fontsize=8)
+        ax.set_yticks(middles, frame.index[starts], fontsize=8)
         ax.tick_params(length=0)
-        for at in starts[1:]: ax.axhline(at - 0.5, color="white", linewidth=0.4); ax.axvline(at - 0.5, color="white", linewidth=0.4)
+        for at in starts[1:]:
+            ax.axhline(at - 0.5, color="white", linewidth=0.4)
+            ax.axvline(at - 0.5, color="white", linewidth=0.4)
     axes[0, 0].set_ylabel("class of the image")
     fig.colorbar(image, ax=axes, label="centred relation (unit norm)")
     return axes[0]
 
 # %% ../nbs/method/10_analysis.ipynb #2458d65f
 def plot_along(
-    frame,                  # long: a row for each epoch (and seed) of each group
+    frame,  # long: a row for each epoch (and seed) of each group
     x: str = "epoch",
     y: str = "similarity",
-    by: str = "method",     # the column that tells the lines apart
+    by: str = "method",  # the column that tells the lines apart
     ax=None,
-):                          # Axes
+):  # Axes
     "Lines along training, or along a parameter of a method; named at their ends."
     ax = ax if ax is not None else _plt().subplots(figsize=(6, 3.2), layout="constrained")[1]
     ends = []
@@ -485,8 +665,10 @@ def plot_along(
         ax.fill_between(line.index, line["min"], line["max"], color=style["color"], alpha=0.15, linewidth=0)
         ends.append((line["mean"].iloc[-1], line.index[-1], name, style["color"]))
     _name_ends(ax, sorted(ends))
-    if frame[x].dtype.kind == "i": ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel=x, ylabel=y); ax.spines[["top", "right"]].set_visible(False)
+    if frame[x].dtype.kind == "i":
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel=x, ylabel=y)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
@@ -496,17 +678,27 @@ def _name_ends(ax, ends):
     gap, at = 0.055 * (high - low), -math.inf
     for value, x, name, color in ends:
         at = max(value, at + gap)
-        ax.annotate(f" {name}", (x, value), (8, 0), xycoords=ax.transData, textcoords="offset points", va="center", fontsize=8, color=color) if at == value else \
-            ax.annotate(f" {name}", (x, at), (8, 0), textcoords="offset points", va="center", fontsize=8, color=color)
+        ax.annotate(
+            f" {name}",
+            (x, value),
+            (8, 0),
+            xycoords=ax.transData,
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=color,
+        ) if at == value else ax.annotate(
+            f" {name}", (x, at), (8, 0), textcoords="offset points", va="center", fontsize=8, color=color
+        )
 
 # %% ../nbs/method/10_analysis.ipynb #3c756067
 def plot_cost(
-    frame,                  # long: a row for each run
+    frame,  # long: a row for each run
     cost: str = "seconds",
     accuracy: str = "top1",
     by: str = "method",
     ax=None,
-):                          # Axes
+):  # Axes
     "Accuracy against cost; the stepped line is the best that can be had for the price."
     ax, means = _scatter(frame, cost, accuracy, by, ax)
     front = means.sort_values(cost)
@@ -515,21 +707,25 @@ def plot_cost(
 
 
 def plot_predicts(
-    frame,                     # long: a row for each run
+    frame,  # long: a row for each run
     similarity: str = "similarity",
     accuracy: str = "top1",
     by: str = "method",
     ax=None,
-):                             # Axes, the rank correlation over groups in its title
+):  # Axes, the rank correlation over groups in its title
     "Does similarity with the teacher go with accuracy? Groups are compared, for runs of one group are no new evidence."
     ax, means = _scatter(frame, similarity, accuracy, by, ax)
-    ax.set_title(f"Spearman's rank correlation {rank_correlation(means[similarity], means[accuracy]):+.2f} over {len(means)} groups", fontsize=9)
+    ax.set_title(
+        f"Spearman's rank correlation {rank_correlation(means[similarity], means[accuracy]):+.2f} over {len(means)} groups",
+        fontsize=9,
+    )
     return ax
 
 
 def rank_correlation(x, y) -> float:
     "Spearman's rank correlation; ties share their mean rank; NaN where either side is constant."
     import pandas as pd
+
     return float(pd.Series(list(x), dtype=float).rank().corr(pd.Series(list(y), dtype=float).rank()))
 
 
@@ -541,36 +737,60 @@ def _scatter(frame, x, y, by, ax):
         rows = frame[frame[by] == name]
         ax.scatter(rows[x], rows[y], s=14, alpha=0.6, linewidths=0, **look)
         ax.scatter(*means.loc[name], s=60, edgecolors="black", linewidths=0.6, **look)
-        left = int(means[x].rank(method="first")[name]) % 2 != len(means) % 2  # neighbours name themselves to different sides
-        ax.annotate(name, means.loc[name], (-6 if left else 6, 5), textcoords="offset points", ha="right" if left else "left", fontsize=8)
-    ax.set(xlabel=x, ylabel=f"{y} (%)" if y.startswith("top") else y); ax.margins(0.12); ax.spines[["top", "right"]].set_visible(False)
+        left = (
+            int(means[x].rank(method="first")[name]) % 2 != len(means) % 2
+        )  # neighbours name themselves to different sides
+        ax.annotate(
+            name,
+            means.loc[name],
+            (-6 if left else 6, 5),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=8,
+        )
+    ax.set(xlabel=x, ylabel=f"{y} (%)" if y.startswith("top") else y)
+    ax.margins(0.12)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax, means
 
 # %% ../nbs/method/10_analysis.ipynb #42616b25
 @torch.no_grad()
 def class_relations(
     networks: Mapping[str, nn.Module],  # the first is the teacher
-    loader,                             # as for `compare`
-    classes: Sequence[str],             # their names
-):                                      # pandas.DataFrame (P, k P): index the classes, columns (network, class)
+    loader,  # as for `compare`
+    classes: Sequence[str],  # their names
+):  # pandas.DataFrame (P, k P): index the classes, columns (network, class)
     "Correlation of every two classes' logits over the images, in several networks."
     import pandas as pd
+
     networks, logits = {name: unwrap(m) for name, m in networks.items()}, {name: [] for name in networks}
     with _evaluating(*networks.values()):
         for images in _batches(loader):
-            for name, model in networks.items(): logits[name].append(Taps(model)(_place(model, images)).logits.cpu().double())
+            for name, model in networks.items():
+                logits[name].append(Taps(model)(_place(model, images)).logits.cpu().double())
     tables = {name: torch.corrcoef(torch.cat(z).T) for name, z in logits.items()}
-    return pd.concat({name: pd.DataFrame(t.numpy(), list(classes), list(classes)) for name, t in tables.items()}, axis=1, names=["network", "class"])
+    return pd.concat(
+        {name: pd.DataFrame(t.numpy(), list(classes), list(classes)) for name, t in tables.items()},
+        axis=1,
+        names=["network", "class"],
+    )
 
 
 def plot_class_relations(
     frame,  # of `class_relations`
-):          # array of Axes, one for each network but the first
+):  # array of Axes, one for each network but the first
     "How each network relates the classes, less how the first one does; the mean absolute difference in the titles."
     names = list(dict.fromkeys(frame.columns.get_level_values(0)))
     differences = {name: frame[name] - frame[names[0]] for name in names[1:]}
     top = max(abs(d.values).max() for d in differences.values()) or 1.0
-    fig, axes = _plt().subplots(1, len(differences), figsize=(2.7 * len(differences) + 1.2, 3.2), sharey=True, layout="constrained", squeeze=False)
+    fig, axes = _plt().subplots(
+        1,
+        len(differences),
+        figsize=(2.7 * len(differences) + 1.2, 3.2),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
     for ax, (name, d) in zip(axes[0], differences.items()):
         image = ax.imshow(abs(d), cmap="cividis", vmin=0, vmax=top)
         d.index.name = d.columns.name = None

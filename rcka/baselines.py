@@ -20,16 +20,18 @@ def check_logits(student: Tensor, teacher: Tensor):
     "Two (n, classes) tensors of one shape, in float32 at least."
     student, teacher = as_real(student, "student_logits"), as_real(teacher, "teacher_logits")
     if student.dim() != 2 or student.shape != teacher.shape or 0 in student.shape:
-        raise ValueError(f"logits must be two (n, classes) tensors of one shape, got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}")
+        raise ValueError(
+            f"logits must be two (n, classes) tensors of one shape, got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        )
     return student, teacher
 
 
 @full_precision
 def kd_loss(
-    student_logits: Tensor,   # (n, classes)
-    teacher_logits: Tensor,   # (n, classes)
-    temperature: float = 4.0, # softens both
-) -> Tensor:                  # scalar, 0 at the optimum
+    student_logits: Tensor,  # (n, classes)
+    teacher_logits: Tensor,  # (n, classes)
+    temperature: float = 4.0,  # softens both
+) -> Tensor:  # scalar, 0 at the optimum
     "temperature^2 KL(teacher || student) of the softened probabilities, mean over samples (Hinton et al. 2015, section 2)."
     student, teacher = check_logits(student_logits, teacher_logits)
     log_p, log_q = (F.log_softmax(z / temperature, -1) for z in (student, teacher))
@@ -41,10 +43,12 @@ class KD(Method):
     """Knowledge distillation (Hinton, Vinyals, Dean 2015): weight * tau^2 KL(softmax(T / tau) || softmax(S / tau)).
 
     The cross-entropy has the factor `ce`; 0.1 and 0.9 are the usual pair on CIFAR-100."""
-    def __init__(self,
-        weight: float = 0.9,       # of the term
+
+    def __init__(
+        self,
+        weight: float = 0.9,  # of the term
         temperature: float = 4.0,  # tau
-        ce: float = 0.1,           # of the cross-entropy
+        ce: float = 0.1,  # of the cross-entropy
     ):
         super().__init__()
         self.weight, self.temperature, self.ce = weight, temperature, ce
@@ -58,7 +62,8 @@ def split_target(
     target: Tensor,  # (n,)
 ):
     "log p of the true class (n,), log of the rest (n,), and the mask (n, classes) of the true class with log-probabilities among the others."
-    if logits.shape[-1] < 2: raise ValueError(f"needs at least 2 classes to tell the true one from others, got {logits.shape[-1]}")
+    if logits.shape[-1] < 2:
+        raise ValueError(f"needs at least 2 classes to tell the true one from others, got {logits.shape[-1]}")
     mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, target[:, None], True)
     others = torch.logsumexp(logits.masked_fill(mask, -torch.inf), -1, keepdim=True)
     both = torch.cat([logits.gather(1, target[:, None]), others], 1).log_softmax(1)
@@ -67,13 +72,13 @@ def split_target(
 
 @full_precision
 def dkd_loss(
-    student_logits: Tensor,   # (n, classes)
-    teacher_logits: Tensor,   # (n, classes)
-    target: Tensor,           # (n,): the true classes
-    alpha: float = 1.0,       # weight of the target-class part
-    beta: float = 8.0,        # weight of the non-target-class part
-    temperature: float = 4.0, # softens both
-) -> Tensor:                  # scalar, 0 at the optimum
+    student_logits: Tensor,  # (n, classes)
+    teacher_logits: Tensor,  # (n, classes)
+    target: Tensor,  # (n,): the true classes
+    alpha: float = 1.0,  # weight of the target-class part
+    beta: float = 8.0,  # weight of the non-target-class part
+    temperature: float = 4.0,  # softens both
+) -> Tensor:  # scalar, 0 at the optimum
     "alpha TCKD + beta NCKD (Zhao et al. 2022), times temperature^2."
     student, teacher = check_logits(student_logits, teacher_logits)
     s, s_rest, mask = split_target(student / temperature, target)
@@ -85,6 +90,7 @@ def dkd_loss(
 # %% ../nbs/method/02_baselines.ipynb #fac76ab4
 class WarmUp:
     "Mixin: `self.warm` grows linearly to 1 over `self.warmup` epochs; 1 if nobody tells the epoch."
+
     warmup: int = 0
     warm: float = 1.0
 
@@ -97,11 +103,13 @@ class DKD(WarmUp, Method):
     """Decoupled knowledge distillation (Zhao et al., CVPR 2022): alpha TCKD + beta NCKD, times temperature^2.
 
     `beta` depends on the pair (2 to 8 on CIFAR-100): see `paper_args`. The term grows over `warmup` epochs."""
-    def __init__(self,
-        alpha: float = 1.0,        # target-class part
-        beta: float = 8.0,         # non-target-class part
+
+    def __init__(
+        self,
+        alpha: float = 1.0,  # target-class part
+        beta: float = 8.0,  # non-target-class part
         temperature: float = 4.0,  # softens both
-        warmup: int = 20,          # epochs
+        warmup: int = 20,  # epochs
     ):
         super().__init__()
         self.options, self.warmup = dict(alpha=alpha, beta=beta, temperature=temperature), warmup
@@ -111,24 +119,26 @@ class DKD(WarmUp, Method):
 
 # %% ../nbs/method/02_baselines.ipynb #2b431c0c
 def correlation(
-    x: Tensor,      # (..., m)
-    y: Tensor,      # (..., m)
+    x: Tensor,  # (..., m)
+    y: Tensor,  # (..., m)
     dim: int = -1,  # over what
 ) -> Tensor:
     "Pearson correlation along `dim`; 0 where either side is constant."
-    x, y = (z - z.narrow(dim, 0, 1).detach() for z in (x, y))  # a constant becomes an exact zero, not what rounding leaves of it
+    x, y = (
+        z - z.narrow(dim, 0, 1).detach() for z in (x, y)
+    )  # a constant becomes an exact zero, not what rounding leaves of it
     x, y = (unit(z - z.mean(dim, keepdim=True), dim) for z in (x, y))
     return (x * y).sum(dim)
 
 
 @full_precision
 def dist_loss(
-    student_logits: Tensor,   # (n, classes)
-    teacher_logits: Tensor,   # (n, classes)
-    beta: float = 1.0,        # weight of the correlation over classes
-    gamma: float = 1.0,       # weight of the correlation over samples
-    temperature: float = 4.0, # softens both
-) -> Tensor:                  # scalar, 0 at the optimum
+    student_logits: Tensor,  # (n, classes)
+    teacher_logits: Tensor,  # (n, classes)
+    beta: float = 1.0,  # weight of the correlation over classes
+    gamma: float = 1.0,  # weight of the correlation over samples
+    temperature: float = 4.0,  # softens both
+) -> Tensor:  # scalar, 0 at the optimum
     "beta (1 - correlation over classes) + gamma (1 - correlation over samples), times temperature^2 (Huang et al. 2022)."
     p, q = ((z / temperature).softmax(-1) for z in check_logits(student_logits, teacher_logits))
     inter, intra = (1 - correlation(p, q, dim).mean() for dim in (1, 0))
@@ -140,10 +150,12 @@ class DIST(Method):
     """Distillation from a stronger teacher (Huang et al., NeurIPS 2022): Pearson correlation of class probabilities, by sample and by class.
 
     The factor temperature^2 is in the authors' code, and `weight` 2 with temperature 4 (CIFAR-100) or 1 (ImageNet) belongs to it."""
-    def __init__(self,
-        weight: float = 2.0,       # of both parts
-        beta: float = 1.0,         # correlation over classes
-        gamma: float = 1.0,        # correlation over samples
+
+    def __init__(
+        self,
+        weight: float = 2.0,  # of both parts
+        beta: float = 1.0,  # correlation over classes
+        gamma: float = 1.0,  # correlation over samples
         temperature: float = 4.0,  # softens both
     ):
         super().__init__()
@@ -157,8 +169,8 @@ class DIST(Method):
 def weighted_mse(
     student_logits: Tensor,  # (n, classes)
     teacher_logits: Tensor,  # (n, classes)
-    weights: Tensor,         # (n, classes), rows sum to one
-) -> Tensor:                 # scalar
+    weights: Tensor,  # (n, classes), rows sum to one
+) -> Tensor:  # scalar
     "1/4 sum_jk w_j w_k (delta_j - delta_k)^2 with delta = teacher - student, mean over samples (Cui et al. 2023)."
     student, teacher = check_logits(student_logits, teacher_logits)
     delta, weights = teacher - student, as_real(weights, "weights")
@@ -172,29 +184,39 @@ class IKLKD(WarmUp, Method):
 
     The paper writes soft cross-entropy where KL stands; they differ by the teacher's entropy, which has no gradient.
     With `by_class` the mean probabilities by class are part of the state, made by `build` from the number of classes."""
-    def __init__(self,
-        alpha: float = 1.0,               # weight of the KL part
-        beta: float = 8.0,                # weight of the squared error
-        temperature: float = 4.0,         # of the KL part
-        weight_temperature: float = 100., # of the weights in the squared error
-        by_class: bool = False,           # weights from the class's mean probabilities instead of the sample's own
-        warmup: int = 20,                 # epochs
+
+    def __init__(
+        self,
+        alpha: float = 1.0,  # weight of the KL part
+        beta: float = 8.0,  # weight of the squared error
+        temperature: float = 4.0,  # of the KL part
+        weight_temperature: float = 100.0,  # of the weights in the squared error
+        by_class: bool = False,  # weights from the class's mean probabilities instead of the sample's own
+        warmup: int = 20,  # epochs
     ):
         super().__init__()
         self.alpha, self.beta, self.temperature, self.weight_temperature = alpha, beta, temperature, weight_temperature
         self.by_class, self.warmup = by_class, warmup
 
     def build(self, student, teacher, *, head=None, targets=None):
-        if not self.by_class: return
+        if not self.by_class:
+            return
         z = as_real(teacher.logits, "teacher_logits")
-        self.register_buffer("sums", z.new_zeros(z.shape[-1], z.shape[-1]))  # row: sum of the weights of a class's samples
+        self.register_buffer(
+            "sums", z.new_zeros(z.shape[-1], z.shape[-1])
+        )  # row: sum of the weights of a class's samples
 
     def weights(self, logits, target):
         "(n, classes): rows sum to one."
         p = (as_real(logits, "teacher_logits").detach() / self.weight_temperature).softmax(-1)
-        if not self.by_class: return p
-        if not hasattr(self, "sums"): raise RuntimeError("ikl_kd with by_class=True keeps one row a class: call method.build(student, teacher) first")
-        if self.training: self.sums.index_add_(0, target, p.to(self.sums.dtype))
+        if not self.by_class:
+            return p
+        if not hasattr(self, "sums"):
+            raise RuntimeError(
+                "ikl_kd with by_class=True keeps one row a class: call method.build(student, teacher) first"
+            )
+        if self.training:
+            self.sums.index_add_(0, target, p.to(self.sums.dtype))
         rows = self.sums[target]
         seen = rows.sum(-1, keepdim=True)
         return torch.where(seen > 0, rows / torch.where(seen > 0, seen, torch.ones_like(seen)), p)
@@ -207,12 +229,12 @@ class IKLKD(WarmUp, Method):
 # %% ../nbs/method/02_baselines.ipynb #f7e9e48e
 @full_precision
 def nkd_loss(
-    student_logits: Tensor,   # (n, classes)
-    teacher_logits: Tensor,   # (n, classes)
-    target: Tensor,           # (n,): the true classes
-    gamma: float = 1.5,       # weight of the other classes
-    temperature: float = 1.0, # of the other classes
-) -> Tensor:                  # scalar
+    student_logits: Tensor,  # (n, classes)
+    teacher_logits: Tensor,  # (n, classes)
+    target: Tensor,  # (n,): the true classes
+    gamma: float = 1.5,  # weight of the other classes
+    temperature: float = 1.0,  # of the other classes
+) -> Tensor:  # scalar
     "Soft label of the true class, and normalised others (Yang et al. 2023)."
     student, teacher = check_logits(student_logits, teacher_logits)
     (s, *_), (t, *_) = split_target(student, target), split_target(teacher, target)
@@ -227,9 +249,11 @@ class NKD(Method):
     """Normalised knowledge distillation (Yang et al., "From knowledge distillation to self-knowledge distillation", ICCV 2023).
 
     -p_t^T log p_t^S - gamma temperature^2 sum of the others' soft cross-entropy, beside the plain cross-entropy."""
-    def __init__(self,
-        weight: float = 1.0,       # of both parts
-        gamma: float = 1.5,        # of the other classes
+
+    def __init__(
+        self,
+        weight: float = 1.0,  # of both parts
+        gamma: float = 1.5,  # of the other classes
         temperature: float = 1.0,  # of the other classes
     ):
         super().__init__()
@@ -241,36 +265,51 @@ class NKD(Method):
 # %% ../nbs/method/02_baselines.ipynb #1bf10cd7
 class FeatureMethod(Method):
     """A method that compares pairs of features. Subclasses set `stages` and write `terms`; `connector` is for those that learn something."""
+
     stages: tuple | str | None = None  # positions, or "pooled"; None is all but the stem
-    connects = False                   # has connectors, made by `build`
+    connects = False  # has connectors, made by `build`
 
     def wants(self, layers: Layers) -> list[str]:
-        if self.stages == "pooled": return [need(layers.pooled, "pooled", self.name)]
-        if self.stages is None: return list(need(layers.stages[1:], "stages", self.name))
+        if self.stages == "pooled":
+            return [need(layers.pooled, "pooled", self.name)]
+        if self.stages is None:
+            return list(need(layers.stages[1:], "stages", self.name))
         if not all(-len(layers.stages) <= i < len(layers.stages) for i in self.stages):
-            raise ValueError(f"{self.name} compares stages {self.stages}, but the network has {len(layers.stages)}, stem included: {', '.join(layers.stages)}")
+            raise ValueError(
+                f"{self.name} compares stages {self.stages}, but the network has {len(layers.stages)}, stem included: {', '.join(layers.stages)}"
+            )
         return [layers.stages[i] for i in self.stages]
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
         "Features of both networks, deepest with deepest, in float32 at least. The teacher's carry no gradient."
         if not student.features or not teacher.features:
-            raise ValueError(f"{self.name} compares features; got {len(student.features)} of the student and {len(teacher.features)} of the teacher. Ask method.wants(layers) which")
+            raise ValueError(
+                f"{self.name} compares features; got {len(student.features)} of the student and {len(teacher.features)} of the teacher. Ask method.wants(layers) which"
+            )
         n = min(len(student.features), len(teacher.features))
         pairs = list(zip(student.features[-n:], teacher.features[-n:]))
         for s, t in pairs:
-            if len(s) != len(t): raise ValueError(f"{self.name}: the batches differ, student {tuple(s.shape)} and teacher {tuple(t.shape)}")
+            if len(s) != len(t):
+                raise ValueError(
+                    f"{self.name}: the batches differ, student {tuple(s.shape)} and teacher {tuple(t.shape)}"
+                )
         return [(as_real(s, "student feature"), as_real(t, "teacher feature").detach()) for s, t in pairs]
 
     def built(self):
         "The connectors; an error if there are none yet, since an optimiser made before them would never train them."
         if not hasattr(self, "connectors"):
-            raise RuntimeError(f"{self.name} has parameters of its own: call method.build(student_outputs, teacher_outputs, head=..., targets=...) before making the optimiser")
+            raise RuntimeError(
+                f"{self.name} has parameters of its own: call method.build(student_outputs, teacher_outputs, head=..., targets=...) before making the optimiser"
+            )
         return self.connectors
 
     def build(self, student, teacher, *, head=None, targets=None):
-        if not self.connects: return
+        if not self.connects:
+            return
         pairs = self.pairs(student, teacher)
-        self.connectors = torch.nn.ModuleList(self.connector(s, t) for s, t in pairs).to(pairs[0][0].device, pairs[0][0].dtype)
+        self.connectors = torch.nn.ModuleList(self.connector(s, t) for s, t in pairs).to(
+            pairs[0][0].device, pairs[0][0].dtype
+        )
 
     def connector(self, student: Tensor, teacher: Tensor) -> torch.nn.Module:
         "What is learnt for one pair of features of these shapes."
@@ -279,14 +318,16 @@ class FeatureMethod(Method):
 
 def need(found, what: str, method: str):
     "`found`, or an error that says which field of `Layers` is empty."
-    if not found: raise ValueError(f"{method} needs layers.{what}, and this network's is empty")
+    if not found:
+        raise ValueError(f"{method} needs layers.{what}, and this network's is empty")
     return found
 
 # %% ../nbs/method/02_baselines.ipynb #9ff71a14
 def check_samples(student: Tensor, teacher: Tensor):
     "Two sets of flattened features (n, p) and (n, q) of the same samples, in float32 at least."
     student, teacher = as_features(student, "student"), as_features(teacher, "teacher")
-    if len(student) != len(teacher): raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
+    if len(student) != len(teacher):
+        raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
     return student, teacher
 
 
@@ -294,7 +335,7 @@ def check_samples(student: Tensor, teacher: Tensor):
 def sp_loss(
     student: Tensor,  # (n, ...): features
     teacher: Tensor,  # (n, ...): features of the same samples
-) -> Tensor:          # scalar, 0 at the optimum
+) -> Tensor:  # scalar, 0 at the optimum
     "Squared difference of row-normalised Gram matrices over n^2 (Tung and Mori 2019)."
     g, h = (unit(x @ x.mT) for x in check_samples(student, teacher))
     return (g - h).square().mean()
@@ -303,9 +344,11 @@ def sp_loss(
 @register("sp")
 class SP(FeatureMethod):
     "Similarity-preserving distillation (Tung and Mori, ICCV 2019): weight * |row-normalised Gram difference|^2 / n^2 of the last feature map."
-    def __init__(self,
+
+    def __init__(
+        self,
         weight: float = 3000.0,  # of the term
-        stages=(-1,),            # which of the network's stages; their losses are summed
+        stages=(-1,),  # which of the network's stages; their losses are summed
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
@@ -318,7 +361,7 @@ class SP(FeatureMethod):
 def rkd_losses(
     student: Tensor,  # (n, ...): features
     teacher: Tensor,  # (n, ...): features of the same samples
-):                    # two scalars: distance, angle; 0 at the optimum
+):  # two scalars: distance, angle; 0 at the optimum
     "Huber losses of relative distances and of cosines of angles (Park et al. 2019)."
     relations = [_relations(x) for x in check_samples(student, teacher)]
     return tuple(F.smooth_l1_loss(s, t) for s, t in zip(*relations))
@@ -337,10 +380,12 @@ def _relations(x: Tensor):
 @register("rkd")
 class RKD(FeatureMethod):
     "Relational knowledge distillation (Park et al., CVPR 2019): distance * Huber(relative distances) + angle * Huber(cosines) of the pooled features."
-    def __init__(self,
+
+    def __init__(
+        self,
         distance: float = 25.0,  # weight of the distances
-        angle: float = 50.0,     # weight of the angles
-        stages="pooled",         # or positions of stages; their losses are summed
+        angle: float = 50.0,  # weight of the angles
+        stages="pooled",  # or positions of stages; their losses are summed
     ):
         super().__init__()
         self.weights, self.stages = (distance, angle), stages
@@ -352,10 +397,10 @@ class RKD(FeatureMethod):
 # %% ../nbs/method/02_baselines.ipynb #f7af55d0
 @full_precision
 def pkt_loss(
-    student: Tensor,     # (n, ...): features
-    teacher: Tensor,     # (n, ...): features of the same samples
-    eps: float = 1e-7,   # keeps the logarithm finite
-) -> Tensor:             # scalar, 0 at the optimum
+    student: Tensor,  # (n, ...): features
+    teacher: Tensor,  # (n, ...): features of the same samples
+    eps: float = 1e-7,  # keeps the logarithm finite
+) -> Tensor:  # scalar, 0 at the optimum
     "KL divergence of cosine-similarity neighbourhoods, mean over pairs (Passalis and Tefas 2018)."
     p, q = ((unit(x) @ unit(x).mT + 1) / 2 for x in check_samples(student, teacher))
     p, q = (x / x.sum(1, keepdim=True) for x in (p, q))
@@ -365,9 +410,11 @@ def pkt_loss(
 @register("pkt")
 class PKT(FeatureMethod):
     "Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018): weight * KL of neighbourhoods of the pooled features, mean over pairs."
-    def __init__(self,
+
+    def __init__(
+        self,
         weight: float = 30000.0,  # of the term
-        stages="pooled",          # or positions of stages; their losses are summed
+        stages="pooled",  # or positions of stages; their losses are summed
     ):
         super().__init__()
         self.weight, self.stages = weight, stages

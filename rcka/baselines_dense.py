@@ -19,9 +19,11 @@ __all__ = ['Mimic', 'pkd_loss', 'PKD', 'box_weights', 'attention', 'fgd_focal', 
 @register("mimic")
 class Mimic(DenseMethod):
     "Hints on feature maps (Romero et al., ICLR 2015): weight * mean squared error, summed over levels. The weight is ours; a student's map of another size is resized to the teacher's."
-    def __init__(self,
+
+    def __init__(
+        self,
         weight: float = 1.0,  # of the term
-        stages=None,          # positions of the levels; None is the first four
+        stages=None,  # positions of the levels; None is the first four
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
@@ -34,11 +36,13 @@ class Mimic(DenseMethod):
 def pkd_loss(
     student: Tensor,  # (B, C, H, W)
     teacher: Tensor,  # (B, C, U, V); the student's map is resized to this size
-) -> Tensor:          # scalar, 0 at the optimum
+) -> Tensor:  # scalar, 0 at the optimum
     "1 - Pearson correlation of each channel over batch and places, mean over channels (Cao et al. 2022). A constant channel has correlation 0 and no gradient."
     size, dims = teacher.shape[-2:], (0, 2, 3)
     student, teacher = (as_real(x, who) for x, who in ((student, "student"), (teacher, "teacher")))
-    shifted = (_resized(x - x[:1, :, :1, :1].detach(), size) for x in (student, teacher))  # a constant becomes an exact zero
+    shifted = (
+        _resized(x - x[:1, :, :1, :1].detach(), size) for x in (student, teacher)
+    )  # a constant becomes an exact zero
     s, t = (unit(x - x.mean(dims, keepdim=True), dims) for x in shifted)
     return 1 - (s * t).sum(dims).mean()
 
@@ -48,9 +52,11 @@ class PKD(DenseMethod):
     """Distillation by Pearson correlation (Cao et al., NeurIPS 2022): weight * (1 - correlation of channels), summed over levels.
 
     Published weights: 6 for Faster R-CNN, 10 for RetinaNet, on levels 0 to 3."""
-    def __init__(self,
+
+    def __init__(
+        self,
         weight: float = 6.0,  # of the term
-        stages=None,          # positions of the levels; None is the first four
+        stages=None,  # positions of the levels; None is the first four
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
@@ -60,18 +66,21 @@ class PKD(DenseMethod):
 
 # %% ../nbs/method/02c_baselines_dense.ipynb #0fcc8979
 def box_weights(
-    boxes: list[Tensor],           # one (boxes, 4) tensor an image: x0, y0, x1, y1 in pixels of the network's input
-    input_size: tuple[int, int],   # height and width of that input, padding included
-    map_size: tuple[int, int],     # height and width of the feature map
-) -> tuple[Tensor, Tensor]:        # foreground and background weights, (images, height, width) each
+    boxes: list[Tensor],  # one (boxes, 4) tensor an image: x0, y0, x1, y1 in pixels of the network's input
+    input_size: tuple[int, int],  # height and width of that input, padding included
+    map_size: tuple[int, int],  # height and width of the feature map
+) -> tuple[Tensor, Tensor]:  # foreground and background weights, (images, height, width) each
     "Weights of the places of a map (Yang et al. 2022, eq. 3): 1 / area of the smallest box around it, or 1 / number of background places."
     h, w = map_size
     masks = []
     for b in boxes:
-        if b.dim() != 2 or b.shape[1] != 4: raise ValueError(f"boxes must be (boxes, 4), got {tuple(b.shape)}")
+        if b.dim() != 2 or b.shape[1] != 4:
+            raise ValueError(f"boxes must be (boxes, 4), got {tuple(b.shape)}")
         b = b.float() * b.new_tensor([w / input_size[1], h / input_size[0]] * 2, dtype=torch.float)
         first, last = b[:, :2].floor(), b[:, 2:].ceil()  # cells, both ends included, as in the authors' code
-        inside = lambda axis, n: (lambda i: (i >= first[:, axis, None]) & (i <= last[:, axis, None]))(torch.arange(n, device=b.device))
+        inside = lambda axis, n: (lambda i: (i >= first[:, axis, None]) & (i <= last[:, axis, None]))(
+            torch.arange(n, device=b.device)
+        )
         cells = inside(1, h)[:, :, None] & inside(0, w)[:, None, :]  # (boxes, h, w)
         area = (last - first + 1).clamp_min(1).prod(1)
         masks.append((cells / area[:, None, None]).amax(0) if len(b) else b.new_zeros(h, w, dtype=torch.float))
@@ -81,8 +90,8 @@ def box_weights(
 
 # %% ../nbs/method/02c_baselines_dense.ipynb #9bd9da43
 def attention(
-    x: Tensor,            # (B, C, H, W)
-    temperature: float,   # of both softmaxes
+    x: Tensor,  # (B, C, H, W)
+    temperature: float,  # of both softmaxes
 ) -> tuple[Tensor, Tensor]:  # of places (B, H, W) and of channels (B, C), mean 1
     "Spatial and channel attention (Yang et al. 2022, eq. 4 to 7)."
     size = x.abs()
@@ -93,14 +102,16 @@ def attention(
 
 @full_precision
 def fgd_focal(
-    student: Tensor,     # (B, C, H, W)
-    teacher: Tensor,     # (B, C, H, W)
+    student: Tensor,  # (B, C, H, W)
+    teacher: Tensor,  # (B, C, H, W)
     foreground: Tensor,  # (B, H, W): weights of the places inside boxes, 0 elsewhere
     background: Tensor,  # (B, H, W): weights of the others
-    alpha: float,        # of the foreground
-    beta: float,         # of the background
+    alpha: float,  # of the foreground
+    beta: float,  # of the background
     temperature: float,  # of the attention
-) -> tuple[Tensor, Tensor]:  # two scalars: weighted squared difference of the maps, absolute difference of the attentions
+) -> tuple[
+    Tensor, Tensor
+]:  # two scalars: weighted squared difference of the maps, absolute difference of the attentions
     "Focal part of FGD, sums over places and channels, mean over samples (Yang et al. 2022, eq. 8 and 9)."
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
     (places, channels), (places_t, channels_t) = attention(student, temperature), attention(teacher, temperature)
@@ -111,13 +122,17 @@ def fgd_focal(
 # %% ../nbs/method/02c_baselines_dense.ipynb #2563a7af
 class ContextBlock(nn.Module):
     "Global context added to every place of (B, C, H, W) (Cao et al. 2019, GcNet)."
+
     def __init__(self, channels: int):
         super().__init__()
         inner = max(1, channels // 2)
         self.weigh = nn.Conv2d(channels, 1, 1)
-        self.change = nn.Sequential(nn.Linear(channels, inner), nn.LayerNorm(inner), nn.ReLU(), nn.Linear(inner, channels))
+        self.change = nn.Sequential(
+            nn.Linear(channels, inner), nn.LayerNorm(inner), nn.ReLU(), nn.Linear(inner, channels)
+        )
         nn.init.kaiming_normal_(self.weigh.weight)
-        for p in (self.weigh.bias, *self.change[-1].parameters()): nn.init.zeros_(p)
+        for p in (self.weigh.bias, *self.change[-1].parameters()):
+            nn.init.zeros_(p)
 
     def forward(self, x):
         weights = self.weigh(x).flatten(1).softmax(1)  # (B, places)
@@ -134,10 +149,17 @@ def fgd_global(student: Tensor, teacher: Tensor, of_student: nn.Module, of_teach
 # %% ../nbs/method/02c_baselines_dense.ipynb #6437ef37
 def boxes_of(target, images: int):
     "Boxes of each image and the one input size, from a list of dicts."
-    if not isinstance(target, (list, tuple)) or len(target) != images or not all("boxes" in t and "input_size" in t for t in target):
-        raise ValueError(f"fgd needs a target for each of the {images} images: a list of dicts with 'boxes', (boxes, 4) in pixels of the network's input, and 'input_size', its (height, width)")
+    if (
+        not isinstance(target, (list, tuple))
+        or len(target) != images
+        or not all("boxes" in t and "input_size" in t for t in target)
+    ):
+        raise ValueError(
+            f"fgd needs a target for each of the {images} images: a list of dicts with 'boxes', (boxes, 4) in pixels of the network's input, and 'input_size', its (height, width)"
+        )
     sizes = {tuple(int(x) for x in t["input_size"]) for t in target}
-    if len(sizes) > 1: raise ValueError(f"the images of a batch are padded to one input_size, got {sorted(sizes)}")
+    if len(sizes) > 1:
+        raise ValueError(f"the images of a batch are padded to one input_size, got {sorted(sizes)}")
     return [t["boxes"] for t in target], sizes.pop()
 
 
@@ -147,19 +169,22 @@ class FGD(DenseMethod):
 
     Published alpha, beta, gamma, lambda, temperature: RetinaNet 1e-3, 5e-4, 5e-4, 5e-6, 0.5 (the defaults) and FCOS 1.6e-3, 8e-4, 8e-4, 8e-6, 0.8, both on all five levels; two-stage detectors 5e-5, 2.5e-5, 5e-5, 5e-7, 0.5 on levels 0 to 3.
     `target` is a list of dicts with "boxes" (x0, y0, x1, y1 in pixels of the network's input) and "input_size" (height, width of that input, padding included)."""
-    def __init__(self,
-        alpha: float = 1e-3,         # of the foreground
-        beta: float = 5e-4,          # of the background
-        gamma: float = 5e-4,         # of the attention
-        relation: float = 5e-6,      # of the global part: the paper's lambda
-        temperature: float = 0.5,    # of the attention
-        stages=None,                 # positions of the levels; None is all
+
+    def __init__(
+        self,
+        alpha: float = 1e-3,  # of the foreground
+        beta: float = 5e-4,  # of the background
+        gamma: float = 5e-4,  # of the attention
+        relation: float = 5e-6,  # of the global part: the paper's lambda
+        temperature: float = 0.5,  # of the attention
+        stages=None,  # positions of the levels; None is all
     ):
         super().__init__()
         self.options, self.gamma, self.relation = dict(alpha=alpha, beta=beta, temperature=temperature), gamma, relation
         self.stages, self.blocks = stages, None
 
-    def wants(self, layers): return list(layers.stages) if self.stages is None else super().wants(layers)
+    def wants(self, layers):
+        return list(layers.stages) if self.stages is None else super().wants(layers)
 
     def build(self, student, teacher, *, head=None, targets=None):
         super().build(student, teacher)
@@ -168,7 +193,10 @@ class FGD(DenseMethod):
         self.blocks = nn.ModuleList(block(t) for t in teacher.features).to(first.device, first.dtype)
 
     def terms(self, student, teacher, target, index=None):
-        if self.blocks is None: raise RuntimeError("fgd has parameters of its own: call method.build(student_outputs, teacher_outputs) before making the optimiser")
+        if self.blocks is None:
+            raise RuntimeError(
+                "fgd has parameters of its own: call method.build(student_outputs, teacher_outputs) before making the optimiser"
+            )
         boxes, input_size = boxes_of(target, len(teacher.features[0]))
         totals = [0, 0, 0]
         for (s, t), blocks in zip(self.maps(student, teacher), self.blocks, strict=True):
@@ -176,30 +204,44 @@ class FGD(DenseMethod):
             weights = (w.to(t.device) for w in box_weights(boxes, input_size, t.shape[-2:]))
             parts = *fgd_focal(s, t, *weights, **self.options), fgd_global(s, t, *blocks)
             totals = [a + b for a, b in zip(totals, parts)]
-        return dict(zip(("fgd_focal", "fgd_attention", "fgd_global"), (totals[0], self.gamma * totals[1], self.relation * totals[2])))
+        return dict(
+            zip(
+                ("fgd_focal", "fgd_attention", "fgd_global"),
+                (totals[0], self.gamma * totals[1], self.relation * totals[2]),
+            )
+        )
 
 # %% ../nbs/method/02c_baselines_dense.ipynb #d199e8be
 def class_rows(student, teacher, form: str):
     "Two sets of logits as (rows, classes) of one shape, float32 at least."
-    if student is None or teacher is None: raise ValueError("this method compares class logits: Outputs.logits must be (rows, classes) or (B, classes, H, W) of both networks")
-    if form not in ("softmax", "sigmoid"): raise ValueError(f"unknown form {form!r}: use softmax (two-stage heads, segmentation) or sigmoid (RetinaNet, FCOS)")
+    if student is None or teacher is None:
+        raise ValueError(
+            "this method compares class logits: Outputs.logits must be (rows, classes) or (B, classes, H, W) of both networks"
+        )
+    if form not in ("softmax", "sigmoid"):
+        raise ValueError(
+            f"unknown form {form!r}: use softmax (two-stage heads, segmentation) or sigmoid (RetinaNet, FCOS)"
+        )
     student, teacher = as_real(student, "student_logits"), as_real(teacher, "teacher_logits")
     if student.dim() < 2 or student.shape != teacher.shape or 0 in student.shape:
-        raise ValueError(f"class logits must be two tensors of one shape, (rows, classes) or (B, classes, H, W), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}")
+        raise ValueError(
+            f"class logits must be two tensors of one shape, (rows, classes) or (B, classes, H, W), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        )
     return (x.movedim(1, -1).flatten(0, -2) for x in (student, teacher))
 
 
 @full_precision
 def dense_kd_loss(
-    student_logits: Tensor,     # (rows, classes) or (B, classes, H, W)
-    teacher_logits: Tensor,     # the same shape
-    form: str = "softmax",      # or "sigmoid", for heads that score each class by itself
-    temperature: float = 1.0,   # softens both
-) -> Tensor:                    # scalar, 0 at the optimum
+    student_logits: Tensor,  # (rows, classes) or (B, classes, H, W)
+    teacher_logits: Tensor,  # the same shape
+    form: str = "softmax",  # or "sigmoid", for heads that score each class by itself
+    temperature: float = 1.0,  # softens both
+) -> Tensor:  # scalar, 0 at the optimum
     "temperature^2 KL(teacher || student): mean over rows for softmax; sum over rows and classes, over the teacher's foreground, for sigmoid."
     student, teacher = class_rows(student_logits, teacher_logits, form)
     s, t = student / temperature, teacher / temperature
-    if form == "softmax": return temperature**2 * F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True)
+    if form == "softmax":
+        return temperature**2 * F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True)
     q = t.sigmoid()
     divergence = q * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - q) * (F.logsigmoid(-t) - F.logsigmoid(-s))
     return temperature**2 * divergence.sum() / teacher.amax(-1).sigmoid().sum().clamp_min(1)
@@ -208,11 +250,13 @@ def dense_kd_loss(
 @register("dense_kd")
 class DenseKD(Method):
     "Knowledge distillation of class logits of many places (Hinton et al. 2015; class by class as in Yang et al., ICCV 2023): weight * dense_kd_loss. Weight and temperature are ours."
+
     dense = wants_logits = True
 
-    def __init__(self,
-        weight: float = 1.0,       # of the term
-        form: str = "softmax",     # or "sigmoid", for RetinaNet and FCOS
+    def __init__(
+        self,
+        weight: float = 1.0,  # of the term
+        form: str = "softmax",  # or "sigmoid", for RetinaNet and FCOS
         temperature: float = 1.0,  # softens both
     ):
         super().__init__()
@@ -224,15 +268,18 @@ class DenseKD(Method):
 # %% ../nbs/method/02c_baselines_dense.ipynb #175fe3a5
 @full_precision
 def dense_dist_loss(
-    student_logits: Tensor,     # (rows, classes) or (B, classes, H, W)
-    teacher_logits: Tensor,     # the same shape
-    beta: float = 1.0,          # weight of the correlation over classes
-    gamma: float = 1.0,         # weight of the correlation over rows
-    form: str = "softmax",      # or "sigmoid", for heads that score each class by itself
-    temperature: float = 1.0,   # softens both
-) -> Tensor:                    # scalar, 0 at the optimum
+    student_logits: Tensor,  # (rows, classes) or (B, classes, H, W)
+    teacher_logits: Tensor,  # the same shape
+    beta: float = 1.0,  # weight of the correlation over classes
+    gamma: float = 1.0,  # weight of the correlation over rows
+    form: str = "softmax",  # or "sigmoid", for heads that score each class by itself
+    temperature: float = 1.0,  # softens both
+) -> Tensor:  # scalar, 0 at the optimum
     "beta (1 - correlation over classes) + gamma (1 - correlation over rows), times temperature^2 (Huang et al. 2022)."
-    p, q = (getattr(torch, form)(x / temperature, **({"dim": -1} if form == "softmax" else {})) for x in class_rows(student_logits, teacher_logits, form))
+    p, q = (
+        getattr(torch, form)(x / temperature, **({"dim": -1} if form == "softmax" else {}))
+        for x in class_rows(student_logits, teacher_logits, form)
+    )
     by_class, by_row = (1 - correlation(p, q, dim).mean() for dim in (1, 0))
     return temperature**2 * (beta * by_class + gamma * by_row)
 
@@ -240,13 +287,15 @@ def dense_dist_loss(
 @register("dense_dist")
 class DenseDIST(Method):
     "DIST (Huang et al., NeurIPS 2022) on class logits of many places: weight * dense_dist_loss. Weights 1 and temperature 1, as in the code released with the paper of this book."
+
     dense = wants_logits = True
 
-    def __init__(self,
-        weight: float = 1.0,       # of both parts
-        beta: float = 1.0,         # correlation over classes
-        gamma: float = 1.0,        # correlation over rows
-        form: str = "softmax",     # or "sigmoid", for RetinaNet and FCOS
+    def __init__(
+        self,
+        weight: float = 1.0,  # of both parts
+        beta: float = 1.0,  # correlation over classes
+        gamma: float = 1.0,  # correlation over rows
+        form: str = "softmax",  # or "sigmoid", for RetinaNet and FCOS
         temperature: float = 1.0,  # softens both
     ):
         super().__init__()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .baselines import FeatureMethod, WarmUp, check_samples, need, unit
 from .losses import Outputs, register
-from .similarity import as_features, as_real, cka, full_precision
+from .similarity import as_real, cka, full_precision
 
 # %% auto #0
 __all__ = ['check_maps', 'pooled_to', 'same_size', 'regressor', 'MapMethod', 'FitNet', 'at_loss', 'AT', 'nst_loss', 'NST',
@@ -23,16 +23,22 @@ __all__ = ['check_maps', 'pooled_to', 'same_size', 'regressor', 'MapMethod', 'Fi
 def check_maps(student: Tensor, teacher: Tensor):
     "Two feature maps (n, C, H, W) and (n, D, U, V) of the same samples, in float32 at least."
     for who, x in (("student", student), ("teacher", teacher)):
-        if x.dim() != 4: raise ValueError(f"this method compares feature maps (n, channels, height, width), got {tuple(x.shape)} of the {who}. For other shapes use fcka, sp, rkd or a method on logits")
-    if len(student) != len(teacher): raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
+        if x.dim() != 4:
+            raise ValueError(
+                f"this method compares feature maps (n, channels, height, width), got {tuple(x.shape)} of the {who}. For other shapes use fcka, sp, rkd or a method on logits"
+            )
+    if len(student) != len(teacher):
+        raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
     return as_real(student, "student"), as_real(teacher, "teacher")
 
 
 def pooled_to(x: Tensor, size) -> Tensor:
     "Average `x` (n, C, H, W) down to `size`. Whole windows where they fit, since their gradient is deterministic on a GPU."
     (h, w), (a, b) = x.shape[-2:], size
-    if (h, w) == (a, b): return x
-    if h % a == 0 and w % b == 0: return F.avg_pool2d(x, (h // a, w // b))
+    if (h, w) == (a, b):
+        return x
+    if h % a == 0 and w % b == 0:
+        return F.avg_pool2d(x, (h // a, w // b))
     return F.adaptive_avg_pool2d(x, (a, b))
 
 
@@ -45,34 +51,45 @@ def same_size(x: Tensor, y: Tensor):
 def regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
     "Convolution to the teacher's channels and size, batch normalisation, ReLU: the shapes of the CRD repository."
     (c, h, w), (d, u, v) = student.shape[1:], teacher.shape[1:]
-    if (h, w) == (2 * u, 2 * v): conv = [nn.Conv2d(c, d, 3, stride=2, padding=1)]
-    elif (2 * h, 2 * w) == (u, v): conv = [nn.ConvTranspose2d(c, d, 4, stride=2, padding=1)]
-    elif h >= u and w >= v: conv = [nn.Conv2d(c, d, (1 + h - u, 1 + w - v))]
-    else: conv = [nn.Upsample((u, v)), nn.Conv2d(c, d, 1)]
+    if (h, w) == (2 * u, 2 * v):
+        conv = [nn.Conv2d(c, d, 3, stride=2, padding=1)]
+    elif (2 * h, 2 * w) == (u, v):
+        conv = [nn.ConvTranspose2d(c, d, 4, stride=2, padding=1)]
+    elif h >= u and w >= v:
+        conv = [nn.Conv2d(c, d, (1 + h - u, 1 + w - v))]
+    else:
+        conv = [nn.Upsample((u, v)), nn.Conv2d(c, d, 1)]
     return nn.Sequential(*conv, nn.BatchNorm2d(d), nn.ReLU())
 
 
 class MapMethod(FeatureMethod):
     "A method that compares pairs of feature maps."
-    def pairs(self, student, teacher): return [check_maps(s, t) for s, t in super().pairs(student, teacher)]
+
+    def pairs(self, student, teacher):
+        return [check_maps(s, t) for s, t in super().pairs(student, teacher)]
 
 
 @register("fitnet")
 class FitNet(MapMethod):
     "Hints (Romero et al., ICLR 2015): weight * mean squared error between the regressed student map and the teacher's, at one stage."
+
     connects = True
 
-    def __init__(self,
+    def __init__(
+        self,
         weight: float = 100.0,  # of the term
-        stages=(2,),            # which of the network's stages, the stem being 0
+        stages=(2,),  # which of the network's stages, the stem being 0
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
 
-    def connector(self, student, teacher): return regressor(student, teacher)
+    def connector(self, student, teacher):
+        return regressor(student, teacher)
 
     def terms(self, student, teacher, target=None, index=None):
-        losses = [F.mse_loss(as_real(r(s), "student"), t) for r, (s, t) in zip(self.built(), self.pairs(student, teacher))]
+        losses = [
+            F.mse_loss(as_real(r(s), "student"), t) for r, (s, t) in zip(self.built(), self.pairs(student, teacher))
+        ]
         return {"fitnet": self.weight * sum(losses)}
 
 # %% ../nbs/method/02b_baselines_features.ipynb #6d7e12b3
@@ -80,8 +97,8 @@ class FitNet(MapMethod):
 def at_loss(
     student: Tensor,  # (n, C, H, W)
     teacher: Tensor,  # (n, D, U, V)
-    p: float = 2,     # power of the activation
-) -> Tensor:          # scalar, 0 at the optimum
+    p: float = 2,  # power of the activation
+) -> Tensor:  # scalar, 0 at the optimum
     "Mean squared difference of unit-length attention maps (Zagoruyko and Komodakis 2017)."
     a, b = (unit(x.abs().pow(p).mean(1).flatten(1)) for x in same_size(*check_maps(student, teacher)))
     return (a - b).square().mean()
@@ -90,10 +107,12 @@ def at_loss(
 @register("at")
 class AT(MapMethod):
     "Attention transfer (Zagoruyko and Komodakis, ICLR 2017): weight * squared difference of unit-length attention maps, summed over stages."
-    def __init__(self,
+
+    def __init__(
+        self,
         weight: float = 1000.0,  # of the term
-        p: float = 2,            # power of the activation
-        stages=None,             # positions of stages; None is all but the stem
+        p: float = 2,  # power of the activation
+        stages=None,  # positions of stages; None is all but the stem
     ):
         super().__init__()
         self.weight, self.p, self.stages = weight, p, stages
@@ -106,7 +125,7 @@ class AT(MapMethod):
 def nst_loss(
     student: Tensor,  # (n, C, H, W)
     teacher: Tensor,  # (n, D, U, V)
-) -> Tensor:          # scalar, 0 at the optimum
+) -> Tensor:  # scalar, 0 at the optimum
     "Squared MMD of unit-length channels with a quadratic kernel, mean over samples (Huang and Wang 2017)."
     u, v = (unit(x.flatten(2)) for x in same_size(*check_maps(student, teacher)))
     uu, vv, uv = ((a @ b.mT).square().mean() for a, b in ((u, u), (v, v), (u, v)))
@@ -116,9 +135,11 @@ def nst_loss(
 @register("nst")
 class NST(MapMethod):
     "Neuron selectivity transfer (Huang and Wang 2017): weight * MMD^2 between the channels' activation patterns, summed over stages."
-    def __init__(self,
+
+    def __init__(
+        self,
         weight: float = 50.0,  # of the term
-        stages=None,           # positions of stages; None is all but the stem
+        stages=None,  # positions of stages; None is all but the stem
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
@@ -129,6 +150,7 @@ class NST(MapMethod):
 # %% ../nbs/method/02b_baselines_features.ipynb #0a05238b
 class GaussianRegressor(nn.Module):
     "Mean (n, D, U, V) from three 1x1 convolutions, and one variance a channel (D, 1, 1)."
+
     def __init__(self, c: int, d: int, variance: float, eps: float):
         super().__init__()
         conv = lambda a: nn.Conv2d(a, d, 1, bias=False)
@@ -136,7 +158,8 @@ class GaussianRegressor(nn.Module):
         self.scale = nn.Parameter(torch.full((d, 1, 1), math.log(math.expm1(variance - eps))))
         self.eps = eps
 
-    def forward(self, x): return self.mean(x), F.softplus(self.scale) + self.eps
+    def forward(self, x):
+        return self.mean(x), F.softplus(self.scale) + self.eps
 
 
 @full_precision
@@ -150,20 +173,24 @@ class VID(MapMethod):
     """Variational information distillation (Ahn et al., CVPR 2019): weight * Gaussian negative log-likelihood of the teacher's maps, summed over stages.
 
     The variances are trained with the rest, as in the paper and the CRD repository."""
+
     connects = True
 
-    def __init__(self,
-        weight: float = 1.0,    # of the term
+    def __init__(
+        self,
+        weight: float = 1.0,  # of the term
         variance: float = 5.0,  # at the start
-        eps: float = 1e-5,      # smallest variance
-        stages=None,            # positions of stages; None is all but the stem
+        eps: float = 1e-5,  # smallest variance
+        stages=None,  # positions of stages; None is all but the stem
     ):
         super().__init__()
         self.weight, self.variance, self.eps, self.stages = weight, variance, eps, stages
 
-    def pairs(self, student, teacher): return [same_size(s, t) for s, t in super().pairs(student, teacher)]
+    def pairs(self, student, teacher):
+        return [same_size(s, t) for s, t in super().pairs(student, teacher)]
 
-    def connector(self, student, teacher): return GaussianRegressor(student.shape[1], teacher.shape[1], self.variance, self.eps)
+    def connector(self, student, teacher):
+        return GaussianRegressor(student.shape[1], teacher.shape[1], self.variance, self.eps)
 
     def terms(self, student, teacher, target=None, index=None):
         loss = 0
@@ -175,47 +202,57 @@ class VID(MapMethod):
 # %% ../nbs/method/02b_baselines_features.ipynb #33bbb371
 class Embeddings(nn.Module):
     "Linear maps of both networks' flattened features to one width."
+
     def __init__(self, p: int, q: int, width: int):
         super().__init__()
         self.student, self.teacher = nn.Linear(p, width), nn.Linear(q, width)
 
-    def forward(self, student, teacher): return self.student(student.flatten(1)), self.teacher(teacher.flatten(1))
+    def forward(self, student, teacher):
+        return self.student(student.flatten(1)), self.teacher(teacher.flatten(1))
 
 
 @full_precision
 def cc_loss(
-    student: Tensor,            # (n, p): embedded features
-    teacher: Tensor,            # (n, p): embedded features
-    kernel: str = "neighbours", # or "bilinear", "gaussian"
-    gamma: float = 0.4,         # of the Gaussian kernel
-    order: int = 2,             # of its Taylor series
-) -> Tensor:                    # scalar, 0 at the optimum
+    student: Tensor,  # (n, p): embedded features
+    teacher: Tensor,  # (n, p): embedded features
+    kernel: str = "neighbours",  # or "bilinear", "gaussian"
+    gamma: float = 0.4,  # of the Gaussian kernel
+    order: int = 2,  # of its Taylor series
+) -> Tensor:  # scalar, 0 at the optimum
     "Correlation congruence (Peng et al. 2019), or the neighbours-only form that the tables of the field use."
     student, teacher = check_samples(student, teacher)
     if kernel == "neighbours":
         delta = (student - teacher).abs()
         return (delta[:-1] * delta[1:]).sum() / max(1, len(delta) - 1)
-    if kernel not in ("bilinear", "gaussian"): raise ValueError(f"unknown kernel {kernel!r}: use neighbours, bilinear or gaussian")
+    if kernel not in ("bilinear", "gaussian"):
+        raise ValueError(f"unknown kernel {kernel!r}: use neighbours, bilinear or gaussian")
     k, l = ((a @ a.mT) for a in (unit(student), unit(teacher)))
-    if kernel == "gaussian": k, l = (math.exp(-2 * gamma) * sum((2 * gamma * g) ** i / math.factorial(i) for i in range(order + 1)) for g in (k, l))
+    if kernel == "gaussian":
+        k, l = (
+            math.exp(-2 * gamma) * sum((2 * gamma * g) ** i / math.factorial(i) for i in range(order + 1))
+            for g in (k, l)
+        )
     return (k - l).square().mean()
 
 
 @register("cc")
 class CC(FeatureMethod):
     "Correlation congruence (Peng et al., ICCV 2019) of pooled features, both embedded linearly: weight * cc_loss. Default form and weight are those of the CRD repository."
+
     connects = True
 
-    def __init__(self,
-        weight: float = 0.02,        # of the term
-        width: int = 128,            # of the embeddings
+    def __init__(
+        self,
+        weight: float = 0.02,  # of the term
+        width: int = 128,  # of the embeddings
         kernel: str = "neighbours",  # or "bilinear", "gaussian": the paper's
-        stages="pooled",             # or positions of stages; their losses are summed
+        stages="pooled",  # or positions of stages; their losses are summed
     ):
         super().__init__()
         self.weight, self.width, self.kernel, self.stages = weight, width, kernel, stages
 
-    def connector(self, student, teacher): return Embeddings(student[0].numel(), teacher[0].numel(), self.width)
+    def connector(self, student, teacher):
+        return Embeddings(student[0].numel(), teacher[0].numel(), self.width)
 
     def terms(self, student, teacher, target=None, index=None):
         losses = [cc_loss(*e(s, t), self.kernel) for e, (s, t) in zip(self.built(), self.pairs(student, teacher))]
@@ -224,10 +261,12 @@ class CC(FeatureMethod):
 # %% ../nbs/method/02b_baselines_features.ipynb #008faffe
 class Negatives(nn.Module):
     "Draws samples of other classes than the given ones, uniformly and with replacement."
+
     def __init__(self, targets: Tensor):
         super().__init__()
         counts = targets.bincount()
-        if (counts > 0).sum() < 2: raise ValueError("CRD contrasts classes: targets must hold at least 2")
+        if (counts > 0).sum() < 2:
+            raise ValueError("CRD contrasts classes: targets must hold at least 2")
         # samples sorted by class: the others of a class are all positions but one interval
         self.register_buffer("order", targets.argsort(stable=True), persistent=False)
         self.register_buffer("count", counts, persistent=False)
@@ -242,14 +281,16 @@ class Negatives(nn.Module):
 
 @full_precision
 def crd_loss(
-    anchor: Tensor,           # (n, d): unit embeddings of one network
-    memory: Tensor,           # (N, d): remembered unit embeddings of the other
-    index: Tensor,            # (n, 1 + K): rows of the memory; column 0 is the sample's own
-    z: Tensor,                # scalar: the normalising constant Z; 0 to take it from this batch
+    anchor: Tensor,  # (n, d): unit embeddings of one network
+    memory: Tensor,  # (N, d): remembered unit embeddings of the other
+    index: Tensor,  # (n, 1 + K): rows of the memory; column 0 is the sample's own
+    z: Tensor,  # scalar: the normalising constant Z; 0 to take it from this batch
     temperature: float = 0.07,
-):                            # scalar, and the Z that was used
+):  # scalar, and the Z that was used
     "Noise-contrastive loss of one side (Tian et al. 2020)."
-    scores = ((as_real(anchor, "anchor") @ memory.mT).gather(1, index) / temperature).exp()  # one product with the whole memory is cheaper than n (1 + K) gathered rows
+    scores = (
+        (as_real(anchor, "anchor") @ memory.mT).gather(1, index) / temperature
+    ).exp()  # one product with the whole memory is cheaper than n (1 + K) gathered rows
     n, k, c = len(index), index.shape[1] - 1, (index.shape[1] - 1) / len(memory)
     z = torch.where(z > 0, z, scores.detach().mean() * len(memory))
     p = scores / z
@@ -263,21 +304,30 @@ class CRD(FeatureMethod):
 
     `build` needs `targets`, the classes of all training samples; every call needs `index`, which of them the batch holds.
     State: two memories (samples, width) and Z for each side. Negatives are drawn with replacement."""
+
     connects = True
     stages = "pooled"
 
-    def __init__(self,
-        weight: float = 0.8,        # of the term
-        negatives: int = 16384,     # for each sample, of other classes
+    def __init__(
+        self,
+        weight: float = 0.8,  # of the term
+        negatives: int = 16384,  # for each sample, of other classes
         temperature: float = 0.07,
-        width: int = 128,           # of the embeddings
-        momentum: float = 0.5,      # of the memories
+        width: int = 128,  # of the embeddings
+        momentum: float = 0.5,  # of the memories
     ):
         super().__init__()
-        self.weight, self.negatives, self.temperature, self.width, self.momentum = weight, negatives, temperature, width, momentum
+        self.weight, self.negatives, self.temperature, self.width, self.momentum = (
+            weight,
+            negatives,
+            temperature,
+            width,
+            momentum,
+        )
 
     def build(self, student, teacher, *, head=None, targets=None):
-        if targets is None: raise ValueError("crd keeps a memory of all training samples: build(..., targets=their classes)")
+        if targets is None:
+            raise ValueError("crd keeps a memory of all training samples: build(..., targets=their classes)")
         super().build(student, teacher)
         x = self.pairs(student, teacher)[0][0]
         self.others = Negatives(torch.as_tensor(targets).to(x.device))
@@ -285,16 +335,19 @@ class CRD(FeatureMethod):
             self.register_buffer(name, x.new_empty(len(targets), self.width).uniform_(-1, 1) * (3 / self.width) ** 0.5)
         self.register_buffer("z", x.new_zeros(2))
 
-    def connector(self, student, teacher): return Embeddings(student[0].numel(), teacher[0].numel(), self.width)
+    def connector(self, student, teacher):
+        return Embeddings(student[0].numel(), teacher[0].numel(), self.width)
 
     def terms(self, student, teacher, target, index=None):
-        embed, = self.built()
-        if index is None: raise ValueError("crd needs index, (n,): which training samples the batch holds")
+        (embed,) = self.built()
+        if index is None:
+            raise ValueError("crd needs index, (n,): which training samples the batch holds")
         s, t = (unit(as_real(e, "embedding")) for e in embed(*self.pairs(student, teacher)[0]))
         rows = torch.cat([index[:, None], self.others(target, self.negatives)], 1)
         of_student, z_s = crd_loss(s, self.teacher_memory, rows, self.z[0], self.temperature)
         of_teacher, z_t = crd_loss(t, self.student_memory, rows, self.z[1], self.temperature)
-        if self.training: self.remember(index, s.detach(), t.detach(), torch.stack([z_s, z_t]))
+        if self.training:
+            self.remember(index, s.detach(), t.detach(), torch.stack([z_s, z_t]))
         return {"crd": self.weight * (of_student + of_teacher)}
 
     @torch.no_grad()
@@ -308,8 +361,8 @@ class CRD(FeatureMethod):
 # %% ../nbs/method/02b_baselines_features.ipynb #aa05b6ba
 def gaussian_margin(
     mean: Tensor,  # (C,)
-    std: Tensor,   # (C,)
-) -> Tensor:       # (C,): negative
+    std: Tensor,  # (C,)
+) -> Tensor:  # (C,): negative
     "E[x | x < 0] of Gaussians; -3 std where less than 0.1 % is negative (Heo et al. 2019)."
     std = std.clamp_min(1e-12)
     z = -mean / std
@@ -322,8 +375,8 @@ def gaussian_margin(
 def ofd_loss(
     student: Tensor,  # (n, C, H, W): pre-activations, brought to the teacher's channels
     teacher: Tensor,  # (n, C, U, V): pre-activations
-    margin: Tensor,   # (C,): negative
-) -> Tensor:          # scalar, 0 at the optimum
+    margin: Tensor,  # (C,): negative
+) -> Tensor:  # scalar, 0 at the optimum
     "Partial squared error above the margin, summed over a sample, mean over samples (Heo et al. 2019)."
     student, teacher = same_size(*check_maps(student, teacher))
     teacher = torch.maximum(teacher, margin[:, None, None])
@@ -333,6 +386,7 @@ def ofd_loss(
 # %% ../nbs/method/02b_baselines_features.ipynb #ab15e724
 class Overhaul(nn.Module):
     "1x1 convolution and batch normalisation for the student; running mean and variance of each teacher channel."
+
     def __init__(self, student: Tensor, teacher: Tensor):
         super().__init__()
         c, d = student.shape[1], teacher.shape[1]
@@ -353,7 +407,8 @@ class Overhaul(nn.Module):
         self.variance += share * (variance - self.variance + (1 - share) * delta.square())
 
     def forward(self, student, teacher):
-        if self.training: self.watch(teacher)
+        if self.training:
+            self.watch(teacher)
         return ofd_loss(self.connect(student), teacher, gaussian_margin(self.mean, self.variance.sqrt()))
 
 
@@ -362,15 +417,18 @@ class OFD(MapMethod):
     """Overhaul of feature distillation (Heo et al., ICCV 2019): weight * sum over stages of 2^-(depth from the last) * partial squared error of pre-activations.
 
     The margin comes from running statistics of the teacher's pre-activations instead of its batch normalisation's parameters, which a method does not see."""
+
     connects = True
 
     def __init__(self, weight: float = 1e-3):  # of the term
         super().__init__()
         self.weight = weight
 
-    def wants(self, layers): return list(need(layers.preacts[1:], "preacts", self.name))
+    def wants(self, layers):
+        return list(need(layers.preacts[1:], "preacts", self.name))
 
-    def connector(self, student, teacher): return Overhaul(student, teacher)
+    def connector(self, student, teacher):
+        return Overhaul(student, teacher)
 
     def terms(self, student, teacher, target=None, index=None):
         losses = [connect(s, t) for connect, (s, t) in zip(self.built(), self.pairs(student, teacher))]
@@ -379,12 +437,14 @@ class OFD(MapMethod):
 # %% ../nbs/method/02b_baselines_features.ipynb #65e6ec5d
 class Fusion(nn.Module):
     "Fuse a student map with the fused deeper one, position by position; give the teacher's shape and the fused map."
+
     def __init__(self, c: int, mid: int, d: int, deeper: bool):
         super().__init__()
         self.reduce = nn.Sequential(nn.Conv2d(c, mid, 1, bias=False), nn.BatchNorm2d(mid))
         self.out = nn.Sequential(nn.Conv2d(mid, d, 3, padding=1, bias=False), nn.BatchNorm2d(d))
         self.gate = nn.Conv2d(2 * mid, 2, 1) if deeper else None
-        for conv in (self.reduce[0], self.out[0]): nn.init.kaiming_uniform_(conv.weight, a=1)
+        for conv in (self.reduce[0], self.out[0]):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, x, deeper, size):
         x = self.reduce(x)
@@ -392,7 +452,8 @@ class Fusion(nn.Module):
             deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
             gate = self.gate(torch.cat([x, deeper], 1)).sigmoid()
             x = x * gate[:, :1] + deeper * gate[:, 1:]
-        if x.shape[-2:] != size: x = F.interpolate(x, size, mode="nearest")
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size, mode="nearest")
         return self.out(x), x
 
 # %% ../nbs/method/02b_baselines_features.ipynb #4920f78f
@@ -400,11 +461,14 @@ class Fusion(nn.Module):
 def hcl_loss(
     student: Tensor,  # (n, C, H, W)
     teacher: Tensor,  # (n, C, H, W)
-) -> Tensor:          # scalar, 0 at the optimum
+) -> Tensor:  # scalar, 0 at the optimum
     "Squared errors at full size and pooled to 4, 2, 1, weights 1, 1/2, 1/4, ... over their sum (Chen et al. 2021)."
     student, teacher = check_maps(student, teacher)
     sizes = [None] + [size for size in (4, 2, 1) if size < student.shape[-2]]
-    total = sum(F.mse_loss(*((pooled_to(x, (size, size)) if size else x) for x in (student, teacher))) / 2**i for i, size in enumerate(sizes))
+    total = sum(
+        F.mse_loss(*((pooled_to(x, (size, size)) if size else x) for x in (student, teacher))) / 2**i
+        for i, size in enumerate(sizes)
+    )
     return total / (2 - 0.5 ** (len(sizes) - 1))
 
 # %% ../nbs/method/02b_baselines_features.ipynb #318a2c18
@@ -413,13 +477,15 @@ class ReviewKD(WarmUp, FeatureMethod):
     """Knowledge review (Chen et al., CVPR 2021): weight * sum over stages of the hierarchical context loss of the fused student maps.
 
     `weight` depends on the pair (0.6 to 8 on CIFAR-100): see `paper_args`. The term grows over `warmup` epochs."""
+
     connects = True
 
-    def __init__(self,
-        weight: float = 5.0,           # of the term
-        warmup: int = 20,              # epochs
-        student_preacts: bool = False, # take the student's pre-activations too (ImageNet)
-        width: int = 512,              # largest width of the fusion
+    def __init__(
+        self,
+        weight: float = 5.0,  # of the term
+        warmup: int = 20,  # epochs
+        student_preacts: bool = False,  # take the student's pre-activations too (ImageNet)
+        width: int = 512,  # largest width of the fusion
     ):
         super().__init__()
         self.weight, self.warmup, self.student_preacts, self.width = weight, warmup, student_preacts, width
@@ -431,9 +497,13 @@ class ReviewKD(WarmUp, FeatureMethod):
     def pairs(self, student, teacher):
         def maps(outputs, preacts):
             *both, pooled = outputs.features
-            both = both[len(both) // 2:] if preacts else both[:len(both) // 2]
+            both = both[len(both) // 2 :] if preacts else both[: len(both) // 2]
             return outputs._replace(features=(*both, pooled.flatten(1)[:, :, None, None]))
-        if len(student.features) < 3 or len(teacher.features) < 3: raise ValueError(f"reviewkd takes stages, pre-activations and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Ask method.wants(layers) which")
+
+        if len(student.features) < 3 or len(teacher.features) < 3:
+            raise ValueError(
+                f"reviewkd takes stages, pre-activations and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Ask method.wants(layers) which"
+            )
         return [check_maps(s, t) for s, t in super().pairs(maps(student, self.student_preacts), maps(teacher, True))]
 
     def build(self, student, teacher, *, head=None, targets=None):
@@ -441,7 +511,8 @@ class ReviewKD(WarmUp, FeatureMethod):
         super().build(student, teacher)
         self.connectors[-1].gate = None  # nothing is deeper than the pooled vector
 
-    def connector(self, student, teacher): return Fusion(student.shape[1], self.mid, teacher.shape[1], True)
+    def connector(self, student, teacher):
+        return Fusion(student.shape[1], self.mid, teacher.shape[1], True)
 
     def terms(self, student, teacher, target=None, index=None):
         loss, deeper = 0, None
@@ -455,7 +526,7 @@ class ReviewKD(WarmUp, FeatureMethod):
 def ickd_loss(
     student: Tensor,  # (n, D, H, W)
     teacher: Tensor,  # (n, D, U, V)
-) -> Tensor:          # scalar, 0 at the optimum
+) -> Tensor:  # scalar, 0 at the optimum
     "Squared difference of row-normalised channel Gram matrices, mean over samples and channels (Liu et al. 2021)."
     g, h = (unit(x.flatten(2) @ x.flatten(2).mT) for x in check_maps(student, teacher))
     return (g - h).square().sum(-1).mean()
@@ -464,11 +535,13 @@ def ickd_loss(
 @register("ickd_c")
 class ICKDC(MapMethod):
     "Inter-channel correlation for classification (Liu et al., ICCV 2021): weight * squared difference of channel correlations of the last feature map."
+
     connects = True
 
-    def __init__(self,
+    def __init__(
+        self,
         weight: float = 2.5,  # of the term
-        stages=(-1,),         # positions of stages; their losses are summed
+        stages=(-1,),  # positions of stages; their losses are summed
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
@@ -478,11 +551,15 @@ class ICKDC(MapMethod):
         return nn.Sequential(nn.Conv2d(student.shape[1], d, 1, bias=False), nn.BatchNorm2d(d))
 
     def terms(self, student, teacher, target=None, index=None):
-        return {"ickd_c": self.weight * sum(ickd_loss(r(s), t) for r, (s, t) in zip(self.built(), self.pairs(student, teacher)))}
+        return {
+            "ickd_c": self.weight
+            * sum(ickd_loss(r(s), t) for r, (s, t) in zip(self.built(), self.pairs(student, teacher)))
+        }
 
 # %% ../nbs/method/02b_baselines_features.ipynb #9d5f0cad
 class Generator(nn.Module):
     "1x1 convolution to the teacher's channels where they differ, and two 3x3 convolutions after the mask."
+
     def __init__(self, c: int, d: int):
         super().__init__()
         self.align = nn.Conv2d(c, d, 1) if c != d else nn.Identity()
@@ -496,22 +573,29 @@ class Generator(nn.Module):
 @register("mgd")
 class MGD(MapMethod):
     "Masked generative distillation for classification (Yang et al., ECCV 2022): weight * squared error of the map restored from masked channels, summed over a sample, mean over samples."
+
     connects = True
 
-    def __init__(self,
+    def __init__(
+        self,
         weight: float = 7e-5,  # of the term
         masked: float = 0.15,  # share of channels set to zero
-        stages=(-1,),          # positions of stages; their losses are summed
+        stages=(-1,),  # positions of stages; their losses are summed
     ):
         super().__init__()
         self.weight, self.masked, self.stages = weight, masked, stages
 
-    def pairs(self, student, teacher): return [same_size(s, t) for s, t in super().pairs(student, teacher)]
+    def pairs(self, student, teacher):
+        return [same_size(s, t) for s, t in super().pairs(student, teacher)]
 
-    def connector(self, student, teacher): return Generator(student.shape[1], teacher.shape[1])
+    def connector(self, student, teacher):
+        return Generator(student.shape[1], teacher.shape[1])
 
     def terms(self, student, teacher, target=None, index=None):
-        losses = [(as_real(g(s, self.masked), "student") - t).square().sum() / len(t) for g, (s, t) in zip(self.built(), self.pairs(student, teacher))]
+        losses = [
+            (as_real(g(s, self.masked), "student") - t).square().sum() / len(t)
+            for g, (s, t) in zip(self.built(), self.pairs(student, teacher))
+        ]
         return {"mgd": self.weight * sum(losses)}
 
 # %% ../nbs/method/02b_baselines_features.ipynb #83cae685
@@ -520,45 +604,59 @@ class SRRL(FeatureMethod):
     """Softmax regression representation learning (Yang et al., ICLR 2021): alpha * feature matching + beta * matching of the teacher's classifier on both.
 
     `build` needs `head`, the teacher's classifier. It is used as it is: not trained, not moved, not saved with the method."""
+
     connects = True
 
-    def __init__(self,
+    def __init__(
+        self,
         alpha: float = 1.0,  # features
-        beta: float = 1.0,   # classifier outputs
+        beta: float = 1.0,  # classifier outputs
     ):
         super().__init__()
         self.alpha, self.beta = alpha, beta
 
-    def wants(self, layers): return [need(layers.stages, "stages", self.name)[-1], need(layers.pooled, "pooled", self.name)]
+    def wants(self, layers):
+        return [need(layers.stages, "stages", self.name)[-1], need(layers.pooled, "pooled", self.name)]
 
     def pairs(self, student, teacher):
-        if not len(student.features) == len(teacher.features) == 2: raise ValueError(f"srrl takes the last stage and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Ask method.wants(layers) which")
-        return super().pairs(student._replace(features=student.features[:1]), teacher._replace(features=teacher.features[1:]))
+        if not len(student.features) == len(teacher.features) == 2:
+            raise ValueError(
+                f"srrl takes the last stage and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Ask method.wants(layers) which"
+            )
+        return super().pairs(
+            student._replace(features=student.features[:1]), teacher._replace(features=teacher.features[1:])
+        )
 
     def build(self, student, teacher, *, head=None, targets=None):
-        if head is None: raise ValueError("srrl lets the teacher's classifier judge: build(..., head=that module)")
+        if head is None:
+            raise ValueError("srrl lets the teacher's classifier judge: build(..., head=that module)")
         super().build(student, teacher)
         self.head = [head]  # in a list, so that it is no submodule: neither trained nor saved
 
     def connector(self, student, teacher):
-        if student.dim() != 4: raise ValueError(f"srrl needs a student map (n, channels, height, width), got {tuple(student.shape)}")
+        if student.dim() != 4:
+            raise ValueError(f"srrl needs a student map (n, channels, height, width), got {tuple(student.shape)}")
         c, d = student.shape[1], teacher[0].numel()
         block = nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU())
         nn.init.normal_(block[0].weight, std=(2 / d) ** 0.5)
         return block
 
     def terms(self, student, teacher, target=None, index=None):
-        connect, = self.built()
-        (s, t), = self.pairs(student, teacher)
+        (connect,) = self.built()
+        ((s, t),) = self.pairs(student, teacher)
         h, head = connect(s).mean((2, 3)), self.head[0]
         frozen = {name: p.detach() for name, p in head.named_parameters()}
         judged = torch.func.functional_call(head, frozen, (h,))
-        return {"srrl_feature": self.alpha * F.mse_loss(as_real(h, "student"), t.flatten(1)),
-                "srrl_logits": self.beta * F.mse_loss(as_real(judged, "student"), as_real(teacher.logits, "teacher").detach())}
+        return {
+            "srrl_feature": self.alpha * F.mse_loss(as_real(h, "student"), t.flatten(1)),
+            "srrl_logits": self.beta
+            * F.mse_loss(as_real(judged, "student"), as_real(teacher.logits, "teacher").detach()),
+        }
 
 # %% ../nbs/method/02b_baselines_features.ipynb #43a64b59
 class Mixture(nn.Module):
     "Tokens of both maps, encoded, mixed and decoded to the teacher's map."
+
     def __init__(self, student: Tensor, teacher: Tensor, width: int, tokens: int):
         super().__init__()
         (c, h, w), d = student.shape[1:], teacher.shape[1]
@@ -567,13 +665,18 @@ class Mixture(nn.Module):
         length = h * w // self.patch**2
         self.cut = nn.ModuleList(nn.Conv2d(channels, width, self.patch, stride=self.patch) for channels in (c, d))
         self.position = nn.Parameter(0.02 * torch.randn(1, length, width))
-        block = lambda: nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        block = lambda: nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
         self.encode = nn.ModuleList([block(), block()])
         self.decode = nn.Sequential(block(), nn.LayerNorm(width), nn.Linear(width, d * self.patch**2))
 
     def forward(self, student, teacher, prior):
         "`prior`: scalar share of tokens that the teacher gives. Returns the restored map (n, D, H, W)."
-        s, t = (encode(cut(x).flatten(2).mT + self.position) for cut, encode, x in zip(self.cut, self.encode, (student, teacher)))
+        s, t = (
+            encode(cut(x).flatten(2).mT + self.position)
+            for cut, encode, x in zip(self.cut, self.encode, (student, teacher))
+        )
         given = torch.rand(*s.shape[:2], 1, device=s.device) < prior
         out = self.decode(torch.where(given, t, s)).mT
         h, w = (x // self.patch for x in teacher.shape[-2:])
@@ -585,68 +688,99 @@ class DPK(MapMethod):
     """Dynamic prior knowledge (Qiu et al., "Better teacher better student", ICLR 2023): weight * mean squared error of the teacher map restored from a mixture of both networks' tokens.
 
     A share 1 - CKA of the tokens is the teacher's. From the paper's description: its code is not public, and sizes, stage and weight here are not the paper's."""
+
     connects = True
 
-    def __init__(self,
+    def __init__(
+        self,
         weight: float = 1.0,  # of the term
-        width: int = 128,     # of the tokens; a multiple of 4
-        tokens: int = 64,     # a map has at most so many, if its size can be cut evenly
-        stages=(-1,),         # positions of stages; their losses are summed
+        width: int = 128,  # of the tokens; a multiple of 4
+        tokens: int = 64,  # a map has at most so many, if its size can be cut evenly
+        stages=(-1,),  # positions of stages; their losses are summed
     ):
         super().__init__()
         self.weight, self.width, self.tokens, self.stages = weight, width, tokens, stages
 
-    def pairs(self, student, teacher): return [same_size(s, t) for s, t in super().pairs(student, teacher)]
+    def pairs(self, student, teacher):
+        return [same_size(s, t) for s, t in super().pairs(student, teacher)]
 
-    def connector(self, student, teacher): return Mixture(student, teacher, self.width, self.tokens)
+    def connector(self, student, teacher):
+        return Mixture(student, teacher, self.width, self.tokens)
 
     def terms(self, student, teacher, target=None, index=None):
         loss = 0
         for mix, (s, t) in zip(self.built(), self.pairs(student, teacher)):
-            prior = 1 - cka(s.detach(), t) if len(s) > 1 else s.new_ones(())  # CKA of one sample says nothing: all the help
+            prior = (
+                1 - cka(s.detach(), t) if len(s) > 1 else s.new_ones(())
+            )  # CKA of one sample says nothing: all the help
             loss = loss + F.mse_loss(as_real(mix(s, t, prior), "student"), t)
         return {"dpk": self.weight * loss}
 
 # %% ../nbs/method/02b_baselines_features.ipynb #2eba84b9
 # resnet110 with resnet20 is in none of the published settings: it has those of resnet110 with resnet32
 _CIFAR_DKD = {  # beta, from the configurations published with DKD; 8 elsewhere
-    ("resnet110", "resnet20"): 2.0, ("resnet110", "resnet32"): 2.0, ("resnet56", "resnet20"): 2.0,
-    ("wrn_40_2", "wrn_40_1"): 6.0, ("wrn_40_2", "wrn_16_2"): 6.0, ("vgg13", "vgg8"): 6.0, ("vgg13", "mobilenet_v2"): 6.0,
+    ("resnet110", "resnet20"): 2.0,
+    ("resnet110", "resnet32"): 2.0,
+    ("resnet56", "resnet20"): 2.0,
+    ("wrn_40_2", "wrn_40_1"): 6.0,
+    ("wrn_40_2", "wrn_16_2"): 6.0,
+    ("vgg13", "vgg8"): 6.0,
+    ("vgg13", "mobilenet_v2"): 6.0,
 }
 _CIFAR_REVIEW = {  # weight, from the script published with ReviewKD; 5 elsewhere
-    ("resnet110", "resnet20"): 1.0, ("resnet110", "resnet32"): 1.0, ("resnet56", "resnet20"): 0.6,
-    ("vgg13", "vgg8"): 8.0, ("vgg13", "mobilenet_v2"): 8.0, ("resnet32x4", "shufflenet_v2"): 8.0,
+    ("resnet110", "resnet20"): 1.0,
+    ("resnet110", "resnet32"): 1.0,
+    ("resnet56", "resnet20"): 0.6,
+    ("vgg13", "vgg8"): 8.0,
+    ("vgg13", "mobilenet_v2"): 8.0,
+    ("resnet32x4", "shufflenet_v2"): 8.0,
 }
 _CIFAR_IKL = {  # alpha and beta, from the configurations published with IKL; 1 and 8 elsewhere
-    ("resnet110", "resnet20"): (1.0, 12.0), ("resnet110", "resnet32"): (1.0, 12.0), ("resnet56", "resnet20"): (1.0, 4.0),
-    ("wrn_40_2", "wrn_16_2"): (3.0, 12.0), ("wrn_40_2", "shufflenet_v1"): (1.0, 4.0), ("vgg13", "mobilenet_v2"): (4.0, 12.0),
+    ("resnet110", "resnet20"): (1.0, 12.0),
+    ("resnet110", "resnet32"): (1.0, 12.0),
+    ("resnet56", "resnet20"): (1.0, 4.0),
+    ("wrn_40_2", "wrn_16_2"): (3.0, 12.0),
+    ("wrn_40_2", "shufflenet_v1"): (1.0, 4.0),
+    ("vgg13", "mobilenet_v2"): (4.0, 12.0),
 }
 _IMAGENET = {
-    "kd": dict(temperature=1.0, weight=0.5, ce=0.5), "dist": dict(temperature=1.0),
-    "dkd": dict(beta=0.5, temperature=1.0, warmup=1), "reviewkd": dict(weight=1.0, warmup=1, student_preacts=True),
-    "ikl_kd": dict(beta=0.5, temperature=1.0, weight_temperature=1.0, by_class=True, warmup=1), "ofd": dict(weight=1e-4),
+    "kd": dict(temperature=1.0, weight=0.5, ce=0.5),
+    "dist": dict(temperature=1.0),
+    "dkd": dict(beta=0.5, temperature=1.0, warmup=1),
+    "reviewkd": dict(weight=1.0, warmup=1, student_preacts=True),
+    "ikl_kd": dict(beta=0.5, temperature=1.0, weight_temperature=1.0, by_class=True, warmup=1),
+    "ofd": dict(weight=1e-4),
 }
 _IMAGENET_MOBILENET = {"dkd": dict(beta=2.0), "reviewkd": dict(weight=8.0)}
 
 
 def paper_args(
-    method: str,   # a name, or several with a plus
+    method: str,  # a name, or several with a plus
     teacher: str,  # name of the network; variants such as "mobilenet_v2_half" count as "mobilenet_v2"
     student: str,  # name of the network
     dataset: str = "cifar100",  # "imagenet" has settings of its own; any other has those of CIFAR-100
-) -> dict:         # constructor arguments for `create_method`; empty where the defaults are the published ones
+) -> dict:  # constructor arguments for `create_method`; empty where the defaults are the published ones
     "Arguments of a baseline that depend on the pair of networks and the dataset, as published with the methods."
     if "+" in method:
-        return {f"{part}.{key}": value for part in method.split("+") for key, value in paper_args(part, teacher, student, dataset).items()}
+        return {
+            f"{part}.{key}": value
+            for part in method.split("+")
+            for key, value in paper_args(part, teacher, student, dataset).items()
+        }
     pair = (teacher, student.removesuffix("_half"))
     if dataset.startswith("imagenet"):
         return _IMAGENET.get(method, {}) | (_IMAGENET_MOBILENET.get(method, {}) if "mobilenet" in student else {})
-    if method == "dkd" and pair in _CIFAR_DKD: return {"beta": _CIFAR_DKD[pair]}
-    if method == "reviewkd" and pair in _CIFAR_REVIEW: return {"weight": _CIFAR_REVIEW[pair]}
-    if method == "ikl_kd" and pair in _CIFAR_IKL: return dict(zip(("alpha", "beta"), _CIFAR_IKL[pair]))
+    if method == "dkd" and pair in _CIFAR_DKD:
+        return {"beta": _CIFAR_DKD[pair]}
+    if method == "reviewkd" and pair in _CIFAR_REVIEW:
+        return {"weight": _CIFAR_REVIEW[pair]}
+    if method == "ikl_kd" and pair in _CIFAR_IKL:
+        return dict(zip(("alpha", "beta"), _CIFAR_IKL[pair]))
     return {}
 
 # %% ../nbs/method/02b_baselines_features.ipynb #a65f1193
 def count_extra(method: nn.Module) -> tuple[int, int]:
     "Numbers of learnt values and of buffer values that a built method carries beside the student."
-    return sum(p.numel() for p in method.parameters()), sum(b.numel() for name, b in method.state_dict().items() if name not in dict(method.named_parameters()))
+    return sum(p.numel() for p in method.parameters()), sum(
+        b.numel() for name, b in method.state_dict().items() if name not in dict(method.named_parameters())
+    )

@@ -18,17 +18,22 @@ __all__ = ['Bound', 'unit_features', 'relation_identity', 'linear_bound', 'Publi
 # %% ../nbs/theory/02_upper_bound.ipynb #ef37226d
 class Bound(NamedTuple):
     "The two sides of an inequality `lhs <= rhs`, one value for each problem. Float64."
+
     lhs: Tensor  # (*batch,): what is bounded
     rhs: Tensor  # (*batch,): what bounds it
 
 
 def _normalised(x: Tensor, center: bool, name: str) -> tuple[Tensor, Tensor]:
     "(*batch, n, p) to features whose Gram matrix has norm 1, and their size (*batch, 1, 1). Zero stays zero, of size 0."
-    if not torch.isfinite(x).all(): raise ValueError(f"{name} holds NaN or infinity: every feature must be a finite number")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinity: every feature must be a finite number")
     x = x.double()
-    if center: x = _shifted(x)
+    if center:
+        x = _shifted(x)
     top = x.abs().amax((-2, -1), keepdim=True)
-    x = x / torch.where(top > 0, top, torch.ones_like(top))  # entries of order one: fourth powers neither overflow nor vanish
+    x = x / torch.where(
+        top > 0, top, torch.ones_like(top)
+    )  # entries of order one: fourth powers neither overflow nor vanish
     small = x.mT @ x if x.shape[-1] < x.shape[-2] else x @ x.mT
     size = small.square().sum((-2, -1), keepdim=True).sqrt().sqrt()
     return x / torch.where(size > 0, size, torch.ones_like(size)), size * top
@@ -41,16 +46,18 @@ def _features(x, y, center, batch_dims):
 
 
 def unit_features(
-    x: Tensor,             # (*batch, n, ...): features of n samples
-    center: bool = True,   # take the mean feature away first
-    batch_dims: int = 0,   # how many leading dimensions are separate problems
-    name: str = "x",       # what to call them in an error
-) -> Tensor:               # (*batch, n, p), float64
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    center: bool = True,  # take the mean feature away first
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+    name: str = "x",  # what to call them in an error
+) -> Tensor:  # (*batch, n, p), float64
     r"$\hat X$: the same features at the scale where their Gram matrix has Frobenius norm 1. ValueError if it is zero."
     x, size = _normalised(as_features(x, name, batch_dims), center, name)
     if not (size > 0).all():
-        raise ValueError(f"{name} has a zero {'centred ' if center else ''}Gram matrix: its features are "
-                         f"{'the same for every sample' if center else 'all zero'}, so CKA has no direction to compare")
+        raise ValueError(
+            f"{name} has a zero {'centred ' if center else ''}Gram matrix: its features are "
+            f"{'the same for every sample' if center else 'all zero'}, so CKA has no direction to compare"
+        )
     return x
 
 
@@ -59,16 +66,17 @@ def _pair(x, y, center, batch_dims):
     return unit_features(x, center, batch_dims), unit_features(y, center, batch_dims, "y")
 
 
-def _gap(k: Tensor, l: Tensor) -> Tensor: return (k - l).square().sum((-2, -1)) / 2  # 1 - CKA; no digits lost as CKA tends to 1
+def _gap(k: Tensor, l: Tensor) -> Tensor:
+    return (k - l).square().sum((-2, -1)) / 2  # 1 - CKA; no digits lost as CKA tends to 1
 
 # %% ../nbs/theory/02_upper_bound.ipynb #0cfca0d7
 @full_precision
 def relation_identity(
-    x: Tensor,             # (*batch, n, ...): features of n samples
-    y: Tensor,             # (*batch, n, ...): features of the same samples; widths may differ
-    center: bool = True,   # centre the Gram matrices
-    batch_dims: int = 0,   # how many leading dimensions are separate problems
-) -> Bound:                # lhs: 1 - CKA, rhs: n^2/2 times the mean squared difference of relations; they are equal
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
+    center: bool = True,  # centre the Gram matrices
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+) -> Bound:  # lhs: 1 - CKA, rhs: n^2/2 times the mean squared difference of relations; they are equal
     "Theorem 1, the equality: $1 - CKA = (n^2/2) E_{ij}[(k_{ij} - l_{ij})^2]$ for Gram matrices of norm 1."
     xh, yh = _pair(x, y, center, batch_dims)
     return Bound(1 - cka(xh, yh, center=center, batch_dims=batch_dims), _gap(xh @ xh.mT, yh @ yh.mT))
@@ -76,11 +84,11 @@ def relation_identity(
 
 @full_precision
 def linear_bound(
-    x: Tensor,             # (*batch, n, ...): features of n samples
-    y: Tensor,             # (*batch, n, ...): features of the same samples; widths may differ
-    center: bool = True,   # centre the Gram matrices: then lhs is 0, and the bound true and empty
-    batch_dims: int = 0,   # how many leading dimensions are separate problems
-) -> Bound:                # lhs: half the squared linear-kernel MMD of the relations, rhs: 1 - CKA
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
+    center: bool = True,  # centre the Gram matrices: then lhs is 0, and the bound true and empty
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+) -> Bound:  # lhs: half the squared linear-kernel MMD of the relations, rhs: 1 - CKA
     "Theorem 1, the inequality: $(n^2/2) (E_{ij}[k_{ij}] - E_{ij}[l_{ij}])^2 <= 1 - CKA$ for Gram matrices of norm 1."
     xh, yh = _pair(x, y, center, batch_dims)
     return Bound((_mean_cosine(xh) - _mean_cosine(yh)).square() / 2, _gap(xh @ xh.mT, yh @ yh.mT))
@@ -93,18 +101,19 @@ def _mean_cosine(xh: Tensor) -> Tensor:
 # %% ../nbs/theory/02_upper_bound.ipynb #f925fd85
 class Published(NamedTuple):
     "Theorem 2 of Zhou et al. (IJCAI 2024) on features of unit Gram norm, term by term. Float64."
-    cka: Tensor     # (*batch,): the left-hand side, as it is
+
+    cka: Tensor  # (*batch,): the left-hand side, as it is
     middle: Tensor  # (*batch,): 2 - N E[(k - l)^2], printed as equal to CKA
-    bound: Tensor   # (*batch,): 2 - N (E[k] - E[l])^2, printed as its upper bound
+    bound: Tensor  # (*batch,): 2 - N (E[k] - E[l])^2, printed as its upper bound
 
 
 @full_precision
 def published_bound(
-    x: Tensor,                     # (*batch, n, ...): features of n samples
-    y: Tensor,                     # (*batch, n, ...): features of the same samples; widths may differ
-    factor: float | None = None,   # N; None is the number of samples, as printed
-    center: bool = True,           # centre the Gram matrices
-    batch_dims: int = 0,           # how many leading dimensions are separate problems
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
+    factor: float | None = None,  # N; None is the number of samples, as printed
+    center: bool = True,  # centre the Gram matrices
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Published:
     "The three members of the published theorem, to be held against `relation_identity` and `linear_bound`."
     xh, yh = _pair(x, y, center, batch_dims)
@@ -117,11 +126,11 @@ def published_bound(
 # %% ../nbs/theory/02_upper_bound.ipynb #77db7952
 @full_precision
 def angle_bound(
-    x: Tensor,             # (*batch, n, ...): features of n samples
-    y: Tensor,             # (*batch, n, ...): features of the same samples; widths may differ
-    center: bool = True,   # centre the Gram matrices: then lhs is 0, and the bound true and empty
-    batch_dims: int = 0,   # how many leading dimensions are separate problems
-) -> Bound:                # lhs: 1 - cos(theta_x - theta_y), rhs: 1 - CKA
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
+    center: bool = True,  # centre the Gram matrices: then lhs is 0, and the bound true and empty
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+) -> Bound:  # lhs: 1 - cos(theta_x - theta_y), rhs: 1 - CKA
     "Theorem 2: the best bound on 1 - CKA by the mean relations alone, from the angles of the Gram matrices with 11'."
     xh, yh = _pair(x, y, center, batch_dims)
     k, l = xh @ xh.mT, yh @ yh.mT
@@ -136,38 +145,46 @@ def _angle(xh: Tensor, k: Tensor) -> Tensor:
 
 # %% ../nbs/theory/02_upper_bound.ipynb #aac85794
 def lipschitz(
-    kernel,     # `Linear()`, `Gaussian(bandwidth)`, their names, or an object with an attribute `lipschitz`
-) -> float:     # the least L with |phi(a) - phi(b)| <= L |a - b|
+    kernel,  # `Linear()`, `Gaussian(bandwidth)`, their names, or an object with an attribute `lipschitz`
+) -> float:  # the least L with |phi(a) - phi(b)| <= L |a - b|
     "The Lipschitz constant of a kernel's feature map; ValueError for a kernel that has none, or none that is known."
     kernel = as_kernel(kernel)
-    if isinstance(kernel, Linear): return 1.0
-    if isinstance(kernel, Gaussian) and kernel.bandwidth is not None: return 1 / kernel.bandwidth
-    if getattr(kernel, "lipschitz", None) is not None: return float(kernel.lipschitz)
-    if isinstance(kernel, Gaussian): raise ValueError("kernel has no bandwidth: the bound holds for one fixed kernel, such as Gaussian(1.0)")
-    raise ValueError(f"kernel {kernel} has no known Lipschitz constant: use Linear(), Gaussian(1.0), or an object with an attribute `lipschitz`")
+    if isinstance(kernel, Linear):
+        return 1.0
+    if isinstance(kernel, Gaussian) and kernel.bandwidth is not None:
+        return 1 / kernel.bandwidth
+    if getattr(kernel, "lipschitz", None) is not None:
+        return float(kernel.lipschitz)
+    if isinstance(kernel, Gaussian):
+        raise ValueError("kernel has no bandwidth: the bound holds for one fixed kernel, such as Gaussian(1.0)")
+    raise ValueError(
+        f"kernel {kernel} has no known Lipschitz constant: use Linear(), Gaussian(1.0), or an object with an attribute `lipschitz`"
+    )
 
 
 def _relation_mmd2(k: Tensor, l: Tensor, kernel, room: int = 2**22) -> Tensor:
     "Squared MMD between all entries of two symmetric (*batch, n, n), holding about `room` kernel values at a time."
     n = k.shape[-1]
     i, j = torch.triu_indices(n, n, device=k.device)
-    z = torch.cat([k[..., i, j], l[..., i, j]], -1).unsqueeze(-1)  # (*batch, m, 1): each entry off the diagonal stands for two
+    z = torch.cat([k[..., i, j], l[..., i, j]], -1).unsqueeze(
+        -1
+    )  # (*batch, m, 1): each entry off the diagonal stands for two
     w = torch.where(i == j, 1.0, 2.0).to(k) / n**2
     w = torch.cat([w, -w])
     of = getattr(kernel, "up_to_constant", kernel)  # the weights sum to zero, so a constant does not count
     rows = max(1, room // z.numel())
-    parts = [of(z[..., a:a + rows, :], z) @ w @ w[a:a + rows] for a in range(0, z.shape[-2], rows)]
+    parts = [of(z[..., a : a + rows, :], z) @ w @ w[a : a + rows] for a in range(0, z.shape[-2], rows)]
     return torch.stack(parts).sum(0).clamp_min(0)
 
 
 @full_precision
 def relation_bound(
-    x: Tensor,              # (*batch, n, ...): features of n samples
-    y: Tensor,              # (*batch, n, ...): features of the same samples; widths may differ
-    kernel=Gaussian(1.0),   # a kernel on numbers of order one, with a known Lipschitz constant
-    center: bool = True,    # centre the Gram matrices
-    batch_dims: int = 0,    # how many leading dimensions are separate problems
-) -> Bound:                 # lhs: squared MMD of the relations n k_ij and n l_ij, rhs: 2 L^2 (1 - CKA)
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
+    kernel=Gaussian(1.0),  # a kernel on numbers of order one, with a known Lipschitz constant
+    center: bool = True,  # centre the Gram matrices
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+) -> Bound:  # lhs: squared MMD of the relations n k_ij and n l_ij, rhs: 2 L^2 (1 - CKA)
     "Theorem 4: MMD between the distributions of pairwise relations, for any Lipschitz kernel. Time grows with n^4."
     L, kernel = lipschitz(kernel), as_kernel(kernel)
     xh, yh = _pair(x, y, center, batch_dims)
@@ -177,18 +194,20 @@ def relation_bound(
 # %% ../nbs/theory/02_upper_bound.ipynb #dfc7c863
 class Rotation(NamedTuple):
     "The solution of an orthogonal Procrustes problem."
-    matrix: Tensor    # (*batch, d, d): the orthogonal R, d = max(p, q)
+
+    matrix: Tensor  # (*batch, d, d): the orthogonal R, d = max(p, q)
     distance: Tensor  # (*batch,): the least |X - Y R|_F^2, both padded with zero columns to width d
 
 
-def _pad(x: Tensor, d: int) -> Tensor: return torch.nn.functional.pad(x, (0, d - x.shape[-1]))
+def _pad(x: Tensor, d: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, d - x.shape[-1]))
 
 
 @full_precision
 def procrustes(
-    x: Tensor,             # (*batch, n, ...): features of n samples, taken as they are (see `unit_features`)
-    y: Tensor,             # (*batch, n, ...): features of the same samples; widths may differ
-    batch_dims: int = 0,   # how many leading dimensions are separate problems
+    x: Tensor,  # (*batch, n, ...): features of n samples, taken as they are (see `unit_features`)
+    y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Rotation:
     "The rotation or reflection of `y` that brings it nearest to `x` (Schönemann 1966). Float64. Time grows with d^3."
     x, y = _features(x, y, False, batch_dims)
@@ -202,11 +221,12 @@ def procrustes(
 # %% ../nbs/theory/02_upper_bound.ipynb #6f05c44e
 class FeatureChain(NamedTuple):
     "The members of Theorem 5, each at most the next. (*batch,), float64."
+
     procrustes: Tensor  # (a): min over R of |X - Y R|_F^2, the squared Bures distance of the unit Gram matrices
-    roots: Tensor       # (b): |K^1/2 - L^1/2|_F^2
-    nuclear: Tensor     # (c): |K - L|_*
-    frobenius: Tensor   # (d): sqrt(r) |K - L|_F = sqrt(2 r (1 - CKA))
-    rank: Tensor        # r, the rank of K - L to rounding, at least 1 (integers)
+    roots: Tensor  # (b): |K^1/2 - L^1/2|_F^2
+    nuclear: Tensor  # (c): |K - L|_*
+    frobenius: Tensor  # (d): sqrt(r) |K - L|_F = sqrt(2 r (1 - CKA))
+    rank: Tensor  # r, the rank of K - L to rounding, at least 1 (integers)
 
 
 def _narrow(x: Tensor) -> Tensor:
@@ -222,10 +242,10 @@ def _root(x: Tensor) -> Tensor:
 
 @full_precision
 def feature_chain(
-    x: Tensor,             # (*batch, n, ...): features of n samples
-    y: Tensor,             # (*batch, n, ...): features of the same samples; widths may differ
-    center: bool = True,   # centre the features
-    batch_dims: int = 0,   # how many leading dimensions are separate problems
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
+    center: bool = True,  # centre the features
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> FeatureChain:
     "Theorem 5, every step of it: from the distance of the features up to a rotation to CKA."
     xh, yh = _pair(x, y, center, batch_dims)
@@ -234,17 +254,22 @@ def feature_chain(
     k, l = xh @ xh.mT, yh @ yh.mT
     size = torch.linalg.eigvalsh(k - l).abs()
     rank = (size > n * torch.finfo(size.dtype).eps).sum(-1).clamp(1, most)  # less is rounding: K and L have norm 1
-    return FeatureChain(procrustes(xh, yh, xh.dim() - 2).distance, (_root(xh) - _root(yh)).square().sum((-2, -1)),
-                        size.sum(-1), (2 * rank * _gap(k, l)).sqrt(), rank)
+    return FeatureChain(
+        procrustes(xh, yh, xh.dim() - 2).distance,
+        (_root(xh) - _root(yh)).square().sum((-2, -1)),
+        size.sum(-1),
+        (2 * rank * _gap(k, l)).sqrt(),
+        rank,
+    )
 
 
 @full_precision
 def procrustes_bound(
-    x: Tensor,             # (*batch, n, ...): features of n samples
-    y: Tensor,             # (*batch, n, ...): features of the same samples; widths may differ
-    center: bool = True,   # centre the features
-    batch_dims: int = 0,   # how many leading dimensions are separate problems
-) -> Bound:                # lhs: min over R of |X - Y R|_F^2 for unit features, rhs: sqrt(2 r (1 - CKA))
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
+    center: bool = True,  # centre the features
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+) -> Bound:  # lhs: min over R of |X - Y R|_F^2 for unit features, rhs: sqrt(2 r (1 - CKA))
     "Theorem 5, first and last member: the squared distance of the features up to a rotation."
     chain = feature_chain(x, y, center, batch_dims)
     return Bound(chain.procrustes, chain.frobenius)
@@ -252,16 +277,16 @@ def procrustes_bound(
 # %% ../nbs/theory/02_upper_bound.ipynb #a03ff586
 @full_precision
 def feature_bound(
-    x: Tensor,              # (*batch, n, ...): features of n samples
-    y: Tensor,              # (*batch, n, ...): features of the same samples; widths may differ
-    kernel=Gaussian(1.0),   # a kernel on R^d with a known Lipschitz constant, blind to rotations of both arguments
-    center: bool = True,    # centre the features
-    batch_dims: int = 0,    # how many leading dimensions are separate problems
-) -> Bound:                 # lhs: squared MMD of sqrt(n) X and sqrt(n) Y R, rhs: L^2 sqrt(2 r (1 - CKA))
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
+    kernel=Gaussian(1.0),  # a kernel on R^d with a known Lipschitz constant, blind to rotations of both arguments
+    center: bool = True,  # centre the features
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+) -> Bound:  # lhs: squared MMD of sqrt(n) X and sqrt(n) Y R, rhs: L^2 sqrt(2 r (1 - CKA))
     "Theorem 6: MMD between the distributions of the feature vectors, after the best rotation of `y`."
     L, kernel = lipschitz(kernel), as_kernel(kernel)
     chain = feature_chain(x, y, center, batch_dims)
-    xh, yh = (_narrow(t) * t.shape[-2]**0.5 for t in _pair(x, y, center, batch_dims))
+    xh, yh = (_narrow(t) * t.shape[-2] ** 0.5 for t in _pair(x, y, center, batch_dims))
     d = max(xh.shape[-1], yh.shape[-1])
     rotated = _pad(yh, d) @ procrustes(xh, yh, xh.dim() - 2).matrix
     return Bound(mmd2(_pad(xh, d), rotated, kernel, batch_dims=xh.dim() - 2), L**2 * chain.frobenius)
@@ -269,15 +294,15 @@ def feature_bound(
 # %% ../nbs/theory/02_upper_bound.ipynb #c4872fd8
 @full_precision
 def cka_gradient(
-    x: Tensor,             # (*batch, n, ...): features that learn
-    y: Tensor,             # (*batch, n, ...): fixed features of the same samples; widths may differ
-    center: bool = True,   # centre the Gram matrices
-    batch_dims: int = 0,   # how many leading dimensions are separate problems
-) -> Tensor:               # of the shape and type of x
+    x: Tensor,  # (*batch, n, ...): features that learn
+    y: Tensor,  # (*batch, n, ...): fixed features of the same samples; widths may differ
+    center: bool = True,  # centre the Gram matrices
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+) -> Tensor:  # of the shape and type of x
     "Theorem 8: the gradient of linear CKA with respect to `x`, in closed form. 0 where either side is constant, as in `cka`."
     a, b = _features(x, y, center, batch_dims)
     (xh, size), (yh, _) = _normalised(a, center, "x"), _normalised(b, center, "y")
-    pull = yh @ (yh.mT @ xh)                                                  # L X
+    pull = yh @ (yh.mT @ xh)  # L X
     push = xh @ (xh.mT @ xh) * (yh.mT @ xh).square().sum((-2, -1), keepdim=True)  # CKA K X
     grad = 2 * (pull - push) / torch.where(size > 0, size, torch.ones_like(size))
     return grad.reshape(x.shape).to(x.dtype)

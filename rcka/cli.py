@@ -9,7 +9,7 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, List, Optional  # typer reads these as types at run time
+from typing import Annotated  # typer reads these as types at run time
 
 import typer
 from rich.console import Console
@@ -21,74 +21,115 @@ __all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'methods', 'model
            'report', 'main']
 
 # %% ../nbs/method/09c_cli.ipynb #38af5754
-app = typer.Typer(help="Knowledge distillation by centred kernel alignment: run benchmarks, sweeps of them, and read the tables.",
-                  no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Knowledge distillation by centred kernel alignment: run benchmarks, sweeps of them, and read the tables.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 console = Console(width=None if sys.stdout.isatty() else 160, force_jupyter=False)
 
-Root = Annotated[Optional[Path], typer.Option(help="Folder of all runs. Without it: RCKA_RUNS, else runs/ of the checkout.")]
-Fields = Annotated[Optional[List[str]], typer.Option("--param", "-p", metavar="NAME=VALUE", help="A field of Experiment, as epochs=60; may be given several times.")]
-NotebookPath = Annotated[Optional[Path], typer.Option(help="Notebook to run instead of the dataset's benchmark notebook.")]
+Root = Annotated[
+    Path | None, typer.Option(help="Folder of all runs. Without it: RCKA_RUNS, else runs/ of the checkout.")
+]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--param", "-p", metavar="NAME=VALUE", help="A field of Experiment, as epochs=60; may be given several times."
+    ),
+]
+NotebookPath = Annotated[Path | None, typer.Option(help="Notebook to run instead of the dataset's benchmark notebook.")]
 
 
 def _fields(given: list[str] | None) -> dict:
     "NAME=VALUE texts as a dict."
     from rcka.sweep import value_of
+
     pairs = [text.partition("=") for text in given or []]
     for name, sign, _ in pairs:
-        if not sign: raise ValueError(f"a parameter is NAME=VALUE, got {name!r}")
+        if not sign:
+            raise ValueError(f"a parameter is NAME=VALUE, got {name!r}")
     return {name: value_of(value) for name, _, value in pairs}
 
 
 def _known(names, known, what: str):
     from rcka.losses import nearest
+
     for name in names:
-        if name not in known: raise ValueError(nearest(name, known, what))
+        if name not in known:
+            raise ValueError(nearest(name, known, what))
 
 # %% ../nbs/method/09c_cli.ipynb #1c81fc86
 @app.command()
 def methods():
     "The distillation methods: names for --methods; several together with a plus, as kd+fcka."
     from rcka.losses import create_method, list_methods
-    _table(("name", "method"), [(name, (type(create_method(name)).__doc__ or "").splitlines()[0]) for name in list_methods()])
+
+    _table(
+        ("name", "method"),
+        [(name, (type(create_method(name)).__doc__ or "").splitlines()[0]) for name in list_methods()],
+    )
 
 
 @app.command()
 def models():
     "The networks, with their number of parameters for 100 classes."
     import torch
+
     from rcka.models import create_model, list_models
-    with torch.device("meta"): sizes = {name: sum(p.numel() for p in create_model(name).parameters()) for name in list_models()}
+
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in create_model(name).parameters()) for name in list_models()}
     _table(("name", "parameters"), [(name, f"{n:,}") for name, n in sizes.items()])
 
 
 @app.command()
-def datasets(root: Annotated[Optional[Path], typer.Option(help="Folder of the datasets. Without it: RCKA_DATA, else data/ of the checkout.")] = None):
+def datasets(
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the datasets. Without it: RCKA_DATA, else data/ of the checkout.")
+    ] = None,
+):
     "The datasets: which are there, which are missing, and how to get those."
     from rcka.data import data_root, list_datasets
+
     print(f"under {data_root(root)}")
-    _table(("name", "classes", "image", "there", "how to get it"),
-           [(d.name, str(d.classes), "x".join(map(str, d.shape)), "yes" if d.there else "missing", d.how) for d in list_datasets(root)])
+    _table(
+        ("name", "classes", "image", "there", "how to get it"),
+        [
+            (d.name, str(d.classes), "x".join(map(str, d.shape)), "yes" if d.there else "missing", d.how)
+            for d in list_datasets(root)
+        ],
+    )
 
 
 def _table(header, rows):
     table = Table(*header, box=None, pad_edge=False, header_style="")
-    for row in rows: table.add_row(*row)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 # %% ../nbs/method/09c_cli.ipynb #713a9a2a
 @app.command()
 def run(
-    what: Annotated[str, typer.Argument(help="A dataset, as cifar10 or imagefolder:PATH, or a notebook, as nbs/benchmarks/digits.ipynb.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A dataset, as cifar10 or imagefolder:PATH, or a notebook, as nbs/benchmarks/digits.ipynb."
+        ),
+    ],
     param: Fields = None,
     root: Root = None,
-    output: Annotated[Optional[Path], typer.Option(help="Where the executed notebook goes. Without it: into the run's folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the executed notebook goes. Without it: into the run's folder.")
+    ] = None,
 ):
     "One papermill run of a benchmark notebook. The kernel listens on IPC sockets, not on TCP."
     from rcka.experiments import Experiment, _claim, runs_root
     from rcka.sweep import _environment, execute, notebook_for, parameters
+
     is_path = what.endswith(".ipynb")
     notebook = Path(what) if is_path else notebook_for(what)
-    if not notebook.exists(): raise ValueError(f"there is no notebook {notebook}")
+    if not notebook.exists():
+        raise ValueError(f"there is no notebook {notebook}")
     values = _fields(param) if is_path else {"dataset": what} | _fields(param)
     known = parameters(notebook)
     _known(values, known, f"parameter of {notebook.name}")
@@ -100,15 +141,23 @@ def run(
     output = output or runs / notebook.name
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"the executed notebook goes to {output}")
-    with _environment(RCKA_RUNS=str(runs)): execute(notebook, output, values, progress=sys.stderr.isatty())
+    with _environment(RCKA_RUNS=str(runs)):
+        execute(notebook, output, values, progress=sys.stderr.isatty())
 
 # %% ../nbs/method/09c_cli.ipynb #9ded0d42
 def _bar() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs, {task.fields[left]}"), console=console)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs, {task.fields[left]}"),
+        console=console,
+    )
 
 
 class _Show:
     "Shows a sweep's tally: the bar counts epochs, the text runs."
+
     def __init__(self, bar: Progress, fingerprint: str):
         self.bar, self.task, self.fingerprint = bar, bar.add_task("sweep", total=None, left=""), fingerprint
 
@@ -118,11 +167,19 @@ class _Show:
         self.bar.update(self.task, total=tally.runs, completed=through, left=left)
         for o in tally.news:
             other = o.fingerprint and o.fingerprint != self.fingerprint
-            note = f"; made with another version of the notebook ({o.fingerprint}, now {self.fingerprint})" if other else ""
+            note = (
+                f"; made with another version of the notebook ({o.fingerprint}, now {self.fingerprint})"
+                if other
+                else ""
+            )
             took = f" in {_clock(o.seconds)}" if o.state == "done" else ""
             if o.state != "found" or other:
-                self.bar.console.print(f"{through}/{tally.runs} {o.state:7} {o.key}{took}{note}{': ' if o.error else ''}{o.error}  ({left})",
-                                       soft_wrap=True, markup=False, highlight=False)
+                self.bar.console.print(
+                    f"{through}/{tally.runs} {o.state:7} {o.key}{took}{note}{': ' if o.error else ''}{o.error}  ({left})",
+                    soft_wrap=True,
+                    markup=False,
+                    highlight=False,
+                )
 
 
 def _clock(seconds: float) -> str:
@@ -133,8 +190,12 @@ def _clock(seconds: float) -> str:
 @app.command()
 def sweep(
     dataset: Annotated[str, typer.Argument(help="Name of a dataset: see `rcka datasets`.")],
-    pairs: Annotated[str, typer.Option(help="TEACHER:STUDENT, several with commas; all: those of the published table.")] = "all",
-    methods: Annotated[str, typer.Option(help="Names of methods, with commas; none is the student alone.")] = "none,kd,rcka",
+    pairs: Annotated[
+        str, typer.Option(help="TEACHER:STUDENT, several with commas; all: those of the published table.")
+    ] = "all",
+    methods: Annotated[
+        str, typer.Option(help="Names of methods, with commas; none is the student alone.")
+    ] = "none,kd,rcka",
     seeds: Annotated[str, typer.Option(help="Whole numbers, with commas.")] = "0,1,2",
     param: Fields = None,
     root: Root = None,
@@ -143,40 +204,63 @@ def sweep(
     retry: Annotated[bool, typer.Option(help="Try again what failed before.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and stop.")] = False,
     executor: Annotated[str, typer.Option(help="local or slurm.")] = "local",
-    partition: Annotated[Optional[str], typer.Option(help="Slurm: the partition.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm: the partition.")] = None,
     gpus_per_run: Annotated[int, typer.Option(min=0, help="Slurm: GPUs of a job.")] = 1,
     runs_per_gpu: Annotated[int, typer.Option(min=1, help="Slurm: runs that share a job and its GPU.")] = 1,
     cpus_per_run: Annotated[int, typer.Option(min=1, help="Slurm: cores for each run.")] = 1,
-    hours: Annotated[float, typer.Option(help="Slurm: time limit of a job; at the limit it is queued again and goes on.")] = 24,
+    hours: Annotated[
+        float, typer.Option(help="Slurm: time limit of a job; at the limit it is queued again and goes on.")
+    ] = 24,
 ):
     "Run a set of experiments, their teachers once. Stop it and start it again at any time."
     from rcka import sweep as S
     from rcka.experiments import Experiment, runs_root
+
     fields = _fields(param)
-    _known(fields, set(Experiment().to_dict()) - {"dataset", "student", "teacher", "method", "seed"}, "field of an experiment to set for a whole sweep")
+    _known(
+        fields,
+        set(Experiment().to_dict()) - {"dataset", "student", "teacher", "method", "seed"},
+        "field of an experiment to set for a whole sweep",
+    )
     _known([executor], ["local", "slurm"], "executor")
     runs = S.grid(dataset, pairs, methods, [int(s) for s in seeds.split(",")], **fields)
     folder = runs_root(root).resolve()
-    if problems := S.misfits(runs): raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
+    if problems := S.misfits(runs):
+        raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
     everything = S.with_teachers(runs)
     states = Counter(S.state(folder / e.key) for e in everything)
-    console.print(f"{len(everything)} runs in {folder}, {len(everything) - len(runs)} of them only to train teachers: "
-                  + ", ".join(f"{n} {name}" for name, n in states.items()), soft_wrap=True)
-    if dry_run: return
+    console.print(
+        f"{len(everything)} runs in {folder}, {len(everything) - len(runs)} of them only to train teachers: "
+        + ", ".join(f"{n} {name}" for name, n in states.items()),
+        soft_wrap=True,
+    )
+    if dry_run:
+        return
     common = dict(root=folder, notebook=notebook, retry=retry)
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // workers)
-    if executor == "local": where = dict(executor=S.Processes(workers), threads=threads)
-    else: where = dict(executor=S.slurm(folder, partition, gpus_per_run, runs_per_gpu, cpus_per_run, hours),
-                       runs_per_job=runs_per_gpu, threads=cpus_per_run, every=5.0)
+    if executor == "local":
+        where = dict(executor=S.Processes(workers), threads=threads)
+    else:
+        where = dict(
+            executor=S.slurm(folder, partition, gpus_per_run, runs_per_gpu, cpus_per_run, hours),
+            runs_per_job=runs_per_gpu,
+            threads=cpus_per_run,
+            every=5.0,
+        )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops it as Ctrl-C does
     try:
         with _bar() as bar:
-            outcomes = S.sweep(runs, watch=_Show(bar, S.fingerprint(notebook or S.notebook_for(dataset))), **common, **where)
+            outcomes = S.sweep(
+                runs, watch=_Show(bar, S.fingerprint(notebook or S.notebook_for(dataset))), **common, **where
+            )
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130)
     bad = [o for o in outcomes if o.state not in ("done", "found")]
-    print(f"{len(outcomes) - len(bad)} of {len(outcomes)} runs are done" + (f"; {len(bad)} failed, see `rcka status`" if bad else ""))
+    print(
+        f"{len(outcomes) - len(bad)} of {len(outcomes)} runs are done"
+        + (f"; {len(bad)} failed, see `rcka status`" if bad else "")
+    )
     raise typer.Exit(bool(bad))
 
 # %% ../nbs/method/09c_cli.ipynb #b71e96cf
@@ -188,45 +272,64 @@ def status(
     "What the runs of a folder have come to, and why some failed."
     from rcka.experiments import Result, runs_root
     from rcka.sweep import epochs_done, state
+
     folder = runs_root(root)
     found = {p.parent: state(p.parent) for p in sorted(folder.glob("*/experiment.json"))}
-    if not found: print(f"no runs in {folder}"); return
+    if not found:
+        print(f"no runs in {folder}")
+        return
     print(f"{folder}: " + ", ".join(f"{n} {name}" for name, n in Counter(found.values()).items()))
     for run, is_ in found.items():
-        if is_ == "running" or is_ == "interrupted": print(f"{is_:11} {run.name}, {epochs_done(run)} epochs")
+        if is_ == "running" or is_ == "interrupted":
+            print(f"{is_:11} {run.name}, {epochs_done(run)} epochs")
         if is_ == "failed":
             why = json.loads((run / "failure.json").read_text())
             print(f"{is_:11} {run.name}: {why['error']}" + (f"\n{why['traceback']}" if traceback else ""))
         if is_ == "unreadable":
-            try: Result.load(run / "result.json")
-            except (ValueError, TypeError) as e: print(f"{is_:11} {e}")
+            try:
+                Result.load(run / "result.json")
+            except (ValueError, TypeError) as e:
+                print(f"{is_:11} {e}")
 
 # %% ../nbs/method/09c_cli.ipynb #370896a9
 @app.command()
 def report(
     root: Root = None,
     form: Annotated[str, typer.Option("--format", help="terminal, markdown, latex or csv.")] = "terminal",
-    figures: Annotated[Optional[Path], typer.Option(help="Write the figures to this folder, too.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write the figures to this folder, too.")] = None,
 ):
     "Tables of all results in a folder, beside the published numbers."
     from rcka import report as R
+
     _known([form], ["terminal", "markdown", "latex", "csv"], "format")
-    if form != "terminal": print(R.report(root, form, figures), end=""); return
+    if form != "terminal":
+        print(R.report(root, form, figures), end="")
+        return
     found = R.load_results(root)
     made = R.tables(found.results)
-    for table in made: console.print(R.show(table))
-    for line in R.missing(found): print(line)
+    for table in made:
+        console.print(R.show(table))
+    for line in R.missing(found):
+        print(line)
     if figures:
-        for path in R.save_figures(made, figures): print(path)
+        for path in R.save_figures(made, figures):
+            print(path)
 
 # %% ../nbs/method/09c_cli.ipynb #b81185f6
 def main(args: list[str] | None = None):  # None: those of the command line
     "The `rcka` command."
-    try: app(args)
+    try:
+        app(args)
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not any(text in str(error) for text in ("the disk is full", "No space left", "quota")): raise
+        if (
+            isinstance(error, OSError)
+            and not isinstance(error, FileNotFoundError)
+            and not any(text in str(error) for text in ("the disk is full", "No space left", "quota"))
+        ):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-if __name__ == "__main__" and "__file__" in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    main()

@@ -7,10 +7,11 @@ import contextlib
 import json
 import math
 from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,20 +29,26 @@ __all__ = ['METRICS', 'Boxes', 'BrokenImage', 'read_image', 'CocoData', 'load_co
 # %% ../nbs/method/07a_coco.ipynb #27cc5dfc
 class Boxes(NamedTuple):
     "What is in one image."
-    boxes: Tensor   # float32 (m, 4): left, top, right, bottom, in pixels of the original, clipped to it
+
+    boxes: Tensor  # float32 (m, 4): left, top, right, bottom, in pixels of the original, clipped to it
     labels: Tensor  # int64 (m,): 1 to K
-    area: Tensor    # float32 (m,): of the object, as the file gives it; of the box where it does not
-    crowd: Tensor   # bool (m,): a box around many
+    area: Tensor  # float32 (m,): of the object, as the file gives it; of the box where it does not
+    crowd: Tensor  # bool (m,): a box around many
 
 
 def _read_json(path: Path) -> dict:
     "The annotation file, or an error that says why it is none."
-    try: found = json.loads(path.read_text())
-    except FileNotFoundError: raise FileNotFoundError(f"annotations: there is no file {path}") from None
-    except ValueError as e: raise ValueError(f"annotations: {path} is no json, or cut short: {e}") from e
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"annotations: there is no file {path}") from None
+    except ValueError as e:
+        raise ValueError(f"annotations: {path} is no json, or cut short: {e}") from e
     for key in ("images", "annotations", "categories"):
         if not isinstance(found, dict) or not isinstance(found.get(key), list):
-            raise ValueError(f"annotations: {path} has no list {key!r}; COCO's layout has images, annotations and categories")
+            raise ValueError(
+                f"annotations: {path} has no list {key!r}; COCO's layout has images, annotations and categories"
+            )
     return found
 
 
@@ -57,25 +64,36 @@ def _by_id(records: list, what: str, path: Path) -> dict:
 def _check_annotation(a: dict, images: dict, categories: dict, path: Path):
     "Says what is wrong with one annotation."
     where = f"{path}: annotation {a.get('id')}"
-    if a.get("image_id") not in images: raise ValueError(f"{where} is of image {a.get('image_id')!r}, which is not among the file's images")
-    if a.get("category_id") not in categories: raise ValueError(f"{where} is of category {a.get('category_id')!r}, which is not among the file's categories")
+    if a.get("image_id") not in images:
+        raise ValueError(f"{where} is of image {a.get('image_id')!r}, which is not among the file's images")
+    if a.get("category_id") not in categories:
+        raise ValueError(f"{where} is of category {a.get('category_id')!r}, which is not among the file's categories")
     box = a.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+    ):
         raise ValueError(f"{where} has the box {box!r}; a box is [left, top, width, height], in pixels")
 
 # %% ../nbs/method/07a_coco.ipynb #09e864fd
 def _as_boxes(
-    annotations: list[dict],   # of one image
+    annotations: list[dict],  # of one image
     label_of: dict[int, int],  # category id to label
-    width: int, height: int,   # of the image, in pixels
+    width: int,
+    height: int,  # of the image, in pixels
 ) -> Boxes:
     "The annotations of an image as tensors, clipped to it."
     xywh = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float64).view(-1, 4)
     ends = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
     limit = torch.tensor([width, height] * 2, dtype=torch.float64)
     area = torch.tensor([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in annotations], dtype=torch.float64)
-    return Boxes(ends.clamp(min=0).minimum(limit).float(), torch.tensor([label_of[a["category_id"]] for a in annotations], dtype=torch.int64),
-                 area.float(), torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool))
+    return Boxes(
+        ends.clamp(min=0).minimum(limit).float(),
+        torch.tensor([label_of[a["category_id"]] for a in annotations], dtype=torch.int64),
+        area.float(),
+        torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool),
+    )
 
 
 def _has_area(boxes: Tensor) -> Tensor:
@@ -90,40 +108,49 @@ class BrokenImage(OSError):
 def read_image(
     path: Path | str,
     size: tuple[int, int] | None = None,  # (width, height) that it must have, in pixels
-) -> Tensor:                              # uint8 (3, H, W)
+) -> Tensor:  # uint8 (3, H, W)
     "A picture as RGB. Its orientation tag is not followed: COCO's boxes are drawn on the pixels as they are stored."
     import numpy as np
     from PIL import Image
+
     try:
-        with Image.open(path) as picture: rgb = np.array(picture.convert("RGB"))
-    except FileNotFoundError: raise BrokenImage(f"{path}: the file is missing") from None
-    except (OSError, ValueError, SyntaxError) as e: raise BrokenImage(f"{path} cannot be decoded ({type(e).__name__}: {e})") from e
+        with Image.open(path) as picture:
+            rgb = np.array(picture.convert("RGB"))
+    except FileNotFoundError:
+        raise BrokenImage(f"{path}: the file is missing") from None
+    except (OSError, ValueError, SyntaxError) as e:
+        raise BrokenImage(f"{path} cannot be decoded ({type(e).__name__}: {e})") from e
     image = torch.from_numpy(rgb).permute(2, 0, 1)
     if size is not None and (image.shape[2], image.shape[1]) != tuple(size):
-        raise BrokenImage(f"{path} is {image.shape[2]} x {image.shape[1]} pixels, its annotation says {size[0]} x {size[1]}")
+        raise BrokenImage(
+            f"{path} is {image.shape[2]} x {image.shape[1]} pixels, its annotation says {size[0]} x {size[1]}"
+        )
     return image
 
 # %% ../nbs/method/07a_coco.ipynb #97baccd3
 @dataclass(frozen=True, eq=False, repr=False)
 class CocoData:
     "Images with boxes: where they are and what is in them. The pictures stay on the disk."
-    folder: Path                  # with the pictures
-    files: tuple[str, ...]        # a name for each image
-    ids: tuple[int, ...]          # its id in the annotation file
-    sizes: tuple                  # (width, height) of each, in pixels
-    found: tuple[Boxes, ...]      # what is in each
-    raw: tuple                    # its annotations as the file has them
-    classes: tuple[str, ...]      # a name for each of the labels 1 to K
-    categories: tuple[int, ...]   # and its id in the annotation file
-    notes: dict                   # how many of what was unusual
 
-    def __len__(self): return len(self.files)
+    folder: Path  # with the pictures
+    files: tuple[str, ...]  # a name for each image
+    ids: tuple[int, ...]  # its id in the annotation file
+    sizes: tuple  # (width, height) of each, in pixels
+    found: tuple[Boxes, ...]  # what is in each
+    raw: tuple  # its annotations as the file has them
+    classes: tuple[str, ...]  # a name for each of the labels 1 to K
+    categories: tuple[int, ...]  # and its id in the annotation file
+    notes: dict  # how many of what was unusual
+
+    def __len__(self):
+        return len(self.files)
 
     def __repr__(self):
         return f"CocoData({self.folder.name}: {len(self)} images, {sum(len(f.boxes) for f in self.found)} boxes of {len(self.classes)} classes)"
 
     @property
-    def num_classes(self) -> int: return len(self.classes)
+    def num_classes(self) -> int:
+        return len(self.classes)
 
     def image(self, i: int) -> Tensor:
         "Image `i` as uint8 (3, H, W)."
@@ -141,19 +168,22 @@ class CocoData:
 
 # %% ../nbs/method/07a_coco.ipynb #5186be08
 def load_coco(
-    images: Path | str,         # folder with the pictures
-    annotations: Path | str,    # json file in COCO's layout
-    limit: int | None = None,   # the first so many images
+    images: Path | str,  # folder with the pictures
+    annotations: Path | str,  # json file in COCO's layout
+    limit: int | None = None,  # the first so many images
     skip_broken: bool = False,  # decode every picture now, and leave out those that are missing or broken
-    workers: int = 8,           # threads that do so
+    workers: int = 8,  # threads that do so
 ) -> CocoData:
     "A dataset in COCO's layout. ValueError or BrokenImage for what is wrong with it."
     folder, path = Path(images), Path(annotations)
     found = _read_json(path)
-    if not folder.is_dir(): raise FileNotFoundError(f"images: there is no folder {folder}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"images: there is no folder {folder}")
     records, categories = (_by_id(found[key], key, path) for key in ("images", "categories"))
-    if not records: raise ValueError(f"{path}: there are no images")
-    if not categories: raise ValueError(f"{path}: there are no categories")
+    if not records:
+        raise ValueError(f"{path}: there are no images")
+    if not categories:
+        raise ValueError(f"{path}: there are no categories")
     label_of = {c: k for k, c in enumerate(sorted(categories), 1)}
     own = {i: [] for i in records}
     for a in found["annotations"]:
@@ -161,21 +191,34 @@ def load_coco(
         own[a["image_id"]].append(a)
     records = list(records.values())[:limit]
     sizes = [_size_of(folder, r, skip_broken) for r in records]
-    data = CocoData(folder, tuple(r["file_name"] for r in records), tuple(r["id"] for r in records), tuple(sizes),
-                    tuple(_as_boxes(own[r["id"]], label_of, *s) for r, s in zip(records, sizes)), tuple(tuple(own[r["id"]]) for r in records),
-                    tuple(str(categories[c].get("name", c)) for c in sorted(categories)), tuple(sorted(categories)), {})
+    data = CocoData(
+        folder,
+        tuple(r["file_name"] for r in records),
+        tuple(r["id"] for r in records),
+        tuple(sizes),
+        tuple(_as_boxes(own[r["id"]], label_of, *s) for r, s in zip(records, sizes)),
+        tuple(tuple(own[r["id"]]) for r in records),
+        tuple(str(categories[c].get("name", c)) for c in sorted(categories)),
+        tuple(sorted(categories)),
+        {},
+    )
     bad = _broken(data, skip_broken, workers)
-    if bad: data = data.take([i for i in range(len(data)) if i not in bad])
-    if not len(data): raise BrokenImage(f"none of the {len(bad)} pictures can be read; the first: {next(iter(bad.values()))}")
+    if bad:
+        data = data.take([i for i in range(len(data)) if i not in bad])
+    if not len(data):
+        raise BrokenImage(f"none of the {len(bad)} pictures can be read; the first: {next(iter(bad.values()))}")
     return replace(data, notes=_notes(data) | {"broken": list(bad.values())})
 
 # %% ../nbs/method/07a_coco.ipynb #b6c1a639
 def _size_of(folder: Path, record: dict, lenient: bool) -> tuple[int, int]:
     "(width, height) of an image as its record says, or as its file does."
-    if record.get("width") and record.get("height"): return int(record["width"]), int(record["height"])
-    try: return tuple(reversed(read_image(folder / record["file_name"]).shape[1:]))
+    if record.get("width") and record.get("height"):
+        return int(record["width"]), int(record["height"])
+    try:
+        return tuple(reversed(read_image(folder / record["file_name"]).shape[1:]))
     except BrokenImage:
-        if lenient: return 1, 1  # it will be left out
+        if lenient:
+            return 1, 1  # it will be left out
         raise
 
 
@@ -184,74 +227,103 @@ def _broken(data: CocoData, decode: bool, workers: int) -> dict[int, str]:
     if not decode:
         there = {p.relative_to(data.folder).as_posix() for p in data.folder.rglob("*")}
         missing = [f for f in data.files if f not in there and not (data.folder / f).is_file()]
-        if missing: raise BrokenImage(f"{len(missing)} of {len(data)} pictures are missing in {data.folder}, such as {', '.join(missing[:3])}; skip_broken=True leaves them out")
+        if missing:
+            raise BrokenImage(
+                f"{len(missing)} of {len(data)} pictures are missing in {data.folder}, such as {', '.join(missing[:3])}; skip_broken=True leaves them out"
+            )
         return {}
 
     def why(i):
-        try: data.image(i)
-        except BrokenImage as e: return str(e)
+        try:
+            data.image(i)
+        except BrokenImage as e:
+            return str(e)
 
-    with ThreadPoolExecutor(max(1, workers)) as pool: return {i: said for i, said in enumerate(pool.map(why, range(len(data)))) if said}
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return {i: said for i, said in enumerate(pool.map(why, range(len(data)))) if said}
 
 
 def _notes(data: CocoData) -> dict:
     "What was unusual, in numbers."
     edges = [torch.tensor([a["bbox"] for a in raw], dtype=torch.float64).view(-1, 4) for raw in data.raw]
-    out = [(e[:, :2] < 0).any(1) | (e[:, :2] + e[:, 2:] > torch.tensor(size) + 1e-6).any(1) for e, size in zip(edges, data.sizes)]
-    return {"clipped": sum(int(o.sum()) for o in out), "no area": sum(int((~_has_area(f.boxes)).sum()) for f in data.found),
-            "crowd": sum(int(f.crowd.sum()) for f in data.found), "without boxes": sum(len(f.boxes) == 0 for f in data.found)}
+    out = [
+        (e[:, :2] < 0).any(1) | (e[:, :2] + e[:, 2:] > torch.tensor(size) + 1e-6).any(1)
+        for e, size in zip(edges, data.sizes)
+    ]
+    return {
+        "clipped": sum(int(o.sum()) for o in out),
+        "no area": sum(int((~_has_area(f.boxes)).sum()) for f in data.found),
+        "crowd": sum(int(f.crowd.sum()) for f in data.found),
+        "without boxes": sum(len(f.boxes) == 0 for f in data.found),
+    }
 
 # %% ../nbs/method/07a_coco.ipynb #efc4b8f1
 def draw_rectangles(
-    folder: Path | str,         # gets SPLIT/*.png and annotations/instances_SPLIT.json
-    n: int = 8,                 # images
+    folder: Path | str,  # gets SPLIT/*.png and annotations/instances_SPLIT.json
+    n: int = 8,  # images
     split: str = "train2017",
     seed: int = 0,
-) -> tuple[Path, Path, dict]:   # the folder with the pictures, the annotation file and its content
+) -> tuple[Path, Path, dict]:  # the folder with the pictures, the annotation file and its content
     "A dataset of wide and upright pictures with one coloured rectangle each."
     from PIL import Image
+
     g = torch.Generator().manual_seed(seed)
     images, path = Path(folder) / split, Path(folder) / "annotations" / f"instances_{split}.json"
-    for place in (images, path.parent): place.mkdir(parents=True, exist_ok=True)
+    for place in (images, path.parent):
+        place.mkdir(parents=True, exist_ok=True)
     content = dict(images=[], annotations=[], categories=[dict(id=c, name=f"kind {c}") for c in (20, 3, 7)])
     for i in range(n):
         w, h = ((96, 64), (64, 96), (80, 64))[i % 3]
         kind, x, y = (int(torch.randint(k, (), generator=g)) for k in (3, w // 3, h // 3))
         pixels = torch.full((h, w, 3), 90, dtype=torch.uint8)
-        pixels[y:y + h // 2, x:x + w // 2] = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]][kind], dtype=torch.uint8)
+        pixels[y : y + h // 2, x : x + w // 2] = torch.tensor(
+            [[255, 0, 0], [0, 255, 0], [0, 0, 255]][kind], dtype=torch.uint8
+        )
         Image.fromarray(pixels.numpy()).save(images / f"{i}.png")
         content["images"].append(dict(id=100 + i, file_name=f"{i}.png", width=w, height=h))
-        content["annotations"].append(dict(id=i + 1, image_id=100 + i, category_id=(3, 7, 20)[kind], bbox=[x, y, w // 2, h // 2], area=(w // 2) * (h // 2), iscrowd=0))
+        content["annotations"].append(
+            dict(
+                id=i + 1,
+                image_id=100 + i,
+                category_id=(3, 7, 20)[kind],
+                bbox=[x, y, w // 2, h // 2],
+                area=(w // 2) * (h // 2),
+                iscrowd=0,
+            )
+        )
     path.write_text(json.dumps(content))
     return images, path, content
 
 # %% ../nbs/method/07a_coco.ipynb #6d339318
 class DetectionBatch(NamedTuple):
     "Images of a batch, each of its own size, and what is in them."
+
     images: list[Tensor]  # float32 (3, H_i, W_i) in [0, 1], not normalised: detectors do that
-    targets: list[dict]   # of each image: boxes float32 (m, 4) in pixels of the image as it is here, labels int64 (m,)
-    index: Tensor         # int64 (B,): which images of the dataset these are
+    targets: list[dict]  # of each image: boxes float32 (m, 4) in pixels of the image as it is here, labels int64 (m,)
+    index: Tensor  # int64 (B,): which images of the dataset these are
 
 
 def resized(
-    width: int, height: int,    # of an image, in pixels
-    size: int,                  # wanted shorter side
-    max_size: int,              # the longer side's limit, which wins
-) -> tuple[int, int]:           # (width, height)
+    width: int,
+    height: int,  # of an image, in pixels
+    size: int,  # wanted shorter side
+    max_size: int,  # the longer side's limit, which wins
+) -> tuple[int, int]:  # (width, height)
     "The size an image gets, its shape kept to the pixel."
     factor = min(size / min(width, height), max_size / max(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 # %% ../nbs/method/07a_coco.ipynb #72a9e3d0
 def prepare_image(
-    image: Tensor,                  # uint8 (3, H, W)
-    boxes: Tensor,                  # (m, 4) in its pixels
-    size: tuple[int, int],          # (width, height) wanted
+    image: Tensor,  # uint8 (3, H, W)
+    boxes: Tensor,  # (m, 4) in its pixels
+    size: tuple[int, int],  # (width, height) wanted
     mirror: bool = False,
-) -> tuple[Tensor, Tensor]:         # float32 (3, height, width) in [0, 1], and the boxes in its pixels
+) -> tuple[Tensor, Tensor]:  # float32 (3, height, width) in [0, 1], and the boxes in its pixels
     "Resize, bilinear and without aliasing, and mirror."
     height, width = image.shape[1:]
-    if (width, height) != tuple(size): image = F.interpolate(image[None], size=size[::-1], mode="bilinear", antialias=True)[0]
+    if (width, height) != tuple(size):
+        image = F.interpolate(image[None], size=size[::-1], mode="bilinear", antialias=True)[0]
     boxes = boxes * torch.tensor([size[0] / width, size[1] / height] * 2)
     if mirror:
         image = image.flip(2)
@@ -261,29 +333,50 @@ def prepare_image(
 # %% ../nbs/method/07a_coco.ipynb #c7111d9b
 class CocoPlan:
     "Which images make the batches of an epoch, how large and whether mirrored."
-    def __init__(self,
+
+    def __init__(
+        self,
         data: CocoData,
         batch_size: int,
-        train: bool = True,                        # shuffled and augmented, images with boxes alone; or all images in order, as they are
-        size: int | tuple[int, int] = (640, 800),  # shorter side in pixels; a range to draw from in training, whose end counts in evaluation
-        max_size: int = 1333,                      # longer side, at most
-        flip: bool = True,                         # training: mirror every second image, at random
-        negatives: bool = False,                   # training: take images without boxes too
+        train: bool = True,  # shuffled and augmented, images with boxes alone; or all images in order, as they are
+        size: int | tuple[int, int] = (
+            640,
+            800,
+        ),  # shorter side in pixels; a range to draw from in training, whose end counts in evaluation
+        max_size: int = 1333,  # longer side, at most
+        flip: bool = True,  # training: mirror every second image, at random
+        negatives: bool = False,  # training: take images without boxes too
         seed: int = 0,
     ):
         low, high = size if isinstance(size, (tuple, list)) else (size, size)
         check_whole(1, batch_size=batch_size, size=low, max_size=max_size)
-        if not low <= high <= max_size: raise ValueError(f"size must be a number, or a range (low, high), of at most max_size; got {size} and {max_size}")
-        self.data, self.batch_size, self.train, self.size, self.max_size = data, batch_size, train, (low, high), max_size
+        if not low <= high <= max_size:
+            raise ValueError(
+                f"size must be a number, or a range (low, high), of at most max_size; got {size} and {max_size}"
+            )
+        self.data, self.batch_size, self.train, self.size, self.max_size = (
+            data,
+            batch_size,
+            train,
+            (low, high),
+            max_size,
+        )
         self.flip, self.seed = flip and train, seed
         usable = [_has_area(f.boxes) & ~f.crowd for f in data.found]
-        self.targets = [{"boxes": f.boxes[u], "labels": f.labels[u]} for f, u in zip(data.found, usable)]  # in the originals' pixels
+        self.targets = [
+            {"boxes": f.boxes[u], "labels": f.labels[u]} for f, u in zip(data.found, usable)
+        ]  # in the originals' pixels
         self.numbers = [i for i, u in enumerate(usable) if not train or negatives or u.any()]
-        if not self.numbers: raise ValueError(f"{data} has no image with a box to train on; negatives=True takes images without")
+        if not self.numbers:
+            raise ValueError(f"{data} has no image with a box to train on; negatives=True takes images without")
         wide = [data.sizes[i][0] >= data.sizes[i][1] for i in self.numbers]
-        self.groups = [torch.tensor([i for i, w in zip(self.numbers, wide) if w == which], dtype=torch.int64) for which in (True, False)]
+        self.groups = [
+            torch.tensor([i for i, w in zip(self.numbers, wide) if w == which], dtype=torch.int64)
+            for which in (True, False)
+        ]
 
-    def __len__(self) -> int: return -(-len(self.numbers) // self.batch_size)
+    def __len__(self) -> int:
+        return -(-len(self.numbers) // self.batch_size)
 
     @property
     def samples(self) -> int:
@@ -294,22 +387,30 @@ class CocoPlan:
         "For each batch of an epoch its images: (number, shorter side, mirrored or not)."
         size = self.batch_size
         if not self.train:
-            return [[(i, self.size[1], False) for i in self.numbers[at:at + size]] for at in range(0, len(self.numbers), size)]
+            return [
+                [(i, self.size[1], False) for i in self.numbers[at : at + size]]
+                for at in range(0, len(self.numbers), size)
+            ]
         g = torch.Generator().manual_seed(seed_of(self.seed, e))
         shuffled = [group[torch.randperm(len(group), generator=g)] for group in self.groups]
-        whole = [batch for group in shuffled for batch in group[:len(group) // size * size].split(size) if len(batch)]
-        rest = torch.cat([group[len(group) // size * size:] for group in shuffled])
+        whole = [batch for group in shuffled for batch in group[: len(group) // size * size].split(size) if len(batch)]
+        rest = torch.cat([group[len(group) // size * size :] for group in shuffled])
         batches = whole + [b for b in rest.split(size) if len(b)]
         order = torch.randperm(len(batches), generator=g).tolist()
         side = torch.randint(self.size[0], self.size[1] + 1, (len(batches),), generator=g).tolist()
-        return [[(i, side[b], self.flip and bool(torch.rand((), generator=g) < 0.5)) for i in batches[b].tolist()] for b in order]
+        return [
+            [(i, side[b], self.flip and bool(torch.rand((), generator=g) < 0.5)) for i in batches[b].tolist()]
+            for b in order
+        ]
 
 # %% ../nbs/method/07a_coco.ipynb #7b058944
 class CocoBatches(CocoPlan):
     "Batches of images with boxes. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
-    def __init__(self,
-        *args,                              # of `CocoPlan`
-        workers: int = 0,                   # threads that decode ahead; 0: none, each batch when it is asked for
+
+    def __init__(
+        self,
+        *args,  # of `CocoPlan`
+        workers: int = 0,  # threads that decode ahead; 0: none, each batch when it is asked for
         device: str | torch.device = "cpu",
         **kwargs,
     ):
@@ -319,7 +420,7 @@ class CocoBatches(CocoPlan):
 
     def epoch(
         self,
-        e: int = 0,      # which epoch: with the seed, all that chance depends on
+        e: int = 0,  # which epoch: with the seed, all that chance depends on
         start: int = 0,  # first step, 0 to len(self)
     ) -> Iterator[DetectionBatch]:
         "The batches of an epoch, from step `start` on."
@@ -328,18 +429,25 @@ class CocoBatches(CocoPlan):
             pool = held.enter_context(ThreadPoolExecutor(self.workers)) if self.workers else None
             plan = self.plan(e)[start:]
             own = [batch[own_rows(len(batch), self.train)] for batch in plan]  # a process decodes no more than it needs
-            for batch, ready in zip(plan, _ahead(pool, self._one, own)): yield share(self._batch(ready), len(batch), self.train)
+            for batch, ready in zip(plan, _ahead(pool, self._one, own)):
+                yield share(self._batch(ready), len(batch), self.train)
 
     def _one(self, what: tuple) -> tuple:
         "(number, image, target) as a step sees them."
         i, side, mirror = what
-        image, boxes = prepare_image(self.data.image(i), self.targets[i]["boxes"], resized(*self.data.sizes[i], side, self.max_size), mirror)
+        image, boxes = prepare_image(
+            self.data.image(i), self.targets[i]["boxes"], resized(*self.data.sizes[i], side, self.max_size), mirror
+        )
         return i, image, {"boxes": boxes, "labels": self.targets[i]["labels"]}
 
     def _batch(self, ready: list[tuple]) -> DetectionBatch:
         index, images, targets = zip(*ready) if ready else ((), (), ())
         there = lambda t: t.to(self.device, non_blocking=True)
-        return DetectionBatch([there(x) for x in images], [{k: there(v) for k, v in t.items()} for t in targets], torch.tensor(index, dtype=torch.int64, device=self.device))
+        return DetectionBatch(
+            [there(x) for x in images],
+            [{k: there(v) for k, v in t.items()} for t in targets],
+            torch.tensor(index, dtype=torch.int64, device=self.device),
+        )
 
 
 def _ahead(pool: ThreadPoolExecutor | None, one, plan: list[list]) -> Iterator[list]:
@@ -351,10 +459,13 @@ def _ahead(pool: ThreadPoolExecutor | None, one, plan: list[list]) -> Iterator[l
     try:
         for batch in plan:
             waiting.append([pool.submit(one, what) for what in batch])
-            if len(waiting) > 2: yield [f.result() for f in waiting.popleft()]
-        while waiting: yield [f.result() for f in waiting.popleft()]
+            if len(waiting) > 2:
+                yield [f.result() for f in waiting.popleft()]
+        while waiting:
+            yield [f.result() for f in waiting.popleft()]
     finally:
-        for f in (f for batch in waiting for f in batch): f.cancel()  # nobody waits for these any more
+        for f in (f for batch in waiting for f in batch):
+            f.cancel()  # nobody waits for these any more
 
 # %% ../nbs/method/07a_coco.ipynb #0bec97f1
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -362,74 +473,112 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 def as_detections(
     data: CocoData,
-    i: int,                 # number of the image
-    found: dict,            # boxes (m, 4) in the pixels of the image as the network saw it, labels (m,), scores (m,)
+    i: int,  # number of the image
+    found: dict,  # boxes (m, 4) in the pixels of the image as the network saw it, labels (m,), scores (m,)
     size: tuple[int, int],  # (width, height) of the image as the network saw it
-) -> list[dict]:            # in the layout of COCO's result files, boxes in the original's pixels
+) -> list[dict]:  # in the layout of COCO's result files, boxes in the original's pixels
     "What a network found in an image."
     width, height = data.sizes[i]
-    boxes = found["boxes"].detach().double().cpu() * torch.tensor([width / size[0], height / size[1]] * 2, dtype=torch.float64)
+    boxes = found["boxes"].detach().double().cpu() * torch.tensor(
+        [width / size[0], height / size[1]] * 2, dtype=torch.float64
+    )
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-    return [{"image_id": data.ids[i], "category_id": data.categories[label - 1], "bbox": box, "score": score}
-            for box, label, score in zip(boxes.tolist(), found["labels"].tolist(), found["scores"].double().tolist())]
+    return [
+        {"image_id": data.ids[i], "category_id": data.categories[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(boxes.tolist(), found["labels"].tolist(), found["scores"].double().tolist())
+    ]
 
 
 def ground_truth(data: CocoData) -> dict:
     "The content of an annotation file of these images."
-    images = [{"id": i, "file_name": f, "width": w, "height": h} for i, f, (w, h) in zip(data.ids, data.files, data.sizes)]
-    own = [a | {"area": a.get("area", a["bbox"][2] * a["bbox"][3]), "iscrowd": int(a.get("iscrowd", 0))} for raw in data.raw for a in raw]
-    return {"info": {}, "images": images, "annotations": [a | {"id": k} for k, a in enumerate(own, 1)],  # ids of its own: 0 means "no match" to the tools
-            "categories": [{"id": c, "name": n} for c, n in zip(data.categories, data.classes)]}
+    images = [
+        {"id": i, "file_name": f, "width": w, "height": h} for i, f, (w, h) in zip(data.ids, data.files, data.sizes)
+    ]
+    own = [
+        a | {"area": a.get("area", a["bbox"][2] * a["bbox"][3]), "iscrowd": int(a.get("iscrowd", 0))}
+        for raw in data.raw
+        for a in raw
+    ]
+    return {
+        "info": {},
+        "images": images,
+        "annotations": [a | {"id": k} for k, a in enumerate(own, 1)],  # ids of its own: 0 means "no match" to the tools
+        "categories": [{"id": c, "name": n} for c, n in zip(data.categories, data.classes)],
+    }
 
 # %% ../nbs/method/07a_coco.ipynb #24e4319a
 def coco_metrics(
     data: CocoData,
     detections: list[dict],  # of `as_detections`, of all images
-) -> dict[str, float]:       # the twelve numbers, in per cent; -1 where there are no such objects
+) -> dict[str, float]:  # the twelve numbers, in per cent; -1 where there are no such objects
     "Average precision and recall as COCO's evaluation has them."
-    try: from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as e: raise ImportError("the evaluation of detectors needs faster-coco-eval: pip install 'rcka[detection]'") from e
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError as e:
+        raise ImportError("the evaluation of detectors needs faster-coco-eval: pip install 'rcka[detection]'") from e
     known = set(data.ids)
     for d in detections:
-        if d["image_id"] not in known: raise ValueError(f"a detection is of image {d['image_id']}, which is not in {data}")
-        if not all(map(math.isfinite, (*d["bbox"], d["score"]))): raise ValueError(f"a detection in image {d['image_id']} is not finite: box {d['bbox']}, score {d['score']}")
+        if d["image_id"] not in known:
+            raise ValueError(f"a detection is of image {d['image_id']}, which is not in {data}")
+        if not all(map(math.isfinite, (*d["bbox"], d["score"]))):
+            raise ValueError(f"a detection in image {d['image_id']} is not finite: box {d['bbox']}, score {d['score']}")
     truth = ground_truth(data)
-    if not any(not a["iscrowd"] for a in truth["annotations"]): return dict.fromkeys(METRICS, -1.0)
-    if not detections: return _nothing_found(truth)
+    if not any(not a["iscrowd"] for a in truth["annotations"]):
+        return dict.fromkeys(METRICS, -1.0)
+    if not detections:
+        return _nothing_found(truth)
     expected = COCO(truth)
     judge = COCOeval_faster(expected, expected.loadRes(detections), "bbox", print_function=lambda *_: None)
-    judge.evaluate(); judge.accumulate(); judge.summarize()
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
     return {name: 100 * float(v) if v > -1 else -1.0 for name, v in zip(METRICS, judge.all_stats)}
 
 
 def _nothing_found(truth: dict) -> dict[str, float]:
     "0, or -1 for a size of which there is nothing to be found."
     areas = [a["area"] for a in truth["annotations"] if not a["iscrowd"]]
-    there = {"s": any(a <= 32**2 for a in areas), "m": any(32**2 <= a <= 96**2 for a in areas), "l": any(a >= 96**2 for a in areas)}
+    there = {
+        "s": any(a <= 32**2 for a in areas),
+        "m": any(32**2 <= a <= 96**2 for a in areas),
+        "l": any(a >= 96**2 for a in areas),
+    }
     return {name: 0.0 if there.get(name[-1], True) else -1.0 for name in METRICS}
 
 # %% ../nbs/method/07a_coco.ipynb #fbc80f4e
 def from_all(items: list) -> list:
     "The items of every process."
-    if processes()[1] == 1: return items
+    if processes()[1] == 1:
+        return items
     parts = [None] * processes()[1]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 # %% ../nbs/method/07a_coco.ipynb #b5ec5132
 def show_boxes(
-    ax,                        # matplotlib axes
-    image: Tensor,             # uint8 (3, H, W)
-    boxes: Tensor,             # (m, 4) in its pixels
-    labels=(),                 # a text for each box
+    ax,  # matplotlib axes
+    image: Tensor,  # uint8 (3, H, W)
+    boxes: Tensor,  # (m, 4) in its pixels
+    labels=(),  # a text for each box
     color: str = "#E69F00",
     title: str = "",
 ):
     "Draw an image with boxes."
     height, width = image.shape[1:]
-    ax.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))  # boxes count from the edge of the first pixel
+    ax.imshow(
+        image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0)
+    )  # boxes count from the edge of the first pixel
     for (x0, y0, x1, y1), text in zip(boxes.tolist(), list(labels) or [""] * len(boxes)):
         ax.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color=color, linewidth=1.5)
-        if text: ax.text(x0, max(y0, 0), text, fontsize=6, va="bottom", color="black", bbox=dict(facecolor=color, edgecolor="none", pad=0.5))
+        if text:
+            ax.text(
+                x0,
+                max(y0, 0),
+                text,
+                fontsize=6,
+                va="bottom",
+                color="black",
+                bbox=dict(facecolor=color, edgecolor="none", pad=0.5),
+            )
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     ax.set_title(title, fontsize=8)

@@ -14,11 +14,12 @@ import socket
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,11 @@ __all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'checkout', 'Dataset', 'balanced_sl
 # %% ../nbs/method/05_data.ipynb #25e238b8
 def data_root(
     root: str | Path | None = None,  # a folder; None looks in RCKA_DATA, then for the checkout, then takes ./data
-) -> Path:                           # the folder that holds the datasets; it need not be there yet
+) -> Path:  # the folder that holds the datasets; it need not be there yet
     "The folder with the datasets."
     root = root or os.environ.get("RCKA_DATA")
-    if root: return Path(root).expanduser()
+    if root:
+        return Path(root).expanduser()
     return (checkout() or Path.cwd()) / "data"
 
 
@@ -50,8 +52,10 @@ def checkout() -> Path | None:
 def _is_checkout(folder: Path) -> bool:
     "Whether `folder` has the settings.ini of this package."
     settings = configparser.ConfigParser(interpolation=None)
-    try: settings.read(folder / "settings.ini", encoding="utf-8")
-    except (configparser.Error, UnicodeDecodeError): return False  # somebody else's settings.ini
+    try:
+        settings.read(folder / "settings.ini", encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        return False  # somebody else's settings.ini
     return settings.defaults().get("lib_name") == "rcka"
 
 # %% ../nbs/method/05_data.ipynb #2c4ed4bd
@@ -59,12 +63,16 @@ def _check_images(images: Tensor, targets: Tensor, name: str, num_classes: int |
     "uint8 (N, C, H, W) images and int64 (N,) targets in [0, num_classes)."
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
         got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"{name} images must be a uint8 tensor (N, C, H, W), got {got}; floats in [0, 1] become bytes by (255 * x).round().byte()")
+        raise TypeError(
+            f"{name} images must be a uint8 tensor (N, C, H, W), got {got}; floats in [0, 1] become bytes by (255 * x).round().byte()"
+        )
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() != 1:
         got = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"{name} targets must be an int64 tensor (N,), got {got}")
-    if 0 in images.shape: raise ValueError(f"{name} images are empty: their shape is {tuple(images.shape)}")
-    if len(images) != len(targets): raise ValueError(f"{name}: {len(images)} images but {len(targets)} targets")
+    if 0 in images.shape:
+        raise ValueError(f"{name} images are empty: their shape is {tuple(images.shape)}")
+    if len(images) != len(targets):
+        raise ValueError(f"{name}: {len(images)} images but {len(targets)} targets")
     low, high = targets.min().item(), targets.max().item()
     if low < 0 or (num_classes is not None and high >= num_classes):
         upto = "or more" if num_classes is None else f"to {num_classes - 1}"
@@ -74,55 +82,78 @@ def _check_images(images: Tensor, targets: Tensor, name: str, num_classes: int |
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     "A dataset in memory: images uint8 (N, C, H, W), targets int64 (N,), and what suits them."
+
     name: str
-    train_images: Tensor      # uint8 (N, C, H, W)
-    train_targets: Tensor     # int64 (N,)
-    test_images: Tensor       # uint8 (M, C, H, W)
-    test_targets: Tensor      # int64 (M,)
+    train_images: Tensor  # uint8 (N, C, H, W)
+    train_targets: Tensor  # int64 (N,)
+    test_images: Tensor  # uint8 (M, C, H, W)
+    test_targets: Tensor  # int64 (M,)
     classes: tuple[str, ...]  # a name for each target
-    mean: tuple[float, ...]   # by channel, of pixels in [0, 1]
-    std: tuple[float, ...]    # by channel, of pixels in [0, 1]
-    pad: int = 4              # random crop: how many pixels an image may move
-    flip: bool = True         # whether a mirrored image is still of its class
+    mean: tuple[float, ...]  # by channel, of pixels in [0, 1]
+    std: tuple[float, ...]  # by channel, of pixels in [0, 1]
+    pad: int = 4  # random crop: how many pixels an image may move
+    flip: bool = True  # whether a mirrored image is still of its class
 
     def __post_init__(self):
         for part in ("train", "test"):
-            _check_images(getattr(self, f"{part}_images"), getattr(self, f"{part}_targets"), f"{self.name}: {part}", self.num_classes)
+            _check_images(
+                getattr(self, f"{part}_images"),
+                getattr(self, f"{part}_targets"),
+                f"{self.name}: {part}",
+                self.num_classes,
+            )
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
-            raise ValueError(f"{self.name}: training images are {tuple(self.train_images.shape[1:])}, test images {tuple(self.test_images.shape[1:])}; they must agree")
+            raise ValueError(
+                f"{self.name}: training images are {tuple(self.train_images.shape[1:])}, test images {tuple(self.test_images.shape[1:])}; they must agree"
+            )
 
     def __repr__(self):
         shape = "x".join(map(str, self.shape))
         return f"Dataset({self.name}: {len(self.train_images)} training and {len(self.test_images)} test images of {shape} in {self.num_classes} classes)"
 
     @property
-    def num_classes(self) -> int: return len(self.classes)
+    def num_classes(self) -> int:
+        return len(self.classes)
+
     @property
-    def shape(self) -> tuple[int, int, int]: return tuple(self.train_images.shape[1:])  # (C, H, W)
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.train_images.shape[1:])  # (C, H, W)
+
     @property
-    def channels(self) -> int: return self.shape[0]
+    def channels(self) -> int:
+        return self.shape[0]
 
     def batches(
         self,
         batch_size: int | None = None,  # None: 64 for training, 500 for evaluation
-        train: bool = True,             # training images, shuffled and augmented; or test images in order
-        **kwargs,                       # device, seed, dtype, channels_last, pad, flip: see `Batches`
+        train: bool = True,  # training images, shuffled and augmented; or test images in order
+        **kwargs,  # device, seed, dtype, channels_last, pad, flip: see `Batches`
     ) -> Batches:
         "Batches of this dataset, with its own normalisation and augmentation."
         part = "train" if train else "test"
-        return Batches(getattr(self, f"{part}_images"), getattr(self, f"{part}_targets"), batch_size or (64 if train else 500),
-                       self.mean, self.std, train=train, num_classes=self.num_classes, **{"pad": self.pad, "flip": self.flip, **kwargs})
+        return Batches(
+            getattr(self, f"{part}_images"),
+            getattr(self, f"{part}_targets"),
+            batch_size or (64 if train else 500),
+            self.mean,
+            self.std,
+            train=train,
+            num_classes=self.num_classes,
+            **{"pad": self.pad, "flip": self.flip, **kwargs},
+        )
 
 # %% ../nbs/method/05_data.ipynb #598c1a66
 def balanced_slice(
-    targets: Tensor,      # int64 (N,)
-    limit: int,           # how many to keep
+    targets: Tensor,  # int64 (N,)
+    limit: int,  # how many to keep
     name: str = "limit",  # what to call it in an error
-) -> Tensor:              # int64 (limit,): indices in rising order
+) -> Tensor:  # int64 (limit,): indices in rising order
     "The first `limit` samples when the classes take turns: the same number of each class, up to one."
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= len(targets):
-        raise ValueError(f"{name} must be a whole number from 1 to {len(targets)}, the number of images there are; got {limit!r}")
-    order = torch.argsort(targets, stable=True)       # class by class, in file order
+        raise ValueError(
+            f"{name} must be a whole number from 1 to {len(targets)}, the number of images there are; got {limit!r}"
+        )
+    order = torch.argsort(targets, stable=True)  # class by class, in file order
     counts = torch.bincount(targets)
     turn = torch.arange(len(targets)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return order[torch.argsort(turn, stable=True)][:limit].sort().values
@@ -140,22 +171,36 @@ def _sliced(data: Dataset, limit: int | None, test_limit: int | None) -> Dataset
 # %% ../nbs/method/05_data.ipynb #5a1125c3
 def _digits(root: Path, download: bool) -> Dataset:
     "scikit-learn's digits; the first half of each class, in file order, is for training."
-    try: from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
     except ImportError as err:
-        raise ImportError("the digits come with scikit-learn, which is not installed: pip install scikit-learn, or rcka[train]") from err
+        raise ImportError(
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn, or rcka[train]"
+        ) from err
     found = load_digits()
     images = torch.from_numpy((found.images * 255 / 16).round()).to(torch.uint8)[:, None]  # grey levels 0 to 16
     targets = torch.from_numpy(found.target).long()
     train = torch.zeros(len(targets), dtype=torch.bool)
     for c in range(10):
         members = (targets == c).nonzero()[:, 0]
-        train[members[:len(members) // 2]] = True
+        train[members[: len(members) // 2]] = True
     mean, std = measure(images[train])
-    return Dataset("digits", images[train], targets[train], images[~train], targets[~train], tuple(map(str, range(10))), mean, std, pad=1, flip=False)
+    return Dataset(
+        "digits",
+        images[train],
+        targets[train],
+        images[~train],
+        targets[~train],
+        tuple(map(str, range(10))),
+        mean,
+        std,
+        pad=1,
+        flip=False,
+    )
 
 
 def measure(
-    images: Tensor,                                  # uint8 (N, C, H, W)
+    images: Tensor,  # uint8 (N, C, H, W)
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean and standard deviation by channel, four decimals
     "Mean and standard deviation of all pixels in [0, 1]. A channel that is constant gets the deviation 1."
     value = torch.arange(256, dtype=torch.float64) / 255
@@ -164,25 +209,33 @@ def measure(
         p = torch.bincount(images[:, c].flatten(), minlength=256).double()  # a histogram is exact and small
         p /= p.sum()
         mu = (p * value).sum()
-        mean.append(round(mu.item(), 4)); std.append(round((p * (value - mu).square()).sum().sqrt().item(), 4) or 1.0)
+        mean.append(round(mu.item(), 4))
+        std.append(round((p * (value - mu).square()).sum().sqrt().item(), 4) or 1.0)
     return tuple(mean), tuple(std)
 
 # %% ../nbs/method/05_data.ipynb #656f77e6
 class _Known(NamedTuple):
     "What is known of a dataset before it is there."
+
     classes: int
     shape: tuple[int, int, int]  # (C, H, W)
-    files: dict                  # file under the root -> its size in bytes
+    files: dict  # file under the root -> its size in bytes
     mean: tuple = ()
     std: tuple = ()
     pad: int = 4
     flip: bool = True
 
 
-_CIFAR10 = {f"cifar-10-batches-py/{f}": None for f in ["batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))]}
+_CIFAR10 = {
+    f"cifar-10-batches-py/{f}": None for f in ["batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))]
+}
 _CIFAR100 = {f"cifar-100-python/{f}": None for f in ["meta", "train", "test"]}
-_FASHION = {"FashionMNIST/raw/train-images-idx3-ubyte": 47040016, "FashionMNIST/raw/train-labels-idx1-ubyte": 60008,
-            "FashionMNIST/raw/t10k-images-idx3-ubyte": 7840016, "FashionMNIST/raw/t10k-labels-idx1-ubyte": 10008}
+_FASHION = {
+    "FashionMNIST/raw/train-images-idx3-ubyte": 47040016,
+    "FashionMNIST/raw/train-labels-idx1-ubyte": 60008,
+    "FashionMNIST/raw/t10k-images-idx3-ubyte": 7840016,
+    "FashionMNIST/raw/t10k-labels-idx1-ubyte": 10008,
+}
 
 KNOWN = {
     "digits": _Known(10, (1, 8, 8), {}, pad=1, flip=False),
@@ -194,41 +247,57 @@ KNOWN = {
 
 def _is_there(name: str, root: Path) -> bool:
     "Whether the files of a known dataset are under the root (and of the right size, where that is known)."
-    if name == "digits": return importlib.util.find_spec("sklearn") is not None
-    return all((root / f).is_file() and size in (None, (root / f).stat().st_size) for f, size in KNOWN[name].files.items())
+    if name == "digits":
+        return importlib.util.find_spec("sklearn") is not None
+    return all(
+        (root / f).is_file() and size in (None, (root / f).stat().st_size) for f, size in KNOWN[name].files.items()
+    )
 
 # %% ../nbs/method/05_data.ipynb #38f00104
 def _torchvision(name: str, root: Path, download: bool) -> Dataset:
     "Fashion-MNIST, CIFAR-10 or CIFAR-100 from `root`, fetched if need be."
     from torchvision import datasets
+
     cls = {"fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     read = lambda: [cls(root, train=train) for train in (True, False)]
     parts, why = None, "it is not there"
     if _is_there(name, root):
-        try: parts = read()
-        except Exception as err: why = f"what is there is broken ({type(err).__name__}: {err})"  # right names, wrong bytes
+        try:
+            parts = read()
+        except Exception as err:
+            why = f"what is there is broken ({type(err).__name__}: {err})"  # right names, wrong bytes
     if parts is None:
         _fetch(name, cls, root, download, why)
-        try: parts = read()
-        except Exception as err: raise _missing(name, cls, root, "what is there is broken; delete it first") from err
+        try:
+            parts = read()
+        except Exception as err:
+            raise _missing(name, cls, root, "what is there is broken; delete it first") from err
     images = [torch.as_tensor(part.data) for part in parts]
     images = [(i[:, None] if i.dim() == 3 else i.permute(0, 3, 1, 2)).contiguous() for i in images]
     targets = [torch.as_tensor(part.targets).long() for part in parts]
     k = KNOWN[name]
-    return Dataset(name, images[0], targets[0], images[1], targets[1], tuple(parts[0].classes), k.mean, k.std, k.pad, k.flip)
+    return Dataset(
+        name, images[0], targets[0], images[1], targets[1], tuple(parts[0].classes), k.mean, k.std, k.pad, k.flip
+    )
 
 
 def _fetch(name: str, cls, root: Path, download: bool, why: str):
     "Download with a progress bar; files of a wrong size, left by an earlier try, are replaced."
-    if not download: raise _missing(name, cls, root, f"{why}, and download=False")
+    if not download:
+        raise _missing(name, cls, root, f"{why}, and download=False")
     for f, size in KNOWN[name].files.items():
-        if size is not None and (root / f).is_file() and (root / f).stat().st_size != size: (root / f).unlink()
+        if size is not None and (root / f).is_file() and (root / f).stat().st_size != size:
+            (root / f).unlink()
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a network that swallows everything is no network
-    try: cls(root, download=True)
-    except Exception as err: raise _missing(name, cls, root, f"{why}, and the download failed ({type(err).__name__}: {err})") from err
-    finally: socket.setdefaulttimeout(patience)
-    if not _is_there(name, root): raise _missing(name, cls, root, "the download is not complete")
+    try:
+        cls(root, download=True)
+    except Exception as err:
+        raise _missing(name, cls, root, f"{why}, and the download failed ({type(err).__name__}: {err})") from err
+    finally:
+        socket.setdefaulttimeout(patience)
+    if not _is_there(name, root):
+        raise _missing(name, cls, root, "the download is not complete")
 
 
 def _missing(name: str, cls, root: Path, why: str) -> FileNotFoundError:
@@ -236,7 +305,8 @@ def _missing(name: str, cls, root: Path, why: str) -> FileNotFoundError:
     folder = root / next(iter(KNOWN[name].files)).split("/")[0]
     return FileNotFoundError(
         f"no dataset {name!r} in {folder}: {why}. With a network, `python -m rcka.data {name} --root {root}` fetches it from {url}; "
-        f"or put the files there by hand; another folder is chosen by root= or the environment variable RCKA_DATA")
+        f"or put the files there by hand; another folder is chosen by root= or the environment variable RCKA_DATA"
+    )
 
 # %% ../nbs/method/05_data.ipynb #0d15baee
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
@@ -246,26 +316,34 @@ def _walk(folder: Path) -> Iterator[tuple[str, int, int]]:
     "(path, size, time of change) of every image below `folder`, hidden ones aside."
     with os.scandir(folder) as entries:
         for e in entries:
-            if e.name.startswith("."): continue
-            if e.is_dir(): yield from _walk(e.path)
+            if e.name.startswith("."):
+                continue
+            if e.is_dir():
+                yield from _walk(e.path)
             elif os.path.splitext(e.name)[1].lower() in SUFFIXES:
                 s = e.stat()
                 yield e.path, s.st_size, s.st_mtime_ns
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")) if folder.is_dir() else []
+    return (
+        sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        if folder.is_dir()
+        else []
+    )
 
 
 def _list_images(
-    folder: Path,                        # with a folder for each class
+    folder: Path,  # with a folder for each class
 ) -> tuple[list[str], list[list[tuple]]]:  # classes, and for each its images, sorted
     "Class folders and their images. Raises where there is none."
     classes = _class_folders(folder)
-    if not classes: raise ValueError(f"{folder} has no class folders; expected {folder.name}/CLASS/*.jpg")
+    if not classes:
+        raise ValueError(f"{folder} has no class folders; expected {folder.name}/CLASS/*.jpg")
     images = [sorted(_walk(folder / c)) for c in classes]
     empty = [c for c, found in zip(classes, images) if not found]
-    if empty: raise ValueError(f"no images in {_some(empty)} of {folder}; looked for {', '.join(sorted(SUFFIXES))}")
+    if empty:
+        raise ValueError(f"no images in {_some(empty)} of {folder}; looked for {', '.join(sorted(SUFFIXES))}")
     return classes, images
 
 
@@ -280,40 +358,57 @@ def _find_folder(path: str, root: Path) -> tuple[Path, Path]:
     places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
     base = next((p for p in places if p.is_dir()), None)
     if base is None:
-        raise FileNotFoundError(f"no folder {' or '.join(map(str, places))}; imagefolder:PATH needs PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg "
-                                "(or val/); PATH is absolute, or below the data root (root= or RCKA_DATA), or below the working directory")
-    if not (base / "train").is_dir(): raise ValueError(f"{base} has no folder train/; it holds {_some(sorted(os.listdir(base))) or 'nothing'}")
+        raise FileNotFoundError(
+            f"no folder {' or '.join(map(str, places))}; imagefolder:PATH needs PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg "
+            "(or val/); PATH is absolute, or below the data root (root= or RCKA_DATA), or below the working directory"
+        )
+    if not (base / "train").is_dir():
+        raise ValueError(f"{base} has no folder train/; it holds {_some(sorted(os.listdir(base))) or 'nothing'}")
     tests = [t for t in ("test", "val") if (base / t).is_dir()]
-    if not tests: raise ValueError(f"{base} has neither test/ nor val/; make one, with the same class folders as train/")
-    return base / "train", base / next((t for t in tests if _class_folders(base / t)), tests[0])  # test/ is often without labels
+    if not tests:
+        raise ValueError(f"{base} has neither test/ nor val/; make one, with the same class folders as train/")
+    return base / "train", base / next(
+        (t for t in tests if _class_folders(base / t)), tests[0]
+    )  # test/ is often without labels
 
 # %% ../nbs/method/05_data.ipynb #45c6138f
 def _differ(first: str, a: tuple, second: str, b: tuple) -> str:
-    return (f"images differ in size: {first} is {a[0]} x {a[1]} (height x width), {second} is {b[0]} x {b[1]}; "
-            f"resize them all with size=(H, W), for example load_dataset(..., size={min(a)})")
+    return (
+        f"images differ in size: {first} is {a[0]} x {a[1]} (height x width), {second} is {b[0]} x {b[1]}; "
+        f"resize them all with size=(H, W), for example load_dataset(..., size={min(a)})"
+    )
 
 
 def _first_size(paths: list[str]) -> tuple[str, tuple[int, int]]:
     "The first image that can be read, and its (H, W)."
     from PIL import Image
+
     for path in paths:
-        with contextlib.suppress(Exception), Image.open(path) as im: return path, im.size[::-1]
+        with contextlib.suppress(Exception), Image.open(path) as im:
+            return path, im.size[::-1]
     raise ValueError(f"none of {len(paths)} images can be decoded: {_some(paths)}")
 
 
 def _check_memory(n: int, height: int, width: int):
     "An image folder becomes one tensor, twice that while it is turned."
     need = 2 * n * 3 * height * width
-    try: have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError): return  # not told on this system
-    if need > have: raise ValueError(f"{n} images of {height} x {width} need {need / 1e9:.0f} GB while they are read and this machine has {have / 1e9:.0f} GB; choose a smaller size=")
+    try:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return  # not told on this system
+    if need > have:
+        raise ValueError(
+            f"{n} images of {height} x {width} need {need / 1e9:.0f} GB while they are read and this machine has {have / 1e9:.0f} GB; choose a smaller size="
+        )
 
 # %% ../nbs/method/05_data.ipynb #d0e6b301
 def _open(path: str, size: tuple[int, int] | None):
     "An RGB image; resized to cover (H, W) and cut to its centre if `size` says so."
     from PIL import Image, ImageOps
+
     with Image.open(path) as im:
-        if im.mode[0] in "IF": raise ValueError(f"{im.mode} pixels have more than 8 bits")
+        if im.mode[0] in "IF":
+            raise ValueError(f"{im.mode} pixels have more than 8 bits")
         im = im.convert("RGB")
     return ImageOps.fit(im, size[::-1], Image.Resampling.BICUBIC) if size else im
 
@@ -321,37 +416,47 @@ def _open(path: str, size: tuple[int, int] | None):
 def _decode_some(jobs: list[tuple[int, str]], out, size):
     "Decode into `out` (N, H, W, 3); the broken ones, and the first of another size."
     import numpy as np
+
     broken = []
     for i, path in jobs:
-        try: pixels = np.asarray(_open(path, size))
+        try:
+            pixels = np.asarray(_open(path, size))
         except Exception as err:  # decoders raise whatever they like
-            broken.append(f"{path} ({type(err).__name__}: {err})"); continue
-        if pixels.shape != out.shape[1:]: return broken, (path, pixels.shape)
+            broken.append(f"{path} ({type(err).__name__}: {err})")
+            continue
+        if pixels.shape != out.shape[1:]:
+            return broken, (path, pixels.shape)
         out[i] = pixels
     return broken, None
 
 
 def decode_images(
-    paths: list[str],                       # image files
+    paths: list[str],  # image files
     size: int | tuple[int, int] | None = None,  # resize to (H, W), or to a square; None: all must have one size
-    workers: int | None = None,             # threads; None is one for each core, and one more
-) -> Tensor:                                # uint8 (N, 3, H, W)
+    workers: int | None = None,  # threads; None is one for each core, and one more
+) -> Tensor:  # uint8 (N, 3, H, W)
     "Decode images of any kind PIL knows to RGB. Raises ValueError naming those that are broken or differ in size."
     import numpy as np
-    if isinstance(size, int): size = (size, size)
+
+    if isinstance(size, int):
+        size = (size, size)
     first, (height, width) = ("", size) if size else _first_size(paths)
     _check_memory(len(paths), height, width)
     out = np.empty((len(paths), height, width, 3), dtype=np.uint8)
     jobs, broken = list(enumerate(paths)), []
     with ThreadPoolExecutor(workers or (os.cpu_count() or 1) + 1) as pool:
         try:
-            for bad, other in pool.map(partial(_decode_some, out=out, size=size), [jobs[i:i + 200] for i in range(0, len(jobs), 200)]):
+            for bad, other in pool.map(
+                partial(_decode_some, out=out, size=size), [jobs[i : i + 200] for i in range(0, len(jobs), 200)]
+            ):
                 broken += bad
-                if other: raise ValueError(_differ(first, (height, width), *other))
+                if other:
+                    raise ValueError(_differ(first, (height, width), *other))
         except BaseException:  # Ctrl-C too: do not decode the rest first
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    if broken: raise ValueError(f"{len(broken)} of {len(paths)} images cannot be decoded: {_some(broken)}")
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(paths)} images cannot be decoded: {_some(broken)}")
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 # %% ../nbs/method/05_data.ipynb #f669da93
@@ -361,24 +466,52 @@ def _imagefolder(path: str, root: Path, size: int | tuple[int, int] | None) -> D
     (classes, train), (test_classes, test) = map(_list_images, folders)
     if classes != test_classes:
         more, less = ([c for c in a if c not in set(b)] for a, b in ((test_classes, classes), (classes, test_classes)))
-        raise ValueError(f"the classes of {folders[1]} are not those of {folders[0]}: "
-                         + "; ".join(f"{what} {_some(c)}" for what, c in (("not in train:", more), ("only in train:", less)) if c))
+        raise ValueError(
+            f"the classes of {folders[1]} are not those of {folders[0]}: "
+            + "; ".join(f"{what} {_some(c)}" for what, c in (("not in train:", more), ("only in train:", less)) if c)
+        )
     size = _as_size(size)
-    seen = repr((1, size, [[(os.path.relpath(p, folders[0].parent), *s) for p, *s in part] for part in (*train, *test)]))
-    cache = root / ".cache" / f"{folders[0].parent.resolve().name}-{hashlib.blake2b(seen.encode(), digest_size=8).hexdigest()}.pt"
+    seen = repr(
+        (1, size, [[(os.path.relpath(p, folders[0].parent), *s) for p, *s in part] for part in (*train, *test)])
+    )
+    cache = (
+        root
+        / ".cache"
+        / f"{folders[0].parent.resolve().name}-{hashlib.blake2b(seen.encode(), digest_size=8).hexdigest()}.pt"
+    )
     counts = [[len(found) for found in part] for part in (train, test)]
     images = _read_cache(cache, list(map(sum, counts)))
     if images is None:
         images = decode_images([p for part in (*train, *test) for p, *_ in part], size).split(list(map(sum, counts)))
         mean, std = measure(images[0])
-        _write_cache(cache, {"train": images[0], "test": images[1], "mean": torch.tensor(mean, dtype=torch.float64), "std": torch.tensor(std, dtype=torch.float64)})
-    else: *images, mean, std = images
+        _write_cache(
+            cache,
+            {
+                "train": images[0],
+                "test": images[1],
+                "mean": torch.tensor(mean, dtype=torch.float64),
+                "std": torch.tensor(std, dtype=torch.float64),
+            },
+        )
+    else:
+        *images, mean, std = images
     targets = [torch.repeat_interleave(torch.arange(len(c)), torch.tensor(c)) for c in counts]
-    return Dataset(f"imagefolder:{path}", images[0], targets[0], images[1], targets[1], tuple(classes), mean, std, pad=images[0].shape[-1] // 8)
+    return Dataset(
+        f"imagefolder:{path}",
+        images[0],
+        targets[0],
+        images[1],
+        targets[1],
+        tuple(classes),
+        mean,
+        std,
+        pad=images[0].shape[-1] // 8,
+    )
 
 
 def _as_size(size) -> tuple[int, int] | None:
-    if size is None: return None
+    if size is None:
+        return None
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(s, int) and s >= 1 for s in pair):
         raise ValueError(f"size must be a whole number or (H, W), got {size!r}")
@@ -387,14 +520,19 @@ def _as_size(size) -> tuple[int, int] | None:
 
 def _read_cache(path: Path, counts: list[int]) -> tuple | None:
     "What `_write_cache` wrote, or None."
-    if not path.is_file(): return None
+    if not path.is_file():
+        return None
     try:
         found = torch.load(path, weights_only=True)
         for part, n in zip(("train", "test"), counts):
-            if found[part].dtype != torch.uint8 or found[part].dim() != 4 or len(found[part]) != n: raise ValueError(f"{part} images do not fit")
+            if found[part].dtype != torch.uint8 or found[part].dim() != 4 or len(found[part]) != n:
+                raise ValueError(f"{part} images do not fit")
         return found["train"], found["test"], tuple(found["mean"].tolist()), tuple(found["std"].tolist())
     except Exception as err:  # whatever is wrong with it, the images are still there
-        warnings.warn(f"the cache {path} cannot be read ({type(err).__name__}: {' '.join(str(err).split())[:100]}); decoding the images again", stacklevel=2)
+        warnings.warn(
+            f"the cache {path} cannot be read ({type(err).__name__}: {' '.join(str(err).split())[:100]}); decoding the images again",
+            stacklevel=2,
+        )
 
 
 def _write_cache(path: Path, tensors: dict[str, Tensor]):
@@ -404,18 +542,21 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({k: t.clone() for k, t in tensors.items()}, part)  # clone: a slice would drag its whole tensor along
         os.replace(part, path)
-    except (OSError, RuntimeError): pass  # read-only or full: the cache is a convenience
+    except (OSError, RuntimeError):
+        pass  # read-only or full: the cache is a convenience
     finally:
-        with contextlib.suppress(OSError): part.unlink(missing_ok=True)  # what Ctrl-C or a full disk left
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)  # what Ctrl-C or a full disk left
 
 # %% ../nbs/method/05_data.ipynb #dfcc1d89
 class DatasetInfo(NamedTuple):
     "A line of `list_datasets`."
+
     name: str
     classes: int
     shape: tuple[int, int, int]  # (C, H, W)
-    there: bool                  # whether it is under the root
-    how: str                     # how to get it
+    there: bool  # whether it is under the root
+    how: str  # how to get it
 
 
 def list_datasets(
@@ -424,26 +565,44 @@ def list_datasets(
     "The datasets that have a name, and the image folders found under the root."
     root = data_root(root)
     how = {"digits": "comes with scikit-learn: pip install scikit-learn"}
-    infos = [DatasetInfo(name, k.classes, k.shape, _is_there(name, root), how.get(name, f"python -m rcka.data {name}")) for name, k in KNOWN.items()]
-    infos.append(DatasetInfo("imagenet", 1000, (3, 224, 224), (root / "imagenet" / "train").is_dir(), "image-net.org; see data/README.md"))
+    infos = [
+        DatasetInfo(name, k.classes, k.shape, _is_there(name, root), how.get(name, f"python -m rcka.data {name}"))
+        for name, k in KNOWN.items()
+    ]
+    infos.append(
+        DatasetInfo(
+            "imagenet", 1000, (3, 224, 224), (root / "imagenet" / "train").is_dir(), "image-net.org; see data/README.md"
+        )
+    )
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if folder.name == "imagenet": continue
+        if folder.name == "imagenet":
+            continue
         with contextlib.suppress(ValueError, OSError):
             train, _ = _find_folder(str(folder.resolve()), root)
             first = next((p for p, *_ in _walk(train)), None)
             if first and (classes := _class_folders(train)):
-                infos.append(DatasetInfo(f"imagefolder:{folder.name}", len(classes), (3, *_first_size([first])[1]), True, "a folder of your own"))
+                infos.append(
+                    DatasetInfo(
+                        f"imagefolder:{folder.name}",
+                        len(classes),
+                        (3, *_first_size([first])[1]),
+                        True,
+                        "a folder of your own",
+                    )
+                )
     return infos
 
 
 def load_dataset(
-    name: str,                        # "digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:PATH", "imagenet" or "imagenet:PATH"
-    root: str | Path | None = None,   # the folder with the datasets; see `data_root`
-    limit: int | None = None,         # keep so many training images, the first of each class
-    test_limit: int | None = None,    # keep so many test images
-    size: int | tuple[int, int] | None = None,  # image folders: resize to (H, W), cutting what sticks out; imagenet: pixels of a side, 224 if not given
-    download: bool = True,            # fetch what is not there, with a progress bar
-    **options,                        # imagenet only: val, skip_broken; see `rcka.imagenet.load_imagenet`
+    name: str,  # "digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:PATH", "imagenet" or "imagenet:PATH"
+    root: str | Path | None = None,  # the folder with the datasets; see `data_root`
+    limit: int | None = None,  # keep so many training images, the first of each class
+    test_limit: int | None = None,  # keep so many test images
+    size: int
+    | tuple[int, int]
+    | None = None,  # image folders: resize to (H, W), cutting what sticks out; imagenet: pixels of a side, 224 if not given
+    download: bool = True,  # fetch what is not there, with a progress bar
+    **options,  # imagenet only: val, skip_broken; see `rcka.imagenet.load_imagenet`
 ) -> Dataset:
     """A dataset in memory; "imagenet" is one in files, with the same `batches`. `limit` changes neither the classes nor mean and deviation, which are those of the whole training set.
 
@@ -453,49 +612,76 @@ def load_dataset(
     kind, _, path = str(name).partition(":")
     if kind == "imagenet" and (path or name == "imagenet"):
         from rcka.imagenet import load_imagenet
-        return load_imagenet(path or name, root, limit, test_limit, **({} if size is None else {"size": size}), **options)
-    if options: raise TypeError(f"{', '.join(options)} is for imagenet; {name} has no such option")
-    if kind == "imagefolder" and path: return _sliced(_imagefolder(path, root, size), limit, test_limit)
+
+        return load_imagenet(
+            path or name, root, limit, test_limit, **({} if size is None else {"size": size}), **options
+        )
+    if options:
+        raise TypeError(f"{', '.join(options)} is for imagenet; {name} has no such option")
+    if kind == "imagefolder" and path:
+        return _sliced(_imagefolder(path, root, size), limit, test_limit)
     if name not in KNOWN:
         names = [*KNOWN, "imagenet", "imagenet:PATH", "imagefolder:PATH"]
-        folder = f"; for the folder {name} say imagefolder:{name}" if (root / str(name)).is_dir() or Path(str(name)).is_dir() else ""
+        folder = (
+            f"; for the folder {name} say imagefolder:{name}"
+            if (root / str(name)).is_dir() or Path(str(name)).is_dir()
+            else ""
+        )
         raise ValueError(nearest(name, names, "dataset") + folder)
-    if size is not None: raise ValueError(f"size is for image folders; {name} has images of {KNOWN[name].shape[1]} x {KNOWN[name].shape[2]}")
-    return _sliced(_digits(root, download) if name == "digits" else _torchvision(name, root, download), limit, test_limit)
+    if size is not None:
+        raise ValueError(
+            f"size is for image folders; {name} has images of {KNOWN[name].shape[1]} x {KNOWN[name].shape[2]}"
+        )
+    return _sliced(
+        _digits(root, download) if name == "digits" else _torchvision(name, root, download), limit, test_limit
+    )
 
 # %% ../nbs/method/05_data.ipynb #2b3b0306
 def check_whole(least: int, **values):
     "Refuse what is no whole number of at least so many."
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
 
 
 def check_enough(n: int, batch_size: int, smallest: int):
     "Refuse too few images for a training batch."
-    if n < min(batch_size, smallest): raise ValueError(f"{n} image(s) make no training batch: at least {smallest} are needed, or a smaller batch_size")
+    if n < min(batch_size, smallest):
+        raise ValueError(
+            f"{n} image(s) make no training batch: at least {smallest} are needed, or a smaller batch_size"
+        )
 
 
 def check_epoch(e: int, start: int, steps: int):
     "Refuse an epoch, or a step to begin at, that there is not."
-    if not e >= 0: raise ValueError(f"e must be an epoch, 0 or more; got {e}")
-    if not 0 <= start <= steps: raise ValueError(f"start must be a step from 0 to {steps}, got {start}")
+    if not e >= 0:
+        raise ValueError(f"e must be an epoch, 0 or more; got {e}")
+    if not 0 <= start <= steps:
+        raise ValueError(f"start must be a step from 0 to {steps}, got {start}")
 
 
 def _check_normalisation(mean, std, channels: int, dtype: torch.dtype):
-    if not (len(mean) == len(std) == channels) or not all(math.isfinite(m) and 0 < s < math.inf for m, s in zip(mean, std)):
-        raise ValueError(f"mean and std must have a finite number for each of {channels} channel(s), std positive; got {tuple(mean)} and {tuple(std)}")
-    if not dtype.is_floating_point: raise TypeError(f"dtype must be floating point, got {dtype}")
+    if not (len(mean) == len(std) == channels) or not all(
+        math.isfinite(m) and 0 < s < math.inf for m, s in zip(mean, std)
+    ):
+        raise ValueError(
+            f"mean and std must have a finite number for each of {channels} channel(s), std positive; got {tuple(mean)} and {tuple(std)}"
+        )
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
 
 # %% ../nbs/method/05_data.ipynb #94f8a111
 class Batch(NamedTuple):
     "A batch on the device."
-    images: Tensor   # (B, C, H, W) normalised, of the chosen dtype
+
+    images: Tensor  # (B, C, H, W) normalised, of the chosen dtype
     targets: Tensor  # int64 (B,)
-    index: Tensor    # int64 (B,): which images of the dataset these are
+    index: Tensor  # int64 (B,): which images of the dataset these are
 
 
 class _Draws(NamedTuple):
     "The chance in one epoch, on the CPU: `order` int64 (N,), `offsets` int64 (2, N) in [0, 2 pad], `flips` bool (N,)."
+
     order: Tensor
     offsets: Tensor
     flips: Tensor
@@ -515,45 +701,47 @@ def _draw(n: int, pad: int, flip: bool, seed: int, epoch: int) -> _Draws:
 
 
 def crop_flip(
-    images: Tensor,   # (B, C, H, W)
-    pad: int,         # black pixels added on each side
+    images: Tensor,  # (B, C, H, W)
+    pad: int,  # black pixels added on each side
     offsets: Tensor,  # int64 (2, B): top and left of each crop in the padded image, 0 to 2 pad
-    flips: Tensor,    # bool (B,): whether the crop is mirrored, left to right
-) -> Tensor:          # (B, C, H, W)
+    flips: Tensor,  # bool (B,): whether the crop is mirrored, left to right
+) -> Tensor:  # (B, C, H, W)
     "Each image padded, cropped back to its size at its own place, and mirrored or not: one gather for the batch."
     b, c, h, w = images.shape
     row, col = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
-    rows = (offsets[0, :, None] + row) * (w + 2 * pad)                                   # (B, H)
-    cols = offsets[1, :, None] + torch.where(flips[:, None], w - 1 - col, col)           # (B, W)
+    rows = (offsets[0, :, None] + row) * (w + 2 * pad)  # (B, H)
+    cols = offsets[1, :, None] + torch.where(flips[:, None], w - 1 - col, col)  # (B, W)
     where = (rows[:, :, None] + cols[:, None, :]).view(b, 1, h * w).expand(b, c, h * w)
     return F.pad(images, (pad,) * 4).view(b, c, -1).gather(2, where).view(b, c, h, w)
 
 # %% ../nbs/method/05_data.ipynb #f9b48083
 class Batches:
     "A dataset on the device, in batches. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
+
     smallest = 4  # an incomplete last training batch of fewer images is left out
 
     def __init__(
         self,
-        images: Tensor,                # uint8 (N, C, H, W)
-        targets: Tensor,               # int64 (N,)
+        images: Tensor,  # uint8 (N, C, H, W)
+        targets: Tensor,  # int64 (N,)
         batch_size: int,
-        mean: tuple[float, ...],       # by channel, of pixels in [0, 1]
-        std: tuple[float, ...],        # by channel, of pixels in [0, 1]
+        mean: tuple[float, ...],  # by channel, of pixels in [0, 1]
+        std: tuple[float, ...],  # by channel, of pixels in [0, 1]
         device: str | torch.device = "cpu",
-        train: bool = True,            # shuffled and augmented; else in order, all images, as they are
-        pad: int = 4,                  # training: random crop after so many black pixels on each side
-        flip: bool = True,             # training: mirror every second image, at random
+        train: bool = True,  # shuffled and augmented; else in order, all images, as they are
+        pad: int = 4,  # training: random crop after so many black pixels on each side
+        flip: bool = True,  # training: mirror every second image, at random
         seed: int = 0,
         dtype: torch.dtype = torch.float32,  # of the images in a batch; normalisation is in float32
-        channels_last: bool = False,   # memory format of the images in a batch
+        channels_last: bool = False,  # memory format of the images in a batch
         num_classes: int | None = None,  # if given, targets must be below
     ):
         _check_images(images, targets, "training" if train else "evaluation", num_classes)
         check_whole(1, batch_size=batch_size)
         check_whole(0, pad=pad)
         _check_normalisation(mean, std, images.shape[1], dtype)
-        if train: check_enough(len(images), batch_size, self.smallest)
+        if train:
+            check_enough(len(images), batch_size, self.smallest)
         self.images, self.targets = images.to(device), targets.to(device)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
         self.batch_size, self.train, self.pad, self.flip, self.seed = batch_size, train, pad, flip, seed
@@ -576,12 +764,15 @@ class Batches:
 
     def _epoch(self, e: int, start: int) -> Iterator[Batch]:
         device, size, augment = self.images.device, self.batch_size, self.train and (self.pad > 0 or self.flip)
-        if self.train: order, offsets, flips = (t.to(device) for t in _draw(len(self.images), self.pad, self.flip, self.seed, e))
-        else: order = torch.arange(len(self.images), device=device)
+        if self.train:
+            order, offsets, flips = (t.to(device) for t in _draw(len(self.images), self.pad, self.flip, self.seed, e))
+        else:
+            order = torch.arange(len(self.images), device=device)
         for at in range(start * size, len(self) * size, size):
             now = slice(at, at + size)
             images = self.images[order[now]]
-            if augment: images = crop_flip(images, self.pad, offsets[:, now], flips[now])
+            if augment:
+                images = crop_flip(images, self.pad, offsets[:, now], flips[now])
             yield Batch(self.normalize(images), self.targets[order[now]], order[now])
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -591,8 +782,10 @@ class Batches:
 
 # %% ../nbs/method/05_data.ipynb #6186378d
 def _table(infos: list[DatasetInfo]) -> str:
-    rows = [("name", "classes", "image", "there", "how to get it"),
-            *((i.name, str(i.classes), "x".join(map(str, i.shape)), "yes" if i.there else "no", i.how) for i in infos)]
+    rows = [
+        ("name", "classes", "image", "there", "how to get it"),
+        *((i.name, str(i.classes), "x".join(map(str, i.shape)), "yes" if i.there else "no", i.how) for i in infos),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
@@ -600,20 +793,32 @@ def _table(infos: list[DatasetInfo]) -> str:
 def main(args: list[str] | None = None) -> int:
     "`python -m rcka.data [NAME] [--root ROOT] [--size N]`"
     parser = argparse.ArgumentParser("python -m rcka.data", description="List the datasets, or fetch and check one.")
-    parser.add_argument("name", nargs="?", help="digits, fashion_mnist, cifar10, cifar100, imagenet, imagenet:PATH or imagefolder:PATH; none lists them")
-    parser.add_argument("--root", help="the folder with the datasets (default: RCKA_DATA, else data/ of the checkout, else ./data)")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        help="digits, fashion_mnist, cifar10, cifar100, imagenet, imagenet:PATH or imagefolder:PATH; none lists them",
+    )
+    parser.add_argument(
+        "--root", help="the folder with the datasets (default: RCKA_DATA, else data/ of the checkout, else ./data)"
+    )
     parser.add_argument("--size", type=int, help="image folders: resize to SIZE x SIZE; imagenet: crop to it")
     given = parser.parse_args(args)
     if given.name is None:
         print(f"datasets under {data_root(given.root)}\n{_table(list_datasets(given.root))}")
         return 0
-    try: data = load_dataset(given.name, given.root, size=given.size)
+    try:
+        data = load_dataset(given.name, given.root, size=given.size)
     except (ValueError, OSError, ImportError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
-    how = f"crop padding {data.pad}, mirrored: {'yes' if data.flip else 'no'}" if isinstance(data, Dataset) else "random resized crops, mirrored: yes"
+    how = (
+        f"crop padding {data.pad}, mirrored: {'yes' if data.flip else 'no'}"
+        if isinstance(data, Dataset)
+        else "random resized crops, mirrored: yes"
+    )
     print(f"{data}\nunder {data_root(given.root)}; mean {data.mean}, deviation {data.std}, {how}")
     return 0
 
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # not in a notebook
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # not in a notebook

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.fcos import FCOSHead
-from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -31,7 +30,11 @@ __all__ = ['NORMS', 'DETECTORS', 'ANY_LEVELS', 'create_backbone', 'SameSize', 'c
            'DetectionDistiller']
 
 # %% ../nbs/method/07_detection.ipynb #fd06909d
-NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(math.gcd(32, channels // 2), channels)}  # no group of a single channel: a map of one place would be constant in it
+NORMS = {
+    "frozen": FrozenBatchNorm2d,
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(math.gcd(32, channels // 2), channels),
+}  # no group of a single channel: a map of one place would be constant in it
 
 
 def _stages(body: nn.Module) -> dict[int, tuple[str, int]]:
@@ -40,7 +43,8 @@ def _stages(body: nn.Module) -> dict[int, tuple[str, int]]:
     x = torch.zeros(1, 3, 128, 128)
     with torch.no_grad():
         for name, module in body.eval().named_children():
-            if isinstance(module, (nn.AdaptiveAvgPool2d, nn.Linear)): break
+            if isinstance(module, (nn.AdaptiveAvgPool2d, nn.Linear)):
+                break
             x = module(x)
             found[128 // x.shape[-1]] = (name, x.shape[1])
     body.train(mode)
@@ -50,50 +54,69 @@ def _stages(body: nn.Module) -> dict[int, tuple[str, int]]:
 def _freeze(body: nn.Module, stages: dict, trainable_layers: int):
     "Only the last so many of the stages, the stem among them, are trained."
     steps = sorted(stages)
-    for stride in steps[:max(0, len(steps) - trainable_layers)]:
+    for stride in steps[: max(0, len(steps) - trainable_layers)]:
         names = [name for name, _ in body.named_children()]
-        for name in names[:names.index(stages[stride][0]) + 1]: body.get_submodule(name).requires_grad_(False)
+        for name in names[: names.index(stages[stride][0]) + 1]:
+            body.get_submodule(name).requires_grad_(False)
 
 
 def _backbone_weights(net: nn.Module, weights, name: str):
     "Load a classifier's weights into a backbone: a state dict, a file, or a name of torchvision's, which downloads."
     if isinstance(weights, str) and not Path(weights).suffix:
         from torchvision.models import get_model_weights
+
         state = get_model_weights(name)[weights].get_state_dict(progress=False, check_hash=True)
-    elif isinstance(weights, Mapping): state = weights
+    elif isinstance(weights, Mapping):
+        state = weights
     else:
         from rcka.models import load_checkpoint
+
         load_checkpoint(net, weights)
         return
     head = ("fc.", "classifier.")
     missing, unknown = net.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)}, strict=False)
     wrong = [k for k in (*missing, *unknown) if not k.startswith(head) and not k.endswith("num_batches_tracked")]
-    if wrong: raise ValueError(f"backbone_weights do not fit {name}: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+    if wrong:
+        raise ValueError(
+            f"backbone_weights do not fit {name}: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
+        )
 
 # %% ../nbs/method/07_detection.ipynb #409e1e49
 def create_backbone(
-    name: str = "resnet50",                 # of torchvision: "resnet18", "resnext101_32x8d", "mobilenet_v3_large", ...
-    strides: tuple[int, ...] = (8, 16, 32), # of the maps the pyramid is built on
-    extra: nn.Module | None = None,         # adds levels on top; None: one more, by pooling
-    channels: int = 256,                    # of every map of the pyramid
-    norm: str = "frozen",                   # batch statistics "frozen" (for backbones that have learned) or not, "batch"; or "group"
-    weights=None,                           # of a classifier: a state dict, a file, or a name such as "IMAGENET1K_V1", which downloads
-    trainable_layers: int | None = None,    # how many of stem and stages are trained, from the end; None: 3 with weights, else all 5
+    name: str = "resnet50",  # of torchvision: "resnet18", "resnext101_32x8d", "mobilenet_v3_large", ...
+    strides: tuple[int, ...] = (8, 16, 32),  # of the maps the pyramid is built on
+    extra: nn.Module | None = None,  # adds levels on top; None: one more, by pooling
+    channels: int = 256,  # of every map of the pyramid
+    norm: str = "frozen",  # batch statistics "frozen" (for backbones that have learned) or not, "batch"; or "group"
+    weights=None,  # of a classifier: a state dict, a file, or a name such as "IMAGENET1K_V1", which downloads
+    trainable_layers: int
+    | None = None,  # how many of stem and stages are trained, from the end; None: 3 with weights, else all 5
 ) -> BackboneWithFPN:
     "A backbone with a feature pyramid, from a network of torchvision by name."
     import torchvision.models as classifiers
+
     known = classifiers.list_models(module=classifiers)
-    if name not in known: raise ValueError(nearest(name, known, "backbone"))
-    if norm not in NORMS: raise ValueError(nearest(norm, NORMS, "norm"))
+    if name not in known:
+        raise ValueError(nearest(name, known, "backbone"))
+    if norm not in NORMS:
+        raise ValueError(nearest(norm, NORMS, "norm"))
     net = classifiers.get_model(name, weights=None, norm_layer=NORMS[norm])
-    if weights is not None: _backbone_weights(net, weights, name)
+    if weights is not None:
+        _backbone_weights(net, weights, name)
     body = net.features if isinstance(getattr(net, "features", None), nn.Sequential) else net
     stages = _stages(body)
-    if not set(strides) <= set(stages): raise ValueError(f"backbone {name!r} has maps at strides {sorted(stages)}, and {list(strides)} are wanted")
+    if not set(strides) <= set(stages):
+        raise ValueError(f"backbone {name!r} has maps at strides {sorted(stages)}, and {list(strides)} are wanted")
     _freeze(body, stages, (3 if weights is not None else 5) if trainable_layers is None else trainable_layers)
     layers = {stages[s][0]: str(i) for i, s in enumerate(strides)}
-    return BackboneWithFPN(body, layers, [stages[s][1] for s in strides], channels, extra or LastLevelMaxPool(),
-                           norm_layer=None if norm == "frozen" else NORMS[norm])
+    return BackboneWithFPN(
+        body,
+        layers,
+        [stages[s][1] for s in strides],
+        channels,
+        extra or LastLevelMaxPool(),
+        norm_layer=None if norm == "frozen" else NORMS[norm],
+    )
 
 # %% ../nbs/method/07_detection.ipynb #1671f72c
 def _in_float32(module, args, found):
@@ -104,45 +127,62 @@ def _in_float32(module, args, found):
 def _fix_scales(pool: MultiScaleRoIAlign, strides: tuple[int, ...]):
     "Tell the pooling of regions the scales of its maps. It would guess them from the first batch it sees: wrongly from small images, and anew in a run that is resumed."
     pool.scales = [1 / s for s in strides]
-    pool.map_levels = initLevelMapper(round(math.log2(strides[0])), round(math.log2(strides[-1])), pool.canonical_scale, pool.canonical_level)
+    pool.map_levels = initLevelMapper(
+        round(math.log2(strides[0])), round(math.log2(strides[-1])), pool.canonical_scale, pool.canonical_level
+    )
 
 
 def _load_detector(detector: nn.Module, weights, name: str):
     "A file or a state dict; ValueError with the first keys that do not fit."
     if not isinstance(weights, Mapping):
         from rcka.models import load_checkpoint
+
         return load_checkpoint(detector, weights)
-    try: detector.load_state_dict(weights)
-    except RuntimeError as e: raise ValueError(f"weights do not fit {name}: {' '.join(str(e).split())[:400]}") from e
+    try:
+        detector.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ValueError(f"weights do not fit {name}: {' '.join(str(e).split())[:400]}") from e
 
 # %% ../nbs/method/07_detection.ipynb #0d903700
 class SameSize(GeneralizedRCNNTransform):
     "Normalise and pad; images keep their size, since the batches have resized them already."
-    def __init__(self): super().__init__(0, 0, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    def resize(self, image, target=None): return image, target
+
+    def __init__(self):
+        super().__init__(0, 0, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+    def resize(self, image, target=None):
+        return image, target
 
 
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 
 
 def create_detector(
-    name: str,                            # "faster_rcnn", "retinanet" or "fcos"
-    backbone: str = "resnet50",           # a classifier of torchvision
-    num_classes: int = 80,                # without the background
-    weights=None,                         # of the whole detector: a file, or a state dict; as torchvision's own checkpoints are
-    backbone_weights=None,                # of the backbone; see `create_backbone`, whose further arguments these are
+    name: str,  # "faster_rcnn", "retinanet" or "fcos"
+    backbone: str = "resnet50",  # a classifier of torchvision
+    num_classes: int = 80,  # without the background
+    weights=None,  # of the whole detector: a file, or a state dict; as torchvision's own checkpoints are
+    backbone_weights=None,  # of the backbone; see `create_backbone`, whose further arguments these are
     channels: int = 256,
     norm: str = "frozen",
     trainable_layers: int | None = None,
-    head_convs: int = 4,                  # FCOS: convolutions of each head
-    **options,                            # of torchvision's class: score_thresh, nms_thresh, box_score_thresh, ...
+    head_convs: int = 4,  # FCOS: convolutions of each head
+    **options,  # of torchvision's class: score_thresh, nms_thresh, box_score_thresh, ...
 ) -> nn.Module:
     """A detector of torchvision on any backbone with a feature pyramid. Nothing is downloaded unless `backbone_weights` names something.
 
     Labels are 1 to `num_classes`; 0 is the background. Images come as a list of float (3, H, W) in [0, 1] and are not resized.
     Detections with scores above 0.05 count, in all three kinds."""
-    if name not in DETECTORS: raise ValueError(nearest(name, DETECTORS, "detector"))
-    body = partial(create_backbone, backbone, channels=channels, norm=norm, weights=backbone_weights, trainable_layers=trainable_layers)
+    if name not in DETECTORS:
+        raise ValueError(nearest(name, DETECTORS, "detector"))
+    body = partial(
+        create_backbone,
+        backbone,
+        channels=channels,
+        norm=norm,
+        weights=backbone_weights,
+        trainable_layers=trainable_layers,
+    )
     classes, anchors = num_classes + 1, None
     if name == "faster_rcnn":
         detector = FasterRCNN(body((4, 8, 16, 32)), classes, **options)
@@ -151,43 +191,60 @@ def create_detector(
         detector = RetinaNet(body(extra=LastLevelP6P7(channels, channels)), classes, **options)
     else:
         head = FCOSHead(channels, 1, classes, head_convs)
-        detector = FCOS(body(extra=LastLevelP6P7(channels, channels)), classes, head=head, **{"score_thresh": 0.05, **options})
+        detector = FCOS(
+            body(extra=LastLevelP6P7(channels, channels)), classes, head=head, **{"score_thresh": 0.05, **options}
+        )
     detector.transform = SameSize()
     for path in ("head.regression_head", "head.classification_head", "rpn.head", "roi_heads.box_predictor"):
-        if path in dict(detector.named_modules()): detector.get_submodule(path).register_forward_hook(_in_float32)
-    if weights is not None: _load_detector(detector, weights, name)
+        if path in dict(detector.named_modules()):
+            detector.get_submodule(path).register_forward_hook(_in_float32)
+    if weights is not None:
+        _load_detector(detector, weights, name)
     return detector
 
 # %% ../nbs/method/07_detection.ipynb #f9b2ea74
 def pick_classes(
     state: Mapping[str, Tensor],  # weights of a detector that has a class for each id of a category
-    categories,                   # the ids there are, as `CocoData.categories`
-) -> dict[str, Tensor]:           # the same with the classes 1 to K in their place, and the background
+    categories,  # the ids there are, as `CocoData.categories`
+) -> dict[str, Tensor]:  # the same with the classes 1 to K in their place, and the background
     "Weights of a detector for the contiguous labels of `CocoData`, from one with a class for each category id."
     keep, out = torch.tensor([0, *categories]), dict(state)
     for key, rows in state.items():
-        if "cls_logits" not in key and "box_predictor" not in key: continue
-        if "rpn." in key: continue  # objects or not; no classes
+        if "cls_logits" not in key and "box_predictor" not in key:
+            continue
+        if "rpn." in key:
+            continue  # objects or not; no classes
         classes = _number_of_classes(state, key)
-        if classes <= keep.max(): raise ValueError(f"{key} has {classes} classes, and category {int(keep.max())} is wanted: these weights are not numbered by category ids")
-        out[key] = rows.unflatten(0, (-1, classes))[:, keep].flatten(0, 1) if "cls" in key else rows.unflatten(0, (classes, -1))[keep].flatten(0, 1)
+        if classes <= keep.max():
+            raise ValueError(
+                f"{key} has {classes} classes, and category {int(keep.max())} is wanted: these weights are not numbered by category ids"
+            )
+        out[key] = (
+            rows.unflatten(0, (-1, classes))[:, keep].flatten(0, 1)
+            if "cls" in key
+            else rows.unflatten(0, (classes, -1))[keep].flatten(0, 1)
+        )
     return out
 
 
 def _number_of_classes(state: Mapping[str, Tensor], key: str) -> int:
     "With the background, of the head that a tensor belongs to."
-    if "box_predictor" in key: return len(state[key.split("box_predictor")[0] + "box_predictor.cls_score.bias"])
+    if "box_predictor" in key:
+        return len(state[key.split("box_predictor")[0] + "box_predictor.cls_score.bias"])
     anchors = len(state[key.split("classification_head")[0] + "regression_head.bbox_reg.bias"]) // 4
     return len(state[key]) // anchors
 
 # %% ../nbs/method/07_detection.ipynb #28c01749
 def detector_layers(detector: nn.Module) -> Layers:
     "The levels of a detector's pyramid, fine to coarse, as `stages`, and its class head. ValueError where there is no pyramid."
-    if isinstance(getattr(detector, "layers", None), Layers): return detector.layers
+    if isinstance(getattr(detector, "layers", None), Layers):
+        return detector.layers
     names = {name for name, _ in detector.named_modules()}
     if "backbone.fpn" not in names or not hasattr(detector.backbone.fpn, "inner_blocks"):
-        raise ValueError(f"do not know the pyramid of a {type(detector).__name__}: give student_paths= and teacher_paths=, such as 'neck[0]', "
-                         "with names from [name for name, _ in model.named_modules()]")
+        raise ValueError(
+            f"do not know the pyramid of a {type(detector).__name__}: give student_paths= and teacher_paths=, such as 'neck[0]', "
+            "with names from [name for name, _ in model.named_modules()]"
+        )
     keys = [str(i) for i in range(len(detector.backbone.fpn.inner_blocks))]
     extra = detector.backbone.fpn.extra_blocks
     keys += [] if extra is None else ["p6", "p7"] if isinstance(extra, LastLevelP6P7) else ["pool"]
@@ -197,29 +254,37 @@ def detector_layers(detector: nn.Module) -> Layers:
 # %% ../nbs/method/07_detection.ipynb #feebfca9
 class Trunk(nn.Module):
     "The backbone of a detector, with the paths of the detector: gives the maps of its pyramid."
+
     def __init__(self, detector: nn.Module):
         super().__init__()
         self.transform, self.backbone = detector.transform, detector.backbone
 
-    def forward(self, images: list[Tensor]): return self.backbone(self.transform(images)[0].tensors)
+    def forward(self, images: list[Tensor]):
+        return self.backbone(self.transform(images)[0].tensors)
 
 
-def _as_is(found): return found
+def _as_is(found):
+    return found
 
 
 def trunk_taps(detector: nn.Module, paths) -> Taps:
     "Features of a detector at these paths, with as little of it run as they need."
-    ours = isinstance(getattr(detector, "transform", None), GeneralizedRCNNTransform) and isinstance(getattr(detector, "backbone", None), nn.Module)
-    return Taps(Trunk(detector) if ours and all(p.startswith("backbone") for p in paths) else detector, paths, logits=_as_is)
+    ours = isinstance(getattr(detector, "transform", None), GeneralizedRCNNTransform) and isinstance(
+        getattr(detector, "backbone", None), nn.Module
+    )
+    return Taps(
+        Trunk(detector) if ours and all(p.startswith("backbone") for p in paths) else detector, paths, logits=_as_is
+    )
 
 
 def class_logits(
     teacher: nn.Module,
-    maps: Mapping[str, Tensor],        # of its pyramid
-    proposals: tuple | None = None,    # of the student: boxes of each image, and the images' sizes; for Faster R-CNN
-) -> Tensor:                           # (B, anchors, classes), or (proposals, classes)
+    maps: Mapping[str, Tensor],  # of its pyramid
+    proposals: tuple | None = None,  # of the student: boxes of each image, and the images' sizes; for Faster R-CNN
+) -> Tensor:  # (B, anchors, classes), or (proposals, classes)
     "The teacher's class logits, where the student has its own: at the same anchors, or on the student's proposals."
-    if hasattr(teacher, "head"): return teacher.head.classification_head(list(maps.values()))
+    if hasattr(teacher, "head"):
+        return teacher.head.classification_head(list(maps.values()))
     pooled = teacher.roi_heads.box_roi_pool(maps, *proposals)
     return teacher.roi_heads.box_predictor(teacher.roi_heads.box_head(pooled))[0]
 
@@ -229,50 +294,74 @@ ANY_LEVELS = Layers(tuple(f"level{i}" for i in range(5)), head="head")
 
 class DetectorPair:
     "Student and teacher with the taps a method needs."
-    def __init__(self,
-        student: nn.Module,               # as torchvision's: gives losses in train mode, detections in eval mode
-        method: Method | None = None,     # None: the student alone
-        teacher: nn.Module | None = None, # frozen, in eval mode
-        student_paths=None,               # of the features, instead of what the method wants of the pyramid
+
+    def __init__(
+        self,
+        student: nn.Module,  # as torchvision's: gives losses in train mode, detections in eval mode
+        method: Method | None = None,  # None: the student alone
+        teacher: nn.Module | None = None,  # frozen, in eval mode
+        student_paths=None,  # of the features, instead of what the method wants of the pyramid
         teacher_paths=None,
-        watch: int | None = None,         # patch size at which the similarity of each level is noted along training; None: it is not
+        watch: int
+        | None = None,  # patch size at which the similarity of each level is noted along training; None: it is not
     ):
         self.student, self.method, self.teacher, self.watch = student, method or Alone(), teacher, watch
         self.logits = teacher is not None and any(getattr(m, "wants_logits", False) for m in self.method.modules())
         paths = [] if teacher is None else self._paths(student, student_paths)
         self.levels, self.proposals = len(paths), None
-        self.student_taps = Taps(student, [*paths, *([detector_layers(student).head] if self.logits else [])], logits=_as_is)
-        if teacher is None: return
+        self.student_taps = Taps(
+            student, [*paths, *([detector_layers(student).head] if self.logits else [])], logits=_as_is
+        )
+        if teacher is None:
+            return
         teacher.eval().requires_grad_(False)
         self.teacher_taps = trunk_taps(teacher, self._paths(teacher, teacher_paths))
         theirs = list(self.teacher_taps.paths)
-        if len(theirs) != len(paths): raise ValueError(f"a method compares feature maps in pairs, but the student gives {len(paths)} {paths} and the teacher {len(theirs)} {theirs}")
-        if self.logits: self._check_heads()
+        if len(theirs) != len(paths):
+            raise ValueError(
+                f"a method compares feature maps in pairs, but the student gives {len(paths)} {paths} and the teacher {len(theirs)} {theirs}"
+            )
+        if self.logits:
+            self._check_heads()
 
     def _paths(self, detector, paths) -> list[str]:
-        if paths is None: return self.method.wants(detector_layers(detector)) if self.method.wants(ANY_LEVELS) else []
+        if paths is None:
+            return self.method.wants(detector_layers(detector)) if self.method.wants(ANY_LEVELS) else []
         self.method.wants(ANY_LEVELS)
         return list(paths)
 
     def _check_heads(self):
         name, ours, theirs = self.method.name, *(detector_layers(d).head for d in (self.student, self.teacher))
-        if not ours or ours != theirs: raise ValueError(f"method {name!r} compares class logits, and the two detectors must be of one kind: the student has them at {ours or 'no known place'}, the teacher at {theirs or 'no known place'}")
-        if not isinstance(self.teacher_taps.model, Trunk): raise ValueError(f"method {name!r} compares class logits, which is for torchvision's detectors; for others choose one that compares features")
-        if "roi_heads" in ours: self.student.roi_heads.box_roi_pool.register_forward_pre_hook(self._note)
+        if not ours or ours != theirs:
+            raise ValueError(
+                f"method {name!r} compares class logits, and the two detectors must be of one kind: the student has them at {ours or 'no known place'}, the teacher at {theirs or 'no known place'}"
+            )
+        if not isinstance(self.teacher_taps.model, Trunk):
+            raise ValueError(
+                f"method {name!r} compares class logits, which is for torchvision's detectors; for others choose one that compares features"
+            )
+        if "roi_heads" in ours:
+            self.student.roi_heads.box_roi_pool.register_forward_pre_hook(self._note)
 
-    def _note(self, module, args): self.proposals = args[1:]
+    def _note(self, module, args):
+        self.proposals = args[1:]
 
     def teach(self, images: list[Tensor]) -> Outputs:
         "The teacher's maps: all of them in place of logits, and those that are compared."
-        with torch.no_grad(): return self.teacher_taps(images)
+        with torch.no_grad():
+            return self.teacher_taps(images)
 
     def teacher_logits(self, maps: Mapping[str, Tensor], ours: Tensor) -> Tensor:
         "The teacher's class logits, where the student has its own; of the same shape."
-        with torch.no_grad(): theirs = class_logits(self.teacher, maps, self.proposals)
+        with torch.no_grad():
+            theirs = class_logits(self.teacher, maps, self.proposals)
         self.proposals = None
-        if theirs.shape == ours.shape: return theirs
-        raise ValueError("class logits can be compared where teacher and student know the same classes at the same places; "
-                         f"the teacher gives {tuple(theirs.shape)}, the student {tuple(ours.shape)}")
+        if theirs.shape == ours.shape:
+            return theirs
+        raise ValueError(
+            "class logits can be compared where teacher and student know the same classes at the same places; "
+            f"the teacher gives {tuple(theirs.shape)}, the student {tuple(ours.shape)}"
+        )
 
 # %% ../nbs/method/07_detection.ipynb #45d0520c
 def input_size(detector: nn.Module, images: list[Tensor]) -> tuple[int, int]:
@@ -284,18 +373,20 @@ def input_size(detector: nn.Module, images: list[Tensor]) -> tuple[int, int]:
 @torch.no_grad()
 def detect(
     detector: nn.Module,
-    batches,                 # CocoBatches with train=False
+    batches,  # CocoBatches with train=False
     precision: str = "fp32",
-    before=lambda: None,     # called before each batch
-) -> list[dict]:             # in the layout of COCO's result files, boxes in the originals' pixels
+    before=lambda: None,  # called before each batch
+) -> list[dict]:  # in the layout of COCO's result files, boxes in the originals' pixels
     "What a detector finds in all images; several processes share the work. Its mode is put back afterwards."
     mode, (rank, world), found = detector.training, processes(), []
     detector.eval()
     for batch in batches.epoch(0):
         before()
         images, index = batch.images[rank::world], batch.index[rank::world].tolist()
-        if not images: continue
-        with mixed(images[0].device.type, precision): results = detector(images)
+        if not images:
+            continue
+        with mixed(images[0].device.type, precision):
+            results = detector(images)
         for image, i, result in zip(images, index, results):
             found += as_detections(batches.data, i, result, (image.shape[2], image.shape[1]))
     detector.train(mode)
@@ -304,15 +395,17 @@ def detect(
 # %% ../nbs/method/07_detection.ipynb #ea10672b
 class DetectionDistiller(DetectorPair):
     "A detector that learns, perhaps from another one, by a method between them: a task for `Trainer`."
+
     score = "AP"
     fixed_shapes = False  # batches differ in size: no search for the fastest kernel of each
 
     def prepare(self, train):
         "Show the method one batch, so that it can make its connectors."
-        if not self.levels: return
+        if not self.levels:
+            return
         mode, images = self.student.training, first_part(train).images[:2]
         self.student.eval()  # batch statistics must not see this batch
-        with torch.no_grad(), trunk_taps(self.student, self.student_taps.paths[:self.levels]) as taps:
+        with torch.no_grad(), trunk_taps(self.student, self.student_taps.paths[: self.levels]) as taps:
             self.method.build(Outputs(None, taps(images).features), Outputs(None, self.teach(images).features))
         self.student.train(mode)
         self.method.to(images[0].device)
@@ -320,15 +413,25 @@ class DetectionDistiller(DetectorPair):
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
         "The student's losses and the method's weighted terms. `teacher`: what `teach` gives, if it is there already."
         if relations == "global" and processes()[1] > 1:
-            raise ValueError("relations='global' is not for detectors, whose batches differ in size from process to process; relations='device' compares within each")
-        if self.teacher is not None and teacher is None: teacher = self.teach(batch.images)
+            raise ValueError(
+                "relations='global' is not for detectors, whose batches differ in size from process to process; relations='device' compares within each"
+            )
+        if self.teacher is not None and teacher is None:
+            teacher = self.teach(batch.images)
         losses, found = self.student_taps(batch.images, batch.targets)
-        if not isinstance(losses, Mapping): raise TypeError(f"the student must give a dict of losses in train mode, got {type(losses).__name__}")
+        if not isinstance(losses, Mapping):
+            raise TypeError(f"the student must give a dict of losses in train mode, got {type(losses).__name__}")
         terms = {name: self.method.ce * loss for name, loss in losses.items()}
-        if self.teacher is None: return Step(terms)
+        if self.teacher is None:
+            return Step(terms)
         ours = found[-1] if self.logits else None
-        theirs = self.teacher_logits(teacher.logits, ours).flatten(0, -2) if self.logits else None  # (places of all images, classes)
-        student, teacher = Outputs(ours.flatten(0, -2) if self.logits else None, found[:self.levels]), Outputs(theirs, teacher.features)
+        theirs = (
+            self.teacher_logits(teacher.logits, ours).flatten(0, -2) if self.logits else None
+        )  # (places of all images, classes)
+        student, teacher = (
+            Outputs(ours.flatten(0, -2) if self.logits else None, found[: self.levels]),
+            Outputs(theirs, teacher.features),
+        )
         size = input_size(self.student, batch.images)
         terms |= self.method.terms(student, teacher, [t | {"input_size": size} for t in batch.targets], batch.index)
         return Step(terms, self.similarities(student, teacher) if self.watch else {})
@@ -336,7 +439,11 @@ class DetectionDistiller(DetectorPair):
     @torch.no_grad()
     def similarities(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, Tensor]]:
         "Centred intra-PCKA of each level, for the history: {'level0': (sum, number), ...}."
-        pairs = self.method.maps(student, teacher) if hasattr(self.method, "maps") else zip(student.features, teacher.features)
+        pairs = (
+            self.method.maps(student, teacher)
+            if hasattr(self.method, "maps")
+            else zip(student.features, teacher.features)
+        )
         found = [pcka(s, t, self.watch, center=True, inter=False).intra for s, t in pairs]
         return {f"level{i}": (x, torch.ones_like(x)) for i, x in enumerate(found)}
 

@@ -20,16 +20,28 @@ __all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_a
 # %% ../nbs/method/08d_detection_experiments.ipynb #3332f4dd
 SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22))}  # epochs, and after which the rate falls
 
-TWO_STAGE = {"pcka": {"intra": 10.0, "inter": 10.0}, "pkd": {"weight": 6.0}, "fgd": {"alpha": 5e-5, "beta": 2.5e-5, "gamma": 5e-5, "relation": 5e-7, "temperature": 0.5, "stages": [0, 1, 2, 3]}}
-ONE_STAGE = {"pcka": {"intra": 10.0}, "pkd": {"weight": 10.0}, "dense_kd": {"form": "sigmoid"}, "dense_dist": {"form": "sigmoid"}}
-DETECTION_ARGS = {"faster_rcnn": TWO_STAGE, "retinanet": ONE_STAGE,
-                  "fcos": ONE_STAGE | {"fgd": {"alpha": 1.6e-3, "beta": 8e-4, "gamma": 8e-4, "relation": 8e-6, "temperature": 0.8}}}
+TWO_STAGE = {
+    "pcka": {"intra": 10.0, "inter": 10.0},
+    "pkd": {"weight": 6.0},
+    "fgd": {"alpha": 5e-5, "beta": 2.5e-5, "gamma": 5e-5, "relation": 5e-7, "temperature": 0.5, "stages": [0, 1, 2, 3]},
+}
+ONE_STAGE = {
+    "pcka": {"intra": 10.0},
+    "pkd": {"weight": 10.0},
+    "dense_kd": {"form": "sigmoid"},
+    "dense_dist": {"form": "sigmoid"},
+}
+DETECTION_ARGS = {
+    "faster_rcnn": TWO_STAGE,
+    "retinanet": ONE_STAGE,
+    "fcos": ONE_STAGE | {"fgd": {"alpha": 1.6e-3, "beta": 8e-4, "gamma": 8e-4, "relation": 8e-6, "temperature": 0.8}},
+}
 
 
 def detection_args(
-    method: str,    # a name of `list_methods()`, or several with a plus
+    method: str,  # a name of `list_methods()`, or several with a plus
     detector: str,  # a name of `DETECTORS`
-) -> dict:          # for `create_method`
+) -> dict:  # for `create_method`
     "Published arguments of a method for a kind of detector; what is not public stays at the method's default."
     parts = method.split("+")
     own = {part: DETECTION_ARGS[detector].get(part, {}) for part in parts}
@@ -39,19 +51,20 @@ def detection_args(
 @dataclass(frozen=True)
 class DetectionFields(BaseExperiment):
     "What one decides of a run."
-    dataset: str = "coco"               # a folder in COCO's layout, absolute or below the data root
-    detector: str = "retinanet"         # "faster_rcnn", "retinanet" or "fcos"
-    student: str = "resnet50"           # backbone, a classifier of torchvision
-    teacher: str | None = None          # likewise; None with method "none"
-    method: str = "none"                # a name of `list_methods()`, or several with a plus
-    method_args: dict | None = None     # as for `create_method`; None: the published ones for this detector
+
+    dataset: str = "coco"  # a folder in COCO's layout, absolute or below the data root
+    detector: str = "retinanet"  # "faster_rcnn", "retinanet" or "fcos"
+    student: str = "resnet50"  # backbone, a classifier of torchvision
+    teacher: str | None = None  # likewise; None with method "none"
+    method: str = "none"  # a name of `list_methods()`, or several with a plus
+    method_args: dict | None = None  # as for `create_method`; None: the published ones for this detector
     seed: int = 0
     # the recipe, for student and teacher
-    schedule: str = "2x"                # "1x" or "2x", or one of `Recipe` with `epochs`
-    epochs: int | None = None           # None: the schedule's
-    lr_steps: tuple | None = None       # of "step": fractions of the run
+    schedule: str = "2x"  # "1x" or "2x", or one of `Recipe` with `epochs`
+    epochs: int | None = None  # None: the schedule's
+    lr_steps: tuple | None = None  # of "step": fractions of the run
     batch_size: int = 16
-    lr: float | None = None             # None: 0.02 for 16 images, 0.01 for one-stage detectors, in proportion to the batch
+    lr: float | None = None  # None: 0.02 for 16 images, 0.01 for one-stage detectors, in proportion to the batch
     lr_decay: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -59,69 +72,96 @@ class DetectionFields(BaseExperiment):
     warmup_steps: int = 500
     precision: str = "fp32"
     deterministic: bool = False
-    relations: str | None = None        # detectors compare within each device; "device" says so
-    watch: int | None = None            # patch size at which the similarity of each level is noted along training
+    relations: str | None = None  # detectors compare within each device; "device" says so
+    watch: int | None = None  # patch size at which the similarity of each level is noted along training
     # the images
-    size: tuple | int | None = None     # shorter side, or a range to draw from; None: 800, for FCOS 640 to 800
-    max_size: int = 1333                # longer side, at most
+    size: tuple | int | None = None  # shorter side, or a range to draw from; None: 800, for FCOS 640 to 800
+    max_size: int = 1333  # longer side, at most
     flip: bool = True
-    negatives: bool = False             # train on images without boxes too
-    skip_broken: bool = False           # leave out pictures that cannot be read, instead of an error
+    negatives: bool = False  # train on images without boxes too
+    skip_broken: bool = False  # leave out pictures that cannot be read, instead of an error
     train_split: str = "train2017"
     test_split: str = "val2017"
-    train_limit: int | None = None      # the first so many images
+    train_limit: int | None = None  # the first so many images
     test_limit: int | None = None
-    data_seed: int | None = None        # of order and augmentation; None: `seed`
+    data_seed: int | None = None  # of order and augmentation; None: `seed`
     # the detectors
-    backbone_weights: str | None = None # of the student's backbone: a file, or a name such as "IMAGENET1K_V1", which downloads
-    norm: str = "frozen"                # batch statistics: "frozen", or for detectors that start from nothing "batch" or "group"
+    backbone_weights: str | None = (
+        None  # of the student's backbone: a file, or a name such as "IMAGENET1K_V1", which downloads
+    )
+    norm: str = "frozen"  # batch statistics: "frozen", or for detectors that start from nothing "batch" or "group"
     trainable_layers: int | None = None
     channels: int = 256
-    head_convs: int = 4                 # FCOS
+    head_convs: int = 4  # FCOS
     # where the teacher differs
     teacher_weights: str | None = None  # a detector's checkpoint to load instead of training one
     teacher_backbone_weights: str | None = None
     teacher_seed: int = 0
-    teacher_epochs: int | None = None   # None: as many as the student
-    teacher_lr: float | None = None     # None: the student's
+    teacher_epochs: int | None = None  # None: as many as the student
+    teacher_lr: float | None = None  # None: the student's
 
 # %% ../nbs/method/08d_detection_experiments.ipynb #b38e406c
 def fill_in(e: DetectionFields):
     "The published values of what was not given."
     if e.schedule in SCHEDULES:
         epochs, at = SCHEDULES[e.schedule]
-        if e.epochs is None: e._set("epochs", epochs)
-        if e.lr_steps is None: e._set("lr_steps", tuple(s / epochs for s in at))
-    elif e.epochs is None: raise ValueError(f"schedule {e.schedule!r} needs epochs; 1x and 2x have their own")
-    if e.lr_steps is None: e._set("lr_steps", (16 / 24, 22 / 24))
-    if e.lr is None: e._set("lr", (0.02 if e.detector == "faster_rcnn" else 0.01) * e.batch_size / 16)
-    if e.size is None: e._set("size", (640, 800) if e.detector == "fcos" else 800)
-    if e.method_args is None: e._set("method_args", detection_args(e.method, e.detector))
+        if e.epochs is None:
+            e._set("epochs", epochs)
+        if e.lr_steps is None:
+            e._set("lr_steps", tuple(s / epochs for s in at))
+    elif e.epochs is None:
+        raise ValueError(f"schedule {e.schedule!r} needs epochs; 1x and 2x have their own")
+    if e.lr_steps is None:
+        e._set("lr_steps", (16 / 24, 22 / 24))
+    if e.lr is None:
+        e._set("lr", (0.02 if e.detector == "faster_rcnn" else 0.01) * e.batch_size / 16)
+    if e.size is None:
+        e._set("size", (640, 800) if e.detector == "fcos" else 800)
+    if e.method_args is None:
+        e._set("method_args", detection_args(e.method, e.detector))
 
 
 def check_compared(e: DetectionFields):
     "A method compares maps or class logits of places, within each device; those of whole images have nothing to look at here."
     method = create_method(e.method, e.method_args)
     for name, part in zip(e.method.split("+"), getattr(method, "parts", [method])):
-        if name != "none" and not part.dense: raise ValueError(f"method {name!r} is for classifiers; for detectors there are {', '.join(n for n in list_methods() if create_method(n).dense)}; a method of your own says dense = True")
-    if e.relations == "global": raise ValueError("relations='global' is not for detectors, whose batches differ in size; None and 'device' compare within each device")
+        if name != "none" and not part.dense:
+            raise ValueError(
+                f"method {name!r} is for classifiers; for detectors there are {', '.join(n for n in list_methods() if create_method(n).dense)}; a method of your own says dense = True"
+            )
+    if e.relations == "global":
+        raise ValueError(
+            "relations='global' is not for detectors, whose batches differ in size; None and 'device' compare within each device"
+        )
 
 
 def check_start(e: DetectionFields):
     "Frozen statistics are those of weights, and there must be some."
-    for who, given in (("backbone_weights", e.backbone_weights), ("teacher_backbone_weights, or teacher_weights", e.teacher is None or e.teacher_weights or e.teacher_backbone_weights)):
-        if e.norm == "frozen" and not given: raise ValueError(f"norm='frozen' needs {who}, such as IMAGENET1K_V1; a detector that starts from nothing needs norm='group' or 'batch'")
+    for who, given in (
+        ("backbone_weights", e.backbone_weights),
+        (
+            "teacher_backbone_weights, or teacher_weights",
+            e.teacher is None or e.teacher_weights or e.teacher_backbone_weights,
+        ),
+    ):
+        if e.norm == "frozen" and not given:
+            raise ValueError(
+                f"norm='frozen' needs {who}, such as IMAGENET1K_V1; a detector that starts from nothing needs norm='group' or 'batch'"
+            )
 
 # %% ../nbs/method/08d_detection_experiments.ipynb #f0460fdd
 @dataclass(frozen=True)
 class DetectionExperiment(DetectionFields):
     "One run: a detector trained on images with boxes, alone or by a method from a teacher of its kind. Its fields are those of `DetectionFields`."
+
     named_by = ("detector", "teacher", "student", "method")
 
     def __post_init__(self):
         for name, known in (("detector", DETECTORS), ("norm", NORMS)):
-            if getattr(self, name) not in known: raise ValueError(nearest(getattr(self, name), known, name))
-        if self.batch_size < 1: raise ValueError(f"batch_size must be positive, got {self.batch_size}")
+            if getattr(self, name) not in known:
+                raise ValueError(nearest(getattr(self, name), known, name))
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {self.batch_size}")
         self._settle(such_as="resnet101, a backbone")
         fill_in(self)
         check_compared(self)
@@ -149,19 +189,40 @@ class DetectionExperiment(DetectionFields):
 
     def load_data(self) -> tuple[CocoData, CocoData]:
         train, test = self.split(True), self.split(False)
-        if train.classes != test.classes: raise ValueError(f"the classes of {self.test_split} are not those of {self.train_split}: {len(test.classes)} and {len(train.classes)}")
+        if train.classes != test.classes:
+            raise ValueError(
+                f"the classes of {self.test_split} are not those of {self.train_split}: {len(test.classes)} and {len(train.classes)}"
+            )
         return train, test
 
     def batches(self, data, device, options: dict) -> tuple[CocoBatches, CocoBatches]:
         "Training and test batches, decoded by four threads if `options` has no other number of `workers`."
         workers = 4 if options.get("workers") is None else options["workers"]
-        how = dict(size=self.size, max_size=self.max_size, flip=self.flip, negatives=self.negatives, seed=self.order_seed, device=device, workers=workers)
+        how = dict(
+            size=self.size,
+            max_size=self.max_size,
+            flip=self.flip,
+            negatives=self.negatives,
+            seed=self.order_seed,
+            device=device,
+            workers=workers,
+        )
         return tuple(part.batches(self.batch_size, train, **how) for part, train in zip(data, (True, False)))
 
     def network(self, name: str, data, start: bool = True):
-        return create_detector(self.detector, name, data[0].num_classes, backbone_weights=self.backbone_weights if start else None, channels=self.channels,
-                               norm=self.norm, trainable_layers=self.trainable_layers, head_convs=self.head_convs)
+        return create_detector(
+            self.detector,
+            name,
+            data[0].num_classes,
+            backbone_weights=self.backbone_weights if start else None,
+            channels=self.channels,
+            norm=self.norm,
+            trainable_layers=self.trainable_layers,
+            head_convs=self.head_convs,
+        )
 
-    def evaluate(self, network, test: CocoBatches) -> dict: return DetectionDistiller(network).evaluate(test)
+    def evaluate(self, network, test: CocoBatches) -> dict:
+        return DetectionDistiller(network).evaluate(test)
 
-    def task(self, student, method, teacher) -> DetectionDistiller: return DetectionDistiller(student, method, teacher, watch=self.watch)
+    def task(self, student, method, teacher) -> DetectionDistiller:
+        return DetectionDistiller(student, method, teacher, watch=self.watch)

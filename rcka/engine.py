@@ -12,14 +12,20 @@ __all__ = ['engine', 'Engine', 'private_folder']
 # %% ../nbs/method/09a_engine.ipynb #b762918f
 class Engine:
     "papermill's own engine, its kernels on IPC sockets in a folder that only this user can read."
+
     def __getattr__(self, name):
-        from papermill.engines import NBClientEngine  # here: papermill loads this module while it is itself being imported
+        from papermill.engines import (
+            NBClientEngine,
+        )  # here: papermill loads this module while it is itself being imported
+
         return getattr(NBClientEngine, name)
 
     def execute_notebook(self, nb, kernel_name, **kwargs):
         from papermill.engines import NBClientEngine
         from traitlets.config import Config
-        if os.name != "posix": return NBClientEngine.execute_notebook(nb, kernel_name, **kwargs)
+
+        if os.name != "posix":
+            return NBClientEngine.execute_notebook(nb, kernel_name, **kwargs)
         with private_folder() as folder:
             config = Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}})
             return NBClientEngine.execute_notebook(nb, kernel_name, config=config, **kwargs)

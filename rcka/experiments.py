@@ -12,7 +12,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -38,16 +37,18 @@ __all__ = ['IMAGENET', 'RESULT_FORMAT', 'OWN', 'TABLES', 'Parts', 'ExperimentRec
 # %% ../nbs/method/08_experiments.ipynb #6f71ff4e
 class Parts(NamedTuple):
     "What a trainer needs of an experiment."
-    task: Distiller        # or of another kind
+
+    task: Distiller  # or of another kind
     train: Batches
     test: Batches
     teacher: torch.nn.Module | None
-    scores: dict | None    # the teacher's, in per cent
-    data: object = None    # what `load_data` gave
+    scores: dict | None  # the teacher's, in per cent
+    data: object = None  # what `load_data` gave
 
 
 class ExperimentRecord:
     "Plain data: to JSON and back, to a recipe and a name."
+
     named_by = ("teacher", "student", "method")  # the fields to be seen in its name
 
     def to_dict(self) -> dict:
@@ -58,7 +59,8 @@ class ExperimentRecord:
         "The inverse of `to_dict`; an unknown field is an error with the near names."
         known = [f.name for f in fields(cls)]
         for name in values:
-            if name not in known: raise ValueError(nearest(name, known, "field of an experiment"))
+            if name not in known:
+                raise ValueError(nearest(name, known, "field of an experiment"))
         return cls(**values)
 
     @classmethod
@@ -66,20 +68,30 @@ class ExperimentRecord:
         "From the variables of a notebook's parameters cell: those with the names of fields."
         return cls(**{f.name: namespace[f.name] for f in fields(cls) if f.name in namespace})
 
-    def _set(self, name: str, value): object.__setattr__(self, name, value)  # of a frozen dataclass, while it is made
+    def _set(self, name: str, value):
+        object.__setattr__(self, name, value)  # of a frozen dataclass, while it is made
 
     def _settle(self, such_as: str):
         "Lists from JSON become tuples; of a student alone, nothing of a teacher is part of what it is."
         for f in fields(self):
-            if isinstance(value := getattr(self, f.name), list): self._set(f.name, tuple(value))
-            if self.method == "none" and (f.name.startswith("teacher") or f.name in ("student_paths", "relations", "watch")): self._set(f.name, f.default)
-        if self.method != "none" and self.teacher is None: raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, such as {such_as}")
+            if isinstance(value := getattr(self, f.name), list):
+                self._set(f.name, tuple(value))
+            if self.method == "none" and (
+                f.name.startswith("teacher") or f.name in ("student_paths", "relations", "watch")
+            ):
+                self._set(f.name, f.default)
+        if self.method != "none" and self.teacher is None:
+            raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, such as {such_as}")
 
     @property
     def key(self) -> str:
         "A readable name that no other experiment has."
         identity = json.dumps({k: v for k, v in self.to_dict().items() if v is not None}, sort_keys=True)
-        parts = [Path(self.dataset).name.split(":")[-1], *(getattr(self, name) for name in self.named_by), f"s{self.seed}"]
+        parts = [
+            Path(self.dataset).name.split(":")[-1],
+            *(getattr(self, name) for name in self.named_by),
+            f"s{self.seed}",
+        ]
         name = "-".join(p.replace("/", ".") for p in parts if p)
         return f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
@@ -97,21 +109,35 @@ class BaseExperiment(ExperimentRecord):
     """A kind is a frozen dataclass with `load_data()`, `batches(data, device, options)`, `network(name, data, start)`, `evaluate(network, test)` and `task(student, method, teacher)`.
 
     It has at least the fields dataset, student, teacher, method, method_args, seed, data_seed, epochs, lr, teacher_seed, teacher_epochs, teacher_lr and teacher_weights, and completes them in `__post_init__`."""
+
     @property
     def teachers(self):
         "The experiment that trains this one's teacher; None without a teacher."
-        if self.teacher is None: return None
-        return replace(self, student=self.teacher, method="none", method_args={}, seed=self.teacher_seed,
-                       epochs=self.teacher_epochs or self.epochs, lr=self.teacher_lr or self.lr, data_seed=None)
+        if self.teacher is None:
+            return None
+        return replace(
+            self,
+            student=self.teacher,
+            method="none",
+            method_args={},
+            seed=self.teacher_seed,
+            epochs=self.teacher_epochs or self.epochs,
+            lr=self.teacher_lr or self.lr,
+            data_seed=None,
+        )
 
     def given_teacher(self, data) -> torch.nn.Module:
         "The teacher with the weights that the experiment gives."
         return load_checkpoint(self.network(self.teacher, data, start=False), self.teacher_weights)
 
-    def taught(self, data, root: Path, device, progress: bool, options: dict) -> tuple[torch.nn.Module | None, dict | None]:
+    def taught(
+        self, data, root: Path, device, progress: bool, options: dict
+    ) -> tuple[torch.nn.Module | None, dict | None]:
         "The teacher, and its scores where a run of its own has left them."
-        if self.teacher is None: return None, None
-        if self.teacher_weights: return self.given_teacher(data).to(device), None
+        if self.teacher is None:
+            return None, None
+        if self.teacher_weights:
+            return self.given_teacher(data).to(device), None
         own = self.teachers
         result = run(own, root, device=str(device), progress=progress, **options)
         teacher = load_checkpoint(self.network(self.teacher, data, start=False), root / own.key / "last.safetensors")
@@ -121,40 +147,48 @@ class BaseExperiment(ExperimentRecord):
         "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
         if beside is None:
             data = self.load_data()
-            teacher, scores = self.taught(data, root, device, progress, options)  # before the batches, which may fill the device
+            teacher, scores = self.taught(
+                data, root, device, progress, options
+            )  # before the batches, which may fill the device
             train, test = self.batches(data, device, options)
-            if teacher is not None and scores is None: scores = self.evaluate(teacher, test)
+            if teacher is not None and scores is None:
+                scores = self.evaluate(teacher, test)
             beside = Parts(None, train, test, teacher, scores, data)
         torch.manual_seed(self.seed)
         student = self.network(self.student, beside.data).to(device)
         return beside._replace(task=self.task(student, create_method(self.method, self.method_args), beside.teacher))
 
 # %% ../nbs/method/08_experiments.ipynb #1645c036
-IMAGENET = dict(epochs=100, batch_size=256, weight_decay=1e-4, lr_steps=(0.3, 0.6, 0.9))  # where its protocol differs from that of small images
+IMAGENET = dict(
+    epochs=100, batch_size=256, weight_decay=1e-4, lr_steps=(0.3, 0.6, 0.9)
+)  # where its protocol differs from that of small images
 
 
-def of_imagenet(dataset: str) -> bool: return dataset.split(":")[0] == "imagenet"
+def of_imagenet(dataset: str) -> bool:
+    return dataset.split(":")[0] == "imagenet"
 
 
 def paper_lr(network: str, dataset: str = "cifar100", batch_size: int = 64) -> float:
     "Learning rate of the protocol. ImageNet: 0.1 for 256 images; else 0.01 for MobileNet and ShuffleNet, 0.05 for the rest (Tian et al. 2020)."
-    if of_imagenet(dataset): return 0.1 * batch_size / 256
+    if of_imagenet(dataset):
+        return 0.1 * batch_size / 256
     return 0.01 if any(name in network for name in ("mobilenet", "shufflenet")) else 0.05
 
 # %% ../nbs/method/08_experiments.ipynb #5f1558ea
 @dataclass(frozen=True)
 class ExperimentFields(BaseExperiment):
     "What one decides of a run."
-    dataset: str = "digits"             # a name of `list_datasets()`, or imagefolder:PATH, or imagenet:PATH
-    student: str = "resnet8"            # a name of `list_models()`
-    teacher: str | None = None          # likewise; None with method "none"
-    method: str = "none"                # a name of `list_methods()`, or several with a plus
-    method_args: dict | None = None     # as for `create_method`; None: those the papers use for this pair
+
+    dataset: str = "digits"  # a name of `list_datasets()`, or imagefolder:PATH, or imagenet:PATH
+    student: str = "resnet8"  # a name of `list_models()`
+    teacher: str | None = None  # likewise; None with method "none"
+    method: str = "none"  # a name of `list_methods()`, or several with a plus
+    method_args: dict | None = None  # as for `create_method`; None: those the papers use for this pair
     seed: int = 0
     # the recipe, for student and teacher
     epochs: int = 240
     batch_size: int = 64
-    lr: float | None = None             # None: the paper's for this student
+    lr: float | None = None  # None: the paper's for this student
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
@@ -163,13 +197,17 @@ class ExperimentFields(BaseExperiment):
     lr_decay: float = 0.1
     precision: str = "fp32"
     deterministic: bool = False
-    relations: str | None = None        # on several devices: "global" (None) or "device", see `Recipe`
-    data_seed: int | None = None        # of the order and augmentation of the images; None: `seed`. With one for all, runs can share a teacher's forward pass
+    relations: str | None = None  # on several devices: "global" (None) or "device", see `Recipe`
+    data_seed: int | None = (
+        None  # of the order and augmentation of the images; None: `seed`. With one for all, runs can share a teacher's forward pass
+    )
     # where the teacher differs
     teacher_seed: int = 0
-    teacher_epochs: int | None = None   # None: as many as the student
-    teacher_lr: float | None = None     # None: the student's, or the paper's where that one was not given
-    teacher_weights: str | None = None  # a checkpoint to load instead of training one; or torchvision's, as "IMAGENET1K_V1"
+    teacher_epochs: int | None = None  # None: as many as the student
+    teacher_lr: float | None = None  # None: the student's, or the paper's where that one was not given
+    teacher_weights: str | None = (
+        None  # a checkpoint to load instead of training one; or torchvision's, as "IMAGENET1K_V1"
+    )
     # features by module path, for networks whose layers are not known
     student_paths: tuple | None = None
     teacher_paths: tuple | None = None
@@ -177,30 +215,38 @@ class ExperimentFields(BaseExperiment):
     train_limit: int | None = None
     test_limit: int | None = None
     # images from files
-    image_size: int | None = None       # pixels of a side; None: 224 of imagenet, as they are of an image folder
-    evaluate_on: str | None = None      # imagenet: "train" evaluates on the training images, for a folder without val/
-    skip_broken: bool | None = None     # imagenet: pass over images that cannot be decoded
+    image_size: int | None = None  # pixels of a side; None: 224 of imagenet, as they are of an image folder
+    evaluate_on: str | None = None  # imagenet: "train" evaluates on the training images, for a folder without val/
+    skip_broken: bool | None = None  # imagenet: pass over images that cannot be decoded
 
     def __post_init__(self):
         self._settle(such_as="resnet32x4; list_models() has them all")
-        if self.teacher and self.teacher_lr is None: self._set("teacher_lr", self.lr or paper_lr(self.teacher, self.dataset, self.batch_size))
-        if self.lr is None: self._set("lr", paper_lr(self.student, self.dataset, self.batch_size))
-        if self.method_args is None: self._set("method_args", paper_args(self.method, self.teacher, self.student, self.dataset))
+        if self.teacher and self.teacher_lr is None:
+            self._set("teacher_lr", self.lr or paper_lr(self.teacher, self.dataset, self.batch_size))
+        if self.lr is None:
+            self._set("lr", paper_lr(self.student, self.dataset, self.batch_size))
+        if self.method_args is None:
+            self._set("method_args", paper_args(self.method, self.teacher, self.student, self.dataset))
         for name in filter(None, (self.student, self.teacher)):
-            if "/" not in name and name not in list_models(): raise ValueError(nearest(name, list_models(), "network"))
-        if not of_imagenet(self.dataset) and (self.evaluate_on or self.skip_broken): raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}")
-        if self.batch_size < 1: raise ValueError(f"batch_size must be positive, got {self.batch_size}")
-        self.recipe                                   # says what is wrong with it
+            if "/" not in name and name not in list_models():
+                raise ValueError(nearest(name, list_models(), "network"))
+        if not of_imagenet(self.dataset) and (self.evaluate_on or self.skip_broken):
+            raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {self.batch_size}")
+        self.recipe  # says what is wrong with it
         create_method(self.method, self.method_args)  # likewise
 
 # %% ../nbs/method/08_experiments.ipynb #2a4cc122
 @dataclass(frozen=True)
 class Experiment(ExperimentFields):
     "One run: a student trained on a dataset, alone or by a method from a teacher. Its fields are those of `ExperimentFields`."
+
     @staticmethod
     def paper(dataset: str, teacher: str | None, student: str, method: str, seed: int = 0, **changes) -> Experiment:
         "The paper's protocol for a pair of networks on small images or ImageNet; `changes` are the fields that differ from it."
-        if dataset in ("coco", "cityscapes"): raise ValueError(f"{dataset} has a protocol of its own, not that of CIFAR-100")
+        if dataset in ("coco", "cityscapes"):
+            raise ValueError(f"{dataset} has a protocol of its own, not that of CIFAR-100")
         if of_imagenet(dataset):
             given = {"teacher_weights": "IMAGENET1K_V1"} if (teacher or "").startswith("torchvision/") else {}
             changes = IMAGENET | given | changes
@@ -208,7 +254,12 @@ class Experiment(ExperimentFields):
 
     def load_data(self) -> Dataset | FileDataset:
         given = {"size": self.image_size, "val": self.evaluate_on, "skip_broken": self.skip_broken}
-        return load_dataset(self.dataset, limit=self.train_limit, test_limit=self.test_limit, **{k: v for k, v in given.items() if v is not None})
+        return load_dataset(
+            self.dataset,
+            limit=self.train_limit,
+            test_limit=self.test_limit,
+            **{k: v for k, v in given.items() if v is not None},
+        )
 
     def batches(self, data: Dataset | FileDataset, device, options: dict) -> tuple[Batches, Batches]:
         "Training and test batches."
@@ -218,13 +269,20 @@ class Experiment(ExperimentFields):
     def network(self, name: str, data, start: bool = True) -> torch.nn.Module:
         return create_model(name, num_classes=data.num_classes, in_channels=data.shape[0])
 
-    def evaluate(self, network: torch.nn.Module, test: Batches) -> dict: return evaluate(network, test)._asdict()
+    def evaluate(self, network: torch.nn.Module, test: Batches) -> dict:
+        return evaluate(network, test)._asdict()
 
-    def task(self, student, method, teacher) -> Distiller: return Distiller(student, method, teacher, self.student_paths, self.teacher_paths)
+    def task(self, student, method, teacher) -> Distiller:
+        return Distiller(student, method, teacher, self.student_paths, self.teacher_paths)
 
     def given_teacher(self, data) -> torch.nn.Module:
         "The teacher with the weights that the experiment gives: a checkpoint, or torchvision's by their name."
-        if not self.teacher.startswith("torchvision/") or not self.teacher_weights.isidentifier() or Path(self.teacher_weights).exists(): return super().given_teacher(data)
+        if (
+            not self.teacher.startswith("torchvision/")
+            or not self.teacher_weights.isidentifier()
+            or Path(self.teacher_weights).exists()
+        ):
+            return super().given_teacher(data)
         return torchvision_teacher(self, data)
 
 # %% ../nbs/method/08_experiments.ipynb #d07f4ba6
@@ -234,19 +292,24 @@ RESULT_FORMAT = 1
 @dataclass(frozen=True)
 class Result:
     "What a run left: everything a table needs, and enough to run it again."
-    experiment: dict         # the Experiment's fields
-    last: dict               # epoch and scores (top1, top5) of the last epoch, in per cent
-    best: dict               # the same of the best epoch by its score (test top-1)
-    train: dict              # the last epoch's mean of every loss term, and the training accuracy
-    teacher: dict | None     # scores (top1, top5) of the teacher, in per cent
-    parameters: int          # of the student
-    seconds: float           # wall time of this run, the teacher's training not counted; over all its parts if it was interrupted
-    images_per_second: float # training images over `seconds`
+
+    experiment: dict  # the Experiment's fields
+    last: dict  # epoch and scores (top1, top5) of the last epoch, in per cent
+    best: dict  # the same of the best epoch by its score (test top-1)
+    train: dict  # the last epoch's mean of every loss term, and the training accuracy
+    teacher: dict | None  # scores (top1, top5) of the teacher, in per cent
+    parameters: int  # of the student
+    seconds: (
+        float  # wall time of this run, the teacher's training not counted; over all its parts if it was interrupted
+    )
+    images_per_second: float  # training images over `seconds`
     device: str
     versions: dict
-    commit: str | None       # of the checkout, with a plus if it was changed; None where there is none
-    finished: str            # UTC
-    company: int = 1         # how many runs shared the process and the teacher's forward pass; `seconds` is the time of all of them
+    commit: str | None  # of the checkout, with a plus if it was changed; None where there is none
+    finished: str  # UTC
+    company: int = (
+        1  # how many runs shared the process and the teacher's forward pass; `seconds` is the time of all of them
+    )
     format: int = RESULT_FORMAT
 
     @property
@@ -254,29 +317,36 @@ class Result:
         "The metric that counts: top1, AP or miou."
         return next(k for k in self.last if k != "epoch")
 
-    def save(self, path: Path | str): write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
+    def save(self, path: Path | str):
+        write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> Result:
         "Read a result file; one cut short or of a newer format is named in the error."
-        try: values = json.loads(Path(path).read_text())
-        except ValueError as e: raise ValueError(f"{path} is no result file, or cut short: {e}") from e
+        try:
+            values = json.loads(Path(path).read_text())
+        except ValueError as e:
+            raise ValueError(f"{path} is no result file, or cut short: {e}") from e
         found = values.get("format") if isinstance(values, dict) else None
-        if found != RESULT_FORMAT: raise ValueError(f"{path} has result format {found!r}; this version reads format {RESULT_FORMAT}")
+        if found != RESULT_FORMAT:
+            raise ValueError(f"{path} has result format {found!r}; this version reads format {RESULT_FORMAT}")
         return cls(**values)
 
 # %% ../nbs/method/08_experiments.ipynb #f328a063
 def runs_root(root: Path | str | None = None) -> Path:
     "Where runs live: `root`, else RCKA_RUNS, else runs/ of the checkout, else ./runs."
-    if root or os.environ.get("RCKA_RUNS"): return Path(root or os.environ["RCKA_RUNS"])
+    if root or os.environ.get("RCKA_RUNS"):
+        return Path(root or os.environ["RCKA_RUNS"])
     return (checkout() or Path.cwd()) / "runs"
 
 
 def _versions() -> dict:
     found = {"python": platform.python_version()}
     for name in ("rcka", "torch", "torchvision"):
-        try: found[name] = version(name)
-        except PackageNotFoundError: found[name] = getattr(sys.modules.get(name), "__version__", "not installed")
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = getattr(sys.modules.get(name), "__version__", "not installed")
     return found
 
 
@@ -285,46 +355,57 @@ def _commit() -> str | None:
     here = Path(rcka.__file__).parent.parent
     git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10)
     try:
-        if not (here / "settings.ini").exists() or (head := git("rev-parse", "HEAD")).returncode: return None
-        return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no", "rcka").stdout.strip() else "")
-    except (OSError, subprocess.TimeoutExpired): return None
+        if not (here / "settings.ini").exists() or (head := git("rev-parse", "HEAD")).returncode:
+            return None
+        return head.stdout.strip() + (
+            "+" if git("status", "--porcelain", "--untracked-files=no", "rcka").stdout.strip() else ""
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 # %% ../nbs/method/08_experiments.ipynb #c56c4c9d
 def run(
     experiment: Experiment,
-    root: Path | str | None = None,    # folder of all runs; None: see `runs_root`
+    root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
     folder: Path | str | None = None,  # folder of this run; None: `root` / `experiment.key`
-    device: str | None = None,         # None: CUDA where there is one, else the CPU
-    progress: bool = True,             # bars in the terminal
-    **options,                         # of `Trainer`: checkpoint_seconds, keep, channels_last, compile; and workers, which decode images from files
+    device: str | None = None,  # None: CUDA where there is one, else the CPU
+    progress: bool = True,  # bars in the terminal
+    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile; and workers, which decode images from files
 ) -> Result:
     "Run an experiment, or find what it left. Launched in several processes, each takes its part of every batch and the first one writes."
     root = runs_root(root)
     folder = Path(folder) if folder else root / experiment.key
     device = join(device)
     first = processes()[0] == 0
-    if first: _claim(folder, experiment)
+    if first:
+        _claim(folder, experiment)
     together()
-    if (folder / "result.json").exists(): return Result.load(folder / "result.json")
-    with _alone(folder) if first else contextlib.nullcontext(): return _run(experiment, root, folder, device, progress, options)
+    if (folder / "result.json").exists():
+        return Result.load(folder / "result.json")
+    with _alone(folder) if first else contextlib.nullcontext():
+        return _run(experiment, root, folder, device, progress, options)
 
 
 def _run(experiment, root, folder, device, progress, options) -> Result:
-    if processes()[0] == 0: _claim(folder, experiment)  # again, now that nobody else can
+    if processes()[0] == 0:
+        _claim(folder, experiment)  # again, now that nobody else can
     together()
-    if (folder / "result.json").exists(): return Result.load(folder / "result.json")
+    if (folder / "result.json").exists():
+        return Result.load(folder / "result.json")
     parts = experiment.prepare(root, device, progress, options)
     trainer = Trainer(parts.task, parts.train, parts.test, experiment.recipe, folder, **_of_trainer(options))
     trainer.fit(progress)
     return _finish(experiment, trainer, parts.scores)
 
 
-def _of_trainer(options: dict) -> dict: return {k: v for k, v in options.items() if k != "workers"}
+def _of_trainer(options: dict) -> dict:
+    return {k: v for k, v in options.items() if k != "workers"}
 
 
 def _finish(experiment, trainer: Trainer, teacher: dict | None, company: int = 1) -> Result:
@@ -332,11 +413,22 @@ def _finish(experiment, trainer: Trainer, teacher: dict | None, company: int = 1
     last, told = trainer.history[-1], [*trainer.names, *trainer.counted]
     scores = lambda row: {k: v for k, v in row.items() if k not in ("lr", *told)}
     result = Result(
-        experiment.to_dict(), scores(last), scores(trainer.best), {k: last[k] for k in told}, teacher,
-        sum(p.numel() for p in trainer.task.student.parameters()), round(trainer.seconds, 1),
+        experiment.to_dict(),
+        scores(last),
+        scores(trainer.best),
+        {k: last[k] for k in told},
+        teacher,
+        sum(p.numel() for p in trainer.task.student.parameters()),
+        round(trainer.seconds, 1),
         round(trainer.train.samples * len(trainer.history) / trainer.seconds, 1),
-        _device_name(trainer.device), _versions(), _commit(), datetime.now(timezone.utc).isoformat(timespec="seconds"), company)
-    if processes()[0] == 0: result.save(trainer.folder / "result.json")
+        _device_name(trainer.device),
+        _versions(),
+        _commit(),
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        company,
+    )
+    if processes()[0] == 0:
+        result.save(trainer.folder / "result.json")
     together()
     return result
 
@@ -345,23 +437,35 @@ def _finish(experiment, trainer: Trainer, teacher: dict | None, company: int = 1
 def _alone(folder: Path):
     "Hold the lock of a run's folder; wait for whoever has it. However a process ends, its lock goes with it."
     lock = FileLock(folder / ".lock")
-    try: lock.acquire(timeout=0)
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
         print(f"another process is at work in {folder}; waiting for it", file=sys.stderr)
         lock.acquire()
-    try: yield
-    finally: lock.release()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _claim(folder: Path, experiment: Experiment):
     "Write experiment.json, or refuse a folder that belongs to another experiment."
     path, mine = folder / "experiment.json", experiment.to_dict()
     if path.exists():
-        try: there = json.loads(path.read_text())
-        except ValueError as e: raise ValueError(f"{path} cannot be read ({e}); it was left as it is. Use another folder") from e
-        differ = [f"{k}: {there.get(k)!r} there, {mine.get(k)!r} here" for k in {**there, **mine} if there.get(k) != mine.get(k)]
-        if differ: raise ValueError(f"{folder} belongs to another experiment ({'; '.join(differ)}). Use another folder")
-    elif folder.exists() and any(p.name != path.name and not p.name.startswith(".") for p in folder.iterdir()):  # locks and half-written files are hidden
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as e:
+            raise ValueError(f"{path} cannot be read ({e}); it was left as it is. Use another folder") from e
+        differ = [
+            f"{k}: {there.get(k)!r} there, {mine.get(k)!r} here"
+            for k in {**there, **mine}
+            if there.get(k) != mine.get(k)
+        ]
+        if differ:
+            raise ValueError(f"{folder} belongs to another experiment ({'; '.join(differ)}). Use another folder")
+    elif folder.exists() and any(
+        p.name != path.name and not p.name.startswith(".") for p in folder.iterdir()
+    ):  # locks and half-written files are hidden
         raise ValueError(f"{folder} is not empty and holds no experiment; nothing was touched. Use another folder")
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -372,29 +476,38 @@ def torchvision_teacher(experiment: Experiment, data) -> torch.nn.Module:
     "The teacher with torchvision's weights of this name."
     name, weights = experiment.teacher, experiment.teacher_weights
     from torchvision.models import get_model_weights
+
     known = get_model_weights(name.split("/")[1]).__members__
-    if weights not in known: raise ValueError(nearest(weights, known, f"weights of {name}"))
+    if weights not in known:
+        raise ValueError(nearest(weights, known, f"weights of {name}"))
     classes, url = len(known[weights].meta["categories"]), known[weights].url
-    if classes != data.num_classes: raise ValueError(f"{weights} of {name} knows {classes} classes, {experiment.dataset} has {data.num_classes}")
+    if classes != data.num_classes:
+        raise ValueError(f"{weights} of {name} knows {classes} classes, {experiment.dataset} has {data.num_classes}")
     there = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    try: return create_model(name, classes, data.shape[0], weights=weights)
+    try:
+        return create_model(name, classes, data.shape[0], weights=weights)
     except OSError as err:
-        raise FileNotFoundError(f"no {weights} of {name}: {there} is not there, and {url} cannot be reached ({err}). Put that file there (TORCH_HOME is the folder two above), "
-                                "or give the path of a checkpoint as teacher_weights") from err
-    except (RuntimeError, EOFError) as err: raise ValueError(f"{there} is broken: {err}. Delete it, and it is fetched again") from err
+        raise FileNotFoundError(
+            f"no {weights} of {name}: {there} is not there, and {url} cannot be reached ({err}). Put that file there (TORCH_HOME is the folder two above), "
+            "or give the path of a checkpoint as teacher_weights"
+        ) from err
+    except (RuntimeError, EOFError) as err:
+        raise ValueError(f"{there} is broken: {err}. Delete it, and it is fetched again") from err
 
 # %% ../nbs/method/08_experiments.ipynb #4be29112
 def run_together(
-    experiments: list[Experiment],   # alike in dataset, batches, teacher, epochs and precision
+    experiments: list[Experiment],  # alike in dataset, batches, teacher, epochs and precision
     root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
-    device: str | None = None,       # None: CUDA where there is one, else the CPU
+    device: str | None = None,  # None: CUDA where there is one, else the CPU
     progress: bool = True,
-    **options,                       # of `Trainer`; and workers
+    **options,  # of `Trainer`; and workers
 ) -> list[Result]:
     "Run several experiments in one process, the teacher's forward pass shared; those that are done already are read."
-    for e in experiments[1:]: _check_shared(experiments[0], e)
+    for e in experiments[1:]:
+        _check_shared(experiments[0], e)
     root, device = runs_root(root), join(device)
-    if processes()[1] > 1: raise RuntimeError("run_together works in one process; launched in several, use run for each experiment")
+    if processes()[1] > 1:
+        raise RuntimeError("run_together works in one process; launched in several, use run for each experiment")
     folders = {root / e.key: e for e in experiments}
     with contextlib.ExitStack() as held:
         for folder in sorted(folders):  # in one order everywhere, so that nobody waits for each other
@@ -402,68 +515,118 @@ def run_together(
             held.enter_context(_alone(folder))
         parts, trainers = None, {}
         for folder, e in folders.items():
-            if (folder / "result.json").exists(): continue
+            if (folder / "result.json").exists():
+                continue
             parts = e.prepare(root, device, progress, options, beside=parts)
             trainers[folder] = Trainer(parts.task, parts.train, parts.test, e.recipe, folder, **_of_trainer(options))
-        if trainers: fit_together(list(trainers.values()), progress)
-        for folder, trainer in trainers.items(): _finish(folders[folder], trainer, parts.scores, len(trainers))
+        if trainers:
+            fit_together(list(trainers.values()), progress)
+        for folder, trainer in trainers.items():
+            _finish(folders[folder], trainer, parts.scores, len(trainers))
     return [Result.load(root / e.key / "result.json") for e in experiments]
 
 
-OWN = ("student", "method", "method_args", "seed", "data_seed", "student_paths", "teacher_paths",
-       "lr", "momentum", "weight_decay", "nesterov", "schedule", "lr_steps", "lr_decay")  # in which runs that share a teacher may differ
+OWN = (
+    "student",
+    "method",
+    "method_args",
+    "seed",
+    "data_seed",
+    "student_paths",
+    "teacher_paths",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "nesterov",
+    "schedule",
+    "lr_steps",
+    "lr_decay",
+)  # in which runs that share a teacher may differ
 
 
 def _check_shared(a: Experiment, b: Experiment):
     shared = lambda e: {k: v for k, v in e.to_dict().items() if k not in OWN} | {"order of the data": e.order_seed}
     differ = [f"{k}: {v!r} and {shared(b)[k]!r}" for k, v in shared(a).items() if v != shared(b)[k]]
-    if differ: raise ValueError(f"runs that share a teacher's forward pass must agree in {'; '.join(differ)}")
+    if differ:
+        raise ValueError(f"runs that share a teacher's forward pass must agree in {'; '.join(differ)}")
 
 # %% ../nbs/method/08_experiments.ipynb #a57c8e45
 def summary(
     results,  # Results, or a folder of runs
-):            # pandas.DataFrame, one row for each experiment but for its seed
+):  # pandas.DataFrame, one row for each experiment but for its seed
     "Mean and standard deviation over seeds of the score in per cent (top1, AP, miou), at the last and the best epoch."
     import pandas as pd
-    if isinstance(results, (str, Path)): results = [Result.load(p) for p in sorted(Path(results).glob("*/result.json"))]
+
+    if isinstance(results, (str, Path)):
+        results = [Result.load(p) for p in sorted(Path(results).glob("*/result.json"))]
     groups: dict[str, list[Result]] = {}
-    for r in results: groups.setdefault(json.dumps({**r.experiment, "seed": None}, sort_keys=True), []).append(r)
+    for r in results:
+        groups.setdefault(json.dumps({**r.experiment, "seed": None}, sort_keys=True), []).append(r)
     std = lambda values: statistics.stdev(values) if len(values) > 1 else float("nan")
     rows = []
     for runs in groups.values():
         e = runs[0].experiment
         score = runs[0].score
         last, best = ([getattr(r, which)[score] for r in runs] for which in ("last", "best"))
-        rows.append({"dataset": e["dataset"], "teacher": e["teacher"], "student": e["student"], "method": e["method"], "score": score, "seeds": len(runs),
-                     "last": statistics.mean(last), "last std": std(last), "best": statistics.mean(best), "best std": std(best),
-                     "seconds": statistics.mean(r.seconds for r in runs)})
+        rows.append(
+            {
+                "dataset": e["dataset"],
+                "teacher": e["teacher"],
+                "student": e["student"],
+                "method": e["method"],
+                "score": score,
+                "seeds": len(runs),
+                "last": statistics.mean(last),
+                "last std": std(last),
+                "best": statistics.mean(best),
+                "best std": std(best),
+                "seconds": statistics.mean(r.seconds for r in runs),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/method/08_experiments.ipynb #2b16620f
 def plot_run(
     folder: Path | str,  # of a run
-):                       # a matplotlib Figure: the loss terms, and the score, epoch by epoch
+):  # a matplotlib Figure: the loss terms, and the score, epoch by epoch
     "What happened along a run, from its metrics.csv."
     import matplotlib.pyplot as plt
     import pandas as pd
+
     rows = pd.read_csv(Path(folder) / "metrics.csv")
     experiment = Path(folder) / "experiment.json"
-    tested = "training (not augmented)" if experiment.exists() and json.loads(experiment.read_text()).get("evaluate_on") == "train" else "test"
+    tested = (
+        "training (not augmented)"
+        if experiment.exists() and json.loads(experiment.read_text()).get("evaluate_on") == "train"
+        else "test"
+    )
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
     columns = [c for c in rows if c not in ("epoch", "lr", "loss")]
     done = Path(folder) / "result.json"
-    score = Result.load(done).score if done.exists() else next((c for c in ("top1", "AP", "miou") if c in columns), columns[-1])
-    told = columns[:columns.index(score)]  # after it come other scores
+    score = (
+        Result.load(done).score
+        if done.exists()
+        else next((c for c in ("top1", "AP", "miou") if c in columns), columns[-1])
+    )
+    told = columns[: columns.index(score)]  # after it come other scores
     shares = [c for c in told if c.startswith(("train_", "level"))]
     for i, name in enumerate(c for c in told if c not in shares):
-        left.plot(rows["epoch"], rows[name], label=name.replace("_", " "), color=f"C{i}", linestyle=["-", "--", ":", "-."][i % 4])
+        left.plot(
+            rows["epoch"],
+            rows[name],
+            label=name.replace("_", " "),
+            color=f"C{i}",
+            linestyle=["-", "--", ":", "-."][i % 4],
+        )
     left.set(xlabel="epoch", ylabel="weighted loss term (mean of the epoch)", yscale="log")
     for i, name in enumerate(shares):
         label = "training (augmented)" if name.startswith("train_") else f"similarity to the teacher, {name}"
         right.plot(rows["epoch"], rows[name], label=label, color=f"C{(7 + i) % 10}", linestyle=["--", ":", "-."][i % 3])
     right.plot(rows["epoch"], rows[score], label=tested, color="C0")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if score == "top1" else f"{score} (%)")
-    for ax in (left, right): ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2); ax.spines[["top", "right"]].set_visible(False)
+    for ax in (left, right):
+        ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     return fig
 
@@ -473,15 +636,20 @@ TABLES = Path(rcka.__file__).parent / "tables"
 
 def published(
     dataset: str = "cifar100",  # "cifar100", "imagenet", "coco" or "cityscapes"
-) -> list[dict]:                # one dict a row; accuracies as float, a dash in the paper as None
+) -> list[dict]:  # one dict a row; accuracies as float, a dash in the paper as None
     "A table of Zhou et al. (2024) as printed: arXiv 2401.11824, Tables 1, 2, 3 and 11."
     known = sorted(p.stem for p in TABLES.glob("*.csv"))
-    if dataset not in known: raise ValueError(nearest(dataset, known, "published table"))
-    with open(TABLES / f"{dataset}.csv", newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
+    if dataset not in known:
+        raise ValueError(nearest(dataset, known, "published table"))
+    with open(TABLES / f"{dataset}.csv", newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
     return [{k: _number(v) for k, v in row.items()} for row in rows]
 
 
 def _number(text: str) -> float | str | None:
-    if text == "": return None
-    try: return float(text)
-    except ValueError: return text
+    if text == "":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -8,17 +8,31 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .data import SUFFIXES, Batch, Batches, _class_folders, _draw, _open, _some, balanced_slice, check_enough, check_whole, data_root, seed_of
+from rcka.data import (
+    SUFFIXES,
+    Batch,
+    Batches,
+    _class_folders,
+    _draw,
+    _open,
+    _some,
+    balanced_slice,
+    check_enough,
+    check_whole,
+    data_root,
+    seed_of,
+)
 from .trainer import BatchesFailed, own_rows, share
 
 # %% auto #0
@@ -28,44 +42,62 @@ __all__ = ['Files', 'list_files', 'decode', 'chance', 'transforms', 'Decoder', '
 # %% ../nbs/method/05b_imagenet.ipynb #f13eb81e
 class Files(NamedTuple):
     "The images of a part of a dataset."
+
     folder: Path
     names: np.ndarray  # bytes (N,), CLASS/FILE below the folder
-    targets: Tensor    # int64 (N,)
+    targets: Tensor  # int64 (N,)
 
-    def __len__(self): return len(self.names)
-    def path(self, i: int) -> str: return os.path.join(self.folder, os.fsdecode(self.names[i]))
-    def keep(self, some: Tensor) -> Files: return Files(self.folder, self.names[some.numpy()], self.targets[some])
+    def __len__(self):
+        return len(self.names)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.names[i]))
+
+    def keep(self, some: Tensor) -> Files:
+        return Files(self.folder, self.names[some.numpy()], self.targets[some])
 
 
 def list_files(
-    folder: Path,                    # with a folder for each class
+    folder: Path,  # with a folder for each class
 ) -> tuple[tuple[str, ...], Files]:  # classes in alphabetical order, and their images
     "Class folders and the images in them. Raises ValueError where there is none."
     classes = _class_folders(folder)
     if not classes:
         lying = sum(map(_is_image, os.listdir(folder))) if folder.is_dir() else 0
-        raise ValueError(f"{folder} has no class folders; expected {folder.name}/WNID/*.JPEG"
-                         + (f". {lying} images lie in it unsorted: move each into the folder of its class" if lying else ""))
-    with ThreadPoolExecutor(16) as pool: found = list(pool.map(lambda c: sorted(filter(_is_image, os.listdir(folder / c))), classes))  # threads: disks on a network wait
+        raise ValueError(
+            f"{folder} has no class folders; expected {folder.name}/WNID/*.JPEG"
+            + (f". {lying} images lie in it unsorted: move each into the folder of its class" if lying else "")
+        )
+    with ThreadPoolExecutor(16) as pool:
+        found = list(
+            pool.map(lambda c: sorted(filter(_is_image, os.listdir(folder / c))), classes)
+        )  # threads: disks on a network wait
     empty = [c for c, names in zip(classes, found) if not names]
-    if empty: raise ValueError(f"no images in {_some(empty)} of {folder}; looked for {', '.join(sorted(SUFFIXES))}")
+    if empty:
+        raise ValueError(f"no images in {_some(empty)} of {folder}; looked for {', '.join(sorted(SUFFIXES))}")
     names = np.array([os.fsencode(f"{c}/{name}") for c, names in zip(classes, found) for name in names])
     targets = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(names) for names in found]))
     return tuple(classes), Files(folder, names, targets)
 
 
-def _is_image(name: str) -> bool: return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
 
 # %% ../nbs/method/05b_imagenet.ipynb #cdeb92e0
 def decode(
     path: str | Path,  # an image file
-) -> Tensor:           # uint8 (3, H, W)
+) -> Tensor:  # uint8 (3, H, W)
     "The RGB pixels of an image. Raises whatever a decoder raises where it is broken."
     try:
         from torchvision.io import ImageReadMode, decode_image
-        image = decode_image(torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        if image.dim() == 3 and image.dtype == torch.uint8: return image
-    except (ImportError, RuntimeError, ValueError): pass  # Pillow reads it, or says what is wrong with it
+
+        image = decode_image(
+            torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8), mode=ImageReadMode.RGB
+        )
+        if image.dim() == 3 and image.dtype == torch.uint8:
+            return image
+    except (ImportError, RuntimeError, ValueError):
+        pass  # Pillow reads it, or says what is wrong with it
     return torch.from_numpy(np.array(_open(str(path), None))).permute(2, 0, 1)
 
 # %% ../nbs/method/05b_imagenet.ipynb #9fbdc190
@@ -74,22 +106,27 @@ def chance(*key):
     "Random numbers of torch inside depend on `key` alone; outside nothing has changed."
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed_of(*key))  # torch.manual_seed takes 200 times as long
-    try: yield
-    finally: torch.set_rng_state(before)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def transforms(
-    size: int,    # pixels of a side
+    size: int,  # pixels of a side
     train: bool,  # random crop and flip; else a resize of the shorter side to 8/7 of `size`, and the centre
-):                # from uint8 (3, H, W) to uint8 (3, size, size)
+):  # from uint8 (3, H, W) to uint8 (3, size, size)
     "The augmentation of the paper's protocol: at 224, RandomResizedCrop and flip; resize to 256 and centre crop."
     from torchvision.transforms import v2
-    if train: return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+
+    if train:
+        return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
     return v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
 
 
 class Decoder(torch.utils.data.Dataset):
     "What a worker process does: a step's images, from files to one tensor."
+
     def __init__(self, files: Files, size: int, train: bool, seed: int, skip_broken: bool):
         self.files, self.size, self.train, self.seed, self.skip_broken = files, size, train, seed, skip_broken
         self.transform = transforms(size, train)
@@ -100,16 +137,24 @@ class Decoder(torch.utils.data.Dataset):
         images, found, broken = [], [], []
         for i in indices:
             image, i = self._one(epoch, i, broken)
-            if image is not None: images.append(image); found.append(i)
-            elif not self.skip_broken: break
-        return torch.stack(images) if images else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8), found, broken
+            if image is not None:
+                images.append(image)
+                found.append(i)
+            elif not self.skip_broken:
+                break
+        return (
+            torch.stack(images) if images else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8),
+            found,
+            broken,
+        )
 
     def _one(self, epoch: int, i: int, broken: list[str]) -> tuple[Tensor | None, int]:
         "An image, or for training, where it is broken and may be, the next one that is not."
         for j in range(i, i + 100 if self.train and self.skip_broken else i + 1):
             j %= len(self.files)
             try:
-                with chance(self.seed, epoch, j): return self.transform(decode(self.files.path(j))), j
+                with chance(self.seed, epoch, j):
+                    return self.transform(decode(self.files.path(j))), j
             except Exception as err:  # decoders raise whatever they like
                 broken.append(f"{self.files.path(j)} ({type(err).__name__}: {' '.join(str(err).split())[-120:]})")
         return None, i
@@ -123,29 +168,51 @@ def default_workers() -> int:
 # %% ../nbs/method/05b_imagenet.ipynb #12b3c65e
 class _Steps:
     "What the workers are to do next; set before each epoch."
-    def __init__(self): self.plan = None
-    def __iter__(self): return self.plan
+
+    def __init__(self):
+        self.plan = None
+
+    def __iter__(self):
+        return self.plan
 
 
 def _in_worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; the trainer saves first, then ends them
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the workers too; the trainer saves first, then ends them
 
 
-def _as_it_is(x): return x
+def _as_it_is(x):
+    return x
 
 
 def _loader(decoder: Decoder, steps: _Steps, workers: int, pinned: bool) -> DataLoader:
     more = dict(persistent_workers=True, prefetch_factor=2, worker_init_fn=_in_worker) if workers else {}
-    return DataLoader(decoder, batch_size=None, sampler=steps, num_workers=workers, collate_fn=_as_it_is,
-                      pin_memory=pinned, generator=torch.Generator(), **more)  # a generator of its own: the global one is the trainer's
+    return DataLoader(
+        decoder,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pinned,
+        generator=torch.Generator(),
+        **more,
+    )  # a generator of its own: the global one is the trainer's
 
 
 def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
     "Refuse broken images, or warn of those that are not known yet."
-    if lost and skip_broken: raise ValueError(f"{len(broken)} images cannot be decoded, one after another, the last of them {broken[-1]}; is this the right folder?")
-    if not skip_broken: raise ValueError(f"cannot decode {broken[0]}; mend or remove the file, or pass over such files with skip_broken=True")
+    if lost and skip_broken:
+        raise ValueError(
+            f"{len(broken)} images cannot be decoded, one after another, the last of them {broken[-1]}; is this the right folder?"
+        )
+    if not skip_broken:
+        raise ValueError(
+            f"cannot decode {broken[0]}; mend or remove the file, or pass over such files with skip_broken=True"
+        )
     for what in broken:
-        if what not in known: warnings.warn(f"passed over, since it cannot be decoded: {what}", stacklevel=2)
+        if what not in known:
+            warnings.warn(f"passed over, since it cannot be decoded: {what}", stacklevel=2)
     known.update(broken)
 
 
@@ -156,8 +223,10 @@ def _own_sigchld():
         yield
         return
     before = signal.getsignal(signal.SIGCHLD)
-    try: yield
-    finally: signal.signal(signal.SIGCHLD, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 # %% ../nbs/method/05b_imagenet.ipynb #22e8c710
 class FileBatches(Batches):
@@ -167,22 +236,27 @@ class FileBatches(Batches):
         self,
         files: Files,
         batch_size: int,
-        mean: tuple[float, ...],       # by channel, of pixels in [0, 1]
-        std: tuple[float, ...],        # by channel, of pixels in [0, 1]
-        size: int,                     # pixels of a side
+        mean: tuple[float, ...],  # by channel, of pixels in [0, 1]
+        std: tuple[float, ...],  # by channel, of pixels in [0, 1]
+        size: int,  # pixels of a side
         device: str | torch.device = "cpu",
-        train: bool = True,            # shuffled and augmented; else in order, all images, their centres
+        train: bool = True,  # shuffled and augmented; else in order, all images, their centres
         seed: int = 0,
-        workers: int | None = None,    # processes that decode; 0 decodes in this one; None: see `default_workers`
-        skip_broken: bool = False,     # warn of a broken image and take the next (training) or leave it out (evaluation)
+        workers: int | None = None,  # processes that decode; 0 decodes in this one; None: see `default_workers`
+        skip_broken: bool = False,  # warn of a broken image and take the next (training) or leave it out (evaluation)
         dtype: torch.dtype = torch.float32,  # of the images in a batch; normalisation is in float32
-        channels_last: bool = False,   # memory format of the images in a batch
+        channels_last: bool = False,  # memory format of the images in a batch
     ):
         workers = default_workers() if workers is None else workers
         check_whole(1, batch_size=batch_size, size=size)
         check_whole(0, workers=workers)
-        if train: check_enough(len(files), batch_size, self.smallest)
-        self.images, self.targets, self.device = files, files.targets.to(device), torch.device(device)  # a device holds all targets, eight bytes each
+        if train:
+            check_enough(len(files), batch_size, self.smallest)
+        self.images, self.targets, self.device = (
+            files,
+            files.targets.to(device),
+            torch.device(device),
+        )  # a device holds all targets, eight bytes each
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
         self.batch_size, self.train, self.size, self.seed, self.workers = batch_size, train, size, seed, workers
         self.dtype, self.memory_format = dtype, torch.channels_last if channels_last else torch.contiguous_format
@@ -192,13 +266,20 @@ class FileBatches(Batches):
     def _epoch(self, e: int, start: int) -> Iterator[Batch]:
         n, size = len(self.images), self.batch_size
         order = _draw(n, 0, False, self.seed, e).order if self.train else torch.arange(n)
-        steps = [order[at:at + size] for at in range(start * size, len(self) * size, size)]
+        steps = [order[at : at + size] for at in range(start * size, len(self) * size, size)]
         self._turn += 1
         turn, decoded = self._turn, self._decoded(e, steps)
         for step, (images, index, broken) in zip(steps, decoded):
-            if broken: _report(broken, self.broken, self.skip_broken, lost=self.train and len(index) < len(step[own_rows(len(step), self.train)]))
+            if broken:
+                _report(
+                    broken,
+                    self.broken,
+                    self.skip_broken,
+                    lost=self.train and len(index) < len(step[own_rows(len(step), self.train)]),
+                )
             yield share(self._to_device(images, index), len(step), self.train)
-            if turn != self._turn: raise RuntimeError("another epoch of these batches was begun; its workers cannot do two at once")
+            if turn != self._turn:
+                raise RuntimeError("another epoch of these batches was begun; its workers cannot do two at once")
 
     def _decoded(self, e: int, steps: list[Tensor]):
         "What the workers make of this process's part of each step, in order."
@@ -207,13 +288,17 @@ class FileBatches(Batches):
             decoder = Decoder(self.images, self.size, self.train, self.seed, self.skip_broken)
             self._loader = _loader(decoder, self._steps, self.workers, pinned=self.device.type == "cuda")
         try:
-            with _own_sigchld(): results = iter(self._loader)
+            with _own_sigchld():
+                results = iter(self._loader)
             yield from results
         except Exception as err:
             self._loader = None  # the end of one worker is the end of all; the next epoch starts new ones
-            if not self.workers: raise
-            raise BatchesFailed(f"a worker process that decodes images died ({type(err).__name__}{f': {err}' if str(err) else ''}); it may have been killed for lack of memory: "
-                               f"try fewer than workers={self.workers}") from err
+            if not self.workers:
+                raise
+            raise BatchesFailed(
+                f"a worker process that decodes images died ({type(err).__name__}{f': {err}' if str(err) else ''}); it may have been killed for lack of memory: "
+                f"try fewer than workers={self.workers}"
+            ) from err
 
     def _to_device(self, images: Tensor, index: list[int]) -> Batch:
         index = torch.tensor(index, dtype=torch.int64).to(self.device)
@@ -223,62 +308,88 @@ class FileBatches(Batches):
 @dataclass(frozen=True, eq=False, repr=False)
 class FileDataset:
     "A dataset in files, and what suits it. Like `rcka.data.Dataset`, but its images stay where they are."
+
     name: str
     train: Files
     test: Files
     classes: tuple[str, ...]  # a name for each target
-    size: int = 224           # pixels of a side, as the network sees them
+    size: int = 224  # pixels of a side, as the network sees them
     skip_broken: bool = False
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # torchvision's, by channel, of pixels in [0, 1]
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __repr__(self):
-        tests = "evaluated on the training images" if self.test.folder == self.train.folder else f"{len(self.test)} test images"
+        tests = (
+            "evaluated on the training images"
+            if self.test.folder == self.train.folder
+            else f"{len(self.test)} test images"
+        )
         return f"FileDataset({self.name}: {len(self.train)} training images in {self.num_classes} classes, {tests}; seen at {self.size} x {self.size})"
 
     @property
-    def num_classes(self) -> int: return len(self.classes)
+    def num_classes(self) -> int:
+        return len(self.classes)
+
     @property
-    def shape(self) -> tuple[int, int, int]: return (3, self.size, self.size)
+    def shape(self) -> tuple[int, int, int]:
+        return (3, self.size, self.size)
+
     @property
-    def channels(self) -> int: return 3
+    def channels(self) -> int:
+        return 3
 
     def batches(
         self,
         batch_size: int | None = None,  # None: 256
-        train: bool = True,             # training images, shuffled and augmented; or test images in order
-        **kwargs,                       # device, seed, workers, dtype, channels_last: see `FileBatches`
+        train: bool = True,  # training images, shuffled and augmented; or test images in order
+        **kwargs,  # device, seed, workers, dtype, channels_last: see `FileBatches`
     ) -> FileBatches:
         "Batches of this dataset, with its own normalisation and augmentation."
-        return FileBatches(self.train if train else self.test, batch_size or 256, self.mean, self.std, self.size, train=train,
-                           **{"skip_broken": self.skip_broken, **kwargs})
+        return FileBatches(
+            self.train if train else self.test,
+            batch_size or 256,
+            self.mean,
+            self.std,
+            self.size,
+            train=train,
+            **{"skip_broken": self.skip_broken, **kwargs},
+        )
 
 # %% ../nbs/method/05b_imagenet.ipynb #38119dfe
 def load_imagenet(
-    path: str | Path = "imagenet",   # of the folder with train/WNID and val/WNID: absolute, below the root, or below the working directory
+    path: str
+    | Path = "imagenet",  # of the folder with train/WNID and val/WNID: absolute, below the root, or below the working directory
     root: str | Path | None = None,  # the folder with the datasets; see `data_root`
-    limit: int | None = None,        # keep so many training images, the first of each class
-    test_limit: int | None = None,   # keep so many test images
-    size: int = 224,                 # pixels of a side; evaluation resizes to 8/7 of it first
-    val: str = "val",                # the folder to evaluate on; "train" evaluates on the training images
-    skip_broken: bool = False,       # pass over images that cannot be decoded, with a warning
+    limit: int | None = None,  # keep so many training images, the first of each class
+    test_limit: int | None = None,  # keep so many test images
+    size: int = 224,  # pixels of a side; evaluation resizes to 8/7 of it first
+    val: str = "val",  # the folder to evaluate on; "train" evaluates on the training images
+    skip_broken: bool = False,  # pass over images that cannot be decoded, with a warning
 ) -> FileDataset:
     """ImageNet, or any dataset in its layout: train/WNID/*.JPEG and val/WNID/*.JPEG, with the same WNIDs.
 
     Raises FileNotFoundError or ValueError for a folder that is not there or not as it should be."""
     base = _base(path, data_root(root))
     if not (base / val).is_dir():
-        raise FileNotFoundError(f"{base} has no folder {val}/ to evaluate on. ImageNet's validation images go to {base / 'val'}/WNID/*.JPEG; "
-                                "where there are none, val='train' evaluates on the training images")
+        raise FileNotFoundError(
+            f"{base} has no folder {val}/ to evaluate on. ImageNet's validation images go to {base / 'val'}/WNID/*.JPEG; "
+            "where there are none, val='train' evaluates on the training images"
+        )
     classes, train = list_files(base / "train")
     tested, test = (classes, train) if val == "train" else list_files(base / val)
     if tested != classes:
         more, less = (sorted(set(a) - set(b)) for a, b in ((tested, classes), (classes, tested)))
-        raise ValueError(f"the classes of {base / val} are not those of {base / 'train'}: "
-                         + "; ".join(f"{what} {_some(c)}" for what, c in (("not in train:", more), ("only in train:", less)) if c))
-    if limit is not None: train = train.keep(balanced_slice(train.targets, limit, "limit"))
-    if test_limit is not None: test = test.keep(balanced_slice(test.targets, test_limit, "test_limit"))
-    return FileDataset("imagenet" if str(path) == "imagenet" else f"imagenet:{path}", train, test, classes, size, skip_broken)
+        raise ValueError(
+            f"the classes of {base / val} are not those of {base / 'train'}: "
+            + "; ".join(f"{what} {_some(c)}" for what, c in (("not in train:", more), ("only in train:", less)) if c)
+        )
+    if limit is not None:
+        train = train.keep(balanced_slice(train.targets, limit, "limit"))
+    if test_limit is not None:
+        test = test.keep(balanced_slice(test.targets, test_limit, "test_limit"))
+    return FileDataset(
+        "imagenet" if str(path) == "imagenet" else f"imagenet:{path}", train, test, classes, size, skip_broken
+    )
 
 
 def _base(path: str | Path, root: Path) -> Path:
@@ -286,7 +397,9 @@ def _base(path: str | Path, root: Path) -> Path:
     places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
     base = next((p for p in places if (p / "train").is_dir()), None)
     if base is None:
-        raise FileNotFoundError(f"no folder {' or '.join(str(p / 'train') for p in places)}. ImageNet cannot be downloaded without an account at image-net.org: "
-                                "put its training images into train/WNID/*.JPEG and the validation images into val/WNID/*.JPEG of one folder; "
-                                "it is found as imagenet below the data root (root= or RCKA_DATA), or by imagenet:PATH")
+        raise FileNotFoundError(
+            f"no folder {' or '.join(str(p / 'train') for p in places)}. ImageNet cannot be downloaded without an account at image-net.org: "
+            "put its training images into train/WNID/*.JPEG and the validation images into val/WNID/*.JPEG of one folder; "
+            "it is found as imagenet below the data root (root= or RCKA_DATA), or by imagenet:PATH"
+        )
     return base

@@ -22,12 +22,12 @@ __all__ = ['fcka', 'IntraInter', 'intra_inter', 'unit', 'lcka', 'pcka', 'Outputs
 # %% ../nbs/method/01_losses.ipynb #95feb13f
 @full_precision
 def fcka(
-    student: Tensor,            # (n, ...): features of the student
-    teacher: Tensor,            # (n, ...): features of the teacher for the same samples; the width may differ
-    center: bool = True,        # False: plain kernel alignment, as in the code the paper's authors released
-    unbiased: bool = False,     # debiased CKA (n >= 4)
-    gram_of_gram: bool = False, # align the Gram matrices of the row-normalised Gram matrices
-) -> Tensor:                    # scalar similarity, 1 at the optimum
+    student: Tensor,  # (n, ...): features of the student
+    teacher: Tensor,  # (n, ...): features of the teacher for the same samples; the width may differ
+    center: bool = True,  # False: plain kernel alignment, as in the code the paper's authors released
+    unbiased: bool = False,  # debiased CKA (n >= 4)
+    gram_of_gram: bool = False,  # align the Gram matrices of the row-normalised Gram matrices
+) -> Tensor:  # scalar similarity, 1 at the optimum
     "Similarity of two feature maps: linear CKA of the flattened features (Zhou et al. 2024, section 3)."
     student, teacher = as_features(student, "student"), as_features(teacher, "teacher")
     if gram_of_gram:
@@ -38,17 +38,20 @@ def fcka(
 # %% ../nbs/method/01_losses.ipynb #4e705cfc
 class _Gram(torch.autograd.Function):
     "x x^T. Its derivative is one product, (g + g^T) x; autograd alone would take two, not knowing that both factors are the same."
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x): return x @ x.mT
+    def forward(x):
+        return x @ x.mT
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         return (grad + grad.mT) @ x
 
 # %% ../nbs/method/01_losses.ipynb #8cd4f442
@@ -76,17 +79,18 @@ def _ratio(xy: Tensor, xx: Tensor, yy: Tensor, noise: float, diagonals) -> Tenso
 # %% ../nbs/method/01_losses.ipynb #1dac3acb
 class IntraInter(NamedTuple):
     "Two similarities of one pair of matrices."
+
     intra: Tensor  # rows against rows
     inter: Tensor  # columns against columns
 
 
 def intra_inter(
-    student: Tensor,         # (*batch, n, p)
-    teacher: Tensor,         # (*batch, n, p)
-    center: bool = True,     # rows less the mean row for intra, columns less the mean column for inter
+    student: Tensor,  # (*batch, n, p)
+    teacher: Tensor,  # (*batch, n, p)
+    center: bool = True,  # rows less the mean row for intra, columns less the mean column for inter
     unbiased: bool = False,  # unbiased HSIC in both (n >= 4 and p >= 4)
-    inter: bool = True,      # False leaves inter out: None, and one product less
-) -> IntraInter:             # two tensors of shape (*batch,)
+    inter: bool = True,  # False leaves inter out: None, and one product less
+) -> IntraInter:  # two tensors of shape (*batch,)
     """CKA of the rows and CKA of the columns of two matrices of one shape, from three Gram products.
 
     Entries of any size for one pair of matrices; a batch without centring wants them between 1e-17 and 1e17 in float32."""
@@ -95,8 +99,10 @@ def intra_inter(
         columns, rows = intra_inter(student.mT, teacher.mT, center, unbiased)
         return IntraInter(rows, columns if inter else None)
     # the two sides apart: a teacher that asks for no gradient costs none
-    if center: (student, m), (teacher, l) = _split(student), _split(teacher)
-    elif student.dim() == 2: student, teacher = _scaled(student), _scaled(teacher)
+    if center:
+        (student, m), (teacher, l) = _split(student), _split(teacher)
+    elif student.dim() == 2:
+        student, teacher = _scaled(student), _scaled(teacher)
     a, b = _Gram.apply(student), _Gram.apply(teacher)
     cross = student @ teacher.mT if inter else None
     if not center and student.dim() > 2:  # a batch of maps: pass over the small Gram matrices instead of the maps
@@ -104,18 +110,22 @@ def intra_inter(
         a, b, cross = a / x, b / y, cross / x.sqrt() / y.sqrt() if inter else None
     norms = _inner(a, a), _inner(b, b)
     cross = cross.square().sum((-2, -1)) if inter else None
-    if not center: return IntraInter(cosine(_inner(a, b), *norms), cosine(cross, *norms) if inter else None)
+    if not center:
+        return IntraInter(cosine(_inner(a, b), *norms), cosine(cross, *norms) if inter else None)
     a, b = (k[..., :n, :n] + p * effect * effect.mT for k, effect in ((a, m), (b, l)))
     rows = unbiased and [k.diagonal(dim1=-2, dim2=-1) for k in (a, b)]
     columns = unbiased and [z.square().sum(-2) for z in (student, teacher)]
     noise = (n * p * (8 * torch.finfo(a.dtype).eps) ** 2) ** 2  # what rounding leaves of rows that are all alike
-    return IntraInter(_ratio(_inner(a, b), _inner(a, a), _inner(b, b), noise, rows), _ratio(cross, *norms, noise, columns) if inter else None)
+    return IntraInter(
+        _ratio(_inner(a, b), _inner(a, a), _inner(b, b), noise, rows),
+        _ratio(cross, *norms, noise, columns) if inter else None,
+    )
 
 # %% ../nbs/method/01_losses.ipynb #b455759e
 def unit(
-    x: Tensor,      # any shape, floating point
+    x: Tensor,  # any shape, floating point
     dim: int = -1,  # along which the length is one
-) -> Tensor:        # the shape of x
+) -> Tensor:  # the shape of x
     "`x` scaled to unit length; zero, with a zero gradient, where `x` is zero."
     squared = x.square().sum(dim, keepdim=True)
     ok = squared > 0
@@ -133,28 +143,39 @@ def _row_normalised_alignment(x: Tensor, y: Tensor) -> Tensor:
 
 @full_precision
 def lcka(
-    student_logits: Tensor,             # (n, P), or maps of logits (n, P, H, W) read as n rows
-    teacher_logits: Tensor,             # the same shape
-    center: bool = True,                # False: as in the code the paper's authors released
-    unbiased: bool = False,             # debiased CKA (n >= 4 and P >= 4)
-    temperature: float | None = None,   # compare softmax(logits / temperature), over the classes P; None compares the logits
-    normalize_rows: bool = False,       # divide row i of each Gram matrix by sqrt(K_ii); needs center=False
-) -> IntraInter:                        # (intra, inter): two scalars, 1 at the optimum
+    student_logits: Tensor,  # (n, P), or maps of logits (n, P, H, W) read as n rows
+    teacher_logits: Tensor,  # the same shape
+    center: bool = True,  # False: as in the code the paper's authors released
+    unbiased: bool = False,  # debiased CKA (n >= 4 and P >= 4)
+    temperature: float
+    | None = None,  # compare softmax(logits / temperature), over the classes P; None compares the logits
+    normalize_rows: bool = False,  # divide row i of each Gram matrix by sqrt(K_ii); needs center=False
+) -> IntraInter:  # (intra, inter): two scalars, 1 at the optimum
     "Similarity of two sets of logits, samples against samples and classes (or classes at places) against each other (Zhou et al. 2024, section 3)."
     student, teacher = as_real(student_logits, "student_logits"), as_real(teacher_logits, "teacher_logits")
     if student.dim() < 2 or student.shape != teacher.shape:
-        raise ValueError(f"logits must be two tensors of one shape, (n, classes) or (n, classes, height, width), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}")
+        raise ValueError(
+            f"logits must be two tensors of one shape, (n, classes) or (n, classes, height, width), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        )
     least = 4 if unbiased else 2 if center else 1
     if min(len(student), student[:1].numel()) < least:
-        raise ValueError(f"this form of LCKA needs at least {least} samples and {least} classes, got {tuple(student.shape)}")
+        raise ValueError(
+            f"this form of LCKA needs at least {least} samples and {least} classes, got {tuple(student.shape)}"
+        )
     check_pair(student, teacher)
-    if unbiased and not center: raise ValueError("unbiased=True estimates the centred HSIC; use it with center=True")
+    if unbiased and not center:
+        raise ValueError("unbiased=True estimates the centred HSIC; use it with center=True")
     if temperature is not None:
-        if not temperature > 0: raise ValueError(f"temperature must be positive, or None for plain logits; got {temperature}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, or None for plain logits; got {temperature}")
         student, teacher = (F.softmax(z / temperature, 1) for z in (student, teacher))
     student, teacher = student.flatten(1), teacher.flatten(1)
-    if not normalize_rows: return intra_inter(student, teacher, center, unbiased)
-    if center: raise ValueError("normalize_rows=True is part of the released form, which does not centre; use it with center=False")
+    if not normalize_rows:
+        return intra_inter(student, teacher, center, unbiased)
+    if center:
+        raise ValueError(
+            "normalize_rows=True is part of the released form, which does not centre; use it with center=False"
+        )
     student, teacher = _scaled(student), _scaled(teacher)
     return IntraInter(_row_normalised_alignment(student, teacher), _row_normalised_alignment(student.T, teacher.T))
 
@@ -167,74 +188,93 @@ def _resized(x: Tensor, size) -> Tensor:
 
 def _patches(x: Tensor, size, k: int, center: bool) -> Tensor:
     "(B, C, H, W) resized to `size` and cut into k x k patches: (C, places, B k k)."
-    if center: x = x - x[:1, :, :1, :1].detach()  # a constant channel becomes zero before resizing rounds it
+    if center:
+        x = x - x[:1, :, :1, :1].detach()  # a constant channel becomes zero before resizing rounds it
     x = _resized(x, size).unflatten(-1, (-1, k)).unflatten(-3, (-1, k))  # (B, C, u, k, v, k)
     return x.permute(1, 2, 4, 0, 3, 5).flatten(3).flatten(1, 2)
 
 
 @full_precision
 def pcka(
-    student: Tensor,         # (B, C, H, W)
-    teacher: Tensor,         # (B, C, U, V)
-    patch_size: int = 16,    # height and width of a patch, in places of the teacher's map
-    center: bool = False,    # True: centred, as in the paper's text; False: as released
-    inter: bool = True,      # False leaves inter out: None, and a third of the work less
-) -> IntraInter:             # (intra, inter): two scalars, 1 at the optimum
+    student: Tensor,  # (B, C, H, W)
+    teacher: Tensor,  # (B, C, U, V)
+    patch_size: int = 16,  # height and width of a patch, in places of the teacher's map
+    center: bool = False,  # True: centred, as in the paper's text; False: as released
+    inter: bool = True,  # False leaves inter out: None, and a third of the work less
+) -> IntraInter:  # (intra, inter): two scalars, 1 at the optimum
     """Similarity of two feature maps by patches: mean over channels of the CKA of places, and of what lies inside patches (Zhou et al. 2024, dense prediction).
 
     Both maps are resized to the teacher's size rounded up to multiples of `patch_size`. Channels must agree: widths that differ need a connector.
     A channel that is zero (with `center`: constant) has similarity 0 and no gradient. A map of a single patch has intra 1, or 0 with `center`: one place has nothing to be compared with."""
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
     for who, x in (("student", student), ("teacher", teacher)):
-        if x.dim() != 4 or 0 in x.shape: raise ValueError(f"pcka compares feature maps (B, C, H, W) that are not empty, got {tuple(x.shape)} of the {who}")
-    if len(student) != len(teacher): raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(
+                f"pcka compares feature maps (B, C, H, W) that are not empty, got {tuple(x.shape)} of the {who}"
+            )
+    if len(student) != len(teacher):
+        raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
     if student.shape[1] != teacher.shape[1]:
-        raise ValueError(f"pcka compares channel by channel, got {student.shape[1]} of the student and {teacher.shape[1]} of the teacher: bring the student's map to the teacher's width with a connector, such as the 1x1 convolution that the method PCKA builds")
-    if patch_size < 1 or patch_size != int(patch_size): raise ValueError(f"patch_size must be a whole number of at least 1, got {patch_size}")
+        raise ValueError(
+            f"pcka compares channel by channel, got {student.shape[1]} of the student and {teacher.shape[1]} of the teacher: bring the student's map to the teacher's width with a connector, such as the 1x1 convolution that the method PCKA builds"
+        )
+    if patch_size < 1 or patch_size != int(patch_size):
+        raise ValueError(f"patch_size must be a whole number of at least 1, got {patch_size}")
     check_pair(student, teacher)
     k = int(patch_size)
     size = [-(-x // k) * k for x in teacher.shape[-2:]]
-    similarities = intra_inter(_patches(student, size, k, center), _patches(teacher, size, k, center), center, inter=inter)
+    similarities = intra_inter(
+        _patches(student, size, k, center), _patches(teacher, size, k, center), center, inter=inter
+    )
     return IntraInter(*(None if x is None else x.mean() for x in similarities))
 
 # %% ../nbs/method/01_losses.ipynb #4504c7e9
 class Outputs(NamedTuple):
     "What a network gives for a batch."
-    logits: Tensor                     # (n, classes)
+
+    logits: Tensor  # (n, classes)
     features: tuple[Tensor, ...] = ()  # one (n, ...) tensor per path that was asked for, in that order
 
 
 class Layers(NamedTuple):
     "Module paths of a network, shallow to deep."
-    stages: tuple[str, ...]         # outputs of the stem (first) and of each stage
-    preacts: tuple[str, ...] = ()   # the same before their last activation
-    pooled: str = ""                # the vector that goes into the classifier
-    head: str = ""                  # the classifier itself
+
+    stages: tuple[str, ...]  # outputs of the stem (first) and of each stage
+    preacts: tuple[str, ...] = ()  # the same before their last activation
+    pooled: str = ""  # the vector that goes into the classifier
+    head: str = ""  # the classifier itself
 
 
 class Method(nn.Module):
     """A distillation method: `forward` gives {"ce": cross-entropy, ...: its own terms}, weighted; their sum is the loss.
 
     `ce` is the factor of the cross-entropy. Adding methods multiplies their factors."""
+
     ce = 1.0
-    dense = False         # compares the many places of a detector or a segmentation network, not whole images
+    dense = False  # compares the many places of a detector or a segmentation network, not whole images
     wants_logits = False  # of a dense method: it compares class logits, too
 
     def wants(self, layers: Layers) -> list[str]:
         "Module paths whose features this method compares, for a network with these `layers`."
         return []
 
-    def build(self, student: Outputs, teacher: Outputs, *, head: nn.Module | None = None, targets: Tensor | None = None):
+    def build(
+        self, student: Outputs, teacher: Outputs, *, head: nn.Module | None = None, targets: Tensor | None = None
+    ):
         "Make connectors, from example outputs, the teacher's classifier and all training targets. Called once, before the optimiser is made."
 
     def set_epoch(self, epoch: int):
         "Told to methods before each epoch, for those that warm up."
 
-    def terms(self, student: Outputs, teacher: Outputs, target: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+    def terms(
+        self, student: Outputs, teacher: Outputs, target: Tensor, index: Tensor | None = None
+    ) -> dict[str, Tensor]:
         "Named, weighted scalars. `index` (n,) says which training samples these are."
         return {}
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, index: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor, index: Tensor | None = None
+    ) -> dict[str, Tensor]:
         if len(target) != len(student.logits):
             raise ValueError(f"the batch sizes differ: {len(student.logits)} logits and {len(target)} targets")
         terms = {"ce": self.ce * F.cross_entropy(student.logits.float(), target)} if self.ce else {}
@@ -246,10 +286,12 @@ _METHODS: dict[str, type[Method]] = {}
 
 def register(name: str):
     "Class decorator: `create_method(name)` finds the class from now on."
+
     def add(cls):
         cls.name = name
         _METHODS[name] = cls
         return cls
+
     return add
 
 
@@ -264,26 +306,37 @@ def nearest(name: str, names, what: str, most: int = 60) -> str:
     names = {plain(n): n for n in reversed(list(names))}
     near = [names[n] for n in difflib.get_close_matches(plain(str(name)), names, n=3, cutoff=0.4)]
     known = list(names.values())[::-1]
-    return (f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ".")
-            + f" Known: {', '.join(known[:most])}" + (f" and {len(known) - most} more" if len(known) > most else ""))
+    return (
+        f"unknown {what} {name!r}"
+        + (f"; did you mean {' or '.join(near)}?" if near else ".")
+        + f" Known: {', '.join(known[:most])}"
+        + (f" and {len(known) - most} more" if len(known) > most else "")
+    )
 
 
 def create_method(
-    name: str,                 # a name of `list_methods()`, or several with a plus: "kd+fcka"
+    name: str,  # a name of `list_methods()`, or several with a plus: "kd+fcka"
     args: dict | None = None,  # constructor arguments; in a sum say whose: {"fcka.weight": 4}
 ) -> Method:
     "A distillation method by name."
     parts, args = name.split("+"), dict(args or {})
     own = {part: {} for part in parts}
-    if len(own) < len(parts): raise ValueError(f"method {name!r} names a part twice")
+    if len(own) < len(parts):
+        raise ValueError(f"method {name!r} names a part twice")
     for part in parts:
-        if part not in _METHODS: raise ValueError(nearest(part, list_methods(), "method"))
+        if part not in _METHODS:
+            raise ValueError(nearest(part, list_methods(), "method"))
     for key, value in args.items():
         part, _, arg = key.rpartition(".")
-        if not part and len(parts) == 1: part = name
-        if part not in own: raise ValueError(f"argument {key!r} of method {name!r} must begin with one of {', '.join(p + '.' for p in parts)}")
+        if not part and len(parts) == 1:
+            part = name
+        if part not in own:
+            raise ValueError(
+                f"argument {key!r} of method {name!r} must begin with one of {', '.join(p + '.' for p in parts)}"
+            )
         known = list(inspect.signature(_METHODS[part]).parameters)
-        if arg not in known: raise ValueError(nearest(arg, known, f"argument of method {part!r}"))
+        if arg not in known:
+            raise ValueError(nearest(arg, known, f"argument of method {part!r}"))
         own[part][arg] = value
     methods = [_METHODS[part](**own[part]) for part in parts]
     return methods[0] if len(methods) == 1 else Sum(methods)
@@ -296,6 +349,7 @@ class Alone(Method):
 
 class Sum(Method):
     "Several methods at once: all their terms, and one cross-entropy with the product of their factors."
+
     def __init__(self, methods):
         super().__init__()
         self.parts = nn.ModuleList(methods)
@@ -309,43 +363,55 @@ class Sum(Method):
 
     def split(self, outputs):
         "The features of each part."
-        if self.wanted is None: raise RuntimeError("a sum of methods shares out the features by what its parts asked for: call method.wants(layers) first")
+        if self.wanted is None:
+            raise RuntimeError(
+                "a sum of methods shares out the features by what its parts asked for: call method.wants(layers) first"
+            )
         ends = torch.tensor([0] + self.wanted).cumsum(0).tolist()
         return [outputs and outputs._replace(features=outputs.features[a:b]) for a, b in zip(ends, ends[1:])]
 
     def build(self, student, teacher, **kw):
-        for m, s, t in zip(self.parts, self.split(student), self.split(teacher)): m.build(s, t, **kw)
+        for m, s, t in zip(self.parts, self.split(student), self.split(teacher)):
+            m.build(s, t, **kw)
 
     def set_epoch(self, epoch):
-        for m in self.parts: m.set_epoch(epoch)
+        for m in self.parts:
+            m.set_epoch(epoch)
 
     def terms(self, student, teacher, target, index=None):
         terms = {}
         for m, s, t in zip(self.parts, self.split(student), self.split(teacher)):
             own = m.terms(s, t, target, index)
-            if both := terms.keys() & own.keys(): raise ValueError(f"two methods give a term of one name: {', '.join(both)}")
+            if both := terms.keys() & own.keys():
+                raise ValueError(f"two methods give a term of one name: {', '.join(both)}")
             terms |= own
         return terms
 
 # %% ../nbs/method/01_losses.ipynb #21e6105a
 class _FeatureTerm:
     "What FCKA and RCKA share: which feature maps, and their mean similarity."
-    def wants(self, layers): return [layers.stages[i] for i in self.stages]
+
+    def wants(self, layers):
+        return [layers.stages[i] for i in self.stages]
 
     def feature_similarity(self, student, teacher, **kw):
         if not student.features or len(student.features) != len(teacher.features):
-            raise ValueError(f"{self.name} compares feature maps in pairs, got {len(student.features)} of the student and {len(teacher.features)} of the teacher")
+            raise ValueError(
+                f"{self.name} compares feature maps in pairs, got {len(student.features)} of the student and {len(teacher.features)} of the teacher"
+            )
         return torch.stack([fcka(s, t, **kw) for s, t in zip(student.features, teacher.features)]).mean()
 
 
 @register("fcka")
 class FCKA(_FeatureTerm, Method):
     "weight * (1 - CKA) of feature maps (Zhou et al. 2024). No connector: the widths may differ."
-    def __init__(self,
-        weight: float = 16.0,        # of the term
-        stages=(-1,),                # which of the network's stages; their similarities are averaged
-        center: bool = True,         # False: as released
-        unbiased: bool = False,      # debiased CKA
+
+    def __init__(
+        self,
+        weight: float = 16.0,  # of the term
+        stages=(-1,),  # which of the network's stages; their similarities are averaged
+        center: bool = True,  # False: as released
+        unbiased: bool = False,  # debiased CKA
         gram_of_gram: bool = False,  # the Gram of the row-normalised Gram matrix
     ):
         super().__init__()
@@ -359,13 +425,15 @@ class FCKA(_FeatureTerm, Method):
 @register("lcka")
 class LCKA(Method):
     "intra * (1 - intra-LCKA) + inter * (1 - inter-LCKA) of the logits (Zhou et al. 2024). A weight of 0 leaves the term out."
-    def __init__(self,
-        intra: float = 1.0,                # weight of samples against samples
-        inter: float = 1.0,                # weight of classes against classes
-        center: bool = True,               # False: as released
-        unbiased: bool = False,            # debiased CKA
+
+    def __init__(
+        self,
+        intra: float = 1.0,  # weight of samples against samples
+        inter: float = 1.0,  # weight of classes against classes
+        center: bool = True,  # False: as released
+        unbiased: bool = False,  # debiased CKA
         temperature: float | None = None,  # compare softmax(logits / temperature)
-        normalize_rows: bool = False,      # as released; needs center=False
+        normalize_rows: bool = False,  # as released; needs center=False
     ):
         super().__init__()
         self.weights = {"lcka_intra": intra, "lcka_inter": inter}
@@ -379,18 +447,20 @@ class LCKA(Method):
 @register("rcka")
 class RCKA(_FeatureTerm, Method):
     "CE + alpha (1 - FCKA) + beta (1 - intra-LCKA) + gamma (1 - inter-LCKA): the combined method (Zhou et al. 2024)."
+
     name = "rcka"
 
-    def __init__(self,
-        alpha: float = 16.0,               # weight of the features
-        beta: float = 1.0,                 # weight of intra-LCKA
-        gamma: float = 1.0,                # weight of inter-LCKA
-        stages=(-1,),                      # which of the network's stages the feature term compares
-        center: bool = True,               # False: as released
-        unbiased: bool = False,            # debiased CKA
+    def __init__(
+        self,
+        alpha: float = 16.0,  # weight of the features
+        beta: float = 1.0,  # weight of intra-LCKA
+        gamma: float = 1.0,  # weight of inter-LCKA
+        stages=(-1,),  # which of the network's stages the feature term compares
+        center: bool = True,  # False: as released
+        unbiased: bool = False,  # debiased CKA
         temperature: float | None = None,  # of the logit terms
-        normalize_rows: bool = False,      # of the logit terms, as released; needs center=False
-        gram_of_gram: bool = False,        # of the feature term
+        normalize_rows: bool = False,  # of the logit terms, as released; needs center=False
+        gram_of_gram: bool = False,  # of the feature term
     ):
         super().__init__()
         form = dict(center=center, unbiased=unbiased)
@@ -406,12 +476,23 @@ class RCKA(_FeatureTerm, Method):
 @register("rcka_released")
 class RCKAReleased(RCKA):
     "RCKA in the form and with the weights of the code around the paper: no centring, row-normalised logit Gram matrices with weight 15, a Gram of a Gram of the features with weight 1."
-    def __init__(self, alpha: float = 1.0, beta: float = 15.0, gamma: float = 15.0, stages=(-1,), temperature: float | None = None):
-        super().__init__(alpha, beta, gamma, stages, center=False, temperature=temperature, normalize_rows=True, gram_of_gram=True)
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 15.0,
+        gamma: float = 15.0,
+        stages=(-1,),
+        temperature: float | None = None,
+    ):
+        super().__init__(
+            alpha, beta, gamma, stages, center=False, temperature=temperature, normalize_rows=True, gram_of_gram=True
+        )
 
 # %% ../nbs/method/01_losses.ipynb #c3c25cad
 class DenseMethod(Method):
     "A method that compares feature maps level by level, the student's brought to the teacher's width by a 1x1 convolution where they differ. Subclasses write `terms`."
+
     dense = True
     stages = None  # positions in `Layers.stages`; None is the first four: levels 0 to 3 of a feature pyramid
 
@@ -420,18 +501,25 @@ class DenseMethod(Method):
         self.connectors = None  # made by `build`
 
     def wants(self, layers):
-        if self.stages is None: return list(layers.stages[:4])
+        if self.stages is None:
+            return list(layers.stages[:4])
         if not all(-len(layers.stages) <= i < len(layers.stages) for i in self.stages):
-            raise ValueError(f"{self.name} compares stages {tuple(self.stages)}, but the network has {len(layers.stages)}: {', '.join(layers.stages)}")
+            raise ValueError(
+                f"{self.name} compares stages {tuple(self.stages)}, but the network has {len(layers.stages)}: {', '.join(layers.stages)}"
+            )
         return [layers.stages[i] for i in self.stages]
 
     def pairs(self, student, teacher):
         "Feature maps as the networks gave them, checked; the teacher's carry no gradient."
         if not student.features or len(student.features) != len(teacher.features):
-            raise ValueError(f"{self.name} compares feature maps in pairs, got {len(student.features)} of the student and {len(teacher.features)} of the teacher. Ask method.wants(layers) which")
+            raise ValueError(
+                f"{self.name} compares feature maps in pairs, got {len(student.features)} of the student and {len(teacher.features)} of the teacher. Ask method.wants(layers) which"
+            )
         for s, t in zip(student.features, teacher.features):
             if s.dim() != 4 or t.dim() != 4 or len(s) != len(t):
-                raise ValueError(f"{self.name} compares feature maps (B, C, H, W) of one batch, got {tuple(s.shape)} of the student and {tuple(t.shape)} of the teacher")
+                raise ValueError(
+                    f"{self.name} compares feature maps (B, C, H, W) of one batch, got {tuple(s.shape)} of the student and {tuple(t.shape)} of the teacher"
+                )
         return [(s, t.detach()) for s, t in zip(student.features, teacher.features)]
 
     def build(self, student, teacher, *, head=None, targets=None):
@@ -444,10 +532,13 @@ class DenseMethod(Method):
         "Pairs of maps of one width, one a level."
         pairs = self.pairs(student, teacher)
         widened = lambda c, s: s if isinstance(c, nn.Identity) else c(as_real(s, "student"))
-        if self.connectors is not None: return [(widened(c, s), t) for c, (s, t) in zip(self.connectors, pairs, strict=True)]
+        if self.connectors is not None:
+            return [(widened(c, s), t) for c, (s, t) in zip(self.connectors, pairs, strict=True)]
         for s, t in pairs:
             if s.shape[1] != t.shape[1]:
-                raise RuntimeError(f"{self.name} needs a connector from {s.shape[1]} to {t.shape[1]} channels: call method.build(student_outputs, teacher_outputs) before making the optimiser")
+                raise RuntimeError(
+                    f"{self.name} needs a connector from {s.shape[1]} to {t.shape[1]} channels: call method.build(student_outputs, teacher_outputs) before making the optimiser"
+                )
         return pairs
 
 
@@ -455,7 +546,7 @@ class DenseMethod(Method):
 def map_mse(
     student: Tensor,  # (B, C, H, W)
     teacher: Tensor,  # (B, C, U, V); the student's map is resized to this size
-) -> Tensor:          # scalar, 0 at the optimum
+) -> Tensor:  # scalar, 0 at the optimum
     "Mean squared error of two feature maps of one width."
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
     return F.mse_loss(_resized(student, teacher.shape[-2:]), teacher)
@@ -467,13 +558,15 @@ class PCKA(DenseMethod):
 
     Weights as published with the released configurations: intra 10 for one-stage detectors and RepPoints, intra 10 and inter 10 for two-stage ones and GFL; the weight of "+ mimic" is not public.
     The released code multiplies the inter term by the intra weight too; here it has its own. A dense task takes `terms` and adds its own loss."""
-    def __init__(self,
-        intra: float = 10.0,    # weight of places against places
-        inter: float = 0.0,     # weight of what lies inside patches; 10 for two-stage detectors
-        mimic: float = 0.0,     # weight of the mean squared error of the maps
-        patch_size: int = 16,   # height and width of a patch, in places of the map
-        center: bool = False,   # True: centred, as in the paper's text
-        stages=None,            # positions of the levels; None is the first four
+
+    def __init__(
+        self,
+        intra: float = 10.0,  # weight of places against places
+        inter: float = 0.0,  # weight of what lies inside patches; 10 for two-stage detectors
+        mimic: float = 0.0,  # weight of the mean squared error of the maps
+        patch_size: int = 16,  # height and width of a patch, in places of the map
+        center: bool = False,  # True: centred, as in the paper's text
+        stages=None,  # positions of the levels; None is the first four
     ):
         super().__init__()
         self.weights, self.mimic, self.stages = {"pcka_intra": intra, "pcka_inter": inter}, mimic, stages
@@ -484,7 +577,9 @@ class PCKA(DenseMethod):
         k = self.options["patch_size"]
         single = [i for i, (_, t) in enumerate(self.pairs(student, teacher)) if max(t.shape[-2:]) <= k]
         if single and not self.weights["pcka_inter"]:
-            warnings.warn(f"the maps of level {', '.join(map(str, single))} fit into one patch of {k} x {k}, where intra-PCKA has nothing to compare: give a smaller patch_size, other stages, or a weight for inter")
+            warnings.warn(
+                f"the maps of level {', '.join(map(str, single))} fit into one patch of {k} x {k}, where intra-PCKA has nothing to compare: give a smaller patch_size, other stages, or a weight for inter"
+            )
 
     def terms(self, student, teacher, target=None, index=None):
         maps, terms = self.maps(student, teacher), {}

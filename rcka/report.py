@@ -21,9 +21,10 @@ __all__ = ['ABOUT_TEACHER', 'HEADER', 'NOTE', 'Results', 'load_results', 'change
 # %% ../nbs/method/09b_report.ipynb #4964d2fb
 class Results(NamedTuple):
     "What a folder of runs holds."
+
     results: list[Result]
-    missing: int        # runs that were wanted and have no readable result
-    problems: list[str] # a sentence for each file that was left alone
+    missing: int  # runs that were wanted and have no readable result
+    problems: list[str]  # a sentence for each file that was left alone
 
 
 def load_results(root: Path | str | None = None) -> Results:
@@ -35,7 +36,8 @@ def load_results(root: Path | str | None = None) -> Results:
             result = Result.load(path)
             Experiment.from_dict(result.experiment)  # a method or field that this version does not know
             results.append(result)
-        except (ValueError, TypeError) as error: problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+        except (ValueError, TypeError) as error:
+            problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
     wanted = {p.parent for p in runs_root(root).glob("*/experiment.json")} | {p.parent for p in paths}
     return Results(results, len(wanted) - len(results), problems)
 
@@ -47,44 +49,58 @@ def changes(e: Experiment) -> tuple[dict, dict]:
     "The fields in which an experiment differs from the paper's protocol for its pair: of the student's training, and about the teacher."
     paper = Experiment(e.dataset, e.student, e.teacher, e.method, seed=e.seed).to_dict()
     e = replace(e, teacher_lr=None) if e.teacher else e  # follows the student's where it was not given
-    differ = {k: v for k, v in e.to_dict().items() if k != "method_args" and v != paper[k] and not (k == "teacher_epochs" and v == e.epochs)}
-    return {k: v for k, v in differ.items() if k not in ABOUT_TEACHER}, {k: v for k, v in differ.items() if k in ABOUT_TEACHER and k != "teacher_lr"}
+    differ = {
+        k: v
+        for k, v in e.to_dict().items()
+        if k != "method_args" and v != paper[k] and not (k == "teacher_epochs" and v == e.epochs)
+    }
+    return {k: v for k, v in differ.items() if k not in ABOUT_TEACHER}, {
+        k: v for k, v in differ.items() if k in ABOUT_TEACHER and k != "teacher_lr"
+    }
 
 
 def published_top1(dataset: str, teacher: str | None, student: str, method: str) -> float | None:
-    "The paper's number for our names; method \"none\" is the student alone, \"teacher\" the teacher."
-    if dataset not in ("cifar100", "imagenet"): return None
+    'The paper\'s number for our names; method "none" is the student alone, "teacher" the teacher.'
+    if dataset not in ("cifar100", "imagenet"):
+        return None
     plain = lambda name: name.lower().replace("-", "_").removesuffix("_half").removeprefix("torchvision/")
     for row in published(dataset):
-        if row["student"] != plain(student) or (teacher and row["teacher"] != plain(teacher)): continue
-        if method in ("none", "teacher"): return row["student_top1" if method == "none" else "teacher_top1"]
-        if plain(row["method"]) == method: return row["top1"]
+        if row["student"] != plain(student) or (teacher and row["teacher"] != plain(teacher)):
+            continue
+        if method in ("none", "teacher"):
+            return row["student_top1" if method == "none" else "teacher_top1"]
+        if plain(row["method"]) == method:
+            return row["top1"]
     return None
 
 # %% ../nbs/method/09b_report.ipynb #2271c774
 @dataclass(frozen=True)
 class Row:
     "One method on one pair of networks."
+
     teacher: str | None
     student: str
-    method: str               # "teacher" and "none" too; arguments other than the paper's in brackets
-    last: tuple[float, ...]   # top-1 in per cent of the last epoch, by seed
-    best: tuple[float, ...]   # of the best test epoch: an optimistic number
-    published: float | None   # top-1 in per cent
-    cost: float | None        # milliseconds a training step, mean over seeds
+    method: str  # "teacher" and "none" too; arguments other than the paper's in brackets
+    last: tuple[float, ...]  # top-1 in per cent of the last epoch, by seed
+    best: tuple[float, ...]  # of the best test epoch: an optimistic number
+    published: float | None  # top-1 in per cent
+    cost: float | None  # milliseconds a training step, mean over seeds
 
     @property
     def difference(self) -> float | None:
         return None if self.published is None else statistics.mean(self.last) - self.published
+
     @property
     def within(self) -> bool | None:
-        if self.difference is None or len(self.last) < 2: return None
+        if self.difference is None or len(self.last) < 2:
+            return None
         return abs(self.difference) <= 2 * statistics.stdev(self.last)
 
 
 @dataclass(frozen=True)
 class Table:
     "The rows of one dataset under one protocol."
+
     dataset: str
     rows: list[Row]
     caption: str
@@ -95,8 +111,13 @@ def tables(results: list[Result]) -> list[Table]:
     runs = [(Experiment.from_dict(r.experiment), r) for r in results]
     teachers = {e.teachers.key for e, _ in runs if e.teacher}
     groups: dict[tuple, list] = {}
-    for e, r in runs: groups.setdefault((e.dataset, json.dumps(changes(e)[0])), []).append((e, r))
-    return [_table(dataset, group) for (dataset, _), group in sorted(groups.items()) if any(e.teacher or e.key not in teachers for e, _ in group)]
+    for e, r in runs:
+        groups.setdefault((e.dataset, json.dumps(changes(e)[0])), []).append((e, r))
+    return [
+        _table(dataset, group)
+        for (dataset, _), group in sorted(groups.items())
+        if any(e.teacher or e.key not in teachers for e, _ in group)
+    ]
 
 
 def _table(dataset: str, runs: list) -> Table:
@@ -104,13 +125,22 @@ def _table(dataset: str, runs: list) -> Table:
     alone: dict[str, list] = {}
     taught: dict[tuple, dict[str, list]] = {}
     for e, r in runs:
-        if not e.teacher: alone.setdefault(e.student, []).append(r); continue
+        if not e.teacher:
+            alone.setdefault(e.student, []).append(r)
+            continue
         taught.setdefault((e.teacher, e.student), {}).setdefault(_label(e, len(about) > 1), []).append(r)
-    if not taught: rows = [_row(dataset, None, s, "none", rs) for s, rs in sorted(alone.items())]
-    else: rows = [row for (t, s), by_method in sorted(taught.items()) for row in [
-        _teacher_row(dataset, t, s, [r for rs in by_method.values() for r in rs]),
-        *([_row(dataset, t, s, "none", alone[s])] if s in alone else []),
-        *(_row(dataset, t, s, m, rs) for m, rs in sorted(by_method.items()))]]
+    if not taught:
+        rows = [_row(dataset, None, s, "none", rs) for s, rs in sorted(alone.items())]
+    else:
+        rows = [
+            row
+            for (t, s), by_method in sorted(taught.items())
+            for row in [
+                _teacher_row(dataset, t, s, [r for rs in by_method.values() for r in rs]),
+                *([_row(dataset, t, s, "none", alone[s])] if s in alone else []),
+                *(_row(dataset, t, s, m, rs) for m, rs in sorted(by_method.items())),
+            ]
+        ]
     return Table(dataset, rows, _caption(runs, about))
 
 # %% ../nbs/method/09b_report.ipynb #81962877
@@ -124,8 +154,15 @@ def _label(e: Experiment, with_teacher: bool) -> str:
 def _row(dataset, teacher, student, method, results) -> Row:
     results = sorted(results, key=lambda r: r.experiment["seed"])
     cost = statistics.mean(1000 * r.experiment["batch_size"] / r.images_per_second for r in results)
-    return Row(teacher, student, method, tuple(r.last["top1"] for r in results), tuple(r.best["top1"] for r in results),
-               published_top1(dataset, teacher, student, method), cost)
+    return Row(
+        teacher,
+        student,
+        method,
+        tuple(r.last["top1"] for r in results),
+        tuple(r.best["top1"] for r in results),
+        published_top1(dataset, teacher, student, method),
+        cost,
+    )
 
 
 def _teacher_row(dataset, teacher, student, results) -> Row:
@@ -139,126 +176,270 @@ def _caption(runs: list, about: set[str]) -> str:
     protocol = says(changes(runs[0][0])[0] | (json.loads(next(iter(about))) if len(about) == 1 else {}))
     listed = lambda values: ", ".join(sorted({str(v) for v in values}))
     results = [r for _, r in runs]
-    return (f"Protocol: {f'that of the paper but for {protocol}' if protocol else 'that of the paper'}. "
-            f"Seeds: {listed(e.seed for e, _ in runs)}. Machine: {listed(r.device for r in results)}; torch {listed(r.versions.get('torch') for r in results)}. "
-            f"Finished: {' to '.join(dict.fromkeys((min(r.finished for r in results)[:10], max(r.finished for r in results)[:10])))}.")
+    return (
+        f"Protocol: {f'that of the paper but for {protocol}' if protocol else 'that of the paper'}. "
+        f"Seeds: {listed(e.seed for e, _ in runs)}. Machine: {listed(r.device for r in results)}; torch {listed(r.versions.get('torch') for r in results)}. "
+        f"Finished: {' to '.join(dict.fromkeys((min(r.finished for r in results)[:10], max(r.finished for r in results)[:10])))}."
+    )
 
 # %% ../nbs/method/09b_report.ipynb #80cc0d45
-HEADER = ("teacher", "student", "method", "seeds", "last epoch", "best epoch", "published", "difference", "within", "ms/step")
+HEADER = (
+    "teacher",
+    "student",
+    "method",
+    "seeds",
+    "last epoch",
+    "best epoch",
+    "published",
+    "difference",
+    "within",
+    "ms/step",
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:
     "A row as text, in the order of HEADER."
-    spread = lambda v: "–" if not v else f"{statistics.mean(v):.2f}" + (f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else "")
+    spread = lambda v: (
+        "–" if not v else f"{statistics.mean(v):.2f}" + (f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else "")
+    )
     number = lambda v, form: "–" if v is None else format(v, form)
     within = {True: "yes", False: "no", None: "–"}[row.within]
-    return (row.teacher or "–", row.student, row.method, str(len(row.last)), spread(row.last), spread(row.best),
-            number(row.published, ".2f"), number(row.difference, "+.2f"), within, number(row.cost, ".1f"))
+    return (
+        row.teacher or "–",
+        row.student,
+        row.method,
+        str(len(row.last)),
+        spread(row.last),
+        spread(row.best),
+        number(row.published, ".2f"),
+        number(row.difference, "+.2f"),
+        within,
+        number(row.cost, ".1f"),
+    )
 
 
-NOTE = "Top-1 in per cent, mean ± standard deviation over seeds. difference: last epoch less published; within: at most two standard deviations. "\
-       "best epoch: the best of all that were tested, so optimistic. ms/step: wall-clock time over training steps, tests after each epoch included."
+NOTE = (
+    "Top-1 in per cent, mean ± standard deviation over seeds. difference: last epoch less published; within: at most two standard deviations. "
+    "best epoch: the best of all that were tested, so optimistic. ms/step: wall-clock time over training steps, tests after each epoch included."
+)
 
 
 def markdown(table: Table) -> str:
     line = lambda values: "| " + " | ".join(values) + " |"
     rule = line(["---"] * 3 + ["---:"] * (len(HEADER) - 3))
-    return "\n".join([f"### {table.dataset}", "", table.caption, "", line(HEADER), rule, *(line(cells(r)) for r in table.rows), "", NOTE]) + "\n"
+    return (
+        "\n".join(
+            [
+                f"### {table.dataset}",
+                "",
+                table.caption,
+                "",
+                line(HEADER),
+                rule,
+                *(line(cells(r)) for r in table.rows),
+                "",
+                NOTE,
+            ]
+        )
+        + "\n"
+    )
 
 # %% ../nbs/method/09b_report.ipynb #7a80bd57
 def latex(table: Table) -> str:
     "A table environment; the preamble needs \\usepackage{booktabs}."
+
     def text(s):
-        for a, b in (("\\", r"\textbackslash{}"), ("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#"), ("±", r"$\pm$"), ("–", "--")): s = s.replace(a, b)
+        for a, b in (
+            ("\\", r"\textbackslash{}"),
+            ("_", r"\_"),
+            ("%", r"\%"),
+            ("&", r"\&"),
+            ("#", r"\#"),
+            ("±", r"$\pm$"),
+            ("–", "--"),
+        ):
+            s = s.replace(a, b)
         return s
+
     line = lambda values: "  " + " & ".join(text(v) for v in values) + r" \\"
     body = []
     for before, row in zip([None, *table.rows], table.rows):
-        if before and (before.teacher, before.student) != (row.teacher, row.student): body.append(r"  \midrule")
+        if before and (before.teacher, before.student) != (row.teacher, row.student):
+            body.append(r"  \midrule")
         body.append(line(cells(row)))
-    return "\n".join([r"\begin{table}", r"  \centering", f"  \\caption{{{text(table.dataset)}. {text(table.caption)} {text(NOTE)}}}",
-                      f"  \\begin{{tabular}}{{lll{'r' * (len(HEADER) - 3)}}}", r"  \toprule", line(HEADER), r"  \midrule", *body,
-                      r"  \bottomrule", r"  \end{tabular}", r"\end{table}"]) + "\n"
+    return (
+        "\n".join(
+            [
+                r"\begin{table}",
+                r"  \centering",
+                f"  \\caption{{{text(table.dataset)}. {text(table.caption)} {text(NOTE)}}}",
+                f"  \\begin{{tabular}}{{lll{'r' * (len(HEADER) - 3)}}}",
+                r"  \toprule",
+                line(HEADER),
+                r"  \midrule",
+                *body,
+                r"  \bottomrule",
+                r"  \end{tabular}",
+                r"\end{table}",
+            ]
+        )
+        + "\n"
+    )
 
 # %% ../nbs/method/09b_report.ipynb #c4ecc524
 def as_rows(tables: list[Table]) -> list[dict]:
     "All numbers, for CSV or a data frame."
     mean, std = (lambda v: statistics.mean(v) if v else None), (lambda v: statistics.stdev(v) if len(v) > 1 else None)
-    return [{"dataset": t.dataset, "teacher": r.teacher, "student": r.student, "method": r.method, "seeds": len(r.last),
-             "last": mean(r.last), "last_std": std(r.last), "best": mean(r.best), "best_std": std(r.best), "published": r.published,
-             "difference": r.difference, "within": r.within, "ms_per_step": r.cost, "last_by_seed": " ".join(f"{v:g}" for v in r.last),
-             "protocol": t.caption} for t in tables for r in t.rows]
+    return [
+        {
+            "dataset": t.dataset,
+            "teacher": r.teacher,
+            "student": r.student,
+            "method": r.method,
+            "seeds": len(r.last),
+            "last": mean(r.last),
+            "last_std": std(r.last),
+            "best": mean(r.best),
+            "best_std": std(r.best),
+            "published": r.published,
+            "difference": r.difference,
+            "within": r.within,
+            "ms_per_step": r.cost,
+            "last_by_seed": " ".join(f"{v:g}" for v in r.last),
+            "protocol": t.caption,
+        }
+        for t in tables
+        for r in t.rows
+    ]
 
 
 def show(table: Table):
     "A rich table for the terminal."
     from rich import box
     from rich.table import Table as Rich
+
     names = ("", *HEADER[3:7], "diff.", *HEADER[8:])  # narrow enough for eighty columns
-    out = Rich(title=table.dataset, caption=f"{table.caption}\n{NOTE}", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
-    for i, name in enumerate(names): out.add_column(name, justify="right" if i else "left", no_wrap=True)
+    out = Rich(
+        title=table.dataset,
+        caption=f"{table.caption}\n{NOTE}",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption_justify="left",
+    )
+    for i, name in enumerate(names):
+        out.add_column(name, justify="right" if i else "left", no_wrap=True)
     for before, row in zip([None, *table.rows], table.rows):
         if row.teacher and (not before or (before.teacher, before.student) != (row.teacher, row.student)):
             out.add_section()
             out.add_row(f"[bold]{_title((row.teacher, row.student))}[/]")
         values = ["  " + (row.method if row.teacher else row.student), *cells(row)[3:]]
         color = {True: "green", False: "yellow", None: None}[row.within]
-        if color: values[6] = f"[{color}]{values[6]}[/]"
+        if color:
+            values[6] = f"[{color}]{values[6]}[/]"
         out.add_row(*values)
     return out
 
 # %% ../nbs/method/09b_report.ipynb #2c3879be
 def _pairs(table: Table) -> dict:
     pairs: dict[tuple, list[Row]] = {}
-    for row in table.rows: pairs.setdefault((row.teacher, row.student) if any(r.teacher for r in table.rows) else (None, "alone"), []).append(row)
+    for row in table.rows:
+        pairs.setdefault(
+            (row.teacher, row.student) if any(r.teacher for r in table.rows) else (None, "alone"), []
+        ).append(row)
     return pairs
 
 
 def _panels(table: Table, height: float):
     import matplotlib.pyplot as plt
+
     pairs = _pairs(table)
     columns = min(3, len(pairs))
     tall = max(2.4, 1 + height * max(map(len, pairs.values())))
-    fig, axes = plt.subplots(math.ceil(len(pairs) / columns), columns, squeeze=False, layout="constrained",
-                             figsize=(max(4.5, 3.4 * columns), tall * math.ceil(len(pairs) / columns)))
-    for ax in list(axes.flat)[len(pairs):]: ax.set_axis_off()
+    fig, axes = plt.subplots(
+        math.ceil(len(pairs) / columns),
+        columns,
+        squeeze=False,
+        layout="constrained",
+        figsize=(max(4.5, 3.4 * columns), tall * math.ceil(len(pairs) / columns)),
+    )
+    for ax in list(axes.flat)[len(pairs) :]:
+        ax.set_axis_off()
     return fig, axes.flat
 
 
 def _colors(table: Table, names: list[str]) -> list:
     "One colour a method throughout a table."
     import seaborn as sns
+
     order = sorted({r.method for r in table.rows})
-    palette = sns.color_palette("colorblind", max(10, len(order))) if len(order) <= 10 else sns.color_palette("husl", len(order))
+    palette = (
+        sns.color_palette("colorblind", max(10, len(order)))
+        if len(order) <= 10
+        else sns.color_palette("husl", len(order))
+    )
     return [palette[order.index(n)] for n in names]
 
 
-def _title(pair) -> str: return f"{pair[0]} → {pair[1]}" if pair[0] else pair[1]
+def _title(pair) -> str:
+    return f"{pair[0]} → {pair[1]}" if pair[0] else pair[1]
 
 
 def _tidy(fig):
     "One legend for all panels, below them."
     import seaborn as sns
+
     sns.despine(fig=fig)
     labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    if labels: fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    if labels:
+        fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     return fig
 
 # %% ../nbs/method/09b_report.ipynb #9dc09c05
 def plot_scores(table: Table):
     "A matplotlib Figure: each seed a dot, mean and standard deviation, and the published number, one panel a pair."
     import seaborn as sns
+
     fig, axes = _panels(table, 0.42)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):
         names = [r.method for r in rows if r.method != "teacher"]
         points = [(v, r.method) for r in rows if r.method != "teacher" for v in r.last]
         values, where = [p[0] for p in points], [p[1] for p in points]
-        sns.pointplot(x=values, y=where, order=names, errorbar="sd", linestyle="none", marker="|", markersize=14, capsize=0.2, color="0.3", ax=ax)
-        sns.stripplot(x=values, y=where, order=names, hue=where, hue_order=names, palette=_colors(table, names), jitter=False, size=6, alpha=0.8, legend=False, ax=ax)
-        known = [(r.published, i) for i, r in enumerate(r for r in rows if r.method != "teacher") if r.published is not None]
-        if known: ax.plot(*zip(*known), "D", color="black", fillstyle="none", markersize=8, linestyle="none", label="published")
+        sns.pointplot(
+            x=values,
+            y=where,
+            order=names,
+            errorbar="sd",
+            linestyle="none",
+            marker="|",
+            markersize=14,
+            capsize=0.2,
+            color="0.3",
+            ax=ax,
+        )
+        sns.stripplot(
+            x=values,
+            y=where,
+            order=names,
+            hue=where,
+            hue_order=names,
+            palette=_colors(table, names),
+            jitter=False,
+            size=6,
+            alpha=0.8,
+            legend=False,
+            ax=ax,
+        )
+        known = [
+            (r.published, i) for i, r in enumerate(r for r in rows if r.method != "teacher") if r.published is not None
+        ]
+        if known:
+            ax.plot(
+                *zip(*known), "D", color="black", fillstyle="none", markersize=8, linestyle="none", label="published"
+            )
         for r in rows:
-            if r.method == "teacher": ax.axvline(statistics.mean(r.last), color="0.5", linestyle="--", label="our teacher")
+            if r.method == "teacher":
+                ax.axvline(statistics.mean(r.last), color="0.5", linestyle="--", label="our teacher")
         ax.set(title=_title(pair), xlabel="top-1, last epoch (%)", ylabel="")
     return _tidy(fig)
 
@@ -272,43 +453,59 @@ def plot_cost(table: Table):
         for row, color in zip(rows, _colors(table, [r.method for r in rows])):
             error = statistics.stdev(row.last) if len(row.last) > 1 else None
             marker = "osD^vP*XhdpH<>"[order.index(row.method) % 14]
-            ax.errorbar(row.cost, statistics.mean(row.last), error, fmt=marker, color=color, capsize=3, label=row.method)
+            ax.errorbar(
+                row.cost, statistics.mean(row.last), error, fmt=marker, color=color, capsize=3, label=row.method
+            )
         ax.set(title=_title(pair), xlabel="cost (ms a training step)", ylabel="top-1, last epoch (%)")
         ax.margins(0.15)
     return _tidy(fig)
 
 # %% ../nbs/method/09b_report.ipynb #b651115a
 def report(
-    root: Path | str | None = None,     # folder of all runs; None: see `runs_root`
-    form: str = "markdown",             # "markdown", "latex" or "csv"
+    root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
+    form: str = "markdown",  # "markdown", "latex" or "csv"
     figures: Path | str | None = None,  # folder to write the figures to, as NAME_scores.png and NAME_cost.png
 ) -> str:
     "The tables of all results under a folder, and what is missing."
     from rcka.trainer import as_csv
+
     found = load_results(root)
     made = tables(found.results)
-    if figures: save_figures(made, figures)
-    if form == "csv": return as_csv(as_rows(made))
+    if figures:
+        save_figures(made, figures)
+    if form == "csv":
+        return as_csv(as_rows(made))
     comment = "% " if form == "latex" else ""
-    return "\n".join([*map({"markdown": markdown, "latex": latex}[form], made), *(f"{comment}{line}" for line in missing(found))]) + "\n"
+    return (
+        "\n".join(
+            [*map({"markdown": markdown, "latex": latex}[form], made), *(f"{comment}{line}" for line in missing(found))]
+        )
+        + "\n"
+    )
 
 
 def missing(found: Results) -> list[str]:
     "What a reader should know about a folder's gaps."
-    counted = [f"{len(found.results)} results; {found.missing} runs are missing."] if found.missing or not found.results else [f"{len(found.results)} results, none missing."]
+    counted = (
+        [f"{len(found.results)} results; {found.missing} runs are missing."]
+        if found.missing or not found.results
+        else [f"{len(found.results)} results, none missing."]
+    )
     return counted + [f"Left alone: {problem}" for problem in found.problems]
 
 
 def save_figures(made: list[Table], folder: Path | str) -> list[Path]:
     "Both figures of each table, as PNG."
     import matplotlib.pyplot as plt
+
     folder, paths = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     seen: Counter = Counter()
     for table in made:
         name = Path(table.dataset).name.split(":")[-1]
         seen[name] += 1
-        if seen[name] > 1: name = f"{name}_{seen[name]}"
+        if seen[name] > 1:
+            name = f"{name}_{seen[name]}"
         for kind, plot in (("scores", plot_scores), ("cost", plot_cost)):
             fig = plot(table)
             paths.append(folder / f"{name}_{kind}.png")

@@ -19,7 +19,18 @@ from .data import check_epoch, data_root, seed_of
 from .experiments import BaseExperiment
 from .losses import Layers, Outputs, create_method, nearest
 from .taps import as_logits, layers_of
-from .trainer import Distiller, Step, determinism, first_part, gathered, mixed, own_rows, processes, share, sum_over_processes
+from rcka.trainer import (
+    Distiller,
+    Step,
+    determinism,
+    first_part,
+    gathered,
+    mixed,
+    own_rows,
+    processes,
+    share,
+    sum_over_processes,
+)
 
 # %% auto #0
 __all__ = ['IGNORED', 'CITYSCAPES', 'UNKNOWN', 'ARCHITECTURES', 'label_table', 'list_scenes', 'check_sizes', 'read_scene',
@@ -30,89 +41,137 @@ __all__ = ['IGNORED', 'CITYSCAPES', 'UNKNOWN', 'ARCHITECTURES', 'label_table', '
 # %% ../nbs/method/07b_segmentation.ipynb #39048da1
 IGNORED = 255
 CITYSCAPES = {  # label id: class, in the order of the train ids
-    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light", 20: "traffic sign", 21: "vegetation",
-    22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
+    7: "road",
+    8: "sidewalk",
+    11: "building",
+    12: "wall",
+    13: "fence",
+    17: "pole",
+    19: "traffic light",
+    20: "traffic sign",
+    21: "vegetation",
+    22: "terrain",
+    23: "sky",
+    24: "person",
+    25: "rider",
+    26: "car",
+    27: "truck",
+    28: "bus",
+    31: "train",
+    32: "motorcycle",
+    33: "bicycle",
+}
 UNKNOWN = 254  # what no label file may hold
 
 
 def label_table(
     num_classes: int = 19,
     train_ids: bool = False,  # the file holds train ids already
-):                            # numpy uint8 (256,): the class of each byte, IGNORED, or UNKNOWN
+):  # numpy uint8 (256,): the class of each byte, IGNORED, or UNKNOWN
     "What the bytes of a label file mean."
     import numpy as np
+
     table = np.full(256, UNKNOWN, np.uint8)
     table[IGNORED] = IGNORED  # in label ids, where the licence plate has -1, too
-    if train_ids: table[:num_classes] = np.arange(num_classes)
+    if train_ids:
+        table[:num_classes] = np.arange(num_classes)
     else:
         table[:34] = IGNORED
-        for train_id, label_id in enumerate(CITYSCAPES): table[label_id] = train_id
+        for train_id, label_id in enumerate(CITYSCAPES):
+            table[label_id] = train_id
     return table
 
 # %% ../nbs/method/07b_segmentation.ipynb #951756ed
 def list_scenes(
     folder: Path,  # PATH
-    part: str,     # "train" or "val"
+    part: str,  # "train" or "val"
 ) -> list[tuple[Path, Path]]:  # images and their masks
     "The images of a part, by name. An image without a mask is an error that names it."
     images = sorted((folder / "leftImg8bit" / part).glob("*/*_leftImg8bit.*"))
-    if not images: raise FileNotFoundError(f"no images {folder / 'leftImg8bit' / part}/CITY/NAME_leftImg8bit.png; expected the layout of Cityscapes, unpacked")
+    if not images:
+        raise FileNotFoundError(
+            f"no images {folder / 'leftImg8bit' / part}/CITY/NAME_leftImg8bit.png; expected the layout of Cityscapes, unpacked"
+        )
     pairs, missing = [], []
     for image in images:
         stem = folder / "gtFine" / part / image.parent.name / image.name.rpartition("_leftImg8bit")[0]
-        found = [p for form in ("labelTrainIds", "labelIds") if (p := stem.with_name(f"{stem.name}_gtFine_{form}.png")).is_file()]
-        if found: pairs.append((image, found[0]))
-        else: missing.append(f"{stem}_gtFine_labelIds.png")
-    if missing: raise FileNotFoundError(f"{len(missing)} of {len(images)} images in {part} have no mask; the first that is missing is {missing[0]} (or labelTrainIds)")
+        found = [
+            p
+            for form in ("labelTrainIds", "labelIds")
+            if (p := stem.with_name(f"{stem.name}_gtFine_{form}.png")).is_file()
+        ]
+        if found:
+            pairs.append((image, found[0]))
+        else:
+            missing.append(f"{stem}_gtFine_labelIds.png")
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(images)} images in {part} have no mask; the first that is missing is {missing[0]} (or labelTrainIds)"
+        )
     return pairs
 
 
 def check_sizes(pairs: list[tuple[Path, Path]], size: tuple[int, int] | None = None) -> tuple[int, int]:
     "(H, W) of all images and masks; an error names the first that differs."
     from PIL import Image
+
     for path in (p for pair in pairs for p in pair):
         try:
-            with Image.open(path) as im: width, height = im.size
-        except Exception as error: raise ValueError(f"{path} is no image that can be read ({type(error).__name__}: {error})") from None
-        if size is None: size = (height, width)
-        elif size != (height, width): raise ValueError(f"{path} has {height} x {width} pixels and those before it {size[0]} x {size[1]}: images and masks must have one size")
+            with Image.open(path) as im:
+                width, height = im.size
+        except Exception as error:
+            raise ValueError(f"{path} is no image that can be read ({type(error).__name__}: {error})") from None
+        if size is None:
+            size = (height, width)
+        elif size != (height, width):
+            raise ValueError(
+                f"{path} has {height} x {width} pixels and those before it {size[0]} x {size[1]}: images and masks must have one size"
+            )
     return size
 
 # %% ../nbs/method/07b_segmentation.ipynb #76fef784
 def read_scene(
     pair: tuple[Path, Path],  # image and mask
     num_classes: int = 19,
-):                            # numpy uint8 (H, W, 3) and (H, W): RGB, and classes with IGNORED
+):  # numpy uint8 (H, W, 3) and (H, W): RGB, and classes with IGNORED
     "Decode an image and its mask."
     import numpy as np
     from PIL import Image
+
     (image, mask), opened = pair, []
     try:
-        with Image.open(image) as im: rgb = np.asarray(im.convert("RGB"))
-        with Image.open(mask) as im: mode, ids = im.mode, np.asarray(im)
-    except Exception as error: raise ValueError(f"{image} or {mask} cannot be decoded ({type(error).__name__}: {error})") from None
-    if mode not in ("L", "P"): raise ValueError(f"{mask} has the mode {mode}: a mask has one byte a pixel, the id of its label")
+        with Image.open(image) as im:
+            rgb = np.asarray(im.convert("RGB"))
+        with Image.open(mask) as im:
+            mode, ids = im.mode, np.asarray(im)
+    except Exception as error:
+        raise ValueError(f"{image} or {mask} cannot be decoded ({type(error).__name__}: {error})") from None
+    if mode not in ("L", "P"):
+        raise ValueError(f"{mask} has the mode {mode}: a mask has one byte a pixel, the id of its label")
     classes = label_table(num_classes, mask.name.endswith("labelTrainIds.png"))[ids]
     if (classes == UNKNOWN).any():
         strange = sorted(set(ids[classes == UNKNOWN].tolist()))
-        raise ValueError(f"{mask} holds ids that are no labels: {', '.join(map(str, strange[:5]))}{' and more' if len(strange) > 5 else ''}; there are {'0 to ' + str(num_classes - 1) if mask.name.endswith('labelTrainIds.png') else '0 to 33'}, and 255")
+        raise ValueError(
+            f"{mask} holds ids that are no labels: {', '.join(map(str, strange[:5]))}{' and more' if len(strange) > 5 else ''}; there are {'0 to ' + str(num_classes - 1) if mask.name.endswith('labelTrainIds.png') else '0 to 33'}, and 255"
+        )
     return rgb, classes
 
 # %% ../nbs/method/07b_segmentation.ipynb #3342de52
 def window(
-    images: Tensor,           # float (B, C, H, W)
-    masks: Tensor,            # uint8 (B, H, W)
-    scale: Tensor,            # (B,)
-    corner: Tensor,           # (2, B): top and left of each crop in the scaled image, as shares of the room there is
-    flip: Tensor,             # bool (B,)
-    crop: tuple[int, int],    # (h, w)
-) -> tuple[Tensor, Tensor]:   # (B, C, h, w) and int64 (B, h, w)
+    images: Tensor,  # float (B, C, H, W)
+    masks: Tensor,  # uint8 (B, H, W)
+    scale: Tensor,  # (B,)
+    corner: Tensor,  # (2, B): top and left of each crop in the scaled image, as shares of the room there is
+    flip: Tensor,  # bool (B,)
+    crop: tuple[int, int],  # (h, w)
+) -> tuple[Tensor, Tensor]:  # (B, C, h, w) and int64 (B, h, w)
     "Crops of scaled images; zero and IGNORED outside of the image."
     size, device = images.shape[-2:], images.device
     places = []  # (B, h) and (B, w): where the crop's rows and columns are, in pixels of the image, edges at 0 and H
     for axis, (n, full, share) in enumerate(zip(crop, size, corner)):
         i = torch.arange(n, device=device).expand(len(scale), n)
-        if axis == 1: i = torch.where(flip[:, None], n - 1 - i, i)
+        if axis == 1:
+            i = torch.where(flip[:, None], n - 1 - i, i)
         places.append((i + 0.5 + (share * (scale * full - n).clamp_min(0).floor()).round()[:, None]) / scale[:, None])
     inside = (places[0] < size[0])[:, :, None] & (places[1] < size[1])[:, None, :]
     y, x = (2 * place / full - 1 for place, full in zip(places, size))
@@ -125,66 +184,97 @@ def window(
 # %% ../nbs/method/07b_segmentation.ipynb #0bdcaa9a
 class SceneReader:
     "Bytes of images and masks, on the device."
-    def __init__(self,
+
+    def __init__(
+        self,
         pairs: list[tuple[Path, Path]],  # images and masks of one size
         num_classes: int,
         device: str | torch.device,
-        memory: float,                   # GB that decoded images may take on the device
+        memory: float,  # GB that decoded images may take on the device
     ):
-        self.pairs, self.num_classes, self.device, self.size = pairs, num_classes, torch.device(device), check_sizes(pairs[:1])
-        self.held = self.decode(range(len(pairs))) if 4e-9 * len(pairs) * self.size[0] * self.size[1] <= memory else None
+        self.pairs, self.num_classes, self.device, self.size = (
+            pairs,
+            num_classes,
+            torch.device(device),
+            check_sizes(pairs[:1]),
+        )
+        self.held = (
+            self.decode(range(len(pairs))) if 4e-9 * len(pairs) * self.size[0] * self.size[1] <= memory else None
+        )
 
     def decode(self, index) -> tuple[Tensor, Tensor]:
         "uint8 (n, 3, H, W) and (n, H, W)."
         import numpy as np
-        if not len(index): return tuple(torch.empty(0, *dims, *self.size, dtype=torch.uint8, device=self.device) for dims in ((3,), ()))  # of several processes, one without a part
-        with ThreadPoolExecutor() as pool: found = list(pool.map(partial(read_scene, num_classes=self.num_classes), [self.pairs[i] for i in index]))
+
+        if not len(index):
+            return tuple(
+                torch.empty(0, *dims, *self.size, dtype=torch.uint8, device=self.device) for dims in ((3,), ())
+            )  # of several processes, one without a part
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(partial(read_scene, num_classes=self.num_classes), [self.pairs[i] for i in index]))
         images, masks = (torch.from_numpy(np.stack(part)).to(self.device, non_blocking=True) for part in zip(*found))
         return images.permute(0, 3, 1, 2), masks
 
     def read(self, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         "What each index names; the next one is decoded while this one is used."
-        if self.held is not None: yield from ((self.held[0][i], self.held[1][i]) for i in (index.to(self.device) for index in indices))
+        if self.held is not None:
+            yield from ((self.held[0][i], self.held[1][i]) for i in (index.to(self.device) for index in indices))
         elif indices:
             with ThreadPoolExecutor(1) as ahead:
                 coming = ahead.submit(self.decode, indices[0].tolist())
                 for following in [*indices[1:], None]:
                     ready = coming.result()
-                    if following is not None: coming = ahead.submit(self.decode, following.tolist())
+                    if following is not None:
+                        coming = ahead.submit(self.decode, following.tolist())
                     yield ready
 
 # %% ../nbs/method/07b_segmentation.ipynb #846c5891
 class SceneBatch(NamedTuple):
     "A batch on the device."
-    images: Tensor   # (B, 3, h, w) normalised
+
+    images: Tensor  # (B, 3, h, w) normalised
     targets: Tensor  # int64 (B, h, w): classes, and IGNORED
-    index: Tensor    # int64 (B,): which images of the dataset these are
+    index: Tensor  # int64 (B,): which images of the dataset these are
 
 
 class SceneBatches:
     "Images and masks in batches. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
+
     smallest = 2  # an incomplete last training batch of fewer images in each process is left out: batch normalisation of a vector needs two
 
-    def __init__(self,
+    def __init__(
+        self,
         pairs: list[tuple[Path, Path]],  # images and masks of one size
         num_classes: int,
         batch_size: int,
         device: str | torch.device = "cpu",
-        train: bool = True,                            # shuffled, scaled, cropped and mirrored; else in order, whole
-        crop: tuple[int, int] | None = (512, 1024),    # training: (h, w); None is the whole size
-        scales: tuple[float, float] = (0.5, 2.0),      # training: random scale, uniform
-        flip: bool = True,                             # training: mirror every second image, at random
+        train: bool = True,  # shuffled, scaled, cropped and mirrored; else in order, whole
+        crop: tuple[int, int] | None = (512, 1024),  # training: (h, w); None is the whole size
+        scales: tuple[float, float] = (0.5, 2.0),  # training: random scale, uniform
+        flip: bool = True,  # training: mirror every second image, at random
         seed: int = 0,
-        memory: float = 8.0,                           # GB that decoded images may take on the device
-        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),  # by channel, of pixels in [0, 1]: ImageNet's
+        memory: float = 8.0,  # GB that decoded images may take on the device
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),  # by channel, of pixels in [0, 1]: ImageNet's
     ):
         for name, value, parts in (("batch_size", batch_size, [batch_size]), ("crop", crop, crop or ())):
-            if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in parts): raise ValueError(f"{name} must be positive whole numbers, got {value!r}")
-        if not 0 < scales[0] <= scales[1]: raise ValueError(f"scales must be (least, most), both positive; got {scales}")
-        if train and len(pairs) < min(batch_size, self.smallest): raise ValueError(f"{len(pairs)} image(s) make no training batch: at least {self.smallest} are needed")
+            if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in parts):
+                raise ValueError(f"{name} must be positive whole numbers, got {value!r}")
+        if not 0 < scales[0] <= scales[1]:
+            raise ValueError(f"scales must be (least, most), both positive; got {scales}")
+        if train and len(pairs) < min(batch_size, self.smallest):
+            raise ValueError(f"{len(pairs)} image(s) make no training batch: at least {self.smallest} are needed")
         each = self.smallest * processes()[1]
-        if train and processes()[1] > 1 and min(batch_size, len(pairs)) < each: raise ValueError(f"batch_size must be at least {each} for {processes()[1]} processes, and there must be as many images; got {batch_size} and {len(pairs)}")
-        self.reader, self.num_classes, self.batch_size, self.train = SceneReader(pairs, num_classes, device, memory), num_classes, batch_size, train
+        if train and processes()[1] > 1 and min(batch_size, len(pairs)) < each:
+            raise ValueError(
+                f"batch_size must be at least {each} for {processes()[1]} processes, and there must be as many images; got {batch_size} and {len(pairs)}"
+            )
+        self.reader, self.num_classes, self.batch_size, self.train = (
+            SceneReader(pairs, num_classes, device, memory),
+            num_classes,
+            batch_size,
+            train,
+        )
         self.crop, self.scales, self.flip, self.seed = tuple(crop or self.reader.size), scales, flip, seed
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
 
@@ -205,49 +295,76 @@ class SceneBatches:
         g = torch.Generator().manual_seed(seed_of(self.seed, e))
         order = torch.randperm(n, generator=g) if self.train else torch.arange(n)
         scale, top, left, flip = torch.rand(4, n, generator=g)
-        chance = [t.to(device) for t in (self.scales[0] + (self.scales[1] - self.scales[0]) * scale, torch.stack([top, left]), flip < (0.5 if self.flip else 0))]
-        steps = [torch.arange(n)[k * self.batch_size:(k + 1) * self.batch_size] for k in range(start, len(self))]
+        chance = [
+            t.to(device)
+            for t in (
+                self.scales[0] + (self.scales[1] - self.scales[0]) * scale,
+                torch.stack([top, left]),
+                flip < (0.5 if self.flip else 0),
+            )
+        ]
+        steps = [torch.arange(n)[k * self.batch_size : (k + 1) * self.batch_size] for k in range(start, len(self))]
         own = [step[own_rows(len(step), self.train)] for step in steps]  # a process decodes no more than it needs
         for step, now, (images, masks) in zip(steps, own, self.reader.read([order[now] for now in own])):
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
-            if self.train: images, masks = window(images, masks, *(t[..., now.to(device)] for t in chance), self.crop)
+            if self.train:
+                images, masks = window(images, masks, *(t[..., now.to(device)] for t in chance), self.crop)
             yield share(SceneBatch(images, masks.long(), order[now].to(device)), len(step), self.train)
 
 # %% ../nbs/method/07b_segmentation.ipynb #f46c2563
 @dataclass(frozen=True, eq=False, repr=False)
 class Scenes:
     "A folder in the layout of Cityscapes."
+
     name: str
     train: list[tuple[Path, Path]]  # images and masks
     val: list[tuple[Path, Path]]
     classes: tuple[str, ...]
-    size: tuple[int, int]           # (H, W) of all of them
+    size: tuple[int, int]  # (H, W) of all of them
 
-    def __repr__(self): return f"Scenes({self.name}: {len(self.train)} training and {len(self.val)} validation images of {self.size[0]} x {self.size[1]} in {self.num_classes} classes)"
+    def __repr__(self):
+        return f"Scenes({self.name}: {len(self.train)} training and {len(self.val)} validation images of {self.size[0]} x {self.size[1]} in {self.num_classes} classes)"
 
     @property
-    def num_classes(self) -> int: return len(self.classes)
+    def num_classes(self) -> int:
+        return len(self.classes)
 
-    def batches(self, batch_size: int | None = None, train: bool = True, part: str | None = None, **kwargs) -> SceneBatches:
-        "Batches of `part` (\"train\" or \"val\"; None: by `train`). kwargs: device, seed, crop, scales, flip, memory of `SceneBatches`."
-        return SceneBatches(getattr(self, part or ("train" if train else "val")), self.num_classes, 8 if batch_size is None else batch_size, train=train, **kwargs)
+    def batches(
+        self, batch_size: int | None = None, train: bool = True, part: str | None = None, **kwargs
+    ) -> SceneBatches:
+        'Batches of `part` ("train" or "val"; None: by `train`). kwargs: device, seed, crop, scales, flip, memory of `SceneBatches`.'
+        return SceneBatches(
+            getattr(self, part or ("train" if train else "val")),
+            self.num_classes,
+            8 if batch_size is None else batch_size,
+            train=train,
+            **kwargs,
+        )
 
 
 def load_scenes(
-    name: str = "cityscapes",         # "cityscapes", a folder of the data root; or "cityscapes:PATH"
-    root: str | Path | None = None,   # the folder with the datasets; see `data_root`
+    name: str = "cityscapes",  # "cityscapes", a folder of the data root; or "cityscapes:PATH"
+    root: str | Path | None = None,  # the folder with the datasets; see `data_root`
 ) -> Scenes:
     "A folder in the layout of Cityscapes. FileNotFoundError for a missing folder, image or mask, ValueError for sizes that differ; both name the file."
     kind, _, path = str(name).partition(":")
-    if kind != "cityscapes": raise ValueError(nearest(str(name), ["cityscapes", "cityscapes:PATH"], "segmentation dataset"))
+    if kind != "cityscapes":
+        raise ValueError(nearest(str(name), ["cityscapes", "cityscapes:PATH"], "segmentation dataset"))
     folder = data_root(root) / (Path(path).expanduser() if path else "cityscapes")
-    if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}; Cityscapes cannot be downloaded by a program: register at www.cityscapes-dataset.com, unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there, or give cityscapes:PATH")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no folder {folder}; Cityscapes cannot be downloaded by a program: register at www.cityscapes-dataset.com, unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there, or give cityscapes:PATH"
+        )
     train, val = (list_scenes(folder, part) for part in ("train", "val"))
     own = folder / "classes.txt"
     classes = tuple(filter(None, own.read_text().splitlines())) if own.is_file() else tuple(CITYSCAPES.values())
     wrong = [m for _, m in (*train, *val) if not m.name.endswith("labelTrainIds.png")] if own.is_file() else []
-    if wrong: raise ValueError(f"{own} names classes of one's own, for masks with train ids; but {wrong[0]} is not called labelTrainIds")
-    if not 2 <= len(classes) < UNKNOWN: raise ValueError(f"{own} must name 2 to {UNKNOWN - 1} classes, one a line; it names {len(classes)}")
+    if wrong:
+        raise ValueError(
+            f"{own} names classes of one's own, for masks with train ids; but {wrong[0]} is not called labelTrainIds"
+        )
+    if not 2 <= len(classes) < UNKNOWN:
+        raise ValueError(f"{own} must name 2 to {UNKNOWN - 1} classes, one a line; it names {len(classes)}")
     return Scenes(str(name), train, val, classes, check_sizes([*train, *val]))
 
 # %% ../nbs/method/07b_segmentation.ipynb #c84c74aa
@@ -257,17 +374,22 @@ def dilate(resnet: nn.Module) -> nn.Module:
         for i, block in enumerate(stage):
             convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
             wide = [m for m in convs if m.kernel_size == (3, 3)]
-            for m in convs: m.stride = (1, 1)
-            for j, m in enumerate(wide): m.dilation = m.padding = (before if i == j == 0 else after,) * 2
+            for m in convs:
+                m.stride = (1, 1)
+            for j, m in enumerate(wide):
+                m.dilation = m.padding = (before if i == j == 0 else after,) * 2
     return resnet
 
 
 class PyramidHead(nn.Module):
     "The pyramid pooling head of PSPNet: (n, c, h, w) to (n, num_classes, h, w). Batch normalisation of a pooled map needs two images."
+
     def __init__(self, c: int, num_classes: int, sizes=(1, 2, 3, 6)):
         super().__init__()
         width = c // 4
-        conv = lambda a, k: nn.Sequential(nn.Conv2d(a, width, k, padding=k // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        conv = lambda a, k: nn.Sequential(
+            nn.Conv2d(a, width, k, padding=k // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), conv(c, 1)) for size in sizes)
         self.fuse = nn.Sequential(conv(c + len(sizes) * width, 3), nn.Dropout2d(0.1), nn.Conv2d(width, num_classes, 1))
 
@@ -280,27 +402,37 @@ ARCHITECTURES = ("pspnet", "deeplabv3", "fcn", "lraspp")
 
 
 def create_segmenter(
-    architecture: str,                  # one of ARCHITECTURES
-    backbone: str,                      # "resnet18" or any other residual network of torchvision; for lraspp and deeplabv3 also "mobilenet_v3_large"
+    architecture: str,  # one of ARCHITECTURES
+    backbone: str,  # "resnet18" or any other residual network of torchvision; for lraspp and deeplabv3 also "mobilenet_v3_large"
     num_classes: int = 19,
     weights_backbone: str | None = None,  # ImageNet weights of torchvision by name, "IMAGENET1K_V1"
-) -> nn.Module:                         # maps (n, 3, H, W) to a dict with "out" (n, num_classes, H, W)
+) -> nn.Module:  # maps (n, 3, H, W) to a dict with "out" (n, num_classes, H, W)
     "A segmentation network with fresh weights, but for those of the backbone if asked for. Its `layers` name the backbone's stages and the decode head."
     from torchvision import models
     from torchvision.models._utils import IntermediateLayerGetter
-    from torchvision.models.segmentation import DeepLabV3, FCN, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large
+    from torchvision.models.segmentation import FCN, DeepLabV3, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large
     from torchvision.models.segmentation.deeplabv3 import DeepLabHead
     from torchvision.models.segmentation.fcn import FCNHead
-    if architecture not in ARCHITECTURES: raise ValueError(nearest(architecture, ARCHITECTURES, "architecture"))
-    if not isinstance(num_classes, int) or num_classes < 2: raise ValueError(f"num_classes must be 2 or more, got {num_classes!r}")
+
+    if architecture not in ARCHITECTURES:
+        raise ValueError(nearest(architecture, ARCHITECTURES, "architecture"))
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes must be 2 or more, got {num_classes!r}")
     mobile = {"lraspp": lraspp_mobilenet_v3_large, "deeplabv3": deeplabv3_mobilenet_v3_large}
     if backbone == "mobilenet_v3_large" and architecture in mobile:
         model = mobile[architecture](weights=None, weights_backbone=weights_backbone, num_classes=num_classes)
     else:
         known = [n for n in models.list_models(module=models) if "resne" in n] if architecture != "lraspp" else []
-        if backbone not in known: raise ValueError(nearest(backbone, known + ["mobilenet_v3_large"] * (architecture in mobile), f"backbone of {architecture}"))
+        if backbone not in known:
+            raise ValueError(
+                nearest(
+                    backbone, known + ["mobilenet_v3_large"] * (architecture in mobile), f"backbone of {architecture}"
+                )
+            )
         resnet = dilate(models.get_model(backbone, weights=weights_backbone))
-        make, head = {"pspnet": (FCN, PyramidHead), "fcn": (FCN, FCNHead), "deeplabv3": (DeepLabV3, DeepLabHead)}[architecture]  # FCN is torchvision's backbone, head, resize
+        make, head = {"pspnet": (FCN, PyramidHead), "fcn": (FCN, FCNHead), "deeplabv3": (DeepLabV3, DeepLabHead)}[
+            architecture
+        ]  # FCN is torchvision's backbone, head, resize
         model = make(IntermediateLayerGetter(resnet, {"layer4": "out"}), head(resnet.fc.in_features, num_classes))
     model.layers = segmenter_layers(model)
     return model
@@ -309,24 +441,36 @@ def create_segmenter(
 def segmenter_layers(model: nn.Module) -> Layers:
     "Stages and decode head of a segmentation network of torchvision, or of one that says so itself by `model.layers`."
     names = [name for name, _ in model.named_modules()]
-    if "backbone.layer4" in names and "classifier" in names: return Layers(tuple(f"backbone.{n}" for n in ("maxpool", "layer1", "layer2", "layer3", "layer4")), head="classifier")
-    try: return layers_of(model)
+    if "backbone.layer4" in names and "classifier" in names:
+        return Layers(
+            tuple(f"backbone.{n}" for n in ("maxpool", "layer1", "layer2", "layer3", "layer4")), head="classifier"
+        )
+    try:
+        return layers_of(model)
     except ValueError as error:
         if "backbone" in names and "classifier" in names:
             blocks = [name for name in names if name.startswith("backbone.") and name.count(".") == 1]
             return Layers((blocks[0], blocks[-1]), head="classifier")
-        raise ValueError(f"{error}. For segmentation, head is the module that gives the logits before they are resized") from None
+        raise ValueError(
+            f"{error}. For segmentation, head is the module that gives the logits before they are resized"
+        ) from None
 
 # %% ../nbs/method/07b_segmentation.ipynb #5a11b8e2
 def confusion(
-    answer: Tensor,    # int (B, H, W): classes
-    target: Tensor,    # int64 (B, H, W): classes, and IGNORED
+    answer: Tensor,  # int (B, H, W): classes
+    target: Tensor,  # int64 (B, H, W): classes, and IGNORED
     num_classes: int,
-) -> Tensor:           # int64 (num_classes, num_classes): pixels of the class of the row that were given the class of the column
+) -> Tensor:  # int64 (num_classes, num_classes): pixels of the class of the row that were given the class of the column
     "torchmetrics' confusion matrix of the pixels that count."
-    try: from torchmetrics.functional.classification import multiclass_confusion_matrix
-    except ImportError as error: raise ImportError("the score of segmentation comes from torchmetrics: pip install 'rcka[segmentation]'") from error
-    with determinism(False, search=False):  # whole numbers add up to the same in any order; in deterministic mode torchmetrics would take a table of pixels by classes squared
+    try:
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+    except ImportError as error:
+        raise ImportError(
+            "the score of segmentation comes from torchmetrics: pip install 'rcka[segmentation]'"
+        ) from error
+    with determinism(
+        False, search=False
+    ):  # whole numbers add up to the same in any order; in deterministic mode torchmetrics would take a table of pixels by classes squared
         return multiclass_confusion_matrix(answer, target, num_classes, ignore_index=IGNORED, validate_args=False)
 
 
@@ -339,52 +483,70 @@ def iou(counts: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate_segmentation(
     model: nn.Module,
-    batches,                 # has `epoch(e)`, an iterator of SceneBatch, and `num_classes`
+    batches,  # has `epoch(e)`, an iterator of SceneBatch, and `num_classes`
     precision: str = "fp32",
-    before=lambda: None,     # called before each batch
+    before=lambda: None,  # called before each batch
 ) -> dict[str, float]:
     "miou and accuracy by pixel, in per cent. The network's mode is put back afterwards."
     mode, (rank, world) = model.training, processes()
-    counts = torch.zeros(batches.num_classes, batches.num_classes, dtype=torch.int64, device=next(model.parameters()).device)
+    counts = torch.zeros(
+        batches.num_classes, batches.num_classes, dtype=torch.int64, device=next(model.parameters()).device
+    )
     model.eval()
     for images, targets, _ in batches.epoch(0):
         before()
         images, targets = images[rank::world], targets[rank::world]
-        if not len(targets): continue
-        with mixed(images.device.type, precision): answer = as_logits(model(images)).argmax(1)
+        if not len(targets):
+            continue
+        with mixed(images.device.type, precision):
+            answer = as_logits(model(images)).argmax(1)
         counts += confusion(answer, targets, batches.num_classes)
     model.train(mode)
     counts = sum_over_processes(counts)
-    if not counts.sum(): raise ValueError("no pixel of the evaluated masks has a class: all are ignored")
-    return {"miou": 100 * iou(counts).nanmean().item(), "accuracy": 100 * (counts.diagonal().sum() / counts.sum()).item()}
+    if not counts.sum():
+        raise ValueError("no pixel of the evaluated masks has a class: all are ignored")
+    return {
+        "miou": 100 * iou(counts).nanmean().item(),
+        "accuracy": 100 * (counts.diagonal().sum() / counts.sum()).item(),
+    }
 
 # %% ../nbs/method/07b_segmentation.ipynb #bb57d175
 def pixel_ce(
     logits: Tensor,  # (B, P, H, W)
     target: Tensor,  # int64 (B, H, W): classes, and IGNORED
-) -> Tensor:         # scalar
+) -> Tensor:  # scalar
     "Cross-entropy, mean over the pixels that count; 0 where none does."
-    rows = logits.float().movedim(1, -1).flatten(0, -2)  # for rows there is a deterministic kernel on a GPU, for maps none
-    return F.cross_entropy(rows, target.flatten(), ignore_index=IGNORED, reduction="sum") / (target != IGNORED).sum().clamp_min(1)
+    rows = (
+        logits.float().movedim(1, -1).flatten(0, -2)
+    )  # for rows there is a deterministic kernel on a GPU, for maps none
+    return F.cross_entropy(rows, target.flatten(), ignore_index=IGNORED, reduction="sum") / (
+        target != IGNORED
+    ).sum().clamp_min(1)
 
 # %% ../nbs/method/07b_segmentation.ipynb #96eca9d7
 class SegmentationDistiller(Distiller):
     "A segmentation student, perhaps a teacher, and the method between them."
+
     score = "miou"
 
     def _paths(self, model, paths):
         "Features of the method, and last the decode head, which gives the logits that are compared."
         layers = segmenter_layers(model)
-        if not layers.head: raise ValueError(f"model.layers of {type(model).__name__} must name the decode head: Layers(stages=(...), head='classifier')")
+        if not layers.head:
+            raise ValueError(
+                f"model.layers of {type(model).__name__} must name the decode head: Layers(stages=(...), head='classifier')"
+            )
         wanted = self.method.wants(layers)
         return [*(wanted if paths is None else paths), layers.head]
 
     def prepare(self, train):
         "Before the optimiser is made: the method sees one batch, to make its connectors."
-        if self.teacher is None: return
+        if self.teacher is None:
+            return
         batch, mode = first_part(train), self.student.training
         self.student.eval()  # batch statistics must not see this batch
-        with torch.no_grad(): student, teacher = self._decoded(self.student_taps(batch.images), self.teacher_taps(batch.images))
+        with torch.no_grad():
+            student, teacher = self._decoded(self.student_taps(batch.images), self.teacher_taps(batch.images))
         self.student.train(mode)
         self.method.build(student, teacher)
         self.method.to(batch.images.device)
@@ -392,40 +554,52 @@ class SegmentationDistiller(Distiller):
     def _decoded(self, student: Outputs, teacher: Outputs | None):
         "What the method compares: logits (B, P, h, w) of the decode heads, at the student's size, and the features."
         student, teacher = (o and Outputs(o.features[-1], o.features[:-1]) for o in (student, teacher))
-        if teacher is None: return student, None
+        if teacher is None:
+            return student, None
         s, t = student.logits, teacher.logits
-        if s.shape[1] != t.shape[1]: raise ValueError(f"teacher and student must know the same classes: the teacher's decode head gives {t.shape[1]}, the student's {s.shape[1]}")
-        if s.shape != t.shape: t = F.interpolate(t.float(), s.shape[-2:], mode="bilinear", align_corners=False)
+        if s.shape[1] != t.shape[1]:
+            raise ValueError(
+                f"teacher and student must know the same classes: the teacher's decode head gives {t.shape[1]}, the student's {s.shape[1]}"
+            )
+        if s.shape != t.shape:
+            t = F.interpolate(t.float(), s.shape[-2:], mode="bilinear", align_corners=False)
         return student, teacher._replace(logits=t)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
         "The terms, and how many pixels the student got right. On several devices the cross-entropy is each process's own."
         if self.teacher is not None and teacher is None:
-            with torch.no_grad(): teacher = self.teacher_taps(batch.images)
+            with torch.no_grad():
+                teacher = self.teacher_taps(batch.images)
         output = self.student_taps(batch.images)
         student, teacher = self._decoded(output, teacher)
         targets, index = batch.targets, batch.index
         terms = {"ce": self.method.ce * pixel_ce(output.logits, targets)} if self.method.ce else {}
         counted = targets != IGNORED
         right = ((output.logits.detach().argmax(1) == targets) & counted).sum()
-        if relations != "device": student, teacher, targets, index = map(gathered, (student, teacher, targets, index))
-        return Step(terms | self.method.terms(student, teacher, targets, index), {"train_accuracy": (right, counted.sum().clamp_min(1))})
+        if relations != "device":
+            student, teacher, targets, index = map(gathered, (student, teacher, targets, index))
+        return Step(
+            terms | self.method.terms(student, teacher, targets, index),
+            {"train_accuracy": (right, counted.sum().clamp_min(1))},
+        )
 
-    def evaluate(self, batches, precision: str, before) -> dict[str, float]: return evaluate_segmentation(self.student, batches, precision, before)
+    def evaluate(self, batches, precision: str, before) -> dict[str, float]:
+        return evaluate_segmentation(self.student, batches, precision, before)
 
 # %% ../nbs/method/07b_segmentation.ipynb #33485403
 @dataclass(frozen=True)
 class SegmentationExperiment(BaseExperiment):
     "One run of a segmentation network, alone or by a method from a teacher."
-    dataset: str = "cityscapes"          # or cityscapes:PATH
-    student: str = "pspnet/resnet18"     # architecture/backbone, see `create_segmenter`
-    teacher: str | None = None           # likewise; None with method "none"
-    method: str = "none"                 # a name of `list_methods()`, or several with a plus
-    method_args: dict | None = None      # as for `create_method`
+
+    dataset: str = "cityscapes"  # or cityscapes:PATH
+    student: str = "pspnet/resnet18"  # architecture/backbone, see `create_segmenter`
+    teacher: str | None = None  # likewise; None with method "none"
+    method: str = "none"  # a name of `list_methods()`, or several with a plus
+    method_args: dict | None = None  # as for `create_method`
     backbone_weights: str | None = None  # of student and teacher at the start: "IMAGENET1K_V1", which downloads
     seed: int = 0
     # the recipe, for student and teacher
-    crop: tuple | None = (512, 1024)     # of training, (h, w); None: the whole image
+    crop: tuple | None = (512, 1024)  # of training, (h, w); None: the whole image
     epochs: int = 432
     batch_size: int = 16
     lr: float = 0.01
@@ -435,13 +609,13 @@ class SegmentationExperiment(BaseExperiment):
     warmup_steps: int = 0
     precision: str = "fp32"
     deterministic: bool = False
-    relations: str | None = None         # on several devices: "global" (None) or "device", see `Recipe`
-    data_seed: int | None = None         # of the order and augmentation of the images; None: `seed`
+    relations: str | None = None  # on several devices: "global" (None) or "device", see `Recipe`
+    data_seed: int | None = None  # of the order and augmentation of the images; None: `seed`
     # where the teacher differs
     teacher_seed: int = 0
-    teacher_epochs: int | None = None    # None: as many as the student
-    teacher_lr: float | None = None      # None: the student's
-    teacher_weights: str | None = None   # a checkpoint to load instead of training one
+    teacher_epochs: int | None = None  # None: as many as the student
+    teacher_lr: float | None = None  # None: the student's
+    teacher_weights: str | None = None  # a checkpoint to load instead of training one
     # features by module path, for networks whose layers are not known
     student_paths: tuple | None = None
     teacher_paths: tuple | None = None
@@ -452,51 +626,71 @@ class SegmentationExperiment(BaseExperiment):
     def __post_init__(self):
         self._settle(such_as="pspnet/resnet101")
         for name in filter(None, (self.student, self.teacher)):
-            if name.count("/") != 1 or name.split("/")[0] not in ARCHITECTURES: raise ValueError(f"a segmentation network is named architecture/backbone, as pspnet/resnet18, with one of {', '.join(ARCHITECTURES)}; got {name!r}")
-        if self.teacher and self.teacher_lr is None: self._set("teacher_lr", self.lr)
-        if self.batch_size < 2: raise ValueError(f"batch_size must be at least 2, for batch normalisation of pooled maps; got {self.batch_size}")
-        self.recipe                                   # says what is wrong with it
+            if name.count("/") != 1 or name.split("/")[0] not in ARCHITECTURES:
+                raise ValueError(
+                    f"a segmentation network is named architecture/backbone, as pspnet/resnet18, with one of {', '.join(ARCHITECTURES)}; got {name!r}"
+                )
+        if self.teacher and self.teacher_lr is None:
+            self._set("teacher_lr", self.lr)
+        if self.batch_size < 2:
+            raise ValueError(
+                f"batch_size must be at least 2, for batch normalisation of pooled maps; got {self.batch_size}"
+            )
+        self.recipe  # says what is wrong with it
         create_method(self.method, self.method_args)  # likewise
 
     def load_data(self) -> Scenes:
         scenes = load_scenes(self.dataset)
-        return replace(scenes, train=scenes.train[:self.train_limit], val=scenes.val[:self.test_limit])
+        return replace(scenes, train=scenes.train[: self.train_limit], val=scenes.val[: self.test_limit])
 
     def batches(self, data: Scenes, device, options: dict) -> tuple[SceneBatches, SceneBatches]:
         "Training and test batches."
-        return data.batches(self.batch_size, device=device, crop=self.crop, seed=self.order_seed), data.batches(4, train=False, device=device)
+        return data.batches(self.batch_size, device=device, crop=self.crop, seed=self.order_seed), data.batches(
+            4, train=False, device=device
+        )
 
     def network(self, name: str, data: Scenes, start: bool = True) -> nn.Module:
         return create_segmenter(*name.split("/"), data.num_classes, self.backbone_weights if start else None)
 
-    def evaluate(self, network: nn.Module, test: SceneBatches) -> dict: return evaluate_segmentation(network, test)
+    def evaluate(self, network: nn.Module, test: SceneBatches) -> dict:
+        return evaluate_segmentation(network, test)
 
-    def task(self, student, method, teacher) -> SegmentationDistiller: return SegmentationDistiller(student, method, teacher, self.student_paths, self.teacher_paths)
+    def task(self, student, method, teacher) -> SegmentationDistiller:
+        return SegmentationDistiller(student, method, teacher, self.student_paths, self.teacher_paths)
 
 # %% ../nbs/method/07b_segmentation.ipynb #73d0be91
 def scenes_from_boxes(
-    source: str | Path,              # a folder with train2017/, val2017/ and annotations/instances_*2017.json, in COCO's layout
-    out: str | Path,                 # the folder to make, in the layout of Cityscapes
-    classes: list[str],              # names of categories; all others are "background"
+    source: str | Path,  # a folder with train2017/, val2017/ and annotations/instances_*2017.json, in COCO's layout
+    out: str | Path,  # the folder to make, in the layout of Cityscapes
+    classes: list[str],  # names of categories; all others are "background"
     size: tuple[int, int] = (160, 208),  # (H, W) of the images and masks: resized to cover it, and cut to the middle
-) -> Path:                           # `out`
+) -> Path:  # `out`
     "Images with at least one box of these classes, and masks painted from their boxes, the largest first."
     from PIL import Image, ImageDraw, ImageOps
+
     source, out = Path(source), Path(out)
     for part in ("train", "val"):
         told = json.loads((source / "annotations" / f"instances_{part}2017.json").read_text())
         names = {c["id"]: c["name"] for c in told["categories"]}
-        if strange := set(classes) - set(names.values()): raise ValueError(nearest(sorted(strange)[0], names.values(), "category"))
+        if strange := set(classes) - set(names.values()):
+            raise ValueError(nearest(sorted(strange)[0], names.values(), "category"))
         boxes = {}
         for a in told["annotations"]:
-            if names[a["category_id"]] in classes: boxes.setdefault(a["image_id"], []).append((a["bbox"], 1 + classes.index(names[a["category_id"]])))
+            if names[a["category_id"]] in classes:
+                boxes.setdefault(a["image_id"], []).append((a["bbox"], 1 + classes.index(names[a["category_id"]])))
         for image in told["images"]:
-            if image["id"] not in boxes: continue
+            if image["id"] not in boxes:
+                continue
             mask = Image.new("L", (image["width"], image["height"]))
-            for (x, y, w, h), value in sorted(boxes[image["id"]], key=lambda b: -b[0][2] * b[0][3]): ImageDraw.Draw(mask).rectangle((x, y, x + w - 1, y + h - 1), fill=value)
-            with Image.open(source / f"{part}2017" / image["file_name"]) as im: rgb = im.convert("RGB")
+            for (x, y, w, h), value in sorted(boxes[image["id"]], key=lambda b: -b[0][2] * b[0][3]):
+                ImageDraw.Draw(mask).rectangle((x, y, x + w - 1, y + h - 1), fill=value)
+            with Image.open(source / f"{part}2017" / image["file_name"]) as im:
+                rgb = im.convert("RGB")
             stem = Path(image["file_name"]).stem
-            for kind, picture, form, how in (("leftImg8bit", rgb, "", Image.Resampling.BICUBIC), ("gtFine", mask, "_labelTrainIds", Image.Resampling.NEAREST)):
+            for kind, picture, form, how in (
+                ("leftImg8bit", rgb, "", Image.Resampling.BICUBIC),
+                ("gtFine", mask, "_labelTrainIds", Image.Resampling.NEAREST),
+            ):
                 path = out / kind / part / "boxes" / f"{stem}_{kind}{form}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 ImageOps.fit(picture, size[::-1], how).save(path)

@@ -18,47 +18,59 @@ __all__ = ['KERNELS', 'full_precision', 'as_real', 'as_features', 'check_pair', 
 def full_precision(f):
     "Run `f` outside autocast: products of Gram matrices need float32 at least."
     names = list(inspect.signature(f).parameters)
+
     @functools.wraps(f)
     def run(*args, **kwargs):
         first = args[0] if args else kwargs.get(names[0])
         device = first.device.type if isinstance(first, Tensor) else "cpu"
-        with torch.autocast(device, enabled=False): return f(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return f(*args, **kwargs)
+
     return run
 
 
 def as_real(
-    x: Tensor,   # any tensor
-    name: str,   # what to call it in an error
-) -> Tensor:     # the same values in float32 or float64
+    x: Tensor,  # any tensor
+    name: str,  # what to call it in an error
+) -> Tensor:  # the same values in float32 or float64
     "Check that `x` is a real floating-point tensor and widen half precision to float32."
-    if not isinstance(x, Tensor): raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be real floating point, got {x.dtype}; convert it with {name}.float()")
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def as_features(
-    x: Tensor,             # (*batch, n, ...): `batch_dims` leading dimensions, then samples, then anything
-    name: str = "x",       # what to call it in an error
-    batch_dims: int = 0,   # how many leading dimensions are separate problems
-) -> Tensor:               # (*batch, n, p)
+    x: Tensor,  # (*batch, n, ...): `batch_dims` leading dimensions, then samples, then anything
+    name: str = "x",  # what to call it in an error
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+) -> Tensor:  # (*batch, n, p)
     "Read a tensor as `n` feature vectors of length `p`, in float32 or float64."
     x = as_real(x, name)
     if x.dim() < batch_dims + 1:
-        raise ValueError(f"{name} must have {batch_dims} batch dimensions and one of samples, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} must have {batch_dims} batch dimensions and one of samples, got shape {tuple(x.shape)}"
+        )
     x = x.flatten(batch_dims + 1) if x.dim() > batch_dims + 1 else x.unsqueeze(-1)
-    if 0 in x.shape: raise ValueError(f"{name} is empty: its shape is {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"{name} is empty: its shape is {tuple(x.shape)}")
     return x
 
 
 def check_pair(x: Tensor, y: Tensor, batch_dims: int = 0, least: int = 1, why: str = ""):
     "Both (*batch, n, ...): the same samples on both sides, and at least `least` of them."
-    bx, by = tuple(x.shape[:batch_dims + 1]), tuple(y.shape[:batch_dims + 1])
+    bx, by = tuple(x.shape[: batch_dims + 1]), tuple(y.shape[: batch_dims + 1])
     if bx != by:
-        raise ValueError(f"x and y must describe the same samples: got {bx} and {by} in their first {batch_dims + 1} dimension(s)")
+        raise ValueError(
+            f"x and y must describe the same samples: got {bx} and {by} in their first {batch_dims + 1} dimension(s)"
+        )
     if x.dtype != y.dtype or x.device != y.device:
-        raise TypeError(f"x and y must agree in dtype and device: got {x.dtype} on {x.device} and {y.dtype} on {y.device}")
-    if bx[-1] < least: raise ValueError(f"got {bx[-1]} sample(s), but {why} needs at least {least}")
+        raise TypeError(
+            f"x and y must agree in dtype and device: got {x.dtype} on {x.device} and {y.dtype} on {y.device}"
+        )
+    if bx[-1] < least:
+        raise ValueError(f"got {bx[-1]} sample(s), but {why} needs at least {least}")
 
 # %% ../nbs/theory/01_similarity.ipynb #f5920035
 def _shifted(x: Tensor) -> Tensor:
@@ -73,23 +85,31 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     shift = x[..., :1, :].detach()
     x, y = x - shift, y - shift  # distances do not move; the digits lost to a large mean come back
     d2 = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] - 2 * x @ y.mT
-    if same: d2 = d2 - torch.diag_embed(d2.diagonal(dim1=-2, dim2=-1))
+    if same:
+        d2 = d2 - torch.diag_embed(d2.diagonal(dim1=-2, dim2=-1))
     return d2.clamp_min(0)
 
 # %% ../nbs/theory/01_similarity.ipynb #13c0c310
 @dataclass(frozen=True)
 class Linear:
     r"$k(x, y) = \langle x, y \rangle$"
-    def __call__(self, x, y=None): return x @ (x if y is None else y).mT
+
+    def __call__(self, x, y=None):
+        return x @ (x if y is None else y).mT
+
     up_to_constant = __call__
 
 
 @dataclass(frozen=True)
 class Polynomial:
     r"$k(x, y) = (\langle x, y \rangle / p + \text{offset})^{\text{degree}}$"
+
     degree: int = 2
     offset: float = 1.0
-    def __call__(self, x, y=None): return (x @ (x if y is None else y).mT / x.shape[-1] + self.offset) ** self.degree
+
+    def __call__(self, x, y=None):
+        return (x @ (x if y is None else y).mT / x.shape[-1] + self.offset) ** self.degree
+
     up_to_constant = __call__
 
 
@@ -98,23 +118,29 @@ class Gaussian:
     r"""$k(x, y) = \exp(-\lVert x - y \rVert^2 / 2\sigma^2)$, with $\sigma$ = `bandwidth`.
 
     `bandwidth=None` is the median heuristic: the median distance between different samples, held constant by autograd."""
+
     bandwidth: float | None = None
 
     def __post_init__(self):
         if self.bandwidth is not None and not self.bandwidth > 0:
             raise ValueError(f"bandwidth must be positive, or None for the median distance; got {self.bandwidth}")
 
-    def __call__(self, x, y=None): return self._exponent(x, y).exp()
-    def up_to_constant(self, x, y=None): return self._exponent(x, y).expm1()
+    def __call__(self, x, y=None):
+        return self._exponent(x, y).exp()
+
+    def up_to_constant(self, x, y=None):
+        return self._exponent(x, y).expm1()
 
     def _exponent(self, x, y):
         d2 = _squared_distances(x, x if y is None else y)
-        if self.bandwidth is not None: return d2 / (-2 * self.bandwidth**2)
+        if self.bandwidth is not None:
+            return d2 / (-2 * self.bandwidth**2)
         distances = d2.detach()
         if y is None:
             i, j = torch.triu_indices(*d2.shape[-2:], offset=1, device=d2.device)
             distances = distances[..., i, j]
-        if not distances.shape[-1]: return -d2
+        if not distances.shape[-1]:
+            return -d2
         variance = distances.flatten(d2.dim() - 2).median(-1).values[..., None, None]
         return -d2 / (2 * torch.where(variance > 0, variance, torch.ones_like(variance)))
 
@@ -124,17 +150,21 @@ KERNELS = {"linear": Linear(), "polynomial": Polynomial(), "gaussian": Gaussian(
 
 def as_kernel(kernel):
     "A kernel by name, or any object that maps features (*batch, n, p), (*batch, m, p) to (*batch, n, m)."
-    if callable(kernel): return kernel
-    if kernel in KERNELS: return KERNELS[kernel]
-    raise ValueError(f"unknown kernel {kernel!r}: use one of {', '.join(KERNELS)}, or an object like Gaussian(bandwidth=2.0)")
+    if callable(kernel):
+        return kernel
+    if kernel in KERNELS:
+        return KERNELS[kernel]
+    raise ValueError(
+        f"unknown kernel {kernel!r}: use one of {', '.join(KERNELS)}, or an object like Gaussian(bandwidth=2.0)"
+    )
 
 
 @full_precision
 def gram(
-    x: Tensor,            # (*batch, n, ...): features of n samples
-    kernel="linear",      # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    kernel="linear",  # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
     batch_dims: int = 0,  # how many leading dimensions are separate problems
-) -> Tensor:              # (*batch, n, n)
+) -> Tensor:  # (*batch, n, n)
     r"Gram matrix $K_{ij} = k(x_i, x_j)$. Float32 at least; gradients flow."
     return as_kernel(kernel)(as_features(x, "x", batch_dims))
 
@@ -142,7 +172,7 @@ def gram(
 @full_precision
 def center(
     k: Tensor,  # (*batch, n, n): a Gram matrix
-) -> Tensor:    # (*batch, n, n)
+) -> Tensor:  # (*batch, n, n)
     "Centred Gram matrix $HKH$."
     return _double_center(_as_gram(k, "k"))
 
@@ -155,7 +185,9 @@ def _double_center(k: Tensor) -> Tensor:
 def _as_gram(k: Tensor, name: str) -> Tensor:
     k = as_real(k, name)
     if k.dim() < 2 or k.shape[-1] != k.shape[-2] or 0 in k.shape:
-        raise ValueError(f"{name} must be square, (*batch, n, n); got shape {tuple(k.shape)}. For features use cka(x, y)")
+        raise ValueError(
+            f"{name} must be square, (*batch, n, n); got shape {tuple(k.shape)}. For features use cka(x, y)"
+        )
     return k
 
 # %% ../nbs/theory/01_similarity.ipynb #76f9620b
@@ -168,31 +200,39 @@ def _u_center(k: Tensor) -> Tensor:
     return k - torch.diag_embed(k.diagonal(dim1=-2, dim2=-1))
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor: return (a * b).sum((-2, -1))
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((-2, -1))
 
 
 @full_precision
 def hsic(
-    k: Tensor,               # (*batch, n, n): Gram matrix
-    l: Tensor,               # (*batch, n, n): Gram matrix of the same samples
+    k: Tensor,  # (*batch, n, n): Gram matrix
+    l: Tensor,  # (*batch, n, n): Gram matrix of the same samples
     unbiased: bool = False,  # the estimate of Song et al. 2012 (n >= 4; may be negative) instead of the plug-in one
-) -> Tensor:                 # (*batch,)
+) -> Tensor:  # (*batch,)
     "Hilbert-Schmidt independence criterion of two Gram matrices (Gretton et al. 2005, eq. 9; Song et al. 2012, eq. 5)."
     k, l = _as_gram(k, "k"), _as_gram(l, "l")
-    if k.shape != l.shape: raise ValueError(f"k and l must have one shape, got {tuple(k.shape)} and {tuple(l.shape)}")
+    if k.shape != l.shape:
+        raise ValueError(f"k and l must have one shape, got {tuple(k.shape)} and {tuple(l.shape)}")
     n = k.shape[-1]
     if unbiased:
-        if n < 4: raise ValueError(f"got {n} sample(s), but the unbiased HSIC needs at least 4")
+        if n < 4:
+            raise ValueError(f"got {n} sample(s), but the unbiased HSIC needs at least 4")
         return _inner(_u_center(k), _u_center(l)) / (n * (n - 3))
-    if n < 2: raise ValueError(f"got {n} sample, but HSIC needs at least 2")
+    if n < 2:
+        raise ValueError(f"got {n} sample, but HSIC needs at least 2")
     return _inner(_double_center(k), _double_center(l)) / (n - 1) ** 2
 
 # %% ../nbs/theory/01_similarity.ipynb #ca1e83f4
 def _scaled(x: Tensor) -> Tensor:
     "Entries of order one, so that fourth powers neither overflow nor vanish. Zero stays zero."
     known, dims = x.detach(), (-2, -1)
-    if x.numel() < 2**22: size = known.abs().amax(dims, keepdim=True)
-    else: size = torch.maximum(known.amax(dims, keepdim=True), -known.amin(dims, keepdim=True))  # writes no copy: an eighth of the time, out of the cache
+    if x.numel() < 2**22:
+        size = known.abs().amax(dims, keepdim=True)
+    else:
+        size = torch.maximum(
+            known.amax(dims, keepdim=True), -known.amin(dims, keepdim=True)
+        )  # writes no copy: an eighth of the time, out of the cache
     return x / torch.where(size > 0, size, torch.ones_like(size))
 
 
@@ -225,52 +265,64 @@ def _centred_gram(kernel, x: Tensor, unbiased: bool) -> Tensor:
 # %% ../nbs/theory/01_similarity.ipynb #d4c7e937
 @full_precision
 def cka(
-    x: Tensor,               # (*batch, n, ...): features of n samples
-    y: Tensor,               # (*batch, n, ...): features of the same samples; widths may differ
-    kernel="linear",         # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
-    center: bool = True,     # centre the Gram matrices (CKA proper); False is the plain kernel alignment
+    x: Tensor,  # (*batch, n, ...): features of n samples
+    y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
+    kernel="linear",  # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
+    center: bool = True,  # centre the Gram matrices (CKA proper); False is the plain kernel alignment
     unbiased: bool = False,  # ratio of unbiased HSIC estimates ("debiased" CKA; needs n >= 4, may be negative)
-    batch_dims: int = 0,     # how many leading dimensions are separate problems
-) -> Tensor:                 # (*batch,): in [0, 1], or [-1, 1] if unbiased
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+) -> Tensor:  # (*batch,): in [0, 1], or [-1, 1] if unbiased
     """Centred kernel alignment (Kornblith et al. 2019, eq. 4), differentiable in both arguments.
 
     1 iff the Gram matrices are proportional; blind to rotation and to the scale of either side; 0 if either side is constant.
     Raises ValueError where the samples differ in number or are too few, TypeError for integer or complex input."""
     x, y = as_features(x, "x", batch_dims), as_features(y, "y", batch_dims)
-    if unbiased and not center: raise ValueError("unbiased=True estimates the centred HSIC; use it with center=True")
-    check_pair(x, y, batch_dims, *((4, "the unbiased estimate") if unbiased else (2, "centring") if center else (1, "alignment")))
+    if unbiased and not center:
+        raise ValueError("unbiased=True estimates the centred HSIC; use it with center=True")
+    check_pair(
+        x,
+        y,
+        batch_dims,
+        *((4, "the unbiased estimate") if unbiased else (2, "centring") if center else (1, "alignment")),
+    )
     kernel = as_kernel(kernel)
     linear = isinstance(kernel, Linear)
-    if linear: x, y = (_scaled(_shifted(t) if center else t) for t in (x, y))
+    if linear:
+        x, y = (_scaled(_shifted(t) if center else t) for t in (x, y))
     if linear and max(x.shape[-1], y.shape[-1]) < x.shape[-2]:
         return cosine(*(_linear_hsic(a, b, unbiased) for a, b in ((x, y), (x, x), (y, y))))
-    if center and not linear: k, l = (_centred_gram(kernel, t, unbiased) for t in (x, y))
+    if center and not linear:
+        k, l = (_centred_gram(kernel, t, unbiased) for t in (x, y))
     else:
         k, l = kernel(x), kernel(y)
-        if unbiased: k, l = _u_center(k), _u_center(l)
-    if not linear: k, l = _scaled(k), _scaled(l)
+        if unbiased:
+            k, l = _u_center(k), _u_center(l)
+    if not linear:
+        k, l = _scaled(k), _scaled(l)
     return cosine(_inner(k, l), _inner(k, k), _inner(l, l))
 
 # %% ../nbs/theory/01_similarity.ipynb #8ec91ae9
 @full_precision
 def mmd2(
-    x: Tensor,               # (*batch, n, ...): a sample of n points
-    y: Tensor,               # (*batch, m, ...): a sample of m points in the same space
-    kernel="gaussian",       # "linear", "polynomial", "gaussian" (median heuristic over both samples), or an object
+    x: Tensor,  # (*batch, n, ...): a sample of n points
+    y: Tensor,  # (*batch, m, ...): a sample of m points in the same space
+    kernel="gaussian",  # "linear", "polynomial", "gaussian" (median heuristic over both samples), or an object
     unbiased: bool = False,  # the U-statistic (n, m >= 2; may be negative) instead of the plug-in estimate
-    batch_dims: int = 0,     # how many leading dimensions are separate problems
-) -> Tensor:                 # (*batch,)
+    batch_dims: int = 0,  # how many leading dimensions are separate problems
+) -> Tensor:  # (*batch,)
     "Squared maximum mean discrepancy (Gretton et al. 2012, eq. 3 and 5), differentiable in both samples."
     x, y = as_features(x, "x", batch_dims), as_features(y, "y", batch_dims)
     if x.shape[-1] != y.shape[-1] or x.shape[:batch_dims] != y.shape[:batch_dims]:
         raise ValueError(f"x and y must lie in one space: got features of shape {tuple(x.shape)} and {tuple(y.shape)}")
     n, m = x.shape[-2], y.shape[-2]
-    if unbiased and min(n, m) < 2: raise ValueError(f"the unbiased estimate needs two points a side, got {n} and {m}")
+    if unbiased and min(n, m) < 2:
+        raise ValueError(f"the unbiased estimate needs two points a side, got {n} and {m}")
     kernel = as_kernel(kernel)
     z = torch.cat([x, y], -2)
     z = z - z.mean(-2, keepdim=True) if isinstance(kernel, (Linear, Gaussian)) else z  # neither sees a common shift
     k = getattr(kernel, "up_to_constant", kernel)(z)
     xx, yy, xy = k[..., :n, :n], k[..., n:, n:], k[..., :n, n:]
-    if not unbiased: return (xx.mean((-2, -1)) + yy.mean((-2, -1)) - 2 * xy.mean((-2, -1))).clamp_min(0)
+    if not unbiased:
+        return (xx.mean((-2, -1)) + yy.mean((-2, -1)) - 2 * xy.mean((-2, -1))).clamp_min(0)
     off = lambda a, n: (a.sum((-2, -1)) - a.diagonal(dim1=-2, dim2=-1).sum(-1)) / (n * (n - 1))
     return off(xx, n) + off(yy, m) - 2 * xy.mean((-2, -1))

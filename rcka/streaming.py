@@ -8,33 +8,44 @@ import copy
 import torch
 from torch import Tensor
 
-from .similarity import (Linear, _double_center, _scaled, _shifted, _u_center, as_features, as_kernel, cosine,
-                             full_precision)
+from rcka.similarity import (
+    Linear,
+    _double_center,
+    _scaled,
+    _shifted,
+    _u_center,
+    as_features,
+    as_kernel,
+    cosine,
+    full_precision,
+)
 
 # %% auto #0
 __all__ = ['chance_cka', 'effective_width', 'MinibatchCKA', 'StreamingCKA']
 
 # %% ../nbs/theory/03_estimators.ipynb #2a0ad34f
 def chance_cka(
-    n: int,            # samples in a batch
-    p: float,          # (effective) width of one side
-    q: float,          # (effective) width of the other
+    n: int,  # samples in a batch
+    p: float,  # (effective) width of one side
+    q: float,  # (effective) width of the other
     unbiased: bool = False,  # the unbiased estimate has nothing to correct: 0
 ) -> float:
     "What the biased CKA of a batch gives for independent Gaussian features: $1/\\sqrt{(1+n/p)(1+n/q)}$ (03_estimators, Proposition 1)."
-    if n < 2 or not min(p, q) > 0: raise ValueError(f"need n >= 2 samples and positive widths, got n={n}, p={p}, q={q}")
+    if n < 2 or not min(p, q) > 0:
+        raise ValueError(f"need n >= 2 samples and positive widths, got n={n}, p={p}, q={q}")
     return 0.0 if unbiased else ((1 + n / p) * (1 + n / q)) ** -0.5
 
 # %% ../nbs/theory/03_estimators.ipynb #3b2bcac2
 @full_precision
 def effective_width(
-    x: Tensor,            # (*batch, n, ...): features of n >= 4 samples
+    x: Tensor,  # (*batch, n, ...): features of n >= 4 samples
     batch_dims: int = 0,  # how many leading dimensions are separate problems
-) -> Tensor:              # (*batch,)
+) -> Tensor:  # (*batch,)
     "How many equally strong directions the features amount to, $(\\operatorname{tr}\\Sigma)^2 / \\operatorname{tr}\\Sigma^2$, with $\\operatorname{tr}\\Sigma^2$ estimated by $\\mathrm{HSIC}_1$. 0 for constant features."
     x = _scaled(_shifted(as_features(x, "x", batch_dims)))
     n = x.shape[-2]
-    if n < 4: raise ValueError(f"got {n} sample(s), but effective_width needs at least 4")
+    if n < 4:
+        raise ValueError(f"got {n} sample(s), but effective_width needs at least 4")
     trace = x.square().sum((-2, -1)) / (n - 1)
     trace_of_square = _u_center(x @ x.mT).square().sum((-2, -1)) / (n * (n - 3))
     return torch.where(trace > 0, trace.square() / torch.where(trace > 0, trace_of_square, 1), 0 * trace)
@@ -43,18 +54,22 @@ def effective_width(
 def _as_layers(features, side: str) -> list[Tensor]:
     "One tensor or a sequence of them, to (n, p) features each."
     features = [features] if isinstance(features, Tensor) else list(features)
-    if not features: raise ValueError(f"{side} is empty: give the features of at least one layer")
+    if not features:
+        raise ValueError(f"{side} is empty: give the features of at least one layer")
     features = [as_features(x, f"{side}[{i}]") for i, x in enumerate(features)]
     for i, x in enumerate(features):
         if len(x) != len(features[0]):
-            raise ValueError(f"{side}[{i}] has {len(x)} samples where {side}[0] has {len(features[0])}: all layers must see the same batch")
+            raise ValueError(
+                f"{side}[{i}] has {len(x)} samples where {side}[0] has {len(features[0])}: all layers must see the same batch"
+            )
     return features
 
 
 def _as_sides(a, b) -> tuple[list[Tensor], list[Tensor] | None]:
     "Both sides' layers; the same number of samples in each."
     a, b = _as_layers(a, "a"), None if b is None else _as_layers(b, "b")
-    if b and len(a[0]) != len(b[0]): raise ValueError(f"a and b must describe the same samples: got {len(a[0])} and {len(b[0])}")
+    if b and len(a[0]) != len(b[0]):
+        raise ValueError(f"a and b must describe the same samples: got {len(a[0])} and {len(b[0])}")
     return a, b
 
 
@@ -64,17 +79,19 @@ def _to_float64(x: Tensor) -> Tensor:
 
 
 def _check_finite(sums: Tensor, what: str):
-    if not sums.isfinite().all(): raise ValueError(f"features of layer(s) {(~sums.isfinite()).nonzero().flatten().tolist()}{what}")
+    if not sums.isfinite().all():
+        raise ValueError(f"features of layer(s) {(~sums.isfinite()).nonzero().flatten().tolist()}{what}")
 
 
 @full_precision
 def _centred_gram(
-    x: Tensor,        # (n, p)
-    kernel,           # a kernel object
-    unbiased: bool,   # U-centred or doubly centred
-):                    # (n*n,) of order one, and its scale, () in float64
+    x: Tensor,  # (n, p)
+    kernel,  # a kernel object
+    unbiased: bool,  # U-centred or doubly centred
+):  # (n*n,) of order one, and its scale, () in float64
     linear = isinstance(kernel, Linear)
-    if linear: x = _shifted(x)
+    if linear:
+        x = _shifted(x)
     size = x.abs().amax() if linear else x.new_ones(())
     size = torch.where(size > 0, size, 1)
     k = getattr(kernel, "up_to_constant", kernel)(x / size if linear else x)
@@ -85,7 +102,8 @@ def _centred_gram(
 
 
 @full_precision
-def _table(k: Tensor, l: Tensor) -> Tensor: return _to_float64(k @ l.mT)
+def _table(k: Tensor, l: Tensor) -> Tensor:
+    return _to_float64(k @ l.mT)
 
 # %% ../nbs/theory/03_estimators.ipynb #c18d02aa
 class MinibatchCKA:
@@ -94,8 +112,10 @@ class MinibatchCKA:
     With `unbiased=True` the value does not depend on the batch size in expectation, and may be negative. With `unbiased=False`
     it is the biased HSIC that is summed: the limit then depends on the batch size. A Gaussian with the median heuristic
     takes a bandwidth for each batch and layer; fix the bandwidth where exact unbiasedness matters."""
-    def __init__(self,
-        kernel="linear",        # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
+
+    def __init__(
+        self,
+        kernel="linear",  # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
         unbiased: bool = True,  # sum HSIC_1 of Song et al. 2012 (batches of at least 4), else the plug-in HSIC (at least 2)
     ):
         self.kernel, self.unbiased = as_kernel(kernel), unbiased
@@ -103,15 +123,18 @@ class MinibatchCKA:
         self.xy = self.xx = self.yy = None  # (A, B), (A,), (B,) in float64: sums of n * HSIC
 
     @torch.no_grad()
-    def update(self,
-        a,       # one network's features: A tensors (n, ...), one a layer; a single tensor is one layer
+    def update(
+        self,
+        a,  # one network's features: A tensors (n, ...), one a layer; a single tensor is one layer
         b=None,  # the other's: B tensors (n, ...) of the same samples; None compares `a` with itself
     ) -> MinibatchCKA:
         "Add a mini-batch. Raises ValueError where it is too small or does not fit the earlier ones."
         a, b = _as_sides(a, b)
         n, least = len(a[0]), 4 if self.unbiased else 2
         if n < least:
-            raise ValueError(f"got a batch of {n} sample(s), but unbiased={self.unbiased} needs at least {least}; drop the last batch")
+            raise ValueError(
+                f"got a batch of {n} sample(s), but unbiased={self.unbiased} needs at least {least}; drop the last batch"
+            )
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in a + (b or [])) else torch.float32
         k, k_size = self._stack(a, dtype)
         l, l_size = (k, k_size) if b is None else self._stack(b, dtype)
@@ -124,14 +147,19 @@ class MinibatchCKA:
         return torch.stack(rows), torch.stack(sizes)
 
     def _add(self, xy, xx, yy, samples):
-        if self.xy is None: self.xy, self.xx, self.yy = xy, xx, yy
+        if self.xy is None:
+            self.xy, self.xx, self.yy = xy, xx, yy
         elif self.xy.shape != xy.shape:
-            raise ValueError(f"earlier batches had {tuple(self.xy.shape)} layers on the two sides, this one has {tuple(xy.shape)}")
-        else: self.xy, self.xx, self.yy = (s + t.to(s.device) for s, t in ((self.xy, xy), (self.xx, xx), (self.yy, yy)))
+            raise ValueError(
+                f"earlier batches had {tuple(self.xy.shape)} layers on the two sides, this one has {tuple(xy.shape)}"
+            )
+        else:
+            self.xy, self.xx, self.yy = (s + t.to(s.device) for s, t in ((self.xy, xy), (self.xx, xx), (self.yy, yy)))
         self.samples += samples
         return self
 
-    def merge(self,
+    def merge(
+        self,
         other: MinibatchCKA,  # what another process saw
     ) -> MinibatchCKA:
         "Take over the other's batches, in place. `a + b` gives a new one; accumulators can be pickled and sent."
@@ -139,12 +167,15 @@ class MinibatchCKA:
             raise ValueError("both accumulators must have the same type, kernel and `unbiased`")
         return self if other.xy is None else self._add(other.xy, other.xx, other.yy, other.samples)
 
-    def __add__(self, other): return copy.copy(self).merge(other)
+    def __add__(self, other):
+        return copy.copy(self).merge(other)
 
     def compute(self) -> Tensor:  # (A, B) in float64
         "CKA of every pair of layers; 0 where a layer is constant. Raises ValueError before any batch and for features that are not finite."
-        if self.xy is None: raise ValueError("no batch yet: call update(a, b) first")
-        for side, s in (("a", self.xx), ("b", self.yy)): _check_finite(s, f" of {side} are not finite, or too large")
+        if self.xy is None:
+            raise ValueError("no batch yet: call update(a, b) first")
+        for side, s in (("a", self.xx), ("b", self.yy)):
+            _check_finite(s, f" of {side} are not finite, or too large")
         return cosine(self.xy, self.xx[:, None], self.yy)
 
 # %% ../nbs/theory/03_estimators.ipynb #af504c4e
@@ -167,7 +198,11 @@ def _moved(shift: Tensor, n: int, s: Tensor, c: Tensor, u: Tensor, t: Tensor) ->
     u_moved = u - torch.outer(trace + n * w, shift) - 2 * s.mT @ moved
     r, tw = (u * shift) @ s, torch.outer(trace, w)
     cross = s.mT @ (moved * shift) @ s
-    return c + n * torch.outer(shift, shift), u_moved, t - 2 * (r + r.mT) + tw + tw.mT + n * torch.outer(w, w) + 4 * cross
+    return (
+        c + n * torch.outer(shift, shift),
+        u_moved,
+        t - 2 * (r + r.mT) + tw + tw.mT + n * torch.outer(w, w) + 4 * cross,
+    )
 
 # %% ../nbs/theory/03_estimators.ipynb #9796b178
 def _together(a: StreamingCKA, b: StreamingCKA) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
@@ -182,56 +217,74 @@ class StreamingCKA:
     """Linear CKA between all layers of two networks, exactly that of the whole set, from batches of any size in any order.
 
     Keeps P x P float64 numbers, P the summed width of all layers on both sides: for layers that fit. Wider ones: `MinibatchCKA`."""
-    def __init__(self): self.samples, self.widths, self.split = 0, None, None
+
+    def __init__(self):
+        self.samples, self.widths, self.split = 0, None, None
 
     @torch.no_grad()
-    def update(self,
-        a,       # one network's features: A tensors (n, ...), one a layer; a single tensor is one layer
+    def update(
+        self,
+        a,  # one network's features: A tensors (n, ...), one a layer; a single tensor is one layer
         b=None,  # the other's: B tensors (n, ...) of the same samples; None compares `a` with itself
     ) -> StreamingCKA:
         "Add a batch of one sample or more. Raises ValueError where it does not fit the earlier ones."
         a, b = _as_sides(a, b)
         layers, part = a + (b or []), StreamingCKA()
-        part.samples, part.widths, part.split = len(a[0]), tuple(x.shape[1] for x in layers), None if b is None else len(a)
+        part.samples, part.widths, part.split = (
+            len(a[0]),
+            tuple(x.shape[1] for x in layers),
+            None if b is None else len(a),
+        )
         part.mean, part.c, part.u, part.t = _sums(torch.cat([_to_float64(x) for x in layers], 1), part.widths)
         return self.merge(part)
 
     @torch.no_grad()
-    def merge(self,
+    def merge(
+        self,
         other: StreamingCKA,  # what another process saw
     ) -> StreamingCKA:
         "Take over the other's samples, in place. `a + b` gives a new one; accumulators can be pickled and sent."
-        if type(other) is not type(self): raise ValueError(f"cannot merge {type(other).__name__} into StreamingCKA")
-        if not other.samples: return self
+        if type(other) is not type(self):
+            raise ValueError(f"cannot merge {type(other).__name__} into StreamingCKA")
+        if not other.samples:
+            return self
         if not self.samples:
             self.__dict__.update(other.__dict__)
             return self
         if (other.widths, other.split) != (self.widths, self.split):
-            raise ValueError(f"layers must keep their widths and sides: earlier {self.widths} ({self.split} of them on side a), now {other.widths} ({other.split})")
+            raise ValueError(
+                f"layers must keep their widths and sides: earlier {self.widths} ({self.split} of them on side a), now {other.widths} ({other.split})"
+            )
         self.samples, self.mean, self.c, self.u, self.t = _together(self, other.to(self.mean.device))
         return self
 
-    def to(self,
+    def to(
+        self,
         device,  # where the sums are to live
     ) -> StreamingCKA:
         "A copy whose sums live on `device`."
         moved = copy.copy(self)
         for name in ("mean", "c", "u", "t"):
-            if self.samples: setattr(moved, name, getattr(self, name).to(device))
+            if self.samples:
+                setattr(moved, name, getattr(self, name).to(device))
         return moved
 
-    def __add__(self, other): return copy.copy(self).merge(other)
+    def __add__(self, other):
+        return copy.copy(self).merge(other)
 
-    def compute(self,
+    def compute(
+        self,
         unbiased: bool = False,  # the debiased CKA of the whole set (at least 4 samples) instead of the plug-in one (at least 2)
-    ) -> Tensor:                 # (A, B) in float64; (A, A) where there was no side b
+    ) -> Tensor:  # (A, B) in float64; (A, A) where there was no side b
         "CKA of every pair of layers; 0 where a layer is constant. Raises ValueError before enough samples and for features that are not finite."
         n, least = self.samples, 4 if unbiased else 2
-        if n < least: raise ValueError(f"got {n} sample(s) so far, but unbiased={unbiased} needs at least {least}")
+        if n < least:
+            raise ValueError(f"got {n} sample(s) so far, but unbiased={unbiased} needs at least {least}")
         s = _layer_of(self.widths, self.mean)
         trace = self.c.diagonal() @ s
         _check_finite(trace, ", counted over both sides, are not finite")
         h = s.mT @ self.c.square() @ s
-        if unbiased: h = h - n / (n - 2) * self.t + torch.outer(trace, trace) / ((n - 1) * (n - 2))
+        if unbiased:
+            h = h - n / (n - 2) * self.t + torch.outer(trace, trace) / ((n - 1) * (n - 2))
         value = cosine(h, h.diagonal()[:, None], h.diagonal())
-        return value if self.split is None else value[:self.split, self.split:]
+        return value if self.split is None else value[: self.split, self.split :]

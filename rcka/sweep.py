@@ -14,11 +14,12 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple
 
 import nbformat
 import papermill
@@ -41,32 +42,43 @@ __all__ = ['FULL', 'grid', 'paper_pairs', 'with_teachers', 'misfits', 'notebook_
 # %% ../nbs/method/09_sweep.ipynb #a60dbc75
 def grid(
     dataset: str,
-    pairs: str | Iterable[str] = "all",  # "TEACHER:STUDENT", several with a comma or as a list; "all" are the published ones
+    pairs: str
+    | Iterable[str] = "all",  # "TEACHER:STUDENT", several with a comma or as a list; "all" are the published ones
     methods: str | Iterable[str] = ("none", "kd", "rcka"),
     seeds: Iterable[int] = (0, 1, 2),
-    **fields,                            # of `Experiment`, the same for all
+    **fields,  # of `Experiment`, the same for all
 ) -> list[Experiment]:
     "One experiment for each pair, method and seed."
     listed = lambda v: [x.strip() for x in v.split(",") if x.strip()] if isinstance(v, str) else list(v)
     pairs = paper_pairs(dataset) if pairs == "all" else [_pair(p) for p in listed(pairs)]
-    runs = [Experiment.paper(dataset, None if method == "none" else teacher, student, method, seed, **fields)
-            for teacher, student in pairs for method in listed(methods) for seed in seeds]
-    if not runs: raise ValueError("nothing to run: give at least one pair, one method and one seed")
+    runs = [
+        Experiment.paper(dataset, None if method == "none" else teacher, student, method, seed, **fields)
+        for teacher, student in pairs
+        for method in listed(methods)
+        for seed in seeds
+    ]
+    if not runs:
+        raise ValueError("nothing to run: give at least one pair, one method and one seed")
     return list({e.key: e for e in runs}.values())
 
 
 def paper_pairs(dataset: str) -> list[tuple[str, str]]:
     "Teacher and student of every row of the published table, by the names of `create_model`."
     ours = lambda name: name if name in list_models() else f"{name}_half"
-    if of_imagenet(dataset): ours = lambda name: name if name == "mobilenet_v1" else f"torchvision/{name}"  # the package's own ResNets are for small images
+    if of_imagenet(dataset):
+        ours = lambda name: (
+            name if name == "mobilenet_v1" else f"torchvision/{name}"
+        )  # the package's own ResNets are for small images
     return list(dict.fromkeys((ours(r["teacher"]), ours(r["student"])) for r in published(dataset.split(":")[0])))
 
 
 def _pair(text: str) -> tuple[str, str]:
     names = text.split(":")
-    if len(names) != 2: raise ValueError(f"a pair is TEACHER:STUDENT, got {text!r}")
+    if len(names) != 2:
+        raise ValueError(f"a pair is TEACHER:STUDENT, got {text!r}")
     for name in names:
-        if "/" not in name and name not in list_models(): raise ValueError(nearest(name, list_models(), "network"))
+        if "/" not in name and name not in list_models():
+            raise ValueError(nearest(name, list_models(), "network"))
     return names[0], names[1]
 
 
@@ -79,16 +91,29 @@ def with_teachers(experiments: Iterable[Experiment]) -> list[Experiment]:
 # %% ../nbs/method/09_sweep.ipynb #94d2c654
 def misfits(experiments: Iterable[Experiment]) -> list[str]:
     "What stands in the way of these experiments: one sentence for each pair and method that do not fit, or a dataset that is not there."
-    identity = lambda e: (e.dataset, e.teacher, e.student, e.method, json.dumps(e.method_args), e.student_paths, e.teacher_paths, e.teacher_weights)
+    identity = lambda e: (
+        e.dataset,
+        e.teacher,
+        e.student,
+        e.method,
+        json.dumps(e.method_args),
+        e.student_paths,
+        e.teacher_paths,
+        e.teacher_weights,
+    )
     problems, data = [], {}
     for e in {identity(e): e for e in experiments}.values():
         where = (e.dataset, e.train_limit, e.test_limit, e.image_size, e.evaluate_on, e.skip_broken)
         try:
-            if where not in data: data[where] = e.load_data()
+            if where not in data:
+                data[where] = e.load_data()
             _try(e, data[where])
         except Exception as error:
-            if where not in data: problems.append(f"{e.dataset}: {error}"); data[where] = None
-            elif data[where]: problems.append(f"{f'{e.teacher}:' if e.teacher else ''}{e.student} by {e.method}: {error}")
+            if where not in data:
+                problems.append(f"{e.dataset}: {error}")
+                data[where] = None
+            elif data[where]:
+                problems.append(f"{f'{e.teacher}:' if e.teacher else ''}{e.student} by {e.method}: {error}")
     return problems
 
 
@@ -107,52 +132,69 @@ def notebook_for(dataset: str) -> Path:
     "The benchmark notebook that runs a dataset's experiments."
     places = [checkout(), Path(rcka.__file__).resolve().parent.parent]
     folder = next((p / "nbs" / "benchmarks" for p in places if p and (p / "nbs" / "benchmarks").is_dir()), None)
-    if folder is None: raise FileNotFoundError("the benchmark notebooks are in a checkout of rcka, and this is none: give notebook=")
+    if folder is None:
+        raise FileNotFoundError("the benchmark notebooks are in a checkout of rcka, and this is none: give notebook=")
     own = folder / f"{dataset.split(':')[0]}.ipynb"
-    return own if own.exists() and "student" in parameters(own) and "method" in parameters(own) else folder / "cifar10.ipynb"
+    return (
+        own
+        if own.exists() and "student" in parameters(own) and "method" in parameters(own)
+        else folder / "cifar10.ipynb"
+    )
 
 
 def parameters(notebook: Path | str) -> dict:
     "Names and defaults of the cell tagged `parameters`."
     cells = [c for c in nbformat.read(notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
     found: dict = {}
-    for cell in cells: exec(cell.source, {}, found)
+    for cell in cells:
+        exec(cell.source, {}, found)
     return found
 
 
 def fingerprint(notebook: Path | str) -> str:
     "A hash of a notebook's code; of an executed one, of the notebook it was made from."
     nb = nbformat.read(notebook, as_version=4)
-    if "rcka" in nb.metadata: return nb.metadata["rcka"]["fingerprint"]
+    if "rcka" in nb.metadata:
+        return nb.metadata["rcka"]["fingerprint"]
     return hashlib.sha256("\n\n".join(c.source for c in nb.cells if c.cell_type == "code").encode()).hexdigest()[:12]
 
 
 def value_of(text: str):
     "A parameter from the command line: a Python literal, true, false or null, else text."
     named = {"true": True, "false": False, "null": None}
-    if text.lower() in named: return named[text.lower()]
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return text
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 # %% ../nbs/method/09_sweep.ipynb #6cd6575d
 papermill.engines.papermill_engines.register("rcka", engine)  # for a checkout that was never installed
-
 
 
 def execute(notebook: Path | str, output: Path | str, values: dict, progress: bool = False):
     "Execute a notebook with these parameters; the executed one is written cell by cell."
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata["rcka"] = {"notebook": Path(notebook).name, "fingerprint": fingerprint(notebook)}
-    papermill.execute_notebook(nb, str(output), parameters=values, engine_name="rcka", kernel_name="python3",
-                               progress_bar=progress, start_timeout=300)
+    papermill.execute_notebook(
+        nb,
+        str(output),
+        parameters=values,
+        engine_name="rcka",
+        kernel_name="python3",
+        progress_bar=progress,
+        start_timeout=300,
+    )
 
 # %% ../nbs/method/09_sweep.ipynb #36e17394
 class Outcome(NamedTuple):
     "What became of one experiment of a sweep."
+
     key: str
-    state: str           # "done", "found" (was done before), "failed", "busy" (another process is at it), "blocked" (its teacher failed)
+    state: str  # "done", "found" (was done before), "failed", "busy" (another process is at it), "blocked" (its teacher failed)
     seconds: float = 0.0
-    error: str = ""      # one line
+    error: str = ""  # one line
     fingerprint: str = ""  # of the notebook it was made with
 
 # %% ../nbs/method/09_sweep.ipynb #15b8a9a4
@@ -161,8 +203,13 @@ def write_failure(folder: Path, error: BaseException) -> str:
     where = getattr(error, "traceback", None) or traceback.format_exception(error)  # papermill's own has the kernel's
     name = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
     line = next((l.strip() for l in name.splitlines() if l.strip()), type(error).__name__)
-    values = {"error": line, "traceback": _plain("\n".join(where)), "when": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    with contextlib.suppress(OSError): write_atomic(folder / "failure.json", json.dumps(values, indent=1) + "\n")  # the disk may be full
+    values = {
+        "error": line,
+        "traceback": _plain("\n".join(where)),
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    with contextlib.suppress(OSError):
+        write_atomic(folder / "failure.json", json.dumps(values, indent=1) + "\n")  # the disk may be full
     return line
 
 
@@ -172,8 +219,10 @@ def _plain(text: str) -> str:
 
 # %% ../nbs/method/09_sweep.ipynb #e93881b8
 def _made_with(folder: Path) -> str:
-    try: return fingerprint(folder / "notebook.ipynb")
-    except Exception: return ""
+    try:
+        return fingerprint(folder / "notebook.ipynb")
+    except Exception:
+        return ""
 
 
 @contextlib.contextmanager
@@ -182,30 +231,37 @@ def _environment(**values):
     values = {k: str(v) for k, v in values.items() if v is not None}
     before = {k: os.environ.get(k) for k in values}
     os.environ.update(values)
-    try: yield
+    try:
+        yield
     finally:
-        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
+        for k, v in before.items():
+            os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
 
 # %% ../nbs/method/09_sweep.ipynb #8345d27b
 def work(
-    experiment: dict,           # of `Experiment.to_dict`
-    root: str,                  # folder of all runs
-    notebook: str,              # path
-    threads: int | None = None, # CPU threads of the kernel
+    experiment: dict,  # of `Experiment.to_dict`
+    root: str,  # folder of all runs
+    notebook: str,  # path
+    threads: int | None = None,  # CPU threads of the kernel
 ) -> Outcome:
     "Run one experiment through its notebook, or find what it left."
     e, start = Experiment.from_dict(experiment), time.perf_counter()
     folder = Path(root) / e.key
-    outcome = lambda state, error="": Outcome(e.key, state, round(time.perf_counter() - start, 1), error, _made_with(folder))
+    outcome = lambda state, error="": Outcome(
+        e.key, state, round(time.perf_counter() - start, 1), error, _made_with(folder)
+    )
     try:
         with FileLock(folder / ".sweep.lock", timeout=0):
-            if (folder / "result.json").exists(): Result.load(folder / "result.json"); return outcome("found")
+            if (folder / "result.json").exists():
+                Result.load(folder / "result.json")
+                return outcome("found")
             with _environment(RCKA_RUNS=str(Path(root).resolve()), OMP_NUM_THREADS=threads):
                 execute(notebook, folder / "notebook.ipynb", e.to_dict())
             Result.load(folder / "result.json")
             (folder / "failure.json").unlink(missing_ok=True)
             return outcome("done")
-    except Timeout: return outcome("busy")
+    except Timeout:
+        return outcome("busy")
     except Exception as error:
         return outcome("failed", write_failure(folder, error))
 
@@ -214,37 +270,53 @@ def state(folder: Path | str) -> str:
     "done, unreadable (a result cut short or of a newer format), running, failed, interrupted or waiting."
     folder = Path(folder)
     if (folder / "result.json").exists():
-        try: Result.load(folder / "result.json"); return "done"
-        except (ValueError, TypeError): return "unreadable"
-    if any(_held(folder / name) for name in (".lock", ".sweep.lock")): return "running"
-    if (folder / "failure.json").exists(): return "failed"
+        try:
+            Result.load(folder / "result.json")
+            return "done"
+        except (ValueError, TypeError):
+            return "unreadable"
+    if any(_held(folder / name) for name in (".lock", ".sweep.lock")):
+        return "running"
+    if (folder / "failure.json").exists():
+        return "failed"
     return "interrupted" if any(folder.glob("checkpoint*.pt")) else "waiting"
 
 
 def _held(lock: Path) -> bool:
-    if not lock.exists(): return False
+    if not lock.exists():
+        return False
     try:
-        with FileLock(lock, timeout=0): return False
-    except Timeout: return True
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def epochs_done(folder: Path | str) -> int:
     "Whole epochs a run has behind it."
-    try: return max(0, (Path(folder) / "metrics.csv").read_bytes().count(b"\n") - 1)
-    except OSError: return 0
+    try:
+        return max(0, (Path(folder) / "metrics.csv").read_bytes().count(b"\n") - 1)
+    except OSError:
+        return 0
 
 # %% ../nbs/method/09_sweep.ipynb #7d80ad3d
-_context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+_context = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+)
 
 
 class Processes(Executor):
     "Calls in processes of their own, so many at a time. One that dies takes nobody with it; all die with the one who asked."
+
     def __init__(self, max_workers: int = 1):
-        if max_workers < 1: raise ValueError(f"max_workers must be 1 or more, got {max_workers}")
-        if _context.get_start_method() == "forkserver": _context.set_forkserver_preload(["rcka.sweep"])  # torch is imported once
+        if max_workers < 1:
+            raise ValueError(f"max_workers must be 1 or more, got {max_workers}")
+        if _context.get_start_method() == "forkserver":
+            _context.set_forkserver_preload(["rcka.sweep"])  # torch is imported once
         self._threads, self._running = ThreadPoolExecutor(max_workers), set()
 
-    def submit(self, fn, /, *args, **kwargs): return self._threads.submit(self._call, fn, args, kwargs)
+    def submit(self, fn, /, *args, **kwargs):
+        return self._threads.submit(self._call, fn, args, kwargs)
 
     def _call(self, fn, args, kwargs):
         answer, pipe = _context.Pipe(duplex=False)
@@ -252,47 +324,61 @@ class Processes(Executor):
         process.start()
         pipe.close()
         self._running.add(process)
-        try: value, error = answer.recv()
+        try:
+            value, error = answer.recv()
         except EOFError:
             process.join()
-            raise RuntimeError(f"the process ended with exit code {process.exitcode}; a negative one is the signal that killed it") from None
+            raise RuntimeError(
+                f"the process ended with exit code {process.exitcode}; a negative one is the signal that killed it"
+            ) from None
         finally:
             process.join()
             self._running.discard(process)
-        if error: raise error
+        if error:
+            raise error
         return value
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False):
         "With `cancel_futures`, running calls are killed too."
         self._threads.shutdown(wait=False, cancel_futures=cancel_futures)
         if cancel_futures:
-            for process in list(self._running): process.kill()
+            for process in list(self._running):
+                process.kill()
         self._threads.shutdown(wait=wait)
 
-    def __exit__(self, kind, *_): self.shutdown(cancel_futures=kind is not None)
+    def __exit__(self, kind, *_):
+        self.shutdown(cancel_futures=kind is not None)
 
 
 def _child(pipe, environment, fn, args, kwargs):
     os.environ.update(environment)  # the fork server's may be older
-    with contextlib.suppress(AttributeError, OSError): os.setpgid(0, 0)  # Ctrl-C in the terminal is for the sweep, which then ends us
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpgid(0, 0)  # Ctrl-C in the terminal is for the sweep, which then ends us
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    call = threading.Thread(target=_answer, args=(pipe, fn, args, kwargs), daemon=True)  # not the main thread, where papermill would catch signals
+    call = threading.Thread(
+        target=_answer, args=(pipe, fn, args, kwargs), daemon=True
+    )  # not the main thread, where papermill would catch signals
     call.start()
     call.join()
 
 
 def _answer(pipe, fn, args, kwargs):
-    try: answer = fn(*args, **kwargs), None
-    except Exception as error: answer = None, RuntimeError(f"{type(error).__name__}: {error}")
+    try:
+        answer = fn(*args, **kwargs), None
+    except Exception as error:
+        answer = None, RuntimeError(f"{type(error).__name__}: {error}")
     pipe.send(answer)
 
 # %% ../nbs/method/09_sweep.ipynb #b350ef8b
 class Work:
     "A few runs side by side: what one job does."
+
     def __call__(self, runs: list[tuple]) -> list[Outcome]:
-        if threading.current_thread() is not threading.main_thread() and len(runs) == 1: return [work(*runs[0])]
-        with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, signal.SIG_DFL)  # preempted: go at once, the files are whole at any time
+        if threading.current_thread() is not threading.main_thread() and len(runs) == 1:
+            return [work(*runs[0])]
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # preempted: go at once, the files are whole at any time
         with Processes(len(runs)) as side_by_side:
             futures = [side_by_side.submit(work, *args) for args in runs]
             return [_outcome(f, *args[:2], patience=2) for f, args in zip(futures, runs)]
@@ -300,12 +386,14 @@ class Work:
     def checkpoint(self, runs):
         "submitit asks for this when Slurm takes the job away: the same again."
         from submitit.helpers import DelayedSubmission
+
         return DelayedSubmission(self, runs)
 
 
 def _outcome(future, experiment: dict, root: str, patience: float = 0) -> Outcome:
     "What a call came to, its death included."
-    try: return future.result()
+    try:
+        return future.result()
     except Exception as error:
         time.sleep(patience)  # when a whole job is killed its children may go first, and that is no failure of theirs
         key = Experiment.from_dict(experiment).key
@@ -313,28 +401,36 @@ def _outcome(future, experiment: dict, root: str, patience: float = 0) -> Outcom
 
 
 def slurm(
-    root: Path | str,           # folder of all runs, on a file system that all nodes see
+    root: Path | str,  # folder of all runs, on a file system that all nodes see
     partition: str | None = None,
-    gpus_per_run: int = 1,      # 0 on a cluster without GPUs
+    gpus_per_run: int = 1,  # 0 on a cluster without GPUs
     runs_per_gpu: int = 1,
     cpus_per_run: int = 1,
-    hours: float = 24,          # time limit of a job; at the limit it is queued again
+    hours: float = 24,  # time limit of a job; at the limit it is queued again
 ):
     "Executor that hands jobs to Slurm."
-    try: import submitit
-    except ImportError as e: raise ImportError("the Slurm executor needs submitit: pip install 'rcka[slurm]'") from e
+    try:
+        import submitit
+    except ImportError as e:
+        raise ImportError("the Slurm executor needs submitit: pip install 'rcka[slurm]'") from e
     executor = submitit.AutoExecutor(folder=Path(root).resolve() / ".slurm", cluster="slurm")
-    executor.update_parameters(name="rcka", timeout_min=int(60 * hours), cpus_per_task=cpus_per_run * runs_per_gpu,
-                               gpus_per_node=gpus_per_run or None, slurm_partition=partition)
+    executor.update_parameters(
+        name="rcka",
+        timeout_min=int(60 * hours),
+        cpus_per_task=cpus_per_run * runs_per_gpu,
+        gpus_per_node=gpus_per_run or None,
+        slurm_partition=partition,
+    )
     return executor
 
 # %% ../nbs/method/09_sweep.ipynb #bdafb942
 class Tally(NamedTuple):
     "How far a sweep is."
+
     outcomes: list[Outcome]  # all so far
-    news: list[Outcome]      # since the last time
-    runs: int                # in all
-    epochs: int              # in all, of runs that did not fail
+    news: list[Outcome]  # since the last time
+    runs: int  # in all
+    epochs: int  # in all, of runs that did not fail
     epochs_done: int
     seconds_left: float | None  # from the pace so far; None: no pace yet
 
@@ -348,22 +444,30 @@ class DiskFull(OSError):
 # %% ../nbs/method/09_sweep.ipynb #171b7a40
 class _Sweep:
     "The state of a sweep: what waits, what is under way, what has come out."
+
     def __init__(self, experiments, root, executor, notebook, retry, runs_per_job, threads):
         self.root, self.executor, self.runs_per_job = root, executor, runs_per_job
         self.experiments = {e.key: e for e in with_teachers(experiments)}
-        self.arguments = {k: (e.to_dict(), str(root), str(notebook or notebook_for(e.dataset)), threads) for k, e in self.experiments.items()}
+        self.arguments = {
+            k: (e.to_dict(), str(root), str(notebook or notebook_for(e.dataset)), threads)
+            for k, e in self.experiments.items()
+        }
         self.outcomes, self.news, self.flights, self.elsewhere = {}, [], [], set()
         self.waiting = list(self.experiments)
         for key, e in self.experiments.items():
-            try: _claim(root / key, e)
-            except ValueError as error: self.settle(Outcome(key, "failed", error=str(error)))
+            try:
+                _claim(root / key, e)
+            except ValueError as error:
+                self.settle(Outcome(key, "failed", error=str(error)))
             else:
-                if not retry and state(root / key) == "failed": self.settle(Outcome(key, "failed", error="failed before, and was not tried again"))
+                if not retry and state(root / key) == "failed":
+                    self.settle(Outcome(key, "failed", error="failed before, and was not tried again"))
         self.epochs = {k: epochs_done(root / k) for k in self.experiments}
         self.start, self.epochs_before = time.monotonic(), sum(self.epochs.values())
 
     def settle(self, outcome: Outcome):
-        if outcome.key in self.waiting: self.waiting.remove(outcome.key)
+        if outcome.key in self.waiting:
+            self.waiting.remove(outcome.key)
         self.outcomes[outcome.key] = outcome
         self.news.append(outcome)
 
@@ -371,12 +475,16 @@ class _Sweep:
         "Hand over all that is ready: not done, and its teacher is there."
         ready = []
         for key in list(self.waiting):
-            if state(self.root / key) == "done": self.settle(Outcome(key, "found", fingerprint=_made_with(self.root / key))); continue
+            if state(self.root / key) == "done":
+                self.settle(Outcome(key, "found", fingerprint=_made_with(self.root / key)))
+                continue
             own = self.experiments[key].teachers
             teacher = self.outcomes.get(own.key) if own and own.key in self.experiments else None
-            if teacher and teacher.state in ("failed", "blocked"): self.settle(Outcome(key, "blocked", error=f"its teacher failed: {own.key}"))
-            elif teacher or not own or own.key not in self.experiments: ready.append(key)
-        for keys in (ready[i:i + self.runs_per_job] for i in range(0, len(ready), self.runs_per_job)):
+            if teacher and teacher.state in ("failed", "blocked"):
+                self.settle(Outcome(key, "blocked", error=f"its teacher failed: {own.key}"))
+            elif teacher or not own or own.key not in self.experiments:
+                ready.append(key)
+        for keys in (ready[i : i + self.runs_per_job] for i in range(0, len(ready), self.runs_per_job)):
             self.flights.append((self.executor.submit(Work(), [self.arguments[k] for k in keys]), keys))
             self.waiting = [k for k in self.waiting if k not in keys]
 
@@ -384,38 +492,52 @@ class _Sweep:
         "Take in what has come out; what another process is at is looked for until that one is done or gone."
         for future, keys in [f for f in self.flights if f[0].done()]:
             self.flights.remove((future, keys))
-            try: outcomes = future.result()
-            except Exception: outcomes = [_outcome(future, *self.arguments[k][:2]) for k in keys]
+            try:
+                outcomes = future.result()
+            except Exception:
+                outcomes = [_outcome(future, *self.arguments[k][:2]) for k in keys]
             for outcome in outcomes:
-                if outcome.state == "busy": self.elsewhere.add(outcome.key)
-                else: self.settle(outcome)
-                if any(text in outcome.error for text in FULL): raise DiskFull(f"the disk is full at {self.root} ({outcome.error}). Make room and start again")
+                if outcome.state == "busy":
+                    self.elsewhere.add(outcome.key)
+                else:
+                    self.settle(outcome)
+                if any(text in outcome.error for text in FULL):
+                    raise DiskFull(f"the disk is full at {self.root} ({outcome.error}). Make room and start again")
         back = {k for k in self.elsewhere if state(self.root / k) != "running"}
         self.elsewhere -= back
         self.waiting += back
 
     def tally(self) -> Tally:
-        for key in [*self.elsewhere, *(k for _, keys in self.flights for k in keys)]: self.epochs[key] = epochs_done(self.root / key)
-        for key, outcome in self.outcomes.items(): self.epochs[key] = self.experiments[key].epochs if outcome.state in ("done", "found") else 0
+        for key in [*self.elsewhere, *(k for _, keys in self.flights for k in keys)]:
+            self.epochs[key] = epochs_done(self.root / key)
+        for key, outcome in self.outcomes.items():
+            self.epochs[key] = self.experiments[key].epochs if outcome.state in ("done", "found") else 0
         lost = {k for k, o in self.outcomes.items() if o.state in ("failed", "blocked")}
         whole, done = sum(e.epochs for k, e in self.experiments.items() if k not in lost), sum(self.epochs.values())
         found = sum(self.experiments[k].epochs for k, o in self.outcomes.items() if o.state == "found")
         pace = max(0, done - max(self.epochs_before, found)) / (time.monotonic() - self.start)
         news, self.news = self.news, []
-        return Tally(list(self.outcomes.values()), news, len(self.experiments), whole, done, (whole - done) / pace if pace else None)
+        return Tally(
+            list(self.outcomes.values()),
+            news,
+            len(self.experiments),
+            whole,
+            done,
+            (whole - done) / pace if pace else None,
+        )
 
 # %% ../nbs/method/09_sweep.ipynb #8a96355f
 def sweep(
     experiments: Iterable[Experiment],
-    root: Path | str | None = None,        # folder of all runs; None: see `runs_root`
-    executor=None,                         # interface of concurrent.futures; None: one process at a time on this machine
-    notebook: Path | str | None = None,    # None: the benchmark notebook of the dataset
-    retry: bool = True,                    # whether to try again what failed in an earlier sweep
-    runs_per_job: int = 1,                 # how many runs share one submission
-    threads: int | None = None,            # CPU threads of each run; None: as the environment says
+    root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
+    executor=None,  # interface of concurrent.futures; None: one process at a time on this machine
+    notebook: Path | str | None = None,  # None: the benchmark notebook of the dataset
+    retry: bool = True,  # whether to try again what failed in an earlier sweep
+    runs_per_job: int = 1,  # how many runs share one submission
+    threads: int | None = None,  # CPU threads of each run; None: as the environment says
     watch: Callable[[Tally], None] = lambda tally: None,  # called at every look
-    every: float = 0.5,                    # seconds between two looks
-) -> list[Outcome]:                        # of the experiments and the teachers they need
+    every: float = 0.5,  # seconds between two looks
+) -> list[Outcome]:  # of the experiments and the teachers they need
     "Run the experiments that are not done yet. Can be stopped and started at any time."
     executor, own = executor or Processes(), executor is None
     this = _Sweep(experiments, runs_root(root).resolve(), executor, notebook, retry, runs_per_job, threads)
@@ -423,12 +545,16 @@ def sweep(
         while True:
             this.submit()
             watch(this.tally())
-            if not (this.flights or this.elsewhere or this.waiting): return list(this.outcomes.values())
+            if not (this.flights or this.elsewhere or this.waiting):
+                return list(this.outcomes.values())
             time.sleep(every)
             this.collect()
     except BaseException:  # stopped: nothing goes on behind the user's back
-        for future, _ in this.flights: future.cancel()
-        if isinstance(executor, Processes): executor.shutdown(cancel_futures=True)
+        for future, _ in this.flights:
+            future.cancel()
+        if isinstance(executor, Processes):
+            executor.shutdown(cancel_futures=True)
         raise
     finally:
-        if own: executor.shutdown()
+        if own:
+            executor.shutdown()

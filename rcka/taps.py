@@ -19,9 +19,10 @@ __all__ = ['NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'as_l
 # %% ../nbs/method/03_taps.ipynb #8dbce422
 class Place(NamedTuple):
     "A path, taken apart."
-    module: str                  # name in model.named_modules()
-    input: bool                  # its first input instead of its output
-    index: tuple[int | str, ...] # which element, where that is a tuple or a dict
+
+    module: str  # name in model.named_modules()
+    input: bool  # its first input instead of its output
+    index: tuple[int | str, ...]  # which element, where that is a tuple or a dict
 
 
 def parse_path(path: str) -> Place:
@@ -37,62 +38,86 @@ def parse_path(path: str) -> Place:
 def unwrap(model: nn.Module) -> nn.Module:
     "The network inside torch.compile and (distributed) data parallel wrappers."
     while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module): model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-        else: return model
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
     "The module a path names; ValueError with the near names if there is none."
     modules = dict(unwrap(model).named_modules(remove_duplicate=False))
     name = parse_path(path).module
-    if name in modules: return modules[name]
+    if name in modules:
+        return modules[name]
     names = [n for n in modules if n]
-    raise ValueError(nearest(name, names, f"{type(unwrap(model)).__name__} module", most=5) + ". All names: [name for name, _ in model.named_modules()]")
+    raise ValueError(
+        nearest(name, names, f"{type(unwrap(model)).__name__} module", most=5)
+        + ". All names: [name for name, _ in model.named_modules()]"
+    )
 
 # %% ../nbs/method/03_taps.ipynb #5a9fdf37
 def as_logits(
     output,  # what a network returned
 ) -> Tensor:
     "The logits in a network's output: the tensor, its `.logits`, its 'logits' or 'out', or the first of a tuple."
-    if isinstance(output, Tensor): return output
+    if isinstance(output, Tensor):
+        return output
     found = getattr(output, "logits", None)
     if found is None and isinstance(output, Mapping):
         found = output["logits"] if "logits" in output else output.get("out")
     elif found is None and isinstance(output, (tuple, list)) and output:
         found = output[0]
-    if isinstance(found, Tensor): return found
+    if isinstance(found, Tensor):
+        return found
     what = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
-    raise TypeError(f"cannot find logits in a {type(output).__name__}{what}: give Taps(..., logits=function), "
-                    "a function that picks them out of what the network returns")
+    raise TypeError(
+        f"cannot find logits in a {type(output).__name__}{what}: give Taps(..., logits=function), "
+        "a function that picks them out of what the network returns"
+    )
 
 # %% ../nbs/method/03_taps.ipynb #e3837d72
 def _pick(value, place: Place, path: str) -> Tensor:
     "The tensor at `path` in what a hook saw."
     for key in place.index:
-        if isinstance(value, Mapping) and key not in value: key = str(key)  # the maps of a feature pyramid are named "0", "1", ...
-        try: value = value[key]
+        if isinstance(value, Mapping) and key not in value:
+            key = str(key)  # the maps of a feature pyramid are named "0", "1", ...
+        try:
+            value = value[key]
         except (LookupError, TypeError):
             raise ValueError(f"path {path!r}: no element [{key}] in {_describe(value)}") from None
-    if isinstance(value, Tensor): return value
-    raise TypeError(f"path {path!r} is not a tensor but {_describe(value)}; choose an element, as in '{path}[0]', or another module")
+    if isinstance(value, Tensor):
+        return value
+    raise TypeError(
+        f"path {path!r} is not a tensor but {_describe(value)}; choose an element, as in '{path}[0]', or another module"
+    )
 
 
 def _describe(value) -> str:
-    if isinstance(value, Mapping): return f"a {type(value).__name__} with keys {list(value)}"
-    if isinstance(value, Tensor): return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {list(value)}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, Sequence) else "")
 
 
 class _Hook:
     "Writes down what one place gives, while its owner is at work. Copies and pickles of a model carry it without an owner."
-    def __init__(self, owner=None, path="", place=None): self.owner, self.path, self.place = owner, path, place
-    def __reduce__(self): return _Hook, ()
+
+    def __init__(self, owner=None, path="", place=None):
+        self.owner, self.path, self.place = owner, path, place
+
+    def __reduce__(self):
+        return _Hook, ()
 
     def __call__(self, module, args, kwargs, output=None):
-        if self.owner is None or self.owner._seen is None: return
+        if self.owner is None or self.owner._seen is None:
+            return
         value = output
-        if self.place.input: value = args[0] if args else next(iter(kwargs.values()), None)
+        if self.place.input:
+            value = args[0] if args else next(iter(kwargs.values()), None)
         self.owner._note(self.path, _pick(value, self.place, self.path))
 
 
@@ -105,22 +130,27 @@ def _hook(owner, path: str, module: nn.Module):
 # %% ../nbs/method/03_taps.ipynb #5ac00659
 def _noted(value: Tensor, may_change: bool) -> tuple[Tensor, Tensor | None, int | None]:
     "The value, a copy of it if it may be written to, and the version at which it is right; None where no version is counted."
-    if torch.compiler.is_compiling() or value.is_inference(): return value, value.clone(), None
+    if torch.compiler.is_compiling() or value.is_inference():
+        return value, value.clone(), None
     return value, value.clone() if may_change else None, value._version
 
 
 def _as_noted(noted, path: str, changes: dict[str, bool]) -> Tensor:
     "The value that was noted, whatever was written since; `changes` learns whether something was."
     value, safe, version = noted
-    if version is None: return safe
+    if version is None:
+        return safe
     written = value._version != version
     if not written and not changes.get(path, False):
         changes[path] = False
         return value
     changes[path] = True
-    if safe is not None: return safe
-    raise RuntimeError(f"the tensor at {path!r} was written to in place after it was tapped, which no earlier forward did; "
-                       "its value is lost. The next forward keeps a copy")
+    if safe is not None:
+        return safe
+    raise RuntimeError(
+        f"the tensor at {path!r} was written to in place after it was tapped, which no earlier forward did; "
+        "its value is lost. The next forward keeps a copy"
+    )
 
 # %% ../nbs/method/03_taps.ipynb #fcbd48b2
 class Taps:
@@ -136,27 +166,32 @@ class Taps:
 
     def __init__(
         self,
-        model: nn.Module,                             # any network; what `taps(...)` is given is given to it
-        paths: Sequence[str] = (),                    # "layer1.0.bn2", "fc:input", "backbone.fpn[0]"
-        logits: Callable[..., Tensor] = as_logits,    # picks the logits out of what the network returns
+        model: nn.Module,  # any network; what `taps(...)` is given is given to it
+        paths: Sequence[str] = (),  # "layer1.0.bn2", "fc:input", "backbone.fpn[0]"
+        logits: Callable[..., Tensor] = as_logits,  # picks the logits out of what the network returns
     ):
-        if isinstance(paths, str): raise TypeError(f"paths must be a list of paths, got the string {paths!r}; write [{paths!r}]")
+        if isinstance(paths, str):
+            raise TypeError(f"paths must be a list of paths, got the string {paths!r}; write [{paths!r}]")
         self.model, self.paths, self.logits = model, tuple(paths), logits
         self._seen: dict | None = None
-        self._written: dict[tuple, dict[str, bool]] = {}  # (training, grad) to path to whether something wrote to it later
+        self._written: dict[
+            tuple, dict[str, bool]
+        ] = {}  # (training, grad) to path to whether something wrote to it later
         self._now: dict[str, bool] = {}
         modules = {path: find_module(model, path) for path in self.paths}
         self._handles = [_hook(self, path, module) for path, module in modules.items()]
 
     def __call__(self, *args, **kwargs) -> Outputs:
-        if self.paths and not self._handles: raise RuntimeError("these taps were removed: make new ones with Taps(model, paths)")
+        if self.paths and not self._handles:
+            raise RuntimeError("these taps were removed: make new ones with Taps(model, paths)")
         mode = (unwrap(self.model).training, torch.is_grad_enabled())
         self._now = self._written.setdefault(mode, {})
         self._seen = {}
         try:
             logits = self.logits(self.model(*args, **kwargs))
             return Outputs(logits, tuple(self._read(path) for path in self.paths))
-        finally: self._seen = None
+        finally:
+            self._seen = None
 
     def _note(self, path: str, value: Tensor):
         "Called by the hooks."
@@ -165,18 +200,28 @@ class Taps:
     def _read(self, path: str) -> Tensor:
         "After the forward: the value that was noted, whatever was written since."
         if path not in self._seen:
-            raise RuntimeError(f"the module of path {path!r} did not run in this forward; under torch.compile, make the taps before the first one")
+            raise RuntimeError(
+                f"the module of path {path!r} did not run in this forward; under torch.compile, make the taps before the first one"
+            )
         return _as_noted(self._seen[path], path, self._now)
 
     def remove(self):
         "Take the hooks off the model."
-        for handle in self._handles: handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._handles = []
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.remove()
-    def __reduce__(self): return Taps, (self.model, self.paths, self.logits)
-    def __repr__(self): return f"Taps({type(unwrap(self.model)).__name__}, {list(self.paths)})"
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.remove()
+
+    def __reduce__(self):
+        return Taps, (self.model, self.paths, self.logits)
+
+    def __repr__(self):
+        return f"Taps({type(unwrap(self.model)).__name__}, {list(self.paths)})"
 
 # %% ../nbs/method/03_taps.ipynb #0d198082
 NAMED_STAGES = {  # torchvision's families whose stages are modules: (stages, head), told apart by all of these being there
@@ -191,7 +236,11 @@ NAMED_STAGES = {  # torchvision's families whose stages are modules: (stages, he
 
 def _halves(module: nn.Module) -> bool:
     "Does some part of it work at a stride of two?"
-    return any(2 in (s if isinstance(s, tuple) else (s,)) for m in module.modules() if (s := getattr(m, "stride", None)) is not None)
+    return any(
+        2 in (s if isinstance(s, tuple) else (s,))
+        for m in module.modules()
+        if (s := getattr(m, "stride", None)) is not None
+    )
 
 
 def _long_list(model: nn.Module) -> Layers:
@@ -221,45 +270,57 @@ def _timm(model: nn.Module) -> Layers:
     "From the list of features that timm's networks carry."
     names = {name for name, _ in model.named_modules()}
     stages = [info["module"] for info in list(model.feature_info) if info.get("module") in names - {""}]
-    if len(stages) > 6: stages = _spread(stages)
+    if len(stages) > 6:
+        stages = _spread(stages)
     stem = next((name for name in ("conv_stem", "stem", "patch_embed") if name in names), None)
     first = model.feature_info[0].get("reduction", 0)
-    if stem and first > 2: stages.insert(0, stem)  # what comes first is a stage already where it works at a stride of four
+    if stem and first > 2:
+        stages.insert(0, stem)  # what comes first is a stage already where it works at a stride of four
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     head = config.get("classifier") or ""
     head = head if isinstance(head, str) else head[0]
-    if head not in names or not isinstance(model.get_submodule(head), nn.Linear): head = ""
+    if head not in names or not isinstance(model.get_submodule(head), nn.Linear):
+        head = ""
     return Layers(tuple(stages), (), f"{head}:input" if head else "", head)
 
 # %% ../nbs/method/03_taps.ipynb #4ffc54d3
 def layers_of(
     model: nn.Module,  # a network of rcka.models, torchvision or timm
-) -> Layers:           # paths for `Taps`
+) -> Layers:  # paths for `Taps`
     """Which module paths are the stages (stem first), their pre-activations, the pooled feature and the head of a network.
 
     Transformers give tokens (n, tokens, channels); torchvision's Swin gives (n, height, width, channels). `preacts` has one path
     for each stage, or is empty where the family has no activation at the end of a stage. ValueError for an unknown network."""
     model = unwrap(model)
-    if isinstance(getattr(model, "layers", None), Layers): return model.layers
+    if isinstance(getattr(model, "layers", None), Layers):
+        return model.layers
     names = {name for name, _ in model.named_modules()}
     if getattr(model, "feature_info", None):
         layers = _timm(model)
-        if layers.stages: return _with_preacts(model, layers)
+        if layers.stages:
+            return _with_preacts(model, layers)
     for stages, head in NAMED_STAGES.values():
-        if names.issuperset((*stages, head)) and isinstance(model.get_submodule(head), nn.Linear): return _with_preacts(model, Layers(stages, (), f"{head}:input", head))
+        if names.issuperset((*stages, head)) and isinstance(model.get_submodule(head), nn.Linear):
+            return _with_preacts(model, Layers(stages, (), f"{head}:input", head))
     if "encoder.layers" in names and "heads.head" in names:
         blocks = [f"encoder.layers.{name}" for name, _ in model.encoder.layers.named_children()]
         return Layers(("conv_proj", *_spread(blocks)), (), "heads.head:input", "heads.head")
-    if isinstance(getattr(model, "features", None), nn.Sequential) and isinstance(getattr(model, "classifier", None), nn.Sequential):
-        if any(map(_halves, model.features)) and any(isinstance(m, nn.Linear) for m in model.classifier): return _long_list(model)
-    raise ValueError(f"do not know the stages of a {type(model).__name__}: give the paths by hand, "
-                     "model.layers = Layers(stages=('stem', 'stage1', ...), pooled='fc:input', head='fc'), with names from "
-                     "[name for name, _ in model.named_modules()]")
+    if isinstance(getattr(model, "features", None), nn.Sequential) and isinstance(
+        getattr(model, "classifier", None), nn.Sequential
+    ):
+        if any(map(_halves, model.features)) and any(isinstance(m, nn.Linear) for m in model.classifier):
+            return _long_list(model)
+    raise ValueError(
+        f"do not know the stages of a {type(model).__name__}: give the paths by hand, "
+        "model.layers = Layers(stages=('stem', 'stage1', ...), pooled='fc:input', head='fc'), with names from "
+        "[name for name, _ in model.named_modules()]"
+    )
 
 
 def _with_preacts(model: nn.Module, layers: Layers) -> Layers:
     "Residual networks end each stage with an activation module: its input is the pre-activation."
-    if layers.stages[1:] != ("layer1", "layer2", "layer3", "layer4"): return layers
+    if layers.stages[1:] != ("layer1", "layer2", "layer3", "layer4"):
+        return layers
     stem = next((f"{name}:input" for name in ("act1", "relu") if hasattr(model, name)), "")
     preacts = (stem, *(_last_relu(model, stage) for stage in layers.stages[1:]))
     return layers._replace(preacts=preacts) if all(preacts) else layers

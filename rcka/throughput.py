@@ -20,38 +20,55 @@ __all__ = ['Throughput', 'throughput']
 # %% ../nbs/method/08c_throughput.ipynb #6229bb95
 class Throughput(NamedTuple):
     "Images per second; `str` gives a sentence a line."
-    data: float               # batches without training
-    step: float               # training on one batch
+
+    data: float  # batches without training
+    step: float  # training on one batch
     run: float | None = None  # of a whole run, evaluation and checkpoints included; None where there was none
     device: str = "cpu"
 
     @property
     def verdict(self) -> str:
         "What a run waits for."
-        shared = "; on a CPU both want the same cores, and the run gets less than either" if self.device == "cpu" else ""
-        if self.data < 0.9 * self.step: found = f"the data bounds it: the step could take {self.step / self.data:.1f} times as many images. More workers on more cores, or smaller files, would help"
-        elif self.step < 0.9 * self.data: found = f"the step bounds it: the data could give {self.data / self.step:.1f} times as many images. A faster device, precision='bf16', channels_last or compile would help"
-        else: found = "data and step are about as fast as each other"
-        if self.run is None: return found + shared
+        shared = (
+            "; on a CPU both want the same cores, and the run gets less than either" if self.device == "cpu" else ""
+        )
+        if self.data < 0.9 * self.step:
+            found = f"the data bounds it: the step could take {self.step / self.data:.1f} times as many images. More workers on more cores, or smaller files, would help"
+        elif self.step < 0.9 * self.data:
+            found = f"the step bounds it: the data could give {self.data / self.step:.1f} times as many images. A faster device, precision='bf16', channels_last or compile would help"
+        else:
+            found = "data and step are about as fast as each other"
+        if self.run is None:
+            return found + shared
         return f"{found}{shared}. The run went at {self.run / min(self.data, self.step):.0%} of the slower rate; evaluation, checkpoints and the first batches are the rest"
 
     def __str__(self):
-        rows = [("data alone", self.data), ("step alone", self.step), *([("whole run", self.run)] if self.run is not None else [])]
+        rows = [
+            ("data alone", self.data),
+            ("step alone", self.step),
+            *([("whole run", self.run)] if self.run is not None else []),
+        ]
         return "\n".join(f"{name:11}{rate:10,.0f} images/s" for name, rate in rows) + f"\n{self.verdict}."
 
 # %% ../nbs/method/08c_throughput.ipynb #5ad591b8
 def throughput(
     experiment: Experiment,
     root: Path | str | None = None,  # folder of all runs, for the rate of this one; None: see `runs_root`
-    device: str | None = None,       # None: CUDA where there is one, else the CPU
-    steps: int = 8,                  # so many batches are timed, and as many steps
-    **options,                       # as for `run`: workers, channels_last, compile
+    device: str | None = None,  # None: CUDA where there is one, else the CPU
+    steps: int = 8,  # so many batches are timed, and as many steps
+    **options,  # as for `run`: workers, channels_last, compile
 ) -> Throughput:
     "Measure an experiment's data and step, each alone. Its run is left as it is; weights are random, which changes no time."
     device = join(device)
     data = experiment.load_data()
     teacher = experiment.network(experiment.teacher, data, start=False).to(device) if experiment.teacher else None
-    parts = experiment.prepare(runs_root(root), device, False, options, beside=Parts(None, *experiment.batches(data, device, options), teacher, None, data))
+    parts = experiment.prepare(
+        runs_root(root),
+        device,
+        False,
+        options,
+        beside=Parts(None, *experiment.batches(data, device, options), teacher, None, data),
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(parts.task, parts.train, parts.test, experiment.recipe, folder, **_of_trainer(options))
         rates = _data_rate(parts.train, steps, device), _step_rate(trainer, steps, device)
@@ -60,7 +77,8 @@ def throughput(
 
 
 def _clock(device: torch.device) -> float:
-    if device.type == "cuda": torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -68,9 +86,11 @@ def _data_rate(train, steps: int, device: torch.device) -> float:
     "The first batch of each worker, and its start, are not counted."
     workers = getattr(train, "workers", 0)
     batches = itertools.chain.from_iterable(train.epoch(e) for e in itertools.count())
-    for _ in range(max(1, workers)): next(batches)
+    for _ in range(max(1, workers)):
+        next(batches)
     began, n = _clock(device), 0
-    for batch in itertools.islice(batches, max(steps, 2 * workers)): n += len(batch.targets)
+    for batch in itertools.islice(batches, max(steps, 2 * workers)):
+        n += len(batch.targets)
     return n / (_clock(device) - began)
 
 
@@ -79,7 +99,9 @@ def _step_rate(trainer: Trainer, steps: int, device: torch.device) -> float:
     batch = first_part(trainer.train)
     trainer.begin_epoch()
     with determinism(trainer.recipe.deterministic):
-        for _ in range(2): trainer.train_step(batch)
+        for _ in range(2):
+            trainer.train_step(batch)
         began = _clock(device)
-        for _ in range(steps): trainer.train_step(batch)
+        for _ in range(steps):
+            trainer.train_step(batch)
         return steps * len(batch.targets) * processes()[1] / (_clock(device) - began)

@@ -18,11 +18,17 @@ __all__ = ['KINDS', 'kind_of', 'parse', 'main']
 
 # %% ../nbs/method/08b_train.ipynb #412524cf
 def _value(text: str):
-    try: return json.loads(text)
-    except ValueError: return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
-KINDS = {"classification": "rcka.experiments.Experiment", "detection": "rcka.detection_experiments.DetectionExperiment", "segmentation": "rcka.segmentation.SegmentationExperiment"}
+KINDS = {
+    "classification": "rcka.experiments.Experiment",
+    "detection": "rcka.detection_experiments.DetectionExperiment",
+    "segmentation": "rcka.segmentation.SegmentationExperiment",
+}
 
 
 def kind_of(args: list[str] | None) -> type[BaseExperiment]:
@@ -36,27 +42,51 @@ def kind_of(args: list[str] | None) -> type[BaseExperiment]:
 def parse(args: list[str] | None = None) -> tuple[BaseExperiment, dict]:
     "The experiment and the arguments of `run` that a command line asks for."
     kind = kind_of(args)
-    parser = argparse.ArgumentParser("python -m rcka.train", description="Run an experiment, go on with one that was interrupted, or find its result.",
-                                     epilog="exit code: 0 done, 1 an error that is said, 128 + n stopped by signal n with the state saved", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m rcka.train",
+        description="Run an experiment, go on with one that was interrupted, or find its result.",
+        epilog="exit code: 0 done, 1 an error that is said, 128 + n stopped by signal n with the state saved",
+        allow_abbrev=False,
+    )
     parser.add_argument("file", nargs="?", type=Path, help="JSON with fields of an experiment")
-    parser.add_argument("--kind", choices=KINDS, help="what is trained (default: classification); the other options are those of that kind")
-    for f in fields(kind): parser.add_argument(f"--{f.name}", type=_value, default=argparse.SUPPRESS, help=f"default {f.default}")
+    parser.add_argument(
+        "--kind",
+        choices=KINDS,
+        help="what is trained (default: classification); the other options are those of that kind",
+    )
+    for f in fields(kind):
+        parser.add_argument(f"--{f.name}", type=_value, default=argparse.SUPPRESS, help=f"default {f.default}")
     how = parser.add_argument_group("how to run it, which changes no result")
     how.add_argument("--root", help="folder of all runs (default: RCKA_RUNS, else runs/)")
     how.add_argument("--folder", help="folder of this run (default: by its key, under root)")
     how.add_argument("--device", help="cpu or cuda (default: CUDA where there is one)")
-    how.add_argument("--checkpoint_seconds", type=float, help="when the process is killed, about so much work is lost (default: 60)")
+    how.add_argument(
+        "--checkpoint_seconds", type=float, help="when the process is killed, about so much work is lost (default: 60)"
+    )
     how.add_argument("--channels_last", action="store_true", help="memory layout of the networks; rounds differently")
     how.add_argument("--compile", action="store_true", help="torch.compile of the networks; rounds differently")
-    how.add_argument("--workers", type=int, help="who decode images from files: processes (default: one for each core), for detectors threads (default: 4); segmentation has its own")
+    how.add_argument(
+        "--workers",
+        type=int,
+        help="who decode images from files: processes (default: one for each core), for detectors threads (default: 4); segmentation has its own",
+    )
     how.add_argument("--quiet", action="store_true", help="no progress bar")
     given = vars(parser.parse_args(args))
     file, quiet, _ = (given.pop(name) for name in ("file", "quiet", "kind"))
-    options = {name: value for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "workers") if (value := given.pop(name)) is not None and value is not False}
+    options = {
+        name: value
+        for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "workers")
+        if (value := given.pop(name)) is not None and value is not False
+    }
     values = json.loads(file.read_text()) if file else {}
-    if not isinstance(values, dict): raise ValueError(f"{file} must hold a JSON object with fields of an experiment")
-    try: experiment = kind.from_dict(values | given)
-    except ValueError as e: raise ValueError(f"{e}. It was read as {kind.__name__}: is --kind right?" if "field of an experiment" in str(e) else e) from e
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object with fields of an experiment")
+    try:
+        experiment = kind.from_dict(values | given)
+    except ValueError as e:
+        raise ValueError(
+            f"{e}. It was read as {kind.__name__}: is --kind right?" if "field of an experiment" in str(e) else e
+        ) from e
     return experiment, options | {"progress": not quiet}
 
 
@@ -71,8 +101,10 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, NonFiniteLoss, OutOfMemory, BatchesFailed, FolderBusy) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    if processes()[0] == 0: print(json.dumps({"key": experiment.key, "last": result.last, "best": result.best, "teacher": result.teacher}))
+    if processes()[0] == 0:
+        print(json.dumps({"key": experiment.key, "last": result.last, "best": result.best, "teacher": result.teacher}))
     return 0
 
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # not in a notebook
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # not in a notebook

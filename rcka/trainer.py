@@ -40,38 +40,51 @@ __all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'LOOK_EVERY', 'Recipe', 'write_ato
 @dataclass(frozen=True)
 class Recipe:
     "How a network is optimised: SGD with momentum, as in the papers' protocols."
+
     epochs: int = 240
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
-    schedule: str = "step"                   # "step", "cosine", "onecycle" or "poly"
-    lr_steps: tuple = (0.625, 0.75, 0.875)   # of "step": fractions of the run
-    lr_decay: float = 0.1                    # of "step": the factor at each
-    warmup_steps: int = 0                    # so many first steps in which the rate grows in a straight line
-    precision: str = "fp32"                  # "fp32", "bf16", or "fp16" (with loss scaling)
-    deterministic: bool = False              # refuse kernels whose result can vary; slower on a GPU
-    seed: int = 0                            # of everything random
-    relations: str | None = None             # on several devices a method sees the whole batch, "global", or each its part, "device"; None: "global"
+    schedule: str = "step"  # "step", "cosine", "onecycle" or "poly"
+    lr_steps: tuple = (0.625, 0.75, 0.875)  # of "step": fractions of the run
+    lr_decay: float = 0.1  # of "step": the factor at each
+    warmup_steps: int = 0  # so many first steps in which the rate grows in a straight line
+    precision: str = "fp32"  # "fp32", "bf16", or "fp16" (with loss scaling)
+    deterministic: bool = False  # refuse kernels whose result can vary; slower on a GPU
+    seed: int = 0  # of everything random
+    relations: str | None = (
+        None  # on several devices a method sees the whole batch, "global", or each its part, "device"; None: "global"
+    )
 
     def lr_at(self, epoch: int, step: int = 0, steps: int = 1) -> float:
         "Learning rate before step `step` of `steps` in `epoch`."
         done = epoch * steps + step
-        return self._scheduled(epoch, step, steps) * (min(1, (done + 1) / self.warmup_steps) if self.warmup_steps else 1)
+        return self._scheduled(epoch, step, steps) * (
+            min(1, (done + 1) / self.warmup_steps) if self.warmup_steps else 1
+        )
 
     def _scheduled(self, epoch, step, steps):
         if self.schedule == "step":
             return self.lr * self.lr_decay ** sum(epoch >= round(s * self.epochs, 6) for s in self.lr_steps)
         t = (epoch + step / steps) / self.epochs
-        if self.schedule == "poly": return self.lr * (1 - t) ** 0.9
+        if self.schedule == "poly":
+            return self.lr * (1 - t) ** 0.9
         slide = lambda a, b, t: b + (a - b) * (1 + math.cos(math.pi * t)) / 2
-        if self.schedule == "cosine": return slide(self.lr, 0.0, t)
+        if self.schedule == "cosine":
+            return slide(self.lr, 0.0, t)
         return slide(self.lr / 25, self.lr, t / 0.3) if t < 0.3 else slide(self.lr, 0.0, (t - 0.3) / 0.7)
 
     def __post_init__(self):
-        for name, known in (("schedule", ("step", "cosine", "onecycle", "poly")), ("precision", ("fp32", "bf16", "fp16")), ("relations", (None, "global", "device"))):
-            if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {getattr(self, name)!r}")
-        if self.epochs < 1 or not self.lr > 0: raise ValueError(f"epochs and lr must be positive; got {self.epochs} and {self.lr}")
+        for name, known in (
+            ("schedule", ("step", "cosine", "onecycle", "poly")),
+            ("precision", ("fp32", "bf16", "fp16")),
+            ("relations", (None, "global", "device")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {getattr(self, name)!r}")
+        if self.epochs < 1 or not self.lr > 0:
+            raise ValueError(f"epochs and lr must be positive; got {self.epochs} and {self.lr}")
 
 # %% ../nbs/method/06_trainer.ipynb #09dd4027
 def write_atomic(path: Path | str, data: bytes | str):
@@ -90,13 +103,16 @@ def write_atomic(path: Path | str, data: bytes | str):
         raise
     with contextlib.suppress(OSError):  # some network file systems cannot
         folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)
-        finally: os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def remove_parts(folder: Path | str):
     "Remove what a process that was killed in `write_atomic` left."
-    for part in Path(folder).glob(".*.tmp"): part.unlink(missing_ok=True)
+    for part in Path(folder).glob(".*.tmp"):
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -107,13 +123,19 @@ def claimed(folder: Path | str):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)  # the system lets go of it when the process dies, however it dies
-    except Timeout: raise FolderBusy(f"another process is training in {folder}; wait for it, or give another folder") from None
+    except Timeout:
+        raise FolderBusy(f"another process is training in {folder}; wait for it, or give another folder") from None
     except OSError as e:
-        raise OSError(e.errno, f"cannot write to the folder of the run ({e.strerror}); nothing was changed. Make it writable, or give another", str(folder)) from None
+        raise OSError(
+            e.errno,
+            f"cannot write to the folder of the run ({e.strerror}); nothing was changed. Make it writable, or give another",
+            str(folder),
+        ) from None
     try:
         remove_parts(folder)
         yield
-    finally: lock.release()
+    finally:
+        lock.release()
 
 
 class FolderBusy(RuntimeError):
@@ -132,8 +154,8 @@ def checkpoints(folder: Path | str) -> list[Path]:
 
 def save_checkpoint(
     folder: Path | str,
-    state: dict,        # with "epoch" and "step": where the run stands
-    keep: int = 2,      # so many checkpoints stay, the newest
+    state: dict,  # with "epoch" and "step": where the run stands
+    keep: int = 2,  # so many checkpoints stay, the newest
 ) -> Path:
     "Write a checkpoint atomically, then remove the oldest ones. OSError, with the folder as it was, where that cannot be done."
     buffer = io.BytesIO()
@@ -141,7 +163,8 @@ def save_checkpoint(
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
     path = Path(folder) / f"checkpoint-{state['epoch']:04}-{state['step']:06}-{digest[:16]}.pt"
     write_atomic(path, buffer.getbuffer())
-    for old in [p for p in checkpoints(folder) if p != path][::-1][keep - 1:]: old.unlink(missing_ok=True)
+    for old in [p for p in checkpoints(folder) if p != path][::-1][keep - 1 :]:
+        old.unlink(missing_ok=True)
     return path
 
 
@@ -149,10 +172,13 @@ def read_checkpoint(path: Path | str) -> dict:
     "A checkpoint of this trainer. ValueError if its bytes do not give its name, or it is of another format."
     path = Path(path)
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest()[:16] != _NAME.fullmatch(path.name)[3]: raise Damaged(f"{path} is damaged: its bytes do not give its name")
+    if hashlib.sha256(data).hexdigest()[:16] != _NAME.fullmatch(path.name)[3]:
+        raise Damaged(f"{path} is damaged: its bytes do not give its name")
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} has checkpoint format {state.get('format')!r} and this version reads {CHECKPOINT_FORMAT}; it was left as it is. Use the version that wrote it, or another folder")
+        raise ValueError(
+            f"{path} has checkpoint format {state.get('format')!r} and this version reads {CHECKPOINT_FORMAT}; it was left as it is. Use the version that wrote it, or another folder"
+        )
     return state
 
 
@@ -164,11 +190,15 @@ def last_checkpoint(folder: Path | str) -> dict | None:
     "The newest checkpoint that is whole. Damaged ones are set aside with a warning; ValueError if there are no others."
     damaged = []
     for path in reversed(checkpoints(folder)):
-        try: return read_checkpoint(path)
+        try:
+            return read_checkpoint(path)
         except Damaged as e:
             damaged.append(path.rename(path.with_name(path.name + ".damaged")))
             warnings.warn(f"{e}. It is now {damaged[-1].name}, and the checkpoint before it is used", stacklevel=2)
-    if damaged: raise ValueError(f"no checkpoint in {Path(folder)} is whole; the damaged ones are {', '.join(p.name for p in damaged)}. Start again in another folder, or remove them to start afresh in this one")
+    if damaged:
+        raise ValueError(
+            f"no checkpoint in {Path(folder)} is whole; the damaged ones are {', '.join(p.name for p in damaged)}. Start again in another folder, or remove them to start afresh in this one"
+        )
 
 # %% ../nbs/method/06_trainer.ipynb #c8874664
 def processes() -> tuple[int, int]:
@@ -180,20 +210,24 @@ def join(device: str | torch.device | None = None) -> torch.device:
     "Join the processes of `torchrun` or `accelerate launch`, if there are any. Gives this process's device; None takes CUDA where there is one."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import PartialState  # here, since it takes seconds to import
+
         state = PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available())
-        if state.num_processes > 1: return state.device
+        if state.num_processes > 1:
+            return state.device
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
     "In place."
-    if processes()[1] > 1: dist.all_reduce(x)
+    if processes()[1] > 1:
+        dist.all_reduce(x)
     return x
 
 
 def together():
     "Wait until every process has come this far."
-    if processes()[1] > 1: dist.barrier()
+    if processes()[1] > 1:
+        dist.barrier()
 
 # %% ../nbs/method/06_trainer.ipynb #48d3cdd9
 def own_rows(n: int, train: bool) -> slice:
@@ -204,7 +238,8 @@ def own_rows(n: int, train: bool) -> slice:
 
 def part(batch):
     "This process's part of a training batch, of one size in all processes; what does not divide is left out. None if there is not enough for all."
-    if processes()[1] == 1: return batch
+    if processes()[1] == 1:
+        return batch
     own = own_rows(len(batch.targets), True)
     return type(batch)(*(t[own] for t in batch)) if own.stop > own.start else None
 
@@ -212,18 +247,28 @@ def part(batch):
 def first_part(train):
     "This process's part of the first training batch that is enough for all."
     for batch in train.epoch(0):
-        if (own := part(batch)) is not None: return own
-    raise ValueError(f"no training batch is enough for {processes()[1]} processes: take a larger batch_size, or fewer processes")
+        if (own := part(batch)) is not None:
+            return own
+    raise ValueError(
+        f"no training batch is enough for {processes()[1]} processes: take a larger batch_size, or fewer processes"
+    )
 
 
 class Share:
     "The rows of a batch that this process has, in place of a tensor or list with all of them."
-    def __init__(self, rows, own: slice, n: int): self.rows, self.own, self.n = rows, own, n
-    def __len__(self): return self.n
+
+    def __init__(self, rows, own: slice, n: int):
+        self.rows, self.own, self.n = rows, own, n
+
+    def __len__(self):
+        return self.n
 
     def __getitem__(self, wanted: slice):
-        if isinstance(wanted, slice) and range(self.n)[wanted] == range(self.n)[self.own]: return self.rows
-        raise RuntimeError(f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, and was asked for {wanted}; take them by rcka.trainer.part")
+        if isinstance(wanted, slice) and range(self.n)[wanted] == range(self.n)[self.own]:
+            return self.rows
+        raise RuntimeError(
+            f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, and was asked for {wanted}; take them by rcka.trainer.part"
+        )
 
 
 def share(batch, n: int, train: bool):
@@ -233,6 +278,7 @@ def share(batch, n: int, train: bool):
 # %% ../nbs/method/06_trainer.ipynb #a2256317
 class _Gather(torch.autograd.Function):
     "(n, ...) of each process to (W n, ...), in their order; backward adds up."
+
     @staticmethod
     def forward(ctx, x):
         x = x.contiguous()
@@ -250,17 +296,21 @@ class _Gather(torch.autograd.Function):
 
 def gathered(x):
     "A tensor or `Outputs` of every process, along the samples, with gradients. The same thing where there is one process."
-    if processes()[1] == 1 or x is None: return x
-    if isinstance(x, Outputs): return Outputs(gathered(x.logits), tuple(map(gathered, x.features)))
+    if processes()[1] == 1 or x is None:
+        return x
+    if isinstance(x, Outputs):
+        return Outputs(gathered(x.logits), tuple(map(gathered, x.features)))
     return _Gather.apply(x)
 
 
 def average_gradients(parameters):
     "The mean over all processes of each gradient, in one message."
-    if processes()[1] == 1: return
+    if processes()[1] == 1:
+        return
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = sum_over_processes(torch.cat([g.flatten() for g in grads])) / processes()[1]
-    for g, mean in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
+    for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(mean.view_as(g))
 
 # %% ../nbs/method/06_trainer.ipynb #0749ca0f
 class Accuracy(NamedTuple):
@@ -270,20 +320,24 @@ class Accuracy(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,        # gives logits (n, classes)
-    batches,                 # has `epoch(e)`, an iterator of Batch
+    model: nn.Module,  # gives logits (n, classes)
+    batches,  # has `epoch(e)`, an iterator of Batch
     precision: str = "fp32",
-    before=lambda: None,     # called before each batch
+    before=lambda: None,  # called before each batch
 ) -> Accuracy:
     "Top-1 and top-5 accuracy in per cent. The network's mode is put back afterwards."
     mode, (rank, world) = model.training, processes()
-    counts = torch.zeros(3, dtype=torch.int64, device=next(model.parameters()).device)  # right at once, right among five, all
+    counts = torch.zeros(
+        3, dtype=torch.int64, device=next(model.parameters()).device
+    )  # right at once, right among five, all
     model.eval()
     for images, targets, _ in batches.epoch(0):
         before()
         images, targets = images[rank::world], targets[rank::world]
-        if not len(targets): continue
-        with mixed(images.device.type, precision): logits = model(images)
+        if not len(targets):
+            continue
+        with mixed(images.device.type, precision):
+            logits = model(images)
         order = logits.topk(min(5, logits.shape[1])).indices
         hits = order == targets[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), hits[:, 0].numel() + torch.zeros_like(counts[0])])
@@ -294,21 +348,27 @@ def evaluate(
 
 def mixed(device: str, precision: str):
     "The autocast context of a precision."
-    if precision == "fp32": return contextlib.nullcontext()
+    if precision == "fp32":
+        return contextlib.nullcontext()
     return torch.autocast(device, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels need; read once, when CUDA starts
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # what deterministic kernels need; read once, when CUDA starts
 
 
 @contextlib.contextmanager
 def determinism(on: bool, search: bool = True):
     "Deterministic kernels inside, or with `search` the fastest for each shape; the old setting after."
     was, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = search and not on  # the fastest kernel for these shapes may be another one next time
+    torch.backends.cudnn.benchmark = (
+        search and not on
+    )  # the fastest kernel for these shapes may be another one next time
     if on:
         torch.use_deterministic_algorithms(True)
-    try: yield
+    try:
+        yield
     finally:
         torch.use_deterministic_algorithms(was)
         torch.backends.cudnn.benchmark = cudnn
@@ -316,6 +376,7 @@ def determinism(on: bool, search: bool = True):
 # %% ../nbs/method/06_trainer.ipynb #a5e6ba46
 class Step(NamedTuple):
     "What a task makes of a batch."
+
     terms: dict[str, torch.Tensor]  # weighted scalars; their sum is the loss
     counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # sums and of how many; an epoch's is 100 * sum / number
 
@@ -325,35 +386,43 @@ ANY_LAYERS = Layers(tuple("stage%d" % i for i in range(6)), tuple("preact%d" % i
 
 def head_of(model: nn.Module) -> nn.Module | None:
     "The classifier of a network whose layers are known."
-    try: return model.get_submodule(layers_of(model).head)
-    except (ValueError, AttributeError): return None
+    try:
+        return model.get_submodule(layers_of(model).head)
+    except (ValueError, AttributeError):
+        return None
 
 # %% ../nbs/method/06_trainer.ipynb #0c06d4d0
 class Distiller:
     "A student, perhaps a teacher, and the method between them: the task of classification."
+
     score = "top1"
 
-    def __init__(self,
-        student: nn.Module,               # the network to train
-        method: Method | None = None,     # None: the student alone
-        teacher: nn.Module | None = None, # frozen, in eval mode
-        student_paths=None,               # module paths of the features, instead of what the method wants of a known network
+    def __init__(
+        self,
+        student: nn.Module,  # the network to train
+        method: Method | None = None,  # None: the student alone
+        teacher: nn.Module | None = None,  # frozen, in eval mode
+        student_paths=None,  # module paths of the features, instead of what the method wants of a known network
         teacher_paths=None,
     ):
         self.student, self.teacher, self.method = student, teacher, method or Alone()
         self.student_taps = Taps(student, self._paths(student, student_paths))
-        if teacher is None: return
+        if teacher is None:
+            return
         teacher.eval().requires_grad_(False)
         self.teacher_taps = Taps(teacher, self._paths(teacher, teacher_paths))
         ours, theirs = list(self.student_taps.paths), list(self.teacher_taps.paths)
         if len(ours) != len(theirs):
-            raise ValueError(f"a method compares feature maps in pairs, but the student gives {len(ours)} {ours} and the teacher {len(theirs)} {theirs}")
+            raise ValueError(
+                f"a method compares feature maps in pairs, but the student gives {len(ours)} {ours} and the teacher {len(theirs)} {theirs}"
+            )
 
     def _paths(self, model, paths):
         if paths is not None:
             self.method.wants(ANY_LAYERS)
             return list(paths)
-        if not self.method.wants(ANY_LAYERS): return []  # a method that wants no features fits any network
+        if not self.method.wants(ANY_LAYERS):
+            return []  # a method that wants no features fits any network
         return self.method.wants(layers_of(model))
 
     def prepare(self, train):
@@ -362,24 +431,32 @@ class Distiller:
 
     def build(self, images: torch.Tensor, targets: torch.Tensor):
         "Show the method one batch of images and all training targets, so that it can make its connectors."
-        if self.teacher is None: return
+        if self.teacher is None:
+            return
         mode = self.student.training
         self.student.eval()  # batch statistics must not see this batch
-        with torch.no_grad(): student, teacher = self.student_taps(images), self.teacher_taps(images)
+        with torch.no_grad():
+            student, teacher = self.student_taps(images), self.teacher_taps(images)
         self.student.train(mode)
         if student.logits.shape != teacher.logits.shape:
-            raise ValueError(f"teacher and student must know the same classes: the teacher gives {teacher.logits.shape[1]} logits, the student {student.logits.shape[1]}")
+            raise ValueError(
+                f"teacher and student must know the same classes: the teacher gives {teacher.logits.shape[1]} logits, the student {student.logits.shape[1]}"
+            )
         self.method.build(student, teacher, head=head_of(self.teacher), targets=targets)
         self.method.to(images.device)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
         "The method's terms, and how many the student got right. `teacher`: its outputs, if they are there already."
         if self.teacher is not None and teacher is None:
-            with torch.no_grad(): teacher = self.teacher_taps(batch.images)
+            with torch.no_grad():
+                teacher = self.teacher_taps(batch.images)
         student, targets, index = self.student_taps(batch.images), batch.targets, batch.index
-        if relations != "device": student, teacher, targets, index = map(gathered, (student, teacher, targets, index))
+        if relations != "device":
+            student, teacher, targets, index = map(gathered, (student, teacher, targets, index))
         hits = (student.logits.detach().argmax(1) == targets).sum()
-        return Step(self.method(student, teacher, targets, index), {"train_top1": (hits, torch.full_like(hits, len(targets)))})
+        return Step(
+            self.method(student, teacher, targets, index), {"train_top1": (hits, torch.full_like(hits, len(targets)))}
+        )
 
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
         "The student's accuracy."
@@ -389,6 +466,7 @@ class Distiller:
 def as_safetensors(model: nn.Module) -> bytes:
     "All parameters and buffers; `load_weights` reads them."
     import safetensors.torch
+
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
@@ -397,40 +475,48 @@ def as_csv(rows: list[dict]) -> str:
     "Rows as CSV text; the columns are those of all rows, in order of appearance."
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
-    writer.writeheader(); writer.writerows(rows)
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
 def _write_epoch(run: Run):
     "After an epoch: the student if it is the best so far, and if it is the last; all metrics."
     student = run.parts["student"]
-    if run.best is run.history[-1]: write_atomic(run.folder / "best.safetensors", as_safetensors(student))
-    if run.epoch == run.recipe.epochs: write_atomic(run.folder / "last.safetensors", as_safetensors(student))
+    if run.best is run.history[-1]:
+        write_atomic(run.folder / "best.safetensors", as_safetensors(student))
+    if run.epoch == run.recipe.epochs:
+        write_atomic(run.folder / "last.safetensors", as_safetensors(student))
     write_atomic(run.folder / "metrics.csv", as_csv(run.history))
 
 # %% ../nbs/method/06_trainer.ipynb #6b028dd0
 def _random_state(device: torch.device) -> dict:
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    )
 
 
 def _set_random(state: dict, device: torch.device) -> dict:
     "Gives the state before."
     before = _random_state(device)
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda": torch.cuda.set_rng_state(state["cuda"], device)
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
     return before
 
 
 def from_first(tensors):
     "The first process's values in all."
     if processes()[1] > 1:
-        for t in tensors: dist.broadcast(t, 0)
+        for t in tensors:
+            dist.broadcast(t, 0)
 
 
 def _checkpoint_for_all(folder: Path) -> dict | None:
     "The newest checkpoint, read by the first process for all."
     state = [last_checkpoint(folder) if processes()[0] == 0 else None]
-    if processes()[1] > 1: dist.broadcast_object_list(state, 0)
+    if processes()[1] > 1:
+        dist.broadcast_object_list(state, 0)
     return state[0]
 
 
@@ -441,56 +527,94 @@ def _differences(there: dict, here: dict) -> str:
 def _kept(folder: Path) -> str:
     "What one would start again from."
     found = checkpoints(folder)
-    if not found: return f"{folder} has no checkpoint yet."
+    if not found:
+        return f"{folder} has no checkpoint yet."
     epoch, step, _ = _NAME.fullmatch(found[-1].name).groups()
     return f"{folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
 
 # %% ../nbs/method/06_trainer.ipynb #0f58d372
 class Run:
     "What a run is between two steps, and how it lives in its folder."
+
     def __init__(self, folder, recipe, device, parts, setting, keep, score):
-        self.folder, self.recipe, self.device, self.parts, self.setting, self.keep, self.score = Path(folder), recipe, device, parts, setting, keep, score
-        self.epoch, self.step = 0, 0        # whole epochs done, steps done in the one that is not
-        self.names, self.counted = [], []   # of the loss terms; of what is counted
-        self.values = []                    # of this epoch: a row a step, on the device; after the terms a sum and a number for each count
-        self.history = []                   # a dict an epoch
-        self.seconds, self.since = 0.0, 0.0 # of work, over all parts of the run; the clock when it was last read
+        self.folder, self.recipe, self.device, self.parts, self.setting, self.keep, self.score = (
+            Path(folder),
+            recipe,
+            device,
+            parts,
+            setting,
+            keep,
+            score,
+        )
+        self.epoch, self.step = 0, 0  # whole epochs done, steps done in the one that is not
+        self.names, self.counted = [], []  # of the loss terms; of what is counted
+        self.values = []  # of this epoch: a row a step, on the device; after the terms a sum and a number for each count
+        self.history = []  # a dict an epoch
+        self.seconds, self.since = 0.0, 0.0  # of work, over all parts of the run; the clock when it was last read
         self.random = _random_state(self.device)
 
     def note(self, loss, terms: dict, counts: dict):
         "The values of a step."
         self.names, self.counted = ["loss", *terms], list(counts)
-        self.values.append(torch.stack([loss.detach(), *(v.detach() for v in terms.values()), *(v for pair in counts.values() for v in pair)]))
+        self.values.append(
+            torch.stack(
+                [loss.detach(), *(v.detach() for v in terms.values()), *(v for pair in counts.values() for v in pair)]
+            )
+        )
 
     def save(self, checkpoint: bool = True):
         "Write the folder's files, each one atomically, the checkpoint last. Only the first process writes."
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
-        if checkpoint: self.saved = now
-        if processes()[0]: return
+        if checkpoint:
+            self.saved = now
+        if processes()[0]:
+            return
         try:
-            if self.history and self.step == 0: _write_epoch(self)
-            if checkpoint: save_checkpoint(self.folder, self._state(), self.keep)
+            if self.history and self.step == 0:
+                _write_epoch(self)
+            if checkpoint:
+                save_checkpoint(self.folder, self._state(), self.keep)
         except OSError as e:
-            raise OSError(e.errno, f"the state of the run could not be written ({e.strerror}). {self.kept()} Free space or make the folder writable, and start again", str(self.folder)) from e
+            raise OSError(
+                e.errno,
+                f"the state of the run could not be written ({e.strerror}). {self.kept()} Free space or make the folder writable, and start again",
+                str(self.folder),
+            ) from e
 
     def _state(self) -> dict:
         return {name: part.state_dict() for name, part in self.parts.items()} | {
-            "recipe": asdict(self.recipe), "setting": self.setting, "random": self.random, "epoch": self.epoch, "step": self.step, "names": self.names, "counted": self.counted,
-            "values": torch.stack(self.values) if self.values else torch.empty(0), "history": self.history, "seconds": self.seconds}
+            "recipe": asdict(self.recipe),
+            "setting": self.setting,
+            "random": self.random,
+            "epoch": self.epoch,
+            "step": self.step,
+            "names": self.names,
+            "counted": self.counted,
+            "values": torch.stack(self.values) if self.values else torch.empty(0),
+            "history": self.history,
+            "seconds": self.seconds,
+        }
 
     def resume(self):
         "Take up the newest checkpoint of the folder, if there is one. The first process reads it for all."
         if state := _checkpoint_for_all(self.folder):
-            if d := _differences(state["recipe"], asdict(self.recipe)): raise ValueError(f"{self.folder} belongs to another recipe ({d}). Use another folder")
-            if d := _differences(state["setting"], self.setting): warnings.warn(f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run")
-            for name, part in self.parts.items(): part.load_state_dict(state[name])
-            for name in ("random", "epoch", "step", "names", "counted", "history", "seconds"): setattr(self, name, state[name])
+            if d := _differences(state["recipe"], asdict(self.recipe)):
+                raise ValueError(f"{self.folder} belongs to another recipe ({d}). Use another folder")
+            if d := _differences(state["setting"], self.setting):
+                warnings.warn(
+                    f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run"
+                )
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            for name in ("random", "epoch", "step", "names", "counted", "history", "seconds"):
+                setattr(self, name, state[name])
             self.values = list(state["values"].to(self.device))
         from_first(t for name in ("student", "method") for t in self.parts[name].state_dict().values())
         self.since = self.saved = time.perf_counter()
 
-    def kept(self) -> str: return _kept(self.folder)
+    def kept(self) -> str:
+        return _kept(self.folder)
 
     @property
     def best(self) -> dict:
@@ -501,8 +625,10 @@ class Run:
     def own_random(self):
         "Random numbers inside are the run's own; outside nothing has changed."
         outside = _set_random(self.random, self.device)
-        try: yield
-        finally: self.random = _set_random(outside, self.device)
+        try:
+            yield
+        finally:
+            self.random = _set_random(outside, self.device)
 
 # %% ../nbs/method/06_trainer.ipynb #9a569ff6
 LOOK_EVERY = 50  # steps between two looks at the loss
@@ -514,13 +640,16 @@ class NonFiniteLoss(RuntimeError):
 
 class _Finite:
     "Are these values finite? Asked now, answered later: only the answer waits for the device."
+
     def __init__(self, values):
         self.ok = not values or torch.stack(values).isfinite().all().to("cpu", non_blocking=True)
         self.asked = torch.cuda.Event() if values and values[0].is_cuda else None
-        if self.asked: self.asked.record()
+        if self.asked:
+            self.asked.record()
 
     def __bool__(self):
-        if self.asked: self.asked.synchronize()
+        if self.asked:
+            self.asked.synchronize()
         return bool(self.ok)
 
 
@@ -529,22 +658,32 @@ def _not_finite(run: Run) -> NonFiniteLoss:
     bad = ~torch.stack(run.values).isfinite()
     step = int(bad.any(1).nonzero()[0])
     broken = [n for n, b in zip(run.names, bad[step].tolist()) if b and n != "loss"]
-    return NonFiniteLoss(f"{', '.join(broken) or 'the sum of the terms'} is not finite in epoch {run.epoch + 1}, step {step + 1}. "
-                         f"{run.kept()} Try a lower lr, or a lower weight of that term")
+    return NonFiniteLoss(
+        f"{', '.join(broken) or 'the sum of the terms'} is not finite in epoch {run.epoch + 1}, step {step + 1}. "
+        f"{run.kept()} Try a lower lr, or a lower weight of that term"
+    )
 
 
 def _epoch_means(run: Run) -> dict[str, float]:
     "Means of the terms over the steps, and shares in per cent of what is counted; over all processes."
     sums = sum_over_processes(torch.stack(run.values).double().sum(0)).tolist()
     means = {name: s / (len(run.values) * processes()[1]) for name, s in zip(run.names, sums)}
-    counts = sums[len(run.names):]
+    counts = sums[len(run.names) :]
     return means | {name: 100 * s / n for name, s, n in zip(run.counted, counts[::2], counts[1::2])}
 
 # %% ../nbs/method/06_trainer.ipynb #dc634c25
 def _optimizer(parameters: list, recipe: Recipe, device: torch.device) -> torch.optim.SGD:
-    optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
-                                nesterov=recipe.nesterov, fused=device.type in ("cpu", "cuda"))
-    for p in parameters if recipe.momentum else []:  # a first step that the scaler skips would leave them as they came from memory
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    for p in (
+        parameters if recipe.momentum else []
+    ):  # a first step that the scaler skips would leave them as they came from memory
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
@@ -558,7 +697,12 @@ def _descend(loss: torch.Tensor, parameters: list, optimizer, scaler):
 
 
 def _setting(device: torch.device) -> dict:
-    return {"torch": str(torch.__version__), "device": device.type, "threads": torch.get_num_threads(), "processes": processes()[1]}
+    return {
+        "torch": str(torch.__version__),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "processes": processes()[1],
+    }
 
 
 def _refuse_memory(method: nn.Module):
@@ -566,34 +710,50 @@ def _refuse_memory(method: nn.Module):
     norms = {id(b) for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()}
     memory = [name for name, b in method.named_buffers() if id(b) not in norms]
     if memory and processes()[1] > 1:
-        raise ValueError(f"relations='device' with a method that keeps a memory ({', '.join(memory)}): each process would fill its own. Use relations='global'")
+        raise ValueError(
+            f"relations='device' with a method that keeps a memory ({', '.join(memory)}): each process would fill its own. Use relations='global'"
+        )
 
 # %% ../nbs/method/06_trainer.ipynb #6ced3c9d
 class Trainer(Run):
     "One run of a task in a folder."
-    def __init__(self,
-        task: Distiller,       # or of another kind, see above
-        train, test,           # batches: `len()`, `targets`, and `epoch(e, start=0)` that gives Batch(images, targets, index)
+
+    def __init__(
+        self,
+        task: Distiller,  # or of another kind, see above
+        train,
+        test,  # batches: `len()`, `targets`, and `epoch(e, start=0)` that gives Batch(images, targets, index)
         recipe: Recipe,
-        folder: Path | str,    # where the run lives
+        folder: Path | str,  # where the run lives
         checkpoint_seconds: float = 60,  # when the process is killed, about so much work is lost
-        keep: int = 2,                   # so many checkpoints stay
-        channels_last: bool = False,     # memory layout of the networks; changes rounding, and speed
-        compile: bool = False,           # torch.compile of the networks; changes rounding, and speed
+        keep: int = 2,  # so many checkpoints stay
+        channels_last: bool = False,  # memory layout of the networks; changes rounding, and speed
+        compile: bool = False,  # torch.compile of the networks; changes rounding, and speed
     ):
         self.task, self.train, self.test, self.checkpoint_seconds = task, train, test, checkpoint_seconds
         student, method, device = task.student, task.method, next(task.student.parameters()).device
         networks = [n for n in (student, task.teacher) if n is not None]
-        for network in networks if channels_last else []: network.to(memory_format=torch.channels_last)
+        for network in networks if channels_last else []:
+            network.to(memory_format=torch.channels_last)
         task.prepare(train)
-        for network in networks if compile else []: network.compile()
-        if recipe.relations == "device": _refuse_memory(method)
+        for network in networks if compile else []:
+            network.compile()
+        if recipe.relations == "device":
+            _refuse_memory(method)
         self.parameters = [p for p in [*student.parameters(), *method.parameters()] if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, recipe, device)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=recipe.precision == "fp16")
         self.looked, self.look = 0, _Finite([])
         parts = {"student": student, "method": method, "optimizer": self.optimizer, "scaler": self.scaler}
-        super().__init__(folder, recipe, device, parts, _setting(device) | {"channels_last": channels_last, "compile": compile}, keep, task.score)
+        super().__init__(
+            folder,
+            recipe,
+            device,
+            parts,
+            _setting(device) | {"channels_last": channels_last, "compile": compile},
+            keep,
+            task.score,
+        )
 
     def fit(self, progress: bool = True) -> list[dict]:
         "Train to the last epoch, from where the folder left off. Gives the history, one dict an epoch."
@@ -601,33 +761,43 @@ class Trainer(Run):
 
     def begin_epoch(self):
         "Also in the middle of one, after `resume`."
-        self.task.student.train(); self.task.method.train()
+        self.task.student.train()
+        self.task.method.train()
         self.task.method.set_epoch(self.epoch)
         self.looked, self.look = 0, _Finite([])
 
     def train_step(self, batch, teacher: Outputs | None = None):
         "One step of the optimiser. `teacher`: its outputs for the batch, if they are there already."
-        for group in self.optimizer.param_groups: group["lr"] = self.recipe.lr_at(self.epoch, self.step, len(self.train))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr_at(self.epoch, self.step, len(self.train))
         with self.own_random():
-            with mixed(self.device.type, self.recipe.precision): terms, counts = self.task(batch, teacher, self.recipe.relations)
+            with mixed(self.device.type, self.recipe.precision):
+                terms, counts = self.task(batch, teacher, self.recipe.relations)
             loss = sum(terms.values())
             _descend(loss, self.parameters, self.optimizer, self.scaler)
         self.note(loss, terms, counts)
-        if len(self.values) % LOOK_EVERY == 0: self.check()
+        if len(self.values) % LOOK_EVERY == 0:
+            self.check()
 
     def end_epoch(self, before=lambda: None):
         "The epoch's means and the evaluation, a row of the history. `before` is called before each batch of the evaluation."
         self.check(wait=True)
         from_first([*self.task.student.buffers(), *self.task.method.buffers()])
         scores = self.task.evaluate(self.test, self.recipe.precision, before)
-        self.history.append({"epoch": self.epoch + 1, "lr": self.recipe.lr_at(self.epoch, 0, len(self.train))} | _epoch_means(self) | scores)
+        self.history.append(
+            {"epoch": self.epoch + 1, "lr": self.recipe.lr_at(self.epoch, 0, len(self.train))}
+            | _epoch_means(self)
+            | scores
+        )
         self.epoch, self.step, self.values = self.epoch + 1, 0, []
 
     def check(self, wait: bool = False):
         "NonFiniteLoss if a value up to the last look was not finite; with `wait`, up to now."
-        if not self.look: raise _not_finite(self)
-        self.look, self.looked = _Finite(self.values[self.looked:]), len(self.values)
-        if wait and not self.look: raise _not_finite(self)
+        if not self.look:
+            raise _not_finite(self)
+        self.look, self.looked = _Finite(self.values[self.looked :]), len(self.values)
+        if wait and not self.look:
+            raise _not_finite(self)
 
 # %% ../nbs/method/06_trainer.ipynb #3620fa79
 class OutOfMemory(RuntimeError):
@@ -640,27 +810,42 @@ class BatchesFailed(RuntimeError):
 
 class Stopped(KeyboardInterrupt):
     "Ctrl-C or SIGTERM; the state was saved."
+
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.signum = signum  # which signal
 
 # %% ../nbs/method/06_trainer.ipynb #e8d7996e
 def fit_together(
-    trainers: list[Trainer],  # one teacher, the same batches, the same number of epochs; students, methods and folders of their own
+    trainers: list[
+        Trainer
+    ],  # one teacher, the same batches, the same number of epochs; students, methods and folders of their own
     progress: bool = True,
-) -> list[list[dict]]:        # their histories
+) -> list[list[dict]]:  # their histories
     "Train several students at once; the teacher sees each batch once. Each student gets the bits it would have got alone."
     first = trainers[0]
-    for t in trainers[1:]: _check_company(first, t)
+    for t in trainers[1:]:
+        _check_company(first, t)
     epochs, main = first.recipe.epochs, processes()[0] == 0
     with contextlib.ExitStack() as held:
-        for t in trainers if main else []: held.enter_context(claimed(t.folder))
+        for t in trainers if main else []:
+            held.enter_context(claimed(t.folder))
         held.enter_context(determinism(first.recipe.deterministic, search=getattr(first.task, "fixed_shapes", True)))
         caught = held.enter_context(_signals())
         teach = held.enter_context(_shared_teacher([t.task for t in trainers]))
-        for t in trainers: t.resume()
+        for t in trainers:
+            t.resume()
         start = min(t.epoch for t in trainers)
-        bar = held.enter_context(tqdm(total=epochs, initial=start, desc=first.folder.name, unit="epoch", leave=False, disable=None if progress and main else True))
+        bar = held.enter_context(
+            tqdm(
+                total=epochs,
+                initial=start,
+                desc=first.folder.name,
+                unit="epoch",
+                leave=False,
+                disable=None if progress and main else True,
+            )
+        )
         for epoch in range(start, epochs):
             now = [t for t in trainers if t.epoch == epoch]  # after an interruption some may be ahead
             _one_epoch(now, teach, caught)
@@ -675,46 +860,67 @@ def _one_epoch(now: list[Trainer], teach, caught: list[int]):
     "From where these runs stand to the end of the epoch, saved now and then."
     first = now[0]
     epoch, start = first.epoch, min(t.step for t in now)
-    for t in now: t.begin_epoch()
+    for t in now:
+        t.begin_epoch()
 
     def save():
-        for t in now: t.check(wait=True); t.save()
+        for t in now:
+            t.check(wait=True)
+            t.save()
 
     def stop():
-        if not caught: return
+        if not caught:
+            return
         save()
-        raise Stopped(f"{signal.Signals(caught[0]).name} in epoch {epoch + 1}, after step {first.step}. {first.kept()} Start again to go on", caught[0])
+        raise Stopped(
+            f"{signal.Signals(caught[0]).name} in epoch {epoch + 1}, after step {first.step}. {first.kept()} Start again to go on",
+            caught[0],
+        )
 
     try:
-        for step, batch in enumerate(_surely(first.train.epoch(epoch, start=start), len(first.train) - start, save), start):
+        for step, batch in enumerate(
+            _surely(first.train.epoch(epoch, start=start), len(first.train) - start, save), start
+        ):
             stop()
             batch, behind = part(batch), [t for t in now if t.step == step]
             teachers = teach(batch.images, first.recipe.precision) if teach and batch else {}
             for t in behind:
-                if batch: t.train_step(batch, teachers.get(t.task))
+                if batch:
+                    t.train_step(batch, teachers.get(t.task))
                 t.step += 1
-            if time.perf_counter() - first.saved >= first.checkpoint_seconds: save()
-        for t in now: t.end_epoch(before=stop)
+            if time.perf_counter() - first.saved >= first.checkpoint_seconds:
+                save()
+        for t in now:
+            t.end_epoch(before=stop)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e): raise
-        raise OutOfMemory(f"out of memory in epoch {epoch + 1}, step {first.step + 1} ({str(e).splitlines()[0] if str(e) else type(e).__name__}). {first.kept()} "
-                          "Start again with a smaller batch_size, precision='bf16', or less else on the device") from e
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+            raise
+        raise OutOfMemory(
+            f"out of memory in epoch {epoch + 1}, step {first.step + 1} ({str(e).splitlines()[0] if str(e) else type(e).__name__}). {first.kept()} "
+            "Start again with a smaller batch_size, precision='bf16', or less else on the device"
+        ) from e
     due = time.perf_counter() - first.saved >= first.checkpoint_seconds
-    for t in now: t.save(checkpoint=due or t.epoch == t.recipe.epochs)
+    for t in now:
+        t.save(checkpoint=due or t.epoch == t.recipe.epochs)
 
 
 def _surely(batches, n: int, save):
     "`n` batches, or an error that says where they ended, with the state saved."
     got, batches = 0, iter(batches)
     while True:
-        try: batch = next(batches)
-        except StopIteration: break
+        try:
+            batch = next(batches)
+        except StopIteration:
+            break
         except Exception as e:
             save()
-            raise BatchesFailed(f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. {'The state was saved' if processes()[0] == 0 else 'The last checkpoint counts'}; start again to go on") from e
+            raise BatchesFailed(
+                f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. {'The state was saved' if processes()[0] == 0 else 'The last checkpoint counts'}; start again to go on"
+            ) from e
         got += 1
         yield batch
-    if got != n: raise BatchesFailed(f"the training batches ended after {got} of {n}: len(train) and train.epoch() do not agree")
+    if got != n:
+        raise BatchesFailed(f"the training batches ended after {got} of {n}: len(train) and train.epoch() do not agree")
 
 # %% ../nbs/method/06_trainer.ipynb #b3e8fdd0
 @contextlib.contextmanager
@@ -723,14 +929,17 @@ def _signals():
     caught, before = [], {}
 
     def note(signum, frame):
-        if caught: raise KeyboardInterrupt("stopped in the middle of a step: the last checkpoint counts")
+        if caught:
+            raise KeyboardInterrupt("stopped in the middle of a step: the last checkpoint counts")
         caught.append(signum)
 
     if threading.current_thread() is threading.main_thread():  # the only one that may
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield caught
+    try:
+        yield caught
     finally:
-        for s, handler in before.items(): signal.signal(s, handler)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 @contextlib.contextmanager
@@ -742,17 +951,29 @@ def _shared_teacher(tasks: list):
         return
     paths = list(dict.fromkeys(p for d in tasks for p in d.teacher_taps.paths))
     with Taps(teacher, paths) as taps:
+
         def teach(images, precision):
-            with torch.no_grad(), mixed(images.device.type, precision): outputs = taps(images)
+            with torch.no_grad(), mixed(images.device.type, precision):
+                outputs = taps(images)
             at = dict(zip(paths, outputs.features))
             return {d: Outputs(outputs.logits, tuple(at[p] for p in d.teacher_taps.paths)) for d in tasks}
+
         yield teach
 
 
 def _check_company(a: Trainer, b: Trainer):
-    for name, of in (("the training batches", lambda t: t.train), ("the test batches", lambda t: t.test), ("the teacher", lambda t: t.task.teacher)):
-        if of(a) is not of(b): raise ValueError(f"runs that share a teacher's forward pass need {name} to be one object")
+    for name, of in (
+        ("the training batches", lambda t: t.train),
+        ("the test batches", lambda t: t.test),
+        ("the teacher", lambda t: t.task.teacher),
+    ):
+        if of(a) is not of(b):
+            raise ValueError(f"runs that share a teacher's forward pass need {name} to be one object")
     for name in ("epochs", "precision", "deterministic"):
         there, here = getattr(a.recipe, name), getattr(b.recipe, name)
-        if there != here: raise ValueError(f"runs that share a teacher's forward pass must agree in {name}; got {there!r} and {here!r}")
-    if a.folder == b.folder: raise ValueError(f"each run needs a folder of its own; two have {a.folder}")
+        if there != here:
+            raise ValueError(
+                f"runs that share a teacher's forward pass must agree in {name}; got {there!r} and {here!r}"
+            )
+    if a.folder == b.folder:
+        raise ValueError(f"each run needs a folder of its own; two have {a.folder}")

@@ -1,4 +1,5 @@
 "Real images for tests that train: a few hundred of cifar10-jpeg, or the digits of scikit-learn where it is not at hand."
+
 import os
 import tarfile
 from pathlib import Path
@@ -14,8 +15,10 @@ def place(folder, name, data):
     "Image NNNN of a part and class into `folder`, as a link or as bytes."
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(data, bytes): path.write_bytes(data)
-    else: os.symlink(data, path)
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    else:
+        os.symlink(data, path)
 
 
 def wanted(name, train=20, test=10):
@@ -30,10 +33,13 @@ def images(tmp_path_factory):
     archive = REPO.parent / "shared" / "data" / "cifar10-jpeg.tar.xz"  # where .ci/run looks too
     if real.is_dir():
         for path in real.glob("*/*/00??.jpg"):
-            if wanted(name := str(path.relative_to(real))): place(folder, name, path.resolve())
+            if wanted(name := str(path.relative_to(real))):
+                place(folder, name, path.resolve())
     elif archive.is_file():
         with tarfile.open(archive) as tar:
             for member in tar:
-                if member.isfile() and wanted(member.name): place(folder, member.name, tar.extractfile(member).read())
-    else: return load_dataset("digits", limit=200, test_limit=100)
+                if member.isfile() and wanted(member.name):
+                    place(folder, member.name, tar.extractfile(member).read())
+    else:
+        return load_dataset("digits", limit=200, test_limit=100)
     return load_dataset(f"imagefolder:{folder}", root=folder.parent)

@@ -1,10 +1,11 @@
 """A notebook that stands in for a benchmark: it leaves the files of a run without importing torch, so that a kernel takes a second.
 Seeds decide what happens: 0 to 9 succeed, 66 raises, 77 kills its kernel, 88 finds the disk full."""
+
 import nbformat
 
 from rcka.experiments import Experiment
 
-RUN = '''
+RUN = """
 import json, os, signal, time
 from pathlib import Path
 from filelock import FileLock
@@ -26,13 +27,15 @@ with FileLock(folder / ".lock"):
     result = {"experiment": wanted, "last": score, "best": score, "train": {}, "teacher": score if teacher else None, "parameters": 1, "seconds": 1.0,
               "images_per_second": 64.0, "device": "none", "versions": {}, "commit": None, "finished": "2026-01-01T00:00:00+00:00", "format": 1}
     (folder / "result.json").write_text(json.dumps(result))
-'''.replace("\\\\n", "\\n")
+""".replace("\\\\n", "\\n")
 
 
 def write_stub(path, more: str = ""):
     "Write the notebook; `more` is code at its end."
     fields = Experiment().to_dict()
-    cell = nbformat.v4.new_code_cell("\n".join(f"{k} = {v!r}" for k, v in fields.items()), metadata={"tags": ["parameters"]})
+    cell = nbformat.v4.new_code_cell(
+        "\n".join(f"{k} = {v!r}" for k, v in fields.items()), metadata={"tags": ["parameters"]}
+    )
     nb = nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_code_cell(RUN), nbformat.v4.new_code_cell(more)])
     nb.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
     nbformat.write(nb, path)

@@ -1,4 +1,5 @@
 "Every baseline on random outputs of networks of different kinds, against oracles where one exists."
+
 import copy
 
 import pytest
@@ -6,20 +7,52 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import rcka.baselines, rcka.baselines_features  # noqa: F401  registers the methods
-from rcka.baselines_features import crd_loss, paper_args
+import rcka.baselines  # noqa: F401  registers the methods
+from rcka.baselines_features import paper_args
 from rcka.losses import Layers, Outputs, create_method, list_methods
 
-NAMES = ["kd", "fitnet", "at", "sp", "cc", "rkd", "vid", "crd", "ofd", "reviewkd", "ickd_c", "dpk", "dkd", "dist",
-         "ikl_kd", "nkd", "srrl", "pkt", "nst", "mgd"]
+NAMES = [
+    "kd",
+    "fitnet",
+    "at",
+    "sp",
+    "cc",
+    "rkd",
+    "vid",
+    "crd",
+    "ofd",
+    "reviewkd",
+    "ickd_c",
+    "dpk",
+    "dkd",
+    "dist",
+    "ikl_kd",
+    "nkd",
+    "srrl",
+    "pkt",
+    "nst",
+    "mgd",
+]
 CONNECTED = ["fitnet", "cc", "vid", "crd", "ofd", "reviewkd", "ickd_c", "dpk", "srrl", "mgd"]
-SMALL = {"crd": dict(negatives=7, width=8), "dpk": dict(width=8), "cc": dict(width=8), "mgd": dict(weight=1e-2), "reviewkd": dict(width=8)}
+SMALL = {
+    "crd": dict(negatives=7, width=8),
+    "dpk": dict(width=8),
+    "cc": dict(width=8),
+    "mgd": dict(weight=1e-2),
+    "reviewkd": dict(width=8),
+}
 CLASSES, SAMPLES = 5, 20
 
 # (stem and stages of the student, its pooled width), the same of the teacher
 FAMILIES = {
-    "resnets": (([(4, 8, 8), (4, 8, 8), (6, 4, 4), (8, 2, 2)], 8), ([(8, 8, 8), (8, 8, 8), (12, 4, 4), (16, 2, 2)], 16)),
-    "vgg to mobilenet": (([(4, 8, 8), (3, 8, 8), (4, 4, 4), (6, 4, 4), (10, 2, 2)], 20), ([(8, 16, 16), (8, 8, 8), (12, 8, 8), (16, 4, 4), (16, 4, 4)], 16)),
+    "resnets": (
+        ([(4, 8, 8), (4, 8, 8), (6, 4, 4), (8, 2, 2)], 8),
+        ([(8, 8, 8), (8, 8, 8), (12, 4, 4), (16, 2, 2)], 16),
+    ),
+    "vgg to mobilenet": (
+        ([(4, 8, 8), (3, 8, 8), (4, 4, 4), (6, 4, 4), (10, 2, 2)], 20),
+        ([(8, 16, 16), (8, 8, 8), (12, 8, 8), (16, 4, 4), (16, 4, 4)], 16),
+    ),
     "fewer stages": (([(4, 8, 8), (6, 4, 4), (8, 2, 2)], 8), ([(8, 16, 16), (8, 16, 16), (12, 8, 8), (16, 4, 4)], 16)),
 }
 TARGETS = torch.arange(SAMPLES) % CLASSES
@@ -34,7 +67,8 @@ def random_outputs(method, family, n, dtype=torch.float32, grad=False, fill=None
     shapes, pooled = family
     layers = layers_of(shapes)
     sizes = {"pooled": (pooled,)}
-    for name, pre, shape in zip(layers.stages, layers.preacts, shapes): sizes[name] = sizes[pre] = shape
+    for name, pre, shape in zip(layers.stages, layers.preacts, shapes):
+        sizes[name] = sizes[pre] = shape
     make = (lambda *s: torch.randn(*s, dtype=dtype)) if fill is None else (lambda *s: torch.full(s, fill, dtype=dtype))
     features = tuple(make(n, *sizes[p]).requires_grad_(grad) for p in method.wants(layers))
     return Outputs(make(n, CLASSES).requires_grad_(grad), features)
@@ -43,8 +77,10 @@ def random_outputs(method, family, n, dtype=torch.float32, grad=False, fill=None
 def used(method, outputs):
     "The student's tensors that the method reads."
     f = outputs.features
-    if method.name == "reviewkd": f = f[:len(f) // 2] + f[-1:]
-    if method.name == "srrl": f = f[:1]
+    if method.name == "reviewkd":
+        f = f[: len(f) // 2] + f[-1:]
+    if method.name == "srrl":
+        f = f[:1]
     return f if f else (outputs.logits,)
 
 
@@ -73,8 +109,10 @@ def test_values_are_finite_and_gradients_reach_student_and_connectors(name, fami
     assert all(key == "ce" or key.startswith(name) for key in terms)
     sum(v for k, v in terms.items() if k != "ce").backward()
     deepest = used(method, s) if family == "resnets" else used(method, s)[-1:]
-    for x in deepest: assert x.grad is not None and x.grad.isfinite().all() and x.grad.abs().sum() > 0
-    for key, p in method.named_parameters(): assert p.grad is not None and p.grad.isfinite().all(), key
+    for x in deepest:
+        assert x.grad is not None and x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    for key, p in method.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), key
     assert all(x.grad is None for x in (t.logits, *t.features))
 
 
@@ -89,6 +127,7 @@ def test_gradients_in_float64(name):
     def f(*_):
         torch.manual_seed(1)  # the same masks and negatives
         return sum(method.terms(s, t, target, index).values())
+
     assert f().dtype == torch.float64
     assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
 
@@ -125,7 +164,8 @@ def test_constant_features_never_give_nan(name, fill):
         total = sum(method(s, t, target, index).values())
         total.backward()
         assert total.isfinite()
-        for x in (s.logits, *s.features): assert x.grad is None or x.grad.isfinite().all()
+        for x in (s.logits, *s.features):
+            assert x.grad is None or x.grad.isfinite().all()
         assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
         assert all(b.isfinite().all() for b in method.buffers())
 
@@ -135,12 +175,17 @@ def test_constant_features_never_give_nan(name, fill):
 def test_half_precision_inputs(name, dtype):
     torch.manual_seed(0)
     method, s, t, target, index = make(name, "resnets")
-    half = lambda o: Outputs(o.logits.detach().to(dtype).requires_grad_(), tuple(f.detach().to(dtype).requires_grad_() for f in o.features))
+    half = lambda o: Outputs(
+        o.logits.detach().to(dtype).requires_grad_(), tuple(f.detach().to(dtype).requires_grad_() for f in o.features)
+    )
     s, t = half(s), half(t)
-    torch.manual_seed(1); low = method.eval().terms(s, t, target, index)
+    torch.manual_seed(1)
+    low = method.eval().terms(s, t, target, index)
     wide = lambda o: Outputs(o.logits.float(), tuple(f.float() for f in o.features))
-    torch.manual_seed(1); high = method.terms(wide(s), wide(t), target, index)
-    for key in low: torch.testing.assert_close(low[key], high[key])
+    torch.manual_seed(1)
+    high = method.terms(wide(s), wide(t), target, index)
+    for key in low:
+        torch.testing.assert_close(low[key], high[key])
     sum(low.values()).backward()
     assert all(x.grad.isfinite().all() for x in used(method, s))
 
@@ -149,7 +194,8 @@ def test_half_precision_inputs(name, dtype):
 def test_under_autocast(name):
     torch.manual_seed(0)
     method, s, t, target, index = make(name, "resnets")
-    with torch.autocast("cpu", torch.bfloat16): terms = method(s, t, target, index)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = method(s, t, target, index)
     sum(terms.values()).backward()
     assert all(v.isfinite() and v.dtype == torch.float32 for v in terms.values())
     assert all(x.grad.isfinite().all() for x in used(method, s))
@@ -170,16 +216,20 @@ def test_sums_with_kd(name):
 def test_state_dict_resumes(name):
     torch.manual_seed(0)
     method, s, t, target, index = make(name, "resnets")
-    for _ in range(2): method(s, t, target, index)
-    torch.manual_seed(5); other = make(name, "resnets")[0]
-    if name == "srrl": other.head = method.head  # the teacher's, not the method's
+    for _ in range(2):
+        method(s, t, target, index)
+    torch.manual_seed(5)
+    other = make(name, "resnets")[0]
+    if name == "srrl":
+        other.head = method.head  # the teacher's, not the method's
     other.load_state_dict(copy.deepcopy(method.state_dict()))
     for _ in range(2):  # the state moves on in step
         values = []
         for m in (method, other):
             torch.manual_seed(7)
             values.append(m(s, t, target, index))
-        for key in values[0]: torch.testing.assert_close(values[0][key], values[1][key], rtol=0, atol=0)
+        for key in values[0]:
+            torch.testing.assert_close(values[0][key], values[1][key], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,7 +242,9 @@ def test_the_loss_falls(name):
         torch.manual_seed(1)  # the same masks and negatives: the fall is the optimiser's
         loss = sum(method.terms(s, t, target, index).values())
         path.append(loss.item())
-        opt.zero_grad(); loss.backward(); opt.step()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
     assert path[-1] < path[0] - 0.02 * abs(path[0])
 
 
@@ -200,7 +252,8 @@ def test_the_loss_falls(name):
 def test_connectors_must_be_built_before_use(name):
     method = create_method(name, SMALL.get(name, {}))
     s, t = (random_outputs(method, f, 4) for f in FAMILIES["resnets"])
-    with pytest.raises(RuntimeError, match="call method.build"): method(s, t, TARGETS[:4], torch.arange(4))
+    with pytest.raises(RuntimeError, match="call method.build"):
+        method(s, t, TARGETS[:4], torch.arange(4))
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(CONNECTED)))
@@ -225,22 +278,32 @@ def test_warm_up(name):
 def test_tokens_where_maps_are_needed_are_named():
     for name in ["at", "nst"]:
         with pytest.raises(ValueError, match=r"\(4, 9, 6\) of the student"):
-            create_method(name)(Outputs(torch.randn(4, 5), (torch.randn(4, 9, 6),)), Outputs(torch.randn(4, 5), (torch.randn(4, 6, 3, 3),)), torch.arange(4))
+            create_method(name)(
+                Outputs(torch.randn(4, 5), (torch.randn(4, 9, 6),)),
+                Outputs(torch.randn(4, 5), (torch.randn(4, 6, 3, 3),)),
+                torch.arange(4),
+            )
 
 
 def test_features_that_do_not_come_are_named():
-    with pytest.raises(ValueError, match="method.wants"): create_method("sp")(Outputs(torch.randn(4, 5)), Outputs(torch.randn(4, 5)), torch.arange(4))
-    with pytest.raises(ValueError, match="layers.preacts"): create_method("ofd").wants(Layers(("a", "b")))
+    with pytest.raises(ValueError, match="method.wants"):
+        create_method("sp")(Outputs(torch.randn(4, 5)), Outputs(torch.randn(4, 5)), torch.arange(4))
+    with pytest.raises(ValueError, match="layers.preacts"):
+        create_method("ofd").wants(Layers(("a", "b")))
 
 
 def test_crd_against_torchdistill():
     from torchdistill.losses.mid_level import CRDLoss
+
     torch.manual_seed(0)
     method, s, t, target, index = make("crd", "resnets", width=8)
-    oracle = CRDLoss("s", "empty", "t", input_size=8, output_size=16, num_negative_samples=7, num_samples=SAMPLES)  # 16: its alias table works for powers of two
+    oracle = CRDLoss(
+        "s", "empty", "t", input_size=8, output_size=16, num_negative_samples=7, num_samples=SAMPLES
+    )  # 16: its alias table works for powers of two
     oracle.memory_v1, oracle.memory_v2 = method.student_memory.clone(), method.teacher_memory.clone()
     for step in range(3):
-        with torch.no_grad(): a, b = (F.normalize(e) for e in method.connectors[0](s.features[0], t.features[0]))
+        with torch.no_grad():
+            a, b = (F.normalize(e) for e in method.connectors[0](s.features[0], t.features[0]))
         torch.manual_seed(step)
         rows = torch.cat([index[:, None], method.others(target, 7)], 1)
         torch.manual_seed(step)
@@ -259,18 +322,23 @@ def test_crd_contrasts_only_other_classes_and_follows_the_seed():
     method.build(s, t, targets=targets)
     draw = method.others(targets, 500)
     assert (targets[draw] != targets[:, None]).all()
-    for row, own in zip(draw, targets): assert set(row.tolist()) == set((targets != own).nonzero()[:, 0].tolist())
-    torch.manual_seed(3); a = method.others(targets, 9)
-    torch.manual_seed(3); b = method.others(targets, 9)
+    for row, own in zip(draw, targets):
+        assert set(row.tolist()) == set((targets != own).nonzero()[:, 0].tolist())
+    torch.manual_seed(3)
+    a = method.others(targets, 9)
+    torch.manual_seed(3)
+    b = method.others(targets, 9)
     assert a.equal(b)
-    with pytest.raises(ValueError, match="at least 2"): method.build(s, t, targets=torch.zeros(9).long())
+    with pytest.raises(ValueError, match="at least 2"):
+        method.build(s, t, targets=torch.zeros(9).long())
 
 
 def test_crd_does_not_learn_from_evaluation():
     method, s, t, target, index = make("crd", "resnets")
     before = copy.deepcopy(method.state_dict())
     method.eval()(s, t, target, index)
-    for key, value in method.state_dict().items(): assert value.equal(before[key]), key
+    for key, value in method.state_dict().items():
+        assert value.equal(before[key]), key
 
 
 def test_srrl_keeps_the_teachers_classifier_out():
@@ -293,8 +361,12 @@ def test_paper_args():
 @pytest.mark.parametrize("pair", [("resnet20", "resnet8"), ("vgg8", "mobilenet_v2_half")])
 def test_on_the_networks_of_the_zoo(pair):
     from rcka.models import create_model, list_models
-    if not set(pair) <= set(list_models()): pytest.skip("the zoo does not have both yet")
-    from rcka.taps import Taps, layers_of as layers_in
+
+    if not set(pair) <= set(list_models()):
+        pytest.skip("the zoo does not have both yet")
+    from rcka.taps import Taps
+    from rcka.taps import layers_of as layers_in
+
     torch.manual_seed(0)
     teacher, student = (create_model(name, num_classes=CLASSES) for name in pair)
     teacher.eval()
@@ -302,8 +374,12 @@ def test_on_the_networks_of_the_zoo(pair):
     for name in NAMES:
         method = create_method(name, SMALL.get(name, {}))
         tap_s, tap_t = (Taps(net, method.wants(layers_in(net))) for net in (student, teacher))
-        with torch.no_grad(): method.build(tap_s(images), t := tap_t(images), head=teacher.get_submodule(layers_in(teacher).head), targets=TARGETS)
+        with torch.no_grad():
+            method.build(
+                tap_s(images), t := tap_t(images), head=teacher.get_submodule(layers_in(teacher).head), targets=TARGETS
+            )
         total = sum(method(tap_s(images), t, target, index).values())
-        student.zero_grad(); total.backward()
+        student.zero_grad()
+        total.backward()
         assert total.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in student.parameters()), name
         assert sum(p.grad is not None for p in student.parameters()) > 0

@@ -4,6 +4,7 @@ The search looks where such inequalities break: ill-conditioned, rank one, two s
 constant rows, duplicates, huge and tiny scales, pairs that are nearly the same, and pairs near which each bound is tight.
 It must find nothing against what is claimed, and something against a deliberately false variant of each claim.
 """
+
 import functools
 import math
 
@@ -15,8 +16,21 @@ import scipy.linalg
 import torch
 from hypothesis import assume, given, settings
 
-from rcka.bounds import (Bound, angle_bound, cka_gradient, feature_bound, feature_chain, linear_bound, lipschitz, procrustes,
-                         procrustes_bound, published_bound, relation_bound, relation_identity, unit_features)
+from rcka.bounds import (
+    Bound,
+    angle_bound,
+    cka_gradient,
+    feature_bound,
+    feature_chain,
+    linear_bound,
+    lipschitz,
+    procrustes,
+    procrustes_bound,
+    published_bound,
+    relation_bound,
+    relation_identity,
+    unit_features,
+)
 from rcka.similarity import Gaussian, Linear, Polynomial, cka, gram, mmd2
 
 SLACK = 1e-11  # all quantities are of order one, in float64
@@ -25,19 +39,30 @@ BATCH = 40
 
 # ---------------------------------------------------------------- the draws
 
-def normal(g, *shape): return torch.randn(*shape, generator=g, dtype=torch.float64)
-def uniform(g, *shape): return torch.rand(*shape, generator=g, dtype=torch.float64)
-def orthonormal(g, b, n, k): return torch.linalg.qr(normal(g, b, n, k)).Q
+
+def normal(g, *shape):
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
-def independent(g, b, n, p, q): return normal(g, b, n, p), normal(g, b, n, q) + 3 * uniform(g, b, 1, 1)
+def uniform(g, *shape):
+    return torch.rand(*shape, generator=g, dtype=torch.float64)
+
+
+def orthonormal(g, b, n, k):
+    return torch.linalg.qr(normal(g, b, n, k)).Q
+
+
+def independent(g, b, n, p, q):
+    return normal(g, b, n, p), normal(g, b, n, q) + 3 * uniform(g, b, 1, 1)
 
 
 def related(g, b, n, p, q):
     "A linear image of the teacher and noise, in any proportion, after a ReLU."
     x = normal(g, b, n, p)
     a = uniform(g, b, 1, 1)
-    return (x + uniform(g, b, 1, 1)).relu() + 1e-3, ((1 - a) * x @ normal(g, b, p, q) / p**0.5 + a * normal(g, b, n, q)).relu() + 1e-3
+    return (x + uniform(g, b, 1, 1)).relu() + 1e-3, (
+        (1 - a) * x @ normal(g, b, p, q) / p**0.5 + a * normal(g, b, n, q)
+    ).relu() + 1e-3
 
 
 def nearly_same(g, b, n, p, q):
@@ -50,7 +75,8 @@ def ill_conditioned(g, b, n, p, q):
     return normal(g, b, n, p) * column(p), (normal(g, b, n, q) + 1) * column(q)
 
 
-def rank_one(g, b, n, p, q): return normal(g, b, n, 1) * normal(g, b, 1, p), normal(g, b, n, 1) * normal(g, b, 1, q)
+def rank_one(g, b, n, p, q):
+    return normal(g, b, n, 1) * normal(g, b, 1, p), normal(g, b, n, 1) * normal(g, b, 1, q)
 
 
 def constant_rows(g, b, n, p, q):
@@ -97,9 +123,11 @@ def shared_and_private(g, b, n, p, q):
     "The pairs for which the bound on features is tight, as far as n has room for them; also with a common mean."
     m = max(1, min(p, q, (n - 1) // 2) // 2)
     c = max(0, min(p, n - 1 - 2 * m))
-    if 2 * m > n: return independent(g, b, n, p, q)
+    if 2 * m > n:
+        return independent(g, b, n, p, q)
     basis = orthonormal(g, b, n, c + 2 * m)
-    if n > c + 2 * m: basis = torch.linalg.qr(basis - basis.mean(1, keepdim=True)).Q
+    if n > c + 2 * m:
+        basis = torch.linalg.qr(basis - basis.mean(1, keepdim=True)).Q
     gap = 10 ** (-4 * uniform(g, b, 1, 1))
     common = basis[..., :c] * (uniform(g, b, 1, c) + 0.1)
     common = unit_features(common, center=False, batch_dims=1) * (1 - gap) ** 0.25 if c else common
@@ -107,9 +135,34 @@ def shared_and_private(g, b, n, p, q):
     return torch.cat([common, private[..., :m]], -1), torch.cat([common, private[..., m:]], -1)
 
 
-FAMILIES = [independent, related, nearly_same, ill_conditioned, rank_one, constant_rows, duplicates, scales, outliers, integers,
-            one_cloud_two_means, shared_and_private]
-SHAPES = [(2, 3, 2), (2, 1, 5), (3, 1, 1), (3, 4, 2), (4, 2, 3), (5, 5, 5), (6, 40, 30), (7, 3, 60), (8, 2, 2), (9, 6, 4), (10, 10, 3), (12, 4, 8)]
+FAMILIES = [
+    independent,
+    related,
+    nearly_same,
+    ill_conditioned,
+    rank_one,
+    constant_rows,
+    duplicates,
+    scales,
+    outliers,
+    integers,
+    one_cloud_two_means,
+    shared_and_private,
+]
+SHAPES = [
+    (2, 3, 2),
+    (2, 1, 5),
+    (3, 1, 1),
+    (3, 4, 2),
+    (4, 2, 3),
+    (5, 5, 5),
+    (6, 40, 30),
+    (7, 3, 60),
+    (8, 2, 2),
+    (9, 6, 4),
+    (10, 10, 3),
+    (12, 4, 8),
+]
 
 
 @functools.lru_cache
@@ -126,7 +179,7 @@ def draws():
     return found
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def value(f, i, centred, *args):
     "f on the i-th batch of draws, worked out once for all claims that need it."
     _, x, y = draws()[i]
@@ -142,15 +195,21 @@ def search(claim, centred):
         assert torch.isfinite(lhs).all() and torch.isfinite(rhs).all(), family
         excess = lhs - rhs
         many, seen = many + int((excess > SLACK).sum()), seen + len(lhs)
-        if excess.max() > worst: worst, where = excess.max().item(), family
+        if excess.max() > worst:
+            worst, where = excess.max().item(), family
     assert seen >= 10_000
     return many, worst, where
 
 
 # ---------------------------------------------------------------- what is claimed: functions of (i, centred), for `search`
 
-def holds(f, *args): return lambda i, c: value(f, i, c, *args)
-def equal(a, b): return Bound((a - b).abs(), torch.zeros_like(a))
+
+def holds(f, *args):
+    return lambda i, c: value(f, i, c, *args)
+
+
+def equal(a, b):
+    return Bound((a - b).abs(), torch.zeros_like(a))
 
 
 def step(a, b):
@@ -168,7 +227,7 @@ def ceiling(i, c, less=0):
     "Theorem 9: CKA of a student of width p is at most the norm of the teacher's p largest eigenvalues."
     _, x, y = draws()[i]
     xh, yh = unit_features(x, c, 1), unit_features(y, c, 1)
-    mu = torch.linalg.eigvalsh(yh @ yh.mT).flip(-1)[:, :x.shape[-1] - less]
+    mu = torch.linalg.eigvalsh(yh @ yh.mT).flip(-1)[:, : x.shape[-1] - less]
     return Bound(cka(xh, yh, center=c, batch_dims=1), mu.square().sum(-1).sqrt())
 
 
@@ -184,14 +243,17 @@ def published(power):
     def claim(i, c):
         t = value(published_bound, i, c, draws()[i][1].shape[1] ** power)
         return equal(t.middle, t.cka)
+
     return claim
 
 
 def changed(claim, lhs=lambda b, gap, chain: b.lhs, rhs=lambda b, gap, chain: b.rhs):
     "A variant of a claim: either side made anew from the bound, 1 - CKA and the chain."
+
     def variant(i, c):
         b, gap, chain = claim(i, c), value(relation_identity, i, c).rhs, value(feature_chain, i, c)
         return Bound(lhs(b, gap, chain), rhs(b, gap, chain))
+
     return variant
 
 
@@ -227,7 +289,10 @@ FALSE = {  # a claim, and whether it is false when centred, too
     "Theorem 2, 1 % smaller": (changed(angle, rhs=lambda b, gap, chain: 0.99 * b.rhs), False),
     "Theorem 2, linear above angle": (lambda i, c: Bound(angle(i, c).lhs, linear(i, c).lhs), False),
     "Theorem 3, without centring": (lambda i, c: mean_vanishes(i, False), True),
-    "Theorem 4, 2 % smaller, wide kernel": (changed(wide, lhs=lambda b, gap, chain: 1e4 * b.lhs, rhs=lambda b, gap, chain: 0.98e4 * b.rhs), False),
+    "Theorem 4, 2 % smaller, wide kernel": (
+        changed(wide, lhs=lambda b, gap, chain: 1e4 * b.lhs, rhs=lambda b, gap, chain: 0.98e4 * b.rhs),
+        False,
+    ),
     "Theorem 4, without L": (changed(fine, rhs=lambda b, gap, chain: 2 * gap), True),
     "Theorem 5, b the other way": (step("roots", "procrustes"), True),
     "Theorem 5, c the other way": (step("nuclear", "roots"), True),
@@ -270,15 +335,21 @@ small = hnp.arrays(np.float64, st.tuples(st.integers(2, 5), st.integers(1, 4)), 
 def test_hypothesis_finds_no_counterexample_among_small_integers(x, y, centred):
     n = min(len(x), len(y))
     x, y = torch.tensor(x[:n]), torch.tensor(y[:n])
-    for t in (x, y): assume((t - t[:1] if centred else t).abs().max() > 0)
+    for t in (x, y):
+        assume((t - t[:1] if centred else t).abs().max() > 0)
     for claim in (linear_bound, angle_bound, relation_bound, procrustes_bound, feature_bound):
         b = claim(x, y, center=centred)
         assert b.lhs <= b.rhs + SLACK
     chain = feature_chain(x, y, centred)
-    assert chain.procrustes <= chain.roots + SLACK and chain.roots <= chain.nuclear + SLACK and chain.nuclear <= chain.frobenius + SLACK
+    assert (
+        chain.procrustes <= chain.roots + SLACK
+        and chain.roots <= chain.nuclear + SLACK
+        and chain.nuclear <= chain.frobenius + SLACK
+    )
 
 
 # ---------------------------------------------------------------- oracles
+
 
 def pair(seed, n=9, p=12, q=12):
     g = torch.Generator().manual_seed(seed)
@@ -296,7 +367,8 @@ def test_procrustes_agrees_with_scipy(shape):
         assert torch.allclose(found.matrix @ found.matrix.T, torch.eye(d, dtype=torch.float64), atol=1e-12)
         np.testing.assert_allclose(found.distance, ((px - py @ r) ** 2).sum(), rtol=1e-10)
         np.testing.assert_allclose(found.distance, (px**2).sum() + (py**2).sum() - 2 * nuclear, rtol=1e-10)
-        if d <= shape[0]: np.testing.assert_allclose(found.matrix, r, atol=1e-10)  # the solution is unique
+        if d <= shape[0]:
+            np.testing.assert_allclose(found.matrix, r, atol=1e-10)  # the solution is unique
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -338,6 +410,7 @@ def test_left_hand_sides_are_the_mmd_of_similarity(kernel):
 
 def test_relation_mmd_in_pieces():
     from rcka.bounds import _relation_mmd2
+
     x, y = pair(0, 8, 3, 5)
     k, l = gram(x), gram(y)
     for batch in [(k, l), (torch.stack([k, l]), torch.stack([l, l]))]:
@@ -354,7 +427,9 @@ def test_gradient_agrees_with_autograd_on_all_draws(centred):
         leaf = xh.clone().requires_grad_()
         cka(leaf, yh, center=centred, batch_dims=1).sum().backward()
         grad = cka_gradient(xh, yh, centred, 1)
-        size = unit_features(x, centred, 1).norm(dim=(-2, -1)) / (xh - xh.mean(1, keepdim=True) if centred else xh).norm(dim=(-2, -1))
+        size = unit_features(x, centred, 1).norm(dim=(-2, -1)) / (
+            xh - xh.mean(1, keepdim=True) if centred else xh
+        ).norm(dim=(-2, -1))
         assert ((grad - leaf.grad).norm(dim=(-2, -1)) <= 1e-10 * size.clamp_min(1)).all(), family
         assert ((grad * xh).sum((-2, -1)).abs() <= 1e-10).all(), family
         pull = yh @ (yh.mT @ xh)  # without the second term it is not the gradient
@@ -371,7 +446,16 @@ def test_gradient_follows_the_scale():
 
 # ---------------------------------------------------------------- edges
 
-EVERY = [relation_identity, linear_bound, angle_bound, relation_bound, procrustes_bound, feature_bound, feature_chain, published_bound]
+EVERY = [
+    relation_identity,
+    linear_bound,
+    angle_bound,
+    relation_bound,
+    procrustes_bound,
+    feature_bound,
+    feature_chain,
+    published_bound,
+]
 
 
 @pytest.mark.parametrize("f", EVERY)
@@ -382,23 +466,34 @@ def test_batches_shapes_and_types(f):
     assert type(together).__name__ in ("Bound", "FeatureChain", "Published")
     for i in range(2):
         for j in range(3):
-            for a, b in zip(together, f(x[i, j], y[i, j])): assert torch.allclose(a[i, j], b, atol=1e-12)
+            for a, b in zip(together, f(x[i, j], y[i, j])):
+                assert torch.allclose(a[i, j], b, atol=1e-12)
     for dtype in (torch.float32, torch.bfloat16):  # features as they come: what is computed is still float64
         low = f(x.to(dtype), y.to(dtype), batch_dims=2)
-        assert low[0].dtype == torch.float64 and torch.allclose(low[0], f(x.to(dtype).double(), y.to(dtype).double(), batch_dims=2)[0])
+        assert low[0].dtype == torch.float64 and torch.allclose(
+            low[0], f(x.to(dtype).double(), y.to(dtype).double(), batch_dims=2)[0]
+        )
 
 
 @pytest.mark.parametrize("f", EVERY)
 def test_features_without_a_direction_are_an_error(f):
     x, y = pair(0)
-    with pytest.raises(ValueError, match="x has a zero centred Gram matrix.*same for every sample"): f(torch.full((9, 3), 0.1, dtype=torch.float64), y)
-    with pytest.raises(ValueError, match="y has a zero Gram matrix.*all zero"): f(x, torch.zeros_like(y), center=False)
-    with pytest.raises(ValueError, match="y holds NaN or infinity"): f(x, y.clone().fill_(math.nan))
-    with pytest.raises(ValueError, match="x holds NaN or infinity"): f(x / 0, y)
-    with pytest.raises(ValueError, match="same samples"): f(x, y[:5])
-    with pytest.raises(ValueError, match="at least 2"): f(x[:1], y[:1])
-    with pytest.raises(TypeError, match="real floating point"): f(x.long(), y)
-    for value in f(x[:1], y[:1], center=False)[:2]: assert torch.isfinite(value).all()  # one sample has an uncentred direction
+    with pytest.raises(ValueError, match="x has a zero centred Gram matrix.*same for every sample"):
+        f(torch.full((9, 3), 0.1, dtype=torch.float64), y)
+    with pytest.raises(ValueError, match="y has a zero Gram matrix.*all zero"):
+        f(x, torch.zeros_like(y), center=False)
+    with pytest.raises(ValueError, match="y holds NaN or infinity"):
+        f(x, y.clone().fill_(math.nan))
+    with pytest.raises(ValueError, match="x holds NaN or infinity"):
+        f(x / 0, y)
+    with pytest.raises(ValueError, match="same samples"):
+        f(x, y[:5])
+    with pytest.raises(ValueError, match="at least 2"):
+        f(x[:1], y[:1])
+    with pytest.raises(TypeError, match="real floating point"):
+        f(x.long(), y)
+    for value in f(x[:1], y[:1], center=False)[:2]:
+        assert torch.isfinite(value).all()  # one sample has an uncentred direction
 
 
 def test_gradient_of_constant_features_is_zero():
@@ -407,27 +502,41 @@ def test_gradient_of_constant_features_is_zero():
         assert (cka_gradient(a, b) == 0).all()
     assert (cka_gradient(torch.zeros(9, 3, dtype=torch.float64), y, center=False) == 0).all()
     assert cka_gradient(x.half().reshape(9, 3, 4), y.half()).dtype == torch.float16
-    with pytest.raises(ValueError, match="NaN"): cka_gradient(x / 0, y)
+    with pytest.raises(ValueError, match="NaN"):
+        cka_gradient(x / 0, y)
 
 
 def test_kernels_need_a_lipschitz_constant():
     class Laplace:  # not Lipschitz, but whoever claims a constant answers for it
-        def __call__(self, x, y=None): return torch.exp(-torch.cdist(x, x if y is None else y))
+        def __call__(self, x, y=None):
+            return torch.exp(-torch.cdist(x, x if y is None else y))
+
     x, y = pair(0)
     assert lipschitz("linear") == lipschitz(Linear()) == 1 and lipschitz(Gaussian(0.25)) == 4
     for f in (relation_bound, feature_bound):
-        with pytest.raises(ValueError, match="no bandwidth"): f(x, y, "gaussian")
-        with pytest.raises(ValueError, match="no known Lipschitz constant"): f(x, y, Polynomial())
-        with pytest.raises(ValueError, match="no known Lipschitz constant"): f(x, y, Laplace())
-    class Mean(Linear): lipschitz = 1.0
+        with pytest.raises(ValueError, match="no bandwidth"):
+            f(x, y, "gaussian")
+        with pytest.raises(ValueError, match="no known Lipschitz constant"):
+            f(x, y, Polynomial())
+        with pytest.raises(ValueError, match="no known Lipschitz constant"):
+            f(x, y, Laplace())
+
+    class Mean(Linear):
+        lipschitz = 1.0
+
     assert lipschitz(Mean()) == 1
 
 
 def test_the_gaussian_constant_is_the_least():
     for d in (1, 7):
         for s in (0.2, 3.0):
-            a = torch.randn(500, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d)) * 10 ** torch.linspace(-5, 1, 500, dtype=torch.float64)[:, None]
-            moved = (-2 * torch.expm1(-a.square().sum(-1) / (2 * s**2))).sqrt() / a.norm(dim=-1)  # |phi(a) - phi(0)| / |a|
+            a = (
+                torch.randn(500, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d))
+                * 10 ** torch.linspace(-5, 1, 500, dtype=torch.float64)[:, None]
+            )
+            moved = (-2 * torch.expm1(-a.square().sum(-1) / (2 * s**2))).sqrt() / a.norm(
+                dim=-1
+            )  # |phi(a) - phi(0)| / |a|
             assert (moved <= lipschitz(Gaussian(s)) * (1 + 1e-12)).all()
             assert moved.max() > 0.999999 * lipschitz(Gaussian(s))
 

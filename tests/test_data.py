@@ -1,4 +1,5 @@
 "rcka.data: what needs files, processes, a server or many random cases."
+
 import hashlib
 import http.server
 import os
@@ -16,7 +17,8 @@ import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
 
@@ -28,16 +30,27 @@ REPO = Path(__file__).resolve().parents[1]
 
 def random_set(n, c=1, h=4, w=4, classes=3):
     g = torch.Generator().manual_seed(n)
-    return torch.randint(0, 256, (n, c, h, w), dtype=torch.uint8, generator=g), torch.randint(0, classes, (n,), generator=g)
+    return torch.randint(0, 256, (n, c, h, w), dtype=torch.uint8, generator=g), torch.randint(
+        0, classes, (n,), generator=g
+    )
 
 
-def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # batches
 
+
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(4, 60), size=st.integers(1, 20), seed=st.integers(-5, 2**40), e=st.integers(0, 300), train=st.booleans(), pick=st.integers(0, 100))
+@given(
+    n=st.integers(4, 60),
+    size=st.integers(1, 20),
+    seed=st.integers(-5, 2**40),
+    e=st.integers(0, 300),
+    train=st.booleans(),
+    pick=st.integers(0, 100),
+)
 def test_resumed_epoch_is_the_same_to_the_bit(n, size, seed, e, train, pick):
     b = Batches(*random_set(n), size, (0.5,), (0.25,), train=train, seed=seed, pad=1)
     full = list(b.epoch(e))
@@ -49,8 +62,10 @@ def test_resumed_epoch_is_the_same_to_the_bit(n, size, seed, e, train, pick):
     assert len(set(seen)) == len(seen) == b.samples
     sizes = [len(x.index) for x in full]
     assert all(s == size for s in sizes[:-1])
-    if train: assert n - b.samples < min(4, size) and sizes[-1] >= min(4, size)
-    else: assert seen == list(range(n))
+    if train:
+        assert n - b.samples < min(4, size) and sizes[-1] >= min(4, size)
+    else:
+        assert seen == list(range(n))
 
 
 def test_a_new_object_gives_the_same_epoch():
@@ -66,7 +81,14 @@ def test_targets_and_index_belong_to_the_images():
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 8), c=st.integers(1, 4), h=st.integers(1, 9), w=st.integers(1, 9), pad=st.integers(0, 5), seed=st.integers(0, 999))
+@given(
+    n=st.integers(1, 8),
+    c=st.integers(1, 4),
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    pad=st.integers(0, 5),
+    seed=st.integers(0, 999),
+)
 def test_crop_and_flip_are_those_of_torchvision(n, c, h, w, pad, seed):
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 256, (n, c, h, w), dtype=torch.uint8, generator=g)
@@ -93,7 +115,8 @@ def test_whole_batch_is_that_of_torchvisions_pil_transforms():
 def test_chance_is_fair():
     "Every offset and both sides about equally often; not the same in every epoch."
     d = D._draw(20_000, 2, True, 0, 0)
-    for row in d.offsets: assert (row.bincount(minlength=5) / 20_000 - 0.2).abs().max() < 0.02
+    for row in d.offsets:
+        assert (row.bincount(minlength=5) / 20_000 - 0.2).abs().max() < 0.02
     assert abs(d.flips.double().mean() - 0.5) < 0.02
     assert abs(torch.corrcoef(torch.stack([d.offsets[0], d.offsets[1], d.flips]).double()).triu(1)).max() < 0.03
     assert not D._draw(100, 2, False, 0, 0).flips.any()
@@ -119,31 +142,50 @@ def test_cuda_sees_the_same_epoch():
 def test_the_set_itself_is_not_changed():
     x, t = random_set(20)
     before = x.clone()
-    for b in Batches(x, t, 8, (0.5,), (0.2,)).epoch(0): b.images.zero_(); b.targets.zero_()
-    for b in Batches(x, t, 8, (0.5,), (0.2,), train=False).epoch(0): b.images.zero_(); b.targets.zero_()
+    for b in Batches(x, t, 8, (0.5,), (0.2,)).epoch(0):
+        b.images.zero_()
+        b.targets.zero_()
+    for b in Batches(x, t, 8, (0.5,), (0.2,), train=False).epoch(0):
+        b.images.zero_()
+        b.targets.zero_()
     assert torch.equal(x, before) and torch.equal(t, random_set(20)[1])
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(batch_size=0), "batch_size"), (dict(batch_size=2.0), "batch_size"), (dict(batch_size=True), "batch_size"),
-    (dict(pad=-1), "pad"), (dict(std=(0.0,)), "std"), (dict(mean=(0.5,) * 3), "1 channel"), (dict(dtype=torch.uint8), "floating"),
-    (dict(images=torch.zeros(9, 1, 4, 4)), "uint8"), (dict(images=np.zeros((9, 1, 4, 4), np.uint8)), "uint8 tensor"),
-    (dict(images=torch.zeros(9, 4, 4, dtype=torch.uint8)), r"\(N, C, H, W\)"), (dict(images=torch.zeros(0, 1, 4, 4, dtype=torch.uint8)), "empty"),
-    (dict(targets=torch.zeros(9)), "int64"), (dict(targets=torch.zeros(8, dtype=torch.long)), "9 images but 8 targets"),
-    (dict(targets=torch.full((9,), 3), num_classes=3), "0 to 2"), (dict(targets=torch.full((9,), -1)), "got -1"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(batch_size=0), "batch_size"),
+        (dict(batch_size=2.0), "batch_size"),
+        (dict(batch_size=True), "batch_size"),
+        (dict(pad=-1), "pad"),
+        (dict(std=(0.0,)), "std"),
+        (dict(mean=(0.5,) * 3), "1 channel"),
+        (dict(dtype=torch.uint8), "floating"),
+        (dict(images=torch.zeros(9, 1, 4, 4)), "uint8"),
+        (dict(images=np.zeros((9, 1, 4, 4), np.uint8)), "uint8 tensor"),
+        (dict(images=torch.zeros(9, 4, 4, dtype=torch.uint8)), r"\(N, C, H, W\)"),
+        (dict(images=torch.zeros(0, 1, 4, 4, dtype=torch.uint8)), "empty"),
+        (dict(targets=torch.zeros(9)), "int64"),
+        (dict(targets=torch.zeros(8, dtype=torch.long)), "9 images but 8 targets"),
+        (dict(targets=torch.full((9,), 3), num_classes=3), "0 to 2"),
+        (dict(targets=torch.full((9,), -1)), "got -1"),
+    ],
+)
 def test_bad_input_is_told(change, message):
     given = dict(images=random_set(9)[0], targets=random_set(9)[1], batch_size=4, mean=(0.5,), std=(0.2,)) | change
-    with pytest.raises((ValueError, TypeError), match=message): Batches(**given)
+    with pytest.raises((ValueError, TypeError), match=message):
+        Batches(**given)
 
 
 def test_bad_epochs_are_told_at_once():
     b = Batches(*random_set(9), 4, (0.5,), (0.2,))
     for kw in (dict(e=-1), dict(start=-1), dict(start=len(b) + 1)):
-        with pytest.raises(ValueError, match="must be"): b.epoch(**kw)
+        with pytest.raises(ValueError, match="must be"):
+            b.epoch(**kw)
 
 
 # slices
+
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.data())
@@ -156,22 +198,26 @@ def test_slices_are_balanced_nested_and_the_first(labels, data):
     have, kept = t.bincount(minlength=5), t[keep].bincount(minlength=5)
     for a in range(5):
         members = [i for i, x in enumerate(labels) if x == a]
-        assert [i for i in keep.tolist() if labels[i] == a] == members[:kept[a]]  # the first ones
-        if kept[a] < have[a]: assert kept.max() <= kept[a] + 1                    # nobody has two more than one who could have had more
+        assert [i for i in keep.tolist() if labels[i] == a] == members[: kept[a]]  # the first ones
+        if kept[a] < have[a]:
+            assert kept.max() <= kept[a] + 1  # nobody has two more than one who could have had more
 
 
 # the root
 
+
 def test_root_order(tmp_path, monkeypatch):
     monkeypatch.delenv("RCKA_DATA", raising=False)
-    deep = tmp_path / "checkout" / "nbs" / "method"; deep.mkdir(parents=True)
+    deep = tmp_path / "checkout" / "nbs" / "method"
+    deep.mkdir(parents=True)
     monkeypatch.chdir(deep)
     (tmp_path / "checkout" / "nbs" / "settings.ini").write_text("[DEFAULT]\nlib_name = other\n")
     (deep / "settings.ini").write_text("no ini file at all")
     assert data_root() == Path.cwd() / "data"
     (tmp_path / "checkout" / "settings.ini").write_text("[DEFAULT]\nlib_name = rcka\ndescription = 100%\n")
     assert data_root().resolve() == (tmp_path / "checkout" / "data").resolve()
-    monkeypatch.setenv("RCKA_DATA", str(tmp_path / "env")); assert data_root() == tmp_path / "env"
+    monkeypatch.setenv("RCKA_DATA", str(tmp_path / "env"))
+    assert data_root() == tmp_path / "env"
     assert data_root("arg") == Path("arg")
     assert data_root("~/x") == Path.home() / "x"
 
@@ -179,60 +225,84 @@ def test_root_order(tmp_path, monkeypatch):
 def test_digits_are_the_same_every_time():
     a, b = load_dataset("digits"), load_dataset("digits")
     assert torch.equal(a.train_images, b.train_images)
-    assert (len(a.train_images), len(a.test_images), a.num_classes, a.channels, a.pad, a.flip) == (896, 901, 10, 1, 1, False)
-    digest = hashlib.md5(a.train_images.numpy().tobytes() + a.test_targets.numpy().tobytes(), usedforsecurity=False).hexdigest()
+    assert (len(a.train_images), len(a.test_images), a.num_classes, a.channels, a.pad, a.flip) == (
+        896,
+        901,
+        10,
+        1,
+        1,
+        False,
+    )
+    digest = hashlib.md5(
+        a.train_images.numpy().tobytes() + a.test_targets.numpy().tobytes(), usedforsecurity=False
+    ).hexdigest()
     assert digest == "e6112844dfe4dfdaa586c570a6a14df3"
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="did you mean fashion_mnist"): load_dataset("Fashion-MNIST")
-    with pytest.raises(ValueError, match="Known: digits"): load_dataset("xyzzy")
-    with pytest.raises(ValueError, match="imagefolder"): load_dataset("imagefolder:")
+    with pytest.raises(ValueError, match="did you mean fashion_mnist"):
+        load_dataset("Fashion-MNIST")
+    with pytest.raises(ValueError, match="Known: digits"):
+        load_dataset("xyzzy")
+    with pytest.raises(ValueError, match="imagefolder"):
+        load_dataset("imagefolder:")
 
 
 def test_a_folder_by_its_bare_name_is_understood(tmp_path):
     (tmp_path / "pets").mkdir()
-    with pytest.raises(ValueError, match="imagefolder:pets"): load_dataset("pets", root=tmp_path)
+    with pytest.raises(ValueError, match="imagefolder:pets"):
+        load_dataset("pets", root=tmp_path)
 
 
 def test_a_dataset_checks_itself():
     x, t = random_set(9)
-    with pytest.raises(ValueError, match="train targets must be 0 to 1"): Dataset("d", x, t, x, t, ("a", "b"), (0.5,), (0.5,))
-    with pytest.raises(ValueError, match="must agree"): Dataset("d", x, t, x[..., :2], t, ("a", "b", "c"), (0.5,), (0.5,))
+    with pytest.raises(ValueError, match="train targets must be 0 to 1"):
+        Dataset("d", x, t, x, t, ("a", "b"), (0.5,), (0.5,))
+    with pytest.raises(ValueError, match="must agree"):
+        Dataset("d", x, t, x[..., :2], t, ("a", "b", "c"), (0.5,), (0.5,))
 
 
 # image folders
+
 
 def make_folder(base, classes=("a", "b"), parts=("train", "test"), n=3, size=(5, 7), suffix="png", mode="RGB"):
     rng = np.random.default_rng(0)
     for part in parts:
         for c in classes:
             (base / part / c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode).save(base / part / c / f"{i}.{suffix}")
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode).save(
+                    base / part / c / f"{i}.{suffix}"
+                )
     return base
 
 
-def files(root): return sorted(p.name for p in (root / ".cache").iterdir())
+def files(root):
+    return sorted(p.name for p in (root / ".cache").iterdir())
 
 
 def test_folder_is_read_as_torchvision_does(tmp_path):
     make_folder(tmp_path / "f", suffix="jpg", n=4)
     d, want = load_dataset("imagefolder:f", root=tmp_path), datasets.ImageFolder(tmp_path / "f" / "train")
     assert d.classes == tuple(want.classes) and d.train_targets.tolist() == want.targets
-    for got, (image, _) in zip(d.train_images, want, strict=True): assert np.array_equal(got.permute(1, 2, 0), image)
+    for got, (image, _) in zip(d.train_images, want, strict=True):
+        assert np.array_equal(got.permute(1, 2, 0), image)
     x = d.train_images.double() / 255
     assert torch.allclose(torch.tensor(d.mean).double(), x.mean((0, 2, 3)), atol=1e-4)
     assert torch.allclose(torch.tensor(d.std).double(), x.std((0, 2, 3), correction=0), atol=1e-4)
 
 
 def test_relative_paths_are_below_the_root_then_here(tmp_path, monkeypatch):
-    (tmp_path / "root").mkdir(); (tmp_path / "here").mkdir(); monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     make_folder(tmp_path / "here" / "f", n=1)
     assert len(load_dataset("imagefolder:f", root=tmp_path / "root").train_images) == 2
     make_folder(tmp_path / "root" / "f", n=2)
     assert len(load_dataset("imagefolder:f", root=tmp_path / "root").train_images) == 4
     assert len(load_dataset(f"imagefolder:{tmp_path / 'here' / 'f'}", root=tmp_path / "root").train_images) == 2
-    with pytest.raises(FileNotFoundError, match="no folder .*root.*g or .*here.*g"): load_dataset("imagefolder:g", root=tmp_path / "root")
+    with pytest.raises(FileNotFoundError, match="no folder .*root.*g or .*here.*g"):
+        load_dataset("imagefolder:g", root=tmp_path / "root")
 
 
 def test_cache_is_used_and_made_anew_when_the_folder_changes(tmp_path, monkeypatch):
@@ -242,10 +312,14 @@ def test_cache_is_used_and_made_anew_when_the_folder_changes(tmp_path, monkeypat
     with monkeypatch.context() as m:
         m.setattr(D, "decode_images", lambda *a: pytest.fail("decoded again"))
         again = load_dataset("imagefolder:f", root=tmp_path)
-    assert same([first.train_images, first.test_images, first.train_targets], [again.train_images, again.test_images, again.train_targets])
+    assert same(
+        [first.train_images, first.test_images, first.train_targets],
+        [again.train_images, again.test_images, again.train_targets],
+    )
     assert (first.mean, first.std, first.pad) == (again.mean, again.std, again.pad)
     one = base / "train" / "a" / "0.png"
-    Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save(one); os.utime(one, ns=(1, 1))
+    Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save(one)
+    os.utime(one, ns=(1, 1))
     changed = load_dataset("imagefolder:f", root=tmp_path)
     assert not changed.train_images[0].any() and torch.equal(changed.train_images[1:], first.train_images[1:])
     assert load_dataset("imagefolder:f", root=tmp_path, size=4).shape == (3, 4, 4)
@@ -258,56 +332,76 @@ def test_a_broken_cache_is_made_again(tmp_path, harm):
     first = load_dataset("imagefolder:f", root=tmp_path)
     cache = tmp_path / ".cache" / files(tmp_path)[0]
     raw = cache.read_bytes()
-    if harm == "empty": cache.write_bytes(b"")
-    elif harm == "half": cache.write_bytes(raw[:len(raw) // 2])
-    elif harm == "foreign": cache.write_bytes(b"not a tensor file")
-    elif harm == "pickle": cache.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    else: torch.save({"train": torch.zeros(1)}, cache)
-    with pytest.warns(UserWarning, match="cannot be read"): again = load_dataset("imagefolder:f", root=tmp_path)
+    if harm == "empty":
+        cache.write_bytes(b"")
+    elif harm == "half":
+        cache.write_bytes(raw[: len(raw) // 2])
+    elif harm == "foreign":
+        cache.write_bytes(b"not a tensor file")
+    elif harm == "pickle":
+        cache.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    else:
+        torch.save({"train": torch.zeros(1)}, cache)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        again = load_dataset("imagefolder:f", root=tmp_path)
     assert torch.equal(first.train_images, again.train_images) and not (tmp_path / "sprung").exists()
     with warnings.catch_warnings():
-        warnings.simplefilter("error"); load_dataset("imagefolder:f", root=tmp_path)
+        warnings.simplefilter("error")
+        load_dataset("imagefolder:f", root=tmp_path)
 
 
 class Trap:
     "Unpickling it would make a file."
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return (Path.touch, (self.path,))
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
 
 
 def test_a_root_that_cannot_be_written_to_goes_without(tmp_path):
-    make_folder(tmp_path / "f"); (tmp_path / "root").mkdir()
+    make_folder(tmp_path / "f")
+    (tmp_path / "root").mkdir()
     (tmp_path / "root" / ".cache").write_text("a file where the folder would be")  # also stops the superuser
     assert len(load_dataset(f"imagefolder:{tmp_path / 'f'}", root=tmp_path / "root").train_images) == 6
 
 
 def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     make_folder(tmp_path / "f")
-    def broken(obj, path): Path(path).write_bytes(b"half"); raise KeyboardInterrupt
+
+    def broken(obj, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(torch, "save", broken); load_dataset("imagefolder:f", root=tmp_path)
+        m.setattr(torch, "save", broken)
+        load_dataset("imagefolder:f", root=tmp_path)
     assert files(tmp_path) == []
 
 
 def test_sizes_that_differ_are_named(tmp_path):
     base = make_folder(tmp_path / "f")
     Image.new("RGB", (9, 8)).save(base / "train" / "b" / "1.png")
-    with pytest.raises(ValueError, match=r"a.0\.png is 5 x 7 .*b.1\.png is 8 x 9.*size="): load_dataset("imagefolder:f", root=tmp_path)
+    with pytest.raises(ValueError, match=r"a.0\.png is 5 x 7 .*b.1\.png is 8 x 9.*size="):
+        load_dataset("imagefolder:f", root=tmp_path)
     assert load_dataset("imagefolder:f", root=tmp_path, size=(6, 4)).shape == (3, 6, 4)
 
 
 @pytest.mark.parametrize("size", [0, -3, (4,), (4, 0), "4", 2.5])
 def test_bad_sizes(tmp_path, size):
     make_folder(tmp_path / "f")
-    with pytest.raises(ValueError, match="size must be"): load_dataset("imagefolder:f", root=tmp_path, size=size)
+    with pytest.raises(ValueError, match="size must be"):
+        load_dataset("imagefolder:f", root=tmp_path, size=size)
 
 
 def test_broken_images_are_all_named(tmp_path):
     base = make_folder(tmp_path / "f", suffix="jpg", size=(64, 64))
     (base / "train" / "a" / "0.jpg").write_bytes(b"")
     whole = (base / "test" / "b" / "2.jpg").read_bytes()
-    (base / "test" / "b" / "2.jpg").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match=r"2 of 12 images cannot be decoded: .*a.0\.jpg.*b.2\.jpg"): load_dataset("imagefolder:f", root=tmp_path)
+    (base / "test" / "b" / "2.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"2 of 12 images cannot be decoded: .*a.0\.jpg.*b.2\.jpg"):
+        load_dataset("imagefolder:f", root=tmp_path)
     assert not (tmp_path / ".cache").exists()
 
 
@@ -317,40 +411,54 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
         assert load_dataset(f"imagefolder:{mode}", root=tmp_path).shape == (3, 5, 7)
     base = make_folder(tmp_path / "deep")
     Image.fromarray(np.full((5, 7), 40_000, np.uint16)).save(base / "train" / "a" / "0.png")
-    with pytest.raises(ValueError, match="more than 8 bits"): load_dataset("imagefolder:deep", root=tmp_path)
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        load_dataset("imagefolder:deep", root=tmp_path)
 
 
 def test_folders_that_are_not_as_they_should_be(tmp_path):
     load = lambda: load_dataset("imagefolder:f", root=tmp_path)
-    base = tmp_path / "f"; base.mkdir()
-    with pytest.raises(ValueError, match="no folder train/"): load()
+    base = tmp_path / "f"
+    base.mkdir()
+    with pytest.raises(ValueError, match="no folder train/"):
+        load()
     (base / "train").mkdir()
-    with pytest.raises(ValueError, match="neither test/ nor val/"): load()
+    with pytest.raises(ValueError, match="neither test/ nor val/"):
+        load()
     (base / "val").mkdir()
-    with pytest.raises(ValueError, match="train has no class folders"): load()
+    with pytest.raises(ValueError, match="train has no class folders"):
+        load()
     Image.new("RGB", (4, 4)).save(base / "train" / "loose.png")
-    with pytest.raises(ValueError, match="train has no class folders"): load()
-    (base / "train" / "cat").mkdir(); (base / "train" / "cat" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="train has no class folders"):
+        load()
+    (base / "train" / "cat").mkdir()
+    (base / "train" / "cat" / "notes.txt").write_text("no image")
     (base / "train" / "cat" / "._0.png").write_text("hidden")
-    with pytest.raises(ValueError, match="no images in cat"): load()
+    with pytest.raises(ValueError, match="no images in cat"):
+        load()
     Image.new("RGB", (4, 4)).save(base / "train" / "cat" / "0.PNG")
-    (base / "val" / "dog").mkdir(); Image.new("RGB", (4, 4)).save(base / "val" / "dog" / "0.png")
-    with pytest.raises(ValueError, match="not in train: dog; only in train: cat"): load()
+    (base / "val" / "dog").mkdir()
+    Image.new("RGB", (4, 4)).save(base / "val" / "dog" / "0.png")
+    with pytest.raises(ValueError, match="not in train: dog; only in train: cat"):
+        load()
     (base / "val" / "dog").rename(base / "val" / "cat")
-    (base / "test").mkdir(); (base / "test" / "unlabelled.png").write_bytes(b"")  # val/ is the one with classes
+    (base / "test").mkdir()
+    (base / "test" / "unlabelled.png").write_bytes(b"")  # val/ is the one with classes
     assert load().classes == ("cat",)
 
 
 def test_a_constant_channel_can_be_normalised(tmp_path):
     for part in ("train", "test"):
         (tmp_path / "f" / part / "a").mkdir(parents=True)
-        for i in range(4): Image.new("RGB", (4, 4), (10, 20, 30)).save(tmp_path / "f" / part / "a" / f"{i}.png")
+        for i in range(4):
+            Image.new("RGB", (4, 4), (10, 20, 30)).save(tmp_path / "f" / part / "a" / f"{i}.png")
     d = load_dataset("imagefolder:f", root=tmp_path)
     assert d.std == (1.0, 1.0, 1.0) and next(d.batches(4).epoch(0)).images.isfinite().all()
 
 
 def test_listing_finds_folders(tmp_path):
-    make_folder(tmp_path / "pets"); make_folder(tmp_path / "only", parts=("train",)); (tmp_path / "file").touch()
+    make_folder(tmp_path / "pets")
+    make_folder(tmp_path / "only", parts=("train",))
+    (tmp_path / "file").touch()
     found = {i.name: i for i in list_datasets(tmp_path)}
     assert list(found) == ["digits", "fashion_mnist", "cifar10", "cifar100", "imagenet", "imagefolder:pets"]
     assert found["imagefolder:pets"].classes == 2 and found["imagefolder:pets"].shape == (3, 5, 7)
@@ -359,17 +467,27 @@ def test_listing_finds_folders(tmp_path):
 
 # downloads, from a server of our own
 
+
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     "A tiny CIFAR-100 behind a server; gives (root, folder that is served, archive name)."
     src, web, root = (tmp_path / n for n in ("src", "web", "root"))
-    (src / "cifar-100-python").mkdir(parents=True); web.mkdir(); root.mkdir()
+    (src / "cifar-100-python").mkdir(parents=True)
+    web.mkdir()
+    root.mkdir()
     rng = np.random.default_rng(0)
     for name, n in (("train", 40), ("test", 20)):
-        (src / "cifar-100-python" / name).write_bytes(pickle.dumps({"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "fine_labels": [i % 100 for i in range(n)]}))
-    (src / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
+        (src / "cifar-100-python" / name).write_bytes(
+            pickle.dumps(
+                {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "fine_labels": [i % 100 for i in range(n)]}
+            )
+        )
+    (src / "cifar-100-python" / "meta").write_bytes(
+        pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]})
+    )
     archive = web / "cifar-100-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar: tar.add(src / "cifar-100-python", "cifar-100-python")
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(src / "cifar-100-python", "cifar-100-python")
     md5 = lambda p: hashlib.md5(p.read_bytes(), usedforsecurity=False).hexdigest()
     handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(web)))
@@ -379,16 +497,26 @@ def cifar(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR100, "tgz_md5", md5(archive))
     for field, name in (("train_list", "train"), ("test_list", "test")):
         monkeypatch.setattr(datasets.CIFAR100, field, [[name, md5(src / "cifar-100-python" / name)]])
-    monkeypatch.setattr(datasets.CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5(src / "cifar-100-python" / "meta")})
+    monkeypatch.setattr(
+        datasets.CIFAR100,
+        "meta",
+        {"filename": "meta", "key": "fine_label_names", "md5": md5(src / "cifar-100-python" / "meta")},
+    )
     yield root, archive, src / "cifar-100-python"
-    server.shutdown(); server.server_close()
+    server.shutdown()
+    server.server_close()
 
 
 def test_download_and_what_comes_of_it(cifar):
     root, _, src = cifar
     d = load_dataset("cifar100", root=root)
     raw = pickle.loads((src / "train").read_bytes())
-    assert d.num_classes == 100 and d.classes[3] == "class 3" and d.shape == (3, 32, 32) and d.train_targets[:3].tolist() == [0, 1, 2]
+    assert (
+        d.num_classes == 100
+        and d.classes[3] == "class 3"
+        and d.shape == (3, 32, 32)
+        and d.train_targets[:3].tolist() == [0, 1, 2]
+    )
     assert np.array_equal(d.train_images.numpy(), raw["data"].reshape(-1, 3, 32, 32)) and d.train_images.is_contiguous()
     assert d.mean == (0.5071, 0.4867, 0.4408) and d.std == (0.2675, 0.2565, 0.2761)
     assert {i.name: i.there for i in list_datasets(root)}["cifar100"]
@@ -397,9 +525,10 @@ def test_download_and_what_comes_of_it(cifar):
 def test_a_download_that_broke_off_is_not_taken_for_whole(cifar):
     root, archive, _ = cifar
     whole = archive.read_bytes()
-    archive.write_bytes(whole[:len(whole) // 2])
+    archive.write_bytes(whole[: len(whole) // 2])
     for _ in range(2):
-        with pytest.raises(FileNotFoundError, match="download failed"): load_dataset("cifar100", root=root)
+        with pytest.raises(FileNotFoundError, match="download failed"):
+            load_dataset("cifar100", root=root)
     archive.write_bytes(whole)
     assert len(load_dataset("cifar100", root=root).train_images) == 40
 
@@ -415,31 +544,43 @@ def test_broken_files_are_fetched_again(cifar):
     root, archive, _ = cifar
     load_dataset("cifar100", root=root)
     (root / "cifar-100-python" / "train").write_bytes(b"half")
-    with pytest.raises(FileNotFoundError, match="broken"): load_dataset("cifar100", root=root, download=False)
+    with pytest.raises(FileNotFoundError, match="broken"):
+        load_dataset("cifar100", root=root, download=False)
     assert len(load_dataset("cifar100", root=root).train_images) == 40
 
 
 def test_no_network_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    with pytest.raises(FileNotFoundError) as err: load_dataset("cifar10", root=tmp_path)
-    for part in ("http://127.0.0.1:9/cifar-10-python.tar.gz", str(tmp_path / "cifar-10-batches-py"), f"python -m rcka.data cifar10 --root {tmp_path}", "RCKA_DATA"):
+    with pytest.raises(FileNotFoundError) as err:
+        load_dataset("cifar10", root=tmp_path)
+    for part in (
+        "http://127.0.0.1:9/cifar-10-python.tar.gz",
+        str(tmp_path / "cifar-10-batches-py"),
+        f"python -m rcka.data cifar10 --root {tmp_path}",
+        "RCKA_DATA",
+    ):
         assert part in str(err.value)
 
 
 def test_fashion_mnist_files_of_a_wrong_size_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    raw = tmp_path / "FashionMNIST" / "raw"; raw.mkdir(parents=True)
-    for f in D.KNOWN["fashion_mnist"].files: (tmp_path / f).write_bytes(b"half")
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for f in D.KNOWN["fashion_mnist"].files:
+        (tmp_path / f).write_bytes(b"half")
     assert not {i.name: i.there for i in list_datasets(tmp_path)}["fashion_mnist"]
-    with pytest.raises(FileNotFoundError, match="http://127.0.0.1:9/"): load_dataset("fashion_mnist", root=tmp_path)
+    with pytest.raises(FileNotFoundError, match="http://127.0.0.1:9/"):
+        load_dataset("fashion_mnist", root=tmp_path)
 
 
 # real files, where they are
 
+
 def real(name):
-    if not {i.name: i.there for i in list_datasets()}.get(name): pytest.skip(f"{name} is not under {data_root()}")
+    if not {i.name: i.there for i in list_datasets()}.get(name):
+        pytest.skip(f"{name} is not under {data_root()}")
     return load_dataset(name, download=False)
 
 
@@ -454,14 +595,23 @@ def test_cifar10(name):
     d = real(name)
     assert repr(d) == f"Dataset({name}: 50000 training and 10000 test images of 3x32x32 in 10 classes)"
     assert d.train_targets.bincount().tolist() == [5000] * 10 and d.pad == 4 and d.flip
-    assert np.allclose(d.mean, D.KNOWN["cifar10"].mean, atol=3e-3) and np.allclose(d.std, D.KNOWN["cifar10"].std, atol=3e-3)
+    assert np.allclose(d.mean, D.KNOWN["cifar10"].mean, atol=3e-3) and np.allclose(
+        d.std, D.KNOWN["cifar10"].std, atol=3e-3
+    )
 
 
 # the shell
 
+
 def shell(*args, cwd=REPO, **env):
-    return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **env})
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **env},
+    )
 
 
 def test_commands(tmp_path, capsys):
@@ -476,7 +626,9 @@ def test_commands(tmp_path, capsys):
 
 def test_command_from_a_shell(tmp_path):
     bad = shell("-m", "rcka.data", "imagefolder:pits", RCKA_DATA=str(tmp_path))
-    assert bad.returncode == 1 and bad.stderr.startswith(f"error: no folder {tmp_path}") and "Traceback" not in bad.stderr
+    assert (
+        bad.returncode == 1 and bad.stderr.startswith(f"error: no folder {tmp_path}") and "Traceback" not in bad.stderr
+    )
 
 
 def test_importing_brings_in_nothing_heavy():

@@ -1,4 +1,5 @@
 "PCKA and the other methods of dense tasks: against the formulas written out, on odd sizes, bad input and half precision."
+
 import math
 
 import pytest
@@ -29,7 +30,12 @@ def channel_by_channel(student, teacher, k=16, center=False):
     s, t = (F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in (student, teacher))
     intra, inter = 0, 0
     for c in range(s.shape[1]):
-        x, y = (torch.stack([z[:, c, i:i + k, j:j + k].flatten() for i in range(0, size[0], k) for j in range(0, size[1], k)]) for z in (s, t))
+        x, y = (
+            torch.stack(
+                [z[:, c, i : i + k, j : j + k].flatten() for i in range(0, size[0], k) for j in range(0, size[1], k)]
+            )
+            for z in (s, t)
+        )
         intra = intra + alignment(x, y, center)
         inter = inter + alignment(x.T, y.T, center)
     return intra / s.shape[1], inter / s.shape[1]
@@ -57,7 +63,9 @@ def test_pcka_is_the_published_loop(name, center):
     s, t = maps(*a).requires_grad_(), maps(*b, seed=1).requires_grad_()
     for ours, theirs in zip(pcka(s, t, k, center), channel_by_channel(s, t, k, center)):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-        for g, h in zip(torch.autograd.grad(ours, (s, t), retain_graph=True), torch.autograd.grad(theirs, (s, t), retain_graph=True)):
+        for g, h in zip(
+            torch.autograd.grad(ours, (s, t), retain_graph=True), torch.autograd.grad(theirs, (s, t), retain_graph=True)
+        ):
             torch.testing.assert_close(g, h, rtol=1e-8, atol=1e-12)
 
 
@@ -90,7 +98,9 @@ def test_pcka_without_inter(center):
 def test_pcka_properties(center):
     s, t = maps(2, 6, 12, 20), maps(2, 6, 12, 20, seed=1)
     value, order = torch.stack(pcka(s, t, 4, center)), torch.randperm(6)
-    torch.testing.assert_close(torch.stack(pcka(s[:, order], t[:, order], 4, center)), value)  # channels in another order
+    torch.testing.assert_close(
+        torch.stack(pcka(s[:, order], t[:, order], 4, center)), value
+    )  # channels in another order
     torch.testing.assert_close(torch.stack(pcka(-3 * s, 0.01 * t, 4, center)), value)  # scales
     torch.testing.assert_close(torch.stack(pcka(t, s, 4, center)), value)
     torch.testing.assert_close(torch.stack(pcka(t, t, 4, center)), torch.ones(2, dtype=t.dtype))
@@ -110,17 +120,19 @@ def test_constant_channels_have_a_defined_value(fill, size):
     for center in (False, True):
         for x, y in ((s, t), (t, s), (s, s)):
             value = pcka(x, y, 4, center)
-            grad, = torch.autograd.grad(sum(value), s)
+            (grad,) = torch.autograd.grad(sum(value), s)
             assert torch.stack(value).isfinite().all() and grad.isfinite().all()
-            if center or fill == 0: assert grad[:, 1].abs().max() == 0
-    if size == (8, 8): torch.testing.assert_close(pcka(s, t, 4, True).intra, pcka(s[:, [0, 2]], t[:, [0, 2]], 4, True).intra * 2 / 3)
+            if center or fill == 0:
+                assert grad[:, 1].abs().max() == 0
+    if size == (8, 8):
+        torch.testing.assert_close(pcka(s, t, 4, True).intra, pcka(s[:, [0, 2]], t[:, [0, 2]], 4, True).intra * 2 / 3)
 
 
 def test_a_channel_that_is_constant_in_each_image_has_nothing_to_compare_places_with():
     s = torch.tensor([0.1, 0.7])[:, None, None, None].expand(2, 3, 9, 11).clone().requires_grad_()
     intra, inter = pcka(s, maps(2, 3, 9, 11, dtype=torch.float32), 4, center=True)
     assert intra == 0 and inter > 0
-    grad, = torch.autograd.grad(intra + inter, s)
+    (grad,) = torch.autograd.grad(intra + inter, s)
     assert grad.isfinite().all() and grad.abs().max() < 1e3
 
 
@@ -138,7 +150,9 @@ def test_a_single_patch():
 def test_numbers_of_any_size(scale):
     s, t = maps(2, 3, 9, 12, dtype=torch.float32), maps(2, 3, 9, 12, seed=1, dtype=torch.float32)
     for center in (False, True):
-        torch.testing.assert_close(torch.stack(pcka(scale * s, t / scale, 4, center)), torch.stack(pcka(s, t, 4, center)))
+        torch.testing.assert_close(
+            torch.stack(pcka(scale * s, t / scale, 4, center)), torch.stack(pcka(s, t, 4, center))
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -153,26 +167,33 @@ def test_half_precision(dtype):
 
 def test_autocast_changes_nothing():
     s, t = maps(2, 4, 9, 12, dtype=torch.float32), maps(2, 4, 9, 12, seed=1, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16): inside = pcka(s, t, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = pcka(s, t, 4)
     torch.testing.assert_close(inside, pcka(s, t, 4), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("a, b, kw, error, message", [
-    ((2, 3, 8, 8), (2, 4, 8, 8), {}, ValueError, "connector"),
-    ((2, 3, 8, 8), (3, 3, 8, 8), {}, ValueError, "batches differ: 2 samples of the student and 3"),
-    ((3, 8, 8), (2, 3, 8, 8), {}, ValueError, r"\(3, 8, 8\) of the student"),
-    ((2, 3, 8, 8), (2, 3, 64), {}, ValueError, r"\(2, 3, 64\) of the teacher"),
-    ((2, 3, 8, 8), (2, 3, 0, 8), {}, ValueError, "not empty"),
-    ((2, 3, 8, 8), (2, 3, 8, 8), dict(patch_size=0), ValueError, "at least 1, got 0"),
-    ((2, 3, 8, 8), (2, 3, 8, 8), dict(patch_size=2.5), ValueError, "whole number"),
-])
+@pytest.mark.parametrize(
+    "a, b, kw, error, message",
+    [
+        ((2, 3, 8, 8), (2, 4, 8, 8), {}, ValueError, "connector"),
+        ((2, 3, 8, 8), (3, 3, 8, 8), {}, ValueError, "batches differ: 2 samples of the student and 3"),
+        ((3, 8, 8), (2, 3, 8, 8), {}, ValueError, r"\(3, 8, 8\) of the student"),
+        ((2, 3, 8, 8), (2, 3, 64), {}, ValueError, r"\(2, 3, 64\) of the teacher"),
+        ((2, 3, 8, 8), (2, 3, 0, 8), {}, ValueError, "not empty"),
+        ((2, 3, 8, 8), (2, 3, 8, 8), dict(patch_size=0), ValueError, "at least 1, got 0"),
+        ((2, 3, 8, 8), (2, 3, 8, 8), dict(patch_size=2.5), ValueError, "whole number"),
+    ],
+)
 def test_errors_say_what_would_do(a, b, kw, error, message):
-    with pytest.raises(error, match=message): pcka(torch.zeros(a), torch.zeros(b), **kw)
+    with pytest.raises(error, match=message):
+        pcka(torch.zeros(a), torch.zeros(b), **kw)
 
 
 def test_types_must_agree():
-    with pytest.raises(TypeError, match="dtype"): pcka(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.float64))
-    with pytest.raises(TypeError, match="floating point"): pcka(torch.zeros(2, 3, 8, 8, dtype=torch.long), torch.zeros(2, 3, 8, 8))
+    with pytest.raises(TypeError, match="dtype"):
+        pcka(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(TypeError, match="floating point"):
+        pcka(torch.zeros(2, 3, 8, 8, dtype=torch.long), torch.zeros(2, 3, 8, 8))
 
 
 def test_rows_that_are_all_alike_have_no_direction():
@@ -185,6 +206,7 @@ def test_rows_that_are_all_alike_have_no_direction():
 
 
 # --- maps of logits
+
 
 def released(x, y):
     "Row-normalised alignment with both Gram matrices formed."
@@ -199,7 +221,12 @@ def test_row_normalised_logit_maps(shape):
     x, y = s.flatten(1), t.flatten(1)
     for ours, theirs in zip(lcka(s, t, center=False, normalize_rows=True), (released(x, y), released(x.T, y.T))):
         torch.testing.assert_close(ours, theirs)
-        torch.testing.assert_close(torch.autograd.grad(ours, s, retain_graph=True)[0], torch.autograd.grad(theirs, s, retain_graph=True)[0], rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, s, retain_graph=True)[0],
+            torch.autograd.grad(theirs, s, retain_graph=True)[0],
+            rtol=1e-8,
+            atol=1e-12,
+        )
     assert torch.autograd.gradcheck(lambda s: tuple(lcka(s, t, center=False, normalize_rows=True)), s, fast_mode=True)
 
 
@@ -222,12 +249,20 @@ def test_zero_logits_somewhere():
 
 # --- methods
 
+
 def pyramid(channels, seed=0, classes=7, grad=False, sizes=((12, 20), (6, 10), (3, 5), (2, 3)), dtype=torch.float32):
-    return Outputs(maps(40, classes, seed=seed + 9, dtype=dtype).requires_grad_(grad),
-                   tuple(maps(2, channels, *size, seed=seed + i, dtype=dtype).requires_grad_(grad) for i, size in enumerate(sizes)))
+    return Outputs(
+        maps(40, classes, seed=seed + 9, dtype=dtype).requires_grad_(grad),
+        tuple(
+            maps(2, channels, *size, seed=seed + i, dtype=dtype).requires_grad_(grad) for i, size in enumerate(sizes)
+        ),
+    )
 
 
-TARGET = [{"boxes": torch.tensor([[4.0, 4, 40, 60], [90, 10, 140, 90]]), "input_size": (96, 160)}, {"boxes": torch.zeros(0, 4), "input_size": (96, 160)}]
+TARGET = [
+    {"boxes": torch.tensor([[4.0, 4, 40, 60], [90, 10, 140, 90]]), "input_size": (96, 160)},
+    {"boxes": torch.zeros(0, 4), "input_size": (96, 160)},
+]
 
 
 @pytest.mark.parametrize("channels", [6, 4])
@@ -240,9 +275,13 @@ def test_terms_reach_student_and_connectors(name, channels):
     terms = method.terms(s, t, TARGET)
     assert terms and all(v.dim() == 0 and v.isfinite() and v > 0 for v in terms.values())
     sum(terms.values()).backward()
-    for x in s.features if name in MAPS else [s.logits]: assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
-    for key, p in method.named_parameters(): assert p.grad is not None and p.grad.isfinite().all(), key
-    assert any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels == 4 for m in method.modules()) == (name in MAPS and channels == 4)
+    for x in s.features if name in MAPS else [s.logits]:
+        assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    for key, p in method.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), key
+    assert any(
+        isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels == 4 for m in method.modules()
+    ) == (name in MAPS and channels == 4)
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -253,7 +292,8 @@ def test_gradients_in_float64(name):
     method.build(s, t)
     inputs = [*s.features, *method.parameters()] if name in MAPS else [s.logits]
     for p in method.parameters():  # not at the zeros where FGD's blocks begin
-        with torch.no_grad(): p.add_(0.1 * torch.randn_like(p))
+        with torch.no_grad():
+            p.add_(0.1 * torch.randn_like(p))
     assert torch.autograd.gradcheck(lambda *_: sum(method.terms(s, t, TARGET).values()), inputs, fast_mode=True)
 
 
@@ -266,10 +306,13 @@ def test_the_loss_falls_under_autocast(name):
     optimizer = torch.optim.Adam([s.logits, *s.features, *method.parameters()], lr=0.03)
     path = []
     for _ in range(25):
-        with torch.autocast("cpu", torch.bfloat16): terms = method.terms(s, t, TARGET)
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = method.terms(s, t, TARGET)
         assert all(v.dtype == torch.float32 for v in terms.values())
         loss = sum(terms.values())
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         path.append(loss.item())
     assert path[-1] < 0.9 * path[0]
 
@@ -278,7 +321,10 @@ def test_the_loss_falls_under_autocast(name):
 @pytest.mark.parametrize("fill", [0.0, 0.3])
 def test_constant_outputs_never_give_nan(name, fill):
     torch.manual_seed(0)
-    flat = lambda o: Outputs(torch.full_like(o.logits, fill, requires_grad=True), tuple(torch.full_like(f, fill, requires_grad=True) for f in o.features))
+    flat = lambda o: Outputs(
+        torch.full_like(o.logits, fill, requires_grad=True),
+        tuple(torch.full_like(f, fill, requires_grad=True) for f in o.features),
+    )
     method, s, t = create_method(name), pyramid(6), pyramid(6, seed=50)
     method.build(s, t)
     for a, b in ((flat(s), t), (flat(s), flat(t))):
@@ -301,8 +347,10 @@ def test_maps_in_half_precision_outside_autocast(name):
 def test_widths_that_differ_need_build():
     s, t = pyramid(4), pyramid(6)
     for name in ("pcka", "mimic", "pkd"):
-        with pytest.raises(RuntimeError, match="from 4 to 6 channels: call method.build"): create_method(name).terms(s, t)
-    with pytest.raises(RuntimeError, match="call method.build"): create_method("fgd").terms(t, t, TARGET)
+        with pytest.raises(RuntimeError, match="from 4 to 6 channels: call method.build"):
+            create_method(name).terms(s, t)
+    with pytest.raises(RuntimeError, match="call method.build"):
+        create_method("fgd").terms(t, t, TARGET)
 
 
 def test_pcka_weights_levels_and_sums():
@@ -310,7 +358,8 @@ def test_pcka_weights_levels_and_sums():
     assert create_method("pcka").wants(layers) == list(layers.stages[:4])
     assert create_method("pcka", dict(stages=(0, -1))).wants(layers) == ["fpn[0]", "fpn[4]"]
     assert create_method("fgd").wants(layers) == list(layers.stages)
-    with pytest.raises(ValueError, match="but the network has 5"): create_method("pkd", dict(stages=(5,))).wants(layers)
+    with pytest.raises(ValueError, match="but the network has 5"):
+        create_method("pkd", dict(stages=(5,))).wants(layers)
     s, t = pyramid(6), pyramid(6, seed=50)
     terms = create_method("pcka", dict(intra=3, inter=2, mimic=0.5, patch_size=4)).terms(s, t)
     loop = [channel_by_channel(a.double(), b.double(), 4) for a, b in zip(s.features, t.features)]
@@ -341,7 +390,8 @@ def test_state_resumes():
             torch.manual_seed(seed)
             method = create_method(name)
             method.build(s, t)
-            if seed: method.load_state_dict(state)
+            if seed:
+                method.load_state_dict(state)
             state = method.state_dict()
             values.append(sum(method.terms(s, t, TARGET).values()))
         torch.testing.assert_close(*values, rtol=0, atol=0)
@@ -349,9 +399,11 @@ def test_state_resumes():
 
 def test_pkd_is_the_error_of_standardised_maps():
     s, t = maps(2, 5, 7, 9).requires_grad_(), maps(2, 5, 13, 18, seed=1)
+
     def standard(x):
         x = x.transpose(0, 1).flatten(1)
         return (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, unbiased=False)
+
     theirs = F.mse_loss(standard(F.interpolate(s, t.shape[2:], mode="bilinear")), standard(t)) / 2
     torch.testing.assert_close(pkd_loss(s, t), theirs)
     torch.testing.assert_close(torch.autograd.grad(pkd_loss(s, t), s)[0], torch.autograd.grad(theirs, s)[0])
@@ -360,13 +412,16 @@ def test_pkd_is_the_error_of_standardised_maps():
 def test_fgd_weights_by_hand():
     "One box after the other, cell by cell; also boxes over the edge, outside and without area."
     h, w, size = 8, 12, (64, 96)
-    boxes = torch.tensor([[3.0, 5, 40, 30], [10, 10, 20, 18], [70, 40, 150, 90], [-30, -30, -20, -20], [50, 50, 50, 50]])
+    boxes = torch.tensor(
+        [[3.0, 5, 40, 30], [10, 10, 20, 18], [70, 40, 150, 90], [-30, -30, -20, -20], [50, 50, 50, 50]]
+    )
     expected = torch.zeros(h, w)
     for x0, y0, x1, y1 in boxes.tolist():
         x0, x1, y0, y1 = math.floor(x0 / 8), math.ceil(x1 / 8), math.floor(y0 / 8), math.ceil(y1 / 8)
         for i in range(h):
             for j in range(w):
-                if y0 <= i <= y1 and x0 <= j <= x1: expected[i, j] = max(expected[i, j], 1 / ((y1 - y0 + 1) * (x1 - x0 + 1)))
+                if y0 <= i <= y1 and x0 <= j <= x1:
+                    expected[i, j] = max(expected[i, j], 1 / ((y1 - y0 + 1) * (x1 - x0 + 1)))
     foreground, background = box_weights([boxes, boxes[:0]], size, (h, w))
     torch.testing.assert_close(foreground[0], expected)
     torch.testing.assert_close(background[0], (expected == 0) / (expected == 0).sum())
@@ -388,25 +443,36 @@ def test_fgd_attention_has_mean_one_and_follows_the_teacher():
     torch.testing.assert_close(peaked, 8 * 12 * flat, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("target, message", [
-    (torch.zeros(2), "a list of dicts"), (TARGET[:1], "each of the 2 images"), ([{"boxes": torch.zeros(0, 4)}] * 2, "'input_size'"),
-    ([TARGET[0], TARGET[1] | {"input_size": (1, 2)}], "padded to one input_size"),
-])
+@pytest.mark.parametrize(
+    "target, message",
+    [
+        (torch.zeros(2), "a list of dicts"),
+        (TARGET[:1], "each of the 2 images"),
+        ([{"boxes": torch.zeros(0, 4)}] * 2, "'input_size'"),
+        ([TARGET[0], TARGET[1] | {"input_size": (1, 2)}], "padded to one input_size"),
+    ],
+)
 def test_fgd_says_what_its_target_must_be(target, message):
     method, t = create_method("fgd"), pyramid(6)
     method.build(t, t)
-    with pytest.raises(ValueError, match=message): method.terms(t, t, target)
+    with pytest.raises(ValueError, match=message):
+        method.terms(t, t, target)
 
 
 def test_dense_kd_is_the_divergence():
     from torch.distributions import Bernoulli, Categorical, kl_divergence
+
     s, t = 4 * maps(30, 6).requires_grad_(), 4 * maps(30, 6, seed=1) - 3
     soft = 9 * kl_divergence(Categorical(logits=t / 3), Categorical(logits=s / 3)).mean()
-    binary = 9 * kl_divergence(Bernoulli(logits=t / 3), Bernoulli(logits=s / 3)).sum() / max(1, t.sigmoid().amax(1).sum())
+    binary = (
+        9 * kl_divergence(Bernoulli(logits=t / 3), Bernoulli(logits=s / 3)).sum() / max(1, t.sigmoid().amax(1).sum())
+    )
     torch.testing.assert_close(dense_kd_loss(s, t, "softmax", 3), soft)
     torch.testing.assert_close(dense_kd_loss(s, t, "sigmoid", 3), binary)
     few = t - 50  # nothing is foreground to the teacher: the sum itself
-    torch.testing.assert_close(dense_kd_loss(s - 50, few, "sigmoid"), kl_divergence(Bernoulli(logits=few), Bernoulli(logits=s - 50)).sum())
+    torch.testing.assert_close(
+        dense_kd_loss(s - 50, few, "sigmoid"), kl_divergence(Bernoulli(logits=few), Bernoulli(logits=s - 50)).sum()
+    )
 
 
 @pytest.mark.parametrize("loss", [dense_kd_loss, dense_dist_loss])
@@ -415,43 +481,65 @@ def test_rows_and_maps_of_logits_agree(loss, form):
     s, t = maps(2, 5, 3, 4), maps(2, 5, 3, 4, seed=1)
     rows = lambda x: x.permute(0, 2, 3, 1).reshape(-1, 5)
     torch.testing.assert_close(loss(s, t, form=form), loss(rows(s), rows(t), form=form))
-    with pytest.raises(ValueError, match="softmax .* or sigmoid"): loss(s, t, form="tanh")
-    with pytest.raises(ValueError, match="one shape"): loss(s, t[:1], form=form)
+    with pytest.raises(ValueError, match="softmax .* or sigmoid"):
+        loss(s, t, form="tanh")
+    with pytest.raises(ValueError, match="one shape"):
+        loss(s, t[:1], form=form)
 
 
 def test_fgd_relation_is_the_context_block_written_out():
     from rcka.baselines_dense import ContextBlock, fgd_global
+
     torch.manual_seed(0)
     blocks = [ContextBlock(6).double() for _ in "st"]
     s, t = maps(2, 6, 4, 5), maps(2, 6, 4, 5, seed=1)
-    torch.testing.assert_close(fgd_global(s, t, *blocks), (s - t).square().sum() / 2)  # before training it is the difference of the maps
-    for p in blocks[0].parameters(): nn.init.normal_(p, std=0.5)
+    torch.testing.assert_close(
+        fgd_global(s, t, *blocks), (s - t).square().sum() / 2
+    )  # before training it is the difference of the maps
+    for p in blocks[0].parameters():
+        nn.init.normal_(p, std=0.5)
+
     def related(x, block):
         first, norm, _, last = block.change
         out = []
         for one in x:
             places = [one[:, i, j] for i in range(4) for j in range(5)]
-            attention = torch.stack([(block.weigh.weight.flatten() * p).sum() + block.weigh.bias[0] for p in places]).softmax(0)
+            attention = torch.stack(
+                [(block.weigh.weight.flatten() * p).sum() + block.weigh.bias[0] for p in places]
+            ).softmax(0)
             context = first.weight @ sum(a * p for a, p in zip(attention, places)) + first.bias
             context = (context - context.mean()) / (context.var(unbiased=False) + 1e-5).sqrt() * norm.weight + norm.bias
             out.append(one + (last.weight @ context.clamp_min(0) + last.bias)[:, None, None])
         return torch.stack(out)
-    torch.testing.assert_close(fgd_global(s, t, *blocks), (related(s, blocks[0]) - related(t, blocks[1])).square().sum() / 2)
+
+    torch.testing.assert_close(
+        fgd_global(s, t, *blocks), (related(s, blocks[0]) - related(t, blocks[1])).square().sum() / 2
+    )
 
 
 def test_fgd_focal_written_out():
     s, t = maps(2, 3, 4, 5).requires_grad_(), maps(2, 3, 4, 5, seed=1)
     f, b = maps(2, 4, 5, seed=2).abs(), maps(2, 4, 5, seed=3).abs()
+
     def attention(x):  # of one image (C, H, W)
-        return 20 * (x.abs().mean(0) / 0.7).flatten().softmax(0).reshape(4, 5), 3 * (x.abs().mean((1, 2)) / 0.7).softmax(0)
+        return 20 * (x.abs().mean(0) / 0.7).flatten().softmax(0).reshape(4, 5), 3 * (
+            x.abs().mean((1, 2)) / 0.7
+        ).softmax(0)
+
     features, masks = 0, 0
     for i in range(2):
         (places, channels), (places_s, channels_s) = attention(t[i]), attention(s[i])
-        for k in range(3): features = features + ((0.3 * f[i] + 0.2 * b[i]) * places * channels[k] * (s[i, k] - t[i, k]) ** 2).sum() / 2
+        for k in range(3):
+            features = (
+                features + ((0.3 * f[i] + 0.2 * b[i]) * places * channels[k] * (s[i, k] - t[i, k]) ** 2).sum() / 2
+            )
         masks = masks + ((places - places_s).abs().sum() + (channels - channels_s).abs().sum()) / 2
     ours = fgd_focal(s, t, f, b, 0.3, 0.2, 0.7)
     torch.testing.assert_close(ours, (features, masks))
-    for a, b in zip(ours, (features, masks)): torch.testing.assert_close(torch.autograd.grad(a, s, retain_graph=True), torch.autograd.grad(b, s, retain_graph=True))
+    for a, b in zip(ours, (features, masks)):
+        torch.testing.assert_close(
+            torch.autograd.grad(a, s, retain_graph=True), torch.autograd.grad(b, s, retain_graph=True)
+        )
 
 
 def test_pkd_of_a_constant_channel_that_is_resized():
@@ -462,6 +550,12 @@ def test_pkd_of_a_constant_channel_that_is_resized():
 
 def test_gram_takes_any_gradient():
     from rcka.losses import _Gram
+
     x, w = maps(2, 3, 4).requires_grad_(), maps(2, 3, 3, seed=1)  # no symmetric weights
-    assert torch.autograd.gradcheck(lambda x: (w * _Gram.apply(x)).sum(), x) and torch.autograd.gradgradcheck(lambda x: (w * _Gram.apply(x)).sum(), x)
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda x: (w[0] * _Gram.apply(x)).sum()))(x), torch.func.vmap(torch.func.grad(lambda x: (w[0] * (x @ x.mT)).sum()))(x))
+    assert torch.autograd.gradcheck(lambda x: (w * _Gram.apply(x)).sum(), x) and torch.autograd.gradgradcheck(
+        lambda x: (w * _Gram.apply(x)).sum(), x
+    )
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(lambda x: (w[0] * _Gram.apply(x)).sum()))(x),
+        torch.func.vmap(torch.func.grad(lambda x: (w[0] * (x @ x.mT)).sum()))(x),
+    )

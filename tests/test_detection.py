@@ -1,4 +1,5 @@
 "Images with boxes, the evaluation, and detectors that learn from others."
+
 import copy
 import json
 import math
@@ -17,7 +18,16 @@ pytest.importorskip("faster_coco_eval")
 
 from rcka.coco import METRICS, BrokenImage, as_detections, coco_metrics, draw_rectangles, load_coco, read_image
 from rcka.data import data_root
-from rcka.detection import DETECTORS, DetectionDistiller, Trunk, class_logits, create_detector, detect, detector_layers, input_size
+from rcka.detection import (
+    DETECTORS,
+    DetectionDistiller,
+    Trunk,
+    class_logits,
+    create_detector,
+    detect,
+    detector_layers,
+    input_size,
+)
 from rcka.detection_experiments import DetectionExperiment, detection_args
 from rcka.experiments import Result, run
 from rcka.losses import create_method, pcka
@@ -40,16 +50,24 @@ def changed(folder, change, n=6, **kwargs):
 
 # ---- the evaluation, against the official tool
 
+
 def official(data, detections):
     "The twelve numbers of pycocotools, in per cent."
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
+
     truth = COCO()
-    truth.dataset = {"info": {}, "images": [{"id": i, "width": w, "height": h} for i, (w, h) in zip(data.ids, data.sizes)],
-                     "annotations": [dict(a, id=k) for k, a in enumerate((a for raw in data.raw for a in raw), 1)], "categories": [{"id": c, "name": n} for c, n in zip(data.categories, data.classes)]}
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": i, "width": w, "height": h} for i, (w, h) in zip(data.ids, data.sizes)],
+        "annotations": [dict(a, id=k) for k, a in enumerate((a for raw in data.raw for a in raw), 1)],
+        "categories": [{"id": c, "name": n} for c, n in zip(data.categories, data.classes)],
+    }
     truth.createIndex()
     judge = COCOeval(truth, truth.loadRes(copy.deepcopy(detections)), "bbox")
-    judge.evaluate(); judge.accumulate(); judge.summarize()
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
     return {name: 100 * v if v > -1 else -1 for name, v in zip(METRICS, judge.stats)}
 
 
@@ -58,11 +76,26 @@ def noisy(data, seed):
     rng, found = np.random.default_rng(seed), []
     for i, f in enumerate(data.found):
         size = np.array(data.sizes[i])
-        boxes = np.concatenate([f.boxes.numpy() + rng.normal(0, 0.1, f.boxes.shape) * (f.boxes[:, 2:] - f.boxes[:, :2]).repeat(1, 2).numpy() for _ in range(2)]
-                               + [np.sort(rng.uniform(0, size, (3, 2, 2)), 1).reshape(3, 4)])
+        boxes = np.concatenate(
+            [
+                f.boxes.numpy()
+                + rng.normal(0, 0.1, f.boxes.shape) * (f.boxes[:, 2:] - f.boxes[:, :2]).repeat(1, 2).numpy()
+                for _ in range(2)
+            ]
+            + [np.sort(rng.uniform(0, size, (3, 2, 2)), 1).reshape(3, 4)]
+        )
         labels = np.concatenate([f.labels.numpy(), f.labels.numpy(), rng.integers(1, data.num_classes + 1, 3)])
         labels = np.where(rng.random(len(labels)) < 0.15, rng.integers(1, data.num_classes + 1, len(labels)), labels)
-        found += as_detections(data, i, {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "scores": torch.from_numpy(rng.random(len(labels)).round(2))}, data.sizes[i])
+        found += as_detections(
+            data,
+            i,
+            {
+                "boxes": torch.from_numpy(boxes),
+                "labels": torch.from_numpy(labels),
+                "scores": torch.from_numpy(rng.random(len(labels)).round(2)),
+            },
+            data.sizes[i],
+        )
     return found
 
 
@@ -73,8 +106,16 @@ def crowded(content, images):
         i = int(rng.integers(0, len(content["images"]) - 1))
         record = content["images"][i]
         w, h = (float(rng.uniform(3, s)) for s in (record["width"], record["height"]))
-        content["annotations"].append(dict(id=100 + k, image_id=record["id"], category_id=int(rng.choice([3, 7, 20])), bbox=[float(rng.uniform(0, record["width"] - w)), float(rng.uniform(0, record["height"] - h)), w, h],
-                                           area=w * h * float(rng.uniform(0.4, 1)), iscrowd=int(k % 9 == 0)))
+        content["annotations"].append(
+            dict(
+                id=100 + k,
+                image_id=record["id"],
+                category_id=int(rng.choice([3, 7, 20])),
+                bbox=[float(rng.uniform(0, record["width"] - w)), float(rng.uniform(0, record["height"] - h)), w, h],
+                area=w * h * float(rng.uniform(0.4, 1)),
+                iscrowd=int(k % 9 == 0),
+            )
+        )
     last = content["images"][-1]["id"]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != last]
 
@@ -84,7 +125,12 @@ def test_evaluation_is_the_official_one(tmp_path, seed):
     data = changed(tmp_path, crowded, n=12)
     found = noisy(data, seed)
     ours, theirs = coco_metrics(data, found), official(data, found)
-    assert ours == pytest.approx(theirs, abs=1e-9) and 5 < ours["AP"] < 95 and data.notes["crowd"] == 7 and data.notes["without boxes"] == 1
+    assert (
+        ours == pytest.approx(theirs, abs=1e-9)
+        and 5 < ours["AP"] < 95
+        and data.notes["crowd"] == 7
+        and data.notes["without boxes"] == 1
+    )
 
 
 @pytest.mark.skipif(not (data_root() / "coco128" / "annotations").is_dir(), reason="coco128 is not in the data folder")
@@ -100,31 +146,54 @@ def test_evaluation_on_real_images():
 
 # ---- what can be wrong with a dataset
 
+
 def test_one_annotation_of_an_unknown_image_or_category(tmp_path):
-    for key, value, message in (("image_id", 999, "annotation 1 is of image 999"), ("category_id", 4, "annotation 1 is of category 4"), ("bbox", [1, 2], r"annotation 1 has the box \[1, 2\]"), ("bbox", [0, 0, float("nan"), 1], "annotation 1 has the box")):
-        with pytest.raises(ValueError, match=message): changed(tmp_path, lambda c, _: c["annotations"][0].update({key: value}))
+    for key, value, message in (
+        ("image_id", 999, "annotation 1 is of image 999"),
+        ("category_id", 4, "annotation 1 is of category 4"),
+        ("bbox", [1, 2], r"annotation 1 has the box \[1, 2\]"),
+        ("bbox", [0, 0, float("nan"), 1], "annotation 1 has the box"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            changed(tmp_path, lambda c, _: c["annotations"][0].update({key: value}))
 
 
 def test_broken_pictures_are_named_or_skipped(tmp_path):
     def damage(content, images):
         whole = (images / "0.png").read_bytes()
-        (images / "0.png").write_bytes(whole[:len(whole) // 2])
+        (images / "0.png").write_bytes(whole[: len(whole) // 2])
         (images / "1.png").unlink()
         (images / "2.png").write_bytes(b"not a picture")
         Image.new("RGB", (5, 5)).save(images / "3.png")
-    with pytest.raises(BrokenImage, match="1 of 6 pictures are missing in .*1.png"): changed(tmp_path, damage)
+
+    with pytest.raises(BrokenImage, match="1 of 6 pictures are missing in .*1.png"):
+        changed(tmp_path, damage)
     data = changed(tmp_path, damage, skip_broken=True)
-    assert data.files == ("4.png", "5.png") and [any(f"{i}.png" in said for said in data.notes["broken"]) for i in range(6)] == [True] * 4 + [False] * 2
-    def truncated(content, images): (images / "4.png").write_bytes((images / "4.png").read_bytes()[:90])
+    assert (
+        data.files == ("4.png", "5.png")
+        and [any(f"{i}.png" in said for said in data.notes["broken"]) for i in range(6)] == [True] * 4 + [False] * 2
+    )
+
+    def truncated(content, images):
+        (images / "4.png").write_bytes((images / "4.png").read_bytes()[:90])
+
     data = changed(tmp_path / "later", truncated)
-    with pytest.raises(BrokenImage, match="4.png cannot be decoded"): list(data.batches(6, train=False).epoch(0))
-    with pytest.raises(BrokenImage, match="4.png cannot be decoded"): list(data.batches(2, train=False, workers=2).epoch(0))
+    with pytest.raises(BrokenImage, match="4.png cannot be decoded"):
+        list(data.batches(6, train=False).epoch(0))
+    with pytest.raises(BrokenImage, match="4.png cannot be decoded"):
+        list(data.batches(2, train=False, workers=2).epoch(0))
+
     def nothing(content, images):
-        for p in images.iterdir(): p.write_bytes(b"")
-    with pytest.raises(BrokenImage, match="none of the 6"): changed(tmp_path / "none", nothing, skip_broken=True)
+        for p in images.iterdir():
+            p.write_bytes(b"")
+
+    with pytest.raises(BrokenImage, match="none of the 6"):
+        changed(tmp_path / "none", nothing, skip_broken=True)
 
 
-@pytest.mark.parametrize("mode, suffix", [("L", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("P", "png"), ("LA", "png"), ("RGBA", "png")])
+@pytest.mark.parametrize(
+    "mode, suffix", [("L", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("P", "png"), ("LA", "png"), ("RGBA", "png")]
+)
 def test_any_kind_of_picture(tmp_path, mode, suffix):
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(np.full((8, 12, 3), 255, dtype=np.uint8)).convert(mode).save(path)
@@ -134,8 +203,14 @@ def test_any_kind_of_picture(tmp_path, mode, suffix):
 
 def test_odd_boxes(tmp_path):
     def odd(content, images):
-        new = lambda k, **kw: content["annotations"].append(dict(id=50 + k, image_id=100, category_id=3, bbox=[1, 1, 9, 9], iscrowd=0) | kw)
-        new(0, bbox=[-10, -10, 30, 30]); new(1, bbox=[5, 5, 0, 4]); new(2, bbox=[500, 5, 4, 4]); new(3, iscrowd=1)
+        new = lambda k, **kw: content["annotations"].append(
+            dict(id=50 + k, image_id=100, category_id=3, bbox=[1, 1, 9, 9], iscrowd=0) | kw
+        )
+        new(0, bbox=[-10, -10, 30, 30])
+        new(1, bbox=[5, 5, 0, 4])
+        new(2, bbox=[500, 5, 4, 4])
+        new(3, iscrowd=1)
+
     data = changed(tmp_path, odd)
     target = data.batches(6).targets[0]
     assert len(target["boxes"]) == 2 and target["boxes"][1].tolist() == [0, 0, 20, 20]
@@ -148,31 +223,41 @@ def test_a_run_fails_where_the_classes_differ(tmp_path):
     _, path, content = draw_rectangles(tmp_path, 4, "val2017")
     content["categories"].append(dict(id=30, name="more"))
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="the classes of val2017 are not those of train2017: 4 and 3"): run(tiny(tmp_path), tmp_path / "runs", progress=False)
+    with pytest.raises(ValueError, match="the classes of val2017 are not those of train2017: 4 and 3"):
+        run(tiny(tmp_path), tmp_path / "runs", progress=False)
 
 
 # ---- batches
 
+
 def test_batches_depend_on_seed_and_epoch_alone(drawn):
     batches = lambda seed, **kw: drawn.batches(3, size=(40, 64), max_size=96, seed=seed, **kw)
-    flat = lambda b, e, **kw: [(x.index.tolist(), [i.sum().item() for i in x.images], [t["boxes"].tolist() for t in x.targets]) for x in b.epoch(e, **kw)]
+    flat = lambda b, e, **kw: [
+        (x.index.tolist(), [i.sum().item() for i in x.images], [t["boxes"].tolist() for t in x.targets])
+        for x in b.epoch(e, **kw)
+    ]
     whole = flat(batches(0), 3)
     assert flat(batches(0, workers=3), 3) == whole and flat(batches(0), 3, start=1) == whole[1:]
     assert flat(batches(1), 3) != whole != flat(batches(0), 4)
     sides = {min(i.shape[1:]) for e in range(6) for b in batches(0).epoch(e) for i in b.images}
     assert len(sides) > 5 and min(sides) >= 40 and max(sides) <= 64
-    for b in batches(0, flip=False).epoch(0): assert len({min(i.shape[1:]) for i in b.images}) == 1
+    for b in batches(0, flip=False).epoch(0):
+        assert len({min(i.shape[1:]) for i in b.images}) == 1
 
 
 def test_the_longer_side_is_bounded(drawn):
-    for b in drawn.batches(8, train=False, size=60, max_size=60).epoch(0): assert all(max(i.shape[1:]) == 60 for i in b.images)
+    for b in drawn.batches(8, train=False, size=60, max_size=60).epoch(0):
+        assert all(max(i.shape[1:]) == 60 for i in b.images)
 
 
 # ---- detectors
 
+
 def small(name, channels=64, classes=3, backbone="mobilenet_v3_small", **options):
-    if name == "faster_rcnn": options = dict(box_batch_size_per_image=16, rpn_post_nms_top_n_train=40, rpn_post_nms_top_n_test=20) | options
-    if name == "fcos": options = dict(head_convs=1) | options
+    if name == "faster_rcnn":
+        options = dict(box_batch_size_per_image=16, rpn_post_nms_top_n_train=40, rpn_post_nms_top_n_test=20) | options
+    if name == "fcos":
+        options = dict(head_convs=1) | options
     return create_detector(name, backbone, classes, channels=channels, norm="group", **options)
 
 
@@ -186,7 +271,9 @@ def test_every_method_trains_every_detector(name, drawn):
     teacher, wide, same = small(name), small(name, 128), small(name)
     batch = next(train.epoch(0))
     for method in METHODS if name == "fcos" else ("none", "pcka", "fgd", "dense_kd"):
-        args = detection_args(method, name) | ({f"{'pcka.' if '+' in method else ''}patch_size": 4} if "pcka" in method else {})
+        args = detection_args(method, name) | (
+            {f"{'pcka.' if '+' in method else ''}patch_size": 4} if "pcka" in method else {}
+        )
         student = copy.deepcopy(wide if method in ("pcka", "pkd") else same)
         task = DetectionDistiller(student, create_method(method, args), teacher if method != "none" else None)
         task.prepare(train)
@@ -198,7 +285,9 @@ def test_every_method_trains_every_detector(name, drawn):
             terms = task(batch).terms
             assert all(v.isfinite() for v in terms.values()), (method, terms)
             losses.append(sum(terms.values()))
-            optimizer.zero_grad(); losses[-1].backward(); optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
         assert losses[-1] < losses[0], (method, losses)
         assert all(p.grad is None for p in teacher.parameters())
 
@@ -210,7 +299,8 @@ def test_terms_are_those_of_the_maps_by_hand(drawn):
     batch = next(drawn.batches(4, size=64, max_size=96).epoch(0))
     task = DetectionDistiller(student, create_method("pcka", {"patch_size": 4, "intra": 3.0}), teacher)
     step, own = task(batch), student(batch.images, batch.targets)
-    for k, v in own.items(): torch.testing.assert_close(step.terms[k], v)
+    for k, v in own.items():
+        torch.testing.assert_close(step.terms[k], v)
     x = student.transform(batch.images)[0].tensors
     maps = zip(list(student.backbone(x).values())[:4], list(teacher.backbone(x).values())[:4])
     torch.testing.assert_close(step.terms["pcka_intra"], 3 * sum(1 - pcka(s, t, 4).intra for s, t in maps))
@@ -242,22 +332,33 @@ def test_resume_to_the_same_weights(drawn, tmp_path):
         torch.manual_seed(0)
         student, teacher = small("faster_rcnn"), small("faster_rcnn")  # the kind that draws anchors at random
         task = DetectionDistiller(student, create_method("pcka", {"patch_size": 4}), teacher)
-        return Trainer(task, drawn.batches(3, size=(40, 50), max_size=80), drawn.batches(8, train=False, size=50, max_size=80), Recipe(epochs=2, lr=1e-3, warmup_steps=4), tmp_path / folder, checkpoint_seconds=0)
+        return Trainer(
+            task,
+            drawn.batches(3, size=(40, 50), max_size=80),
+            drawn.batches(8, train=False, size=50, max_size=80),
+            Recipe(epochs=2, lr=1e-3, warmup_steps=4),
+            tmp_path / folder,
+            checkpoint_seconds=0,
+        )
+
     whole = trainer("whole")
     whole.fit(progress=False)
     broken = trainer("broken")
     epoch, broken.train.epoch = broken.train.epoch, lambda e, start=0: fails(epoch(e, start), e)
-    with pytest.raises(RuntimeError, match="failed after"): broken.fit(progress=False)
+    with pytest.raises(RuntimeError, match="failed after"):
+        broken.fit(progress=False)
     again = trainer("broken")
     again.fit(progress=False)
-    for (name, a), b in zip(whole.task.student.state_dict().items(), again.task.student.state_dict().values()): assert torch.equal(a, b), name
+    for (name, a), b in zip(whole.task.student.state_dict().items(), again.task.student.state_dict().values()):
+        assert torch.equal(a, b), name
     assert again.history == whole.history
 
 
 def fails(batches, e):
     "Batches that end in the middle of the second epoch."
     for k, batch in enumerate(batches):
-        if e == 1 and k == 1: raise OSError("the disk went away")
+        if e == 1 and k == 1:
+            raise OSError("the disk went away")
         yield batch
 
 
@@ -265,19 +366,53 @@ def fails(batches, e):
 def test_mixed_precision(drawn, tmp_path, precision):
     student, teacher = small("fcos"), small("fcos")
     task = DetectionDistiller(student, create_method("pcka+mimic", {"pcka.patch_size": 4}), teacher, watch=4)
-    history = Trainer(task, drawn.batches(4, size=64, max_size=96), drawn.batches(8, train=False, size=64, max_size=96), Recipe(epochs=3, lr=5e-3, precision=precision), tmp_path).fit(progress=False)
-    assert history[-1]["loss"] < history[0]["loss"] and math.isfinite(history[-1]["loss"]) and 0 < history[-1]["level0"] <= 100
+    history = Trainer(
+        task,
+        drawn.batches(4, size=64, max_size=96),
+        drawn.batches(8, train=False, size=64, max_size=96),
+        Recipe(epochs=3, lr=5e-3, precision=precision),
+        tmp_path,
+    ).fit(progress=False)
+    assert (
+        history[-1]["loss"] < history[0]["loss"]
+        and math.isfinite(history[-1]["loss"])
+        and 0 < history[-1]["level0"] <= 100
+    )
 
 
 # ---- experiments
 
+
 def tiny(folder, **changes):
-    return DetectionExperiment(str(folder), "fcos", "mobilenet_v3_small", "mobilenet_v3_small", "pcka", {"patch_size": 4}, schedule="onecycle", **(dict(
-        epochs=1, batch_size=4, lr=0.01, warmup_steps=0, size=48, max_size=72, flip=False, norm="group", channels=64, head_convs=1) | changes))
+    return DetectionExperiment(
+        str(folder),
+        "fcos",
+        "mobilenet_v3_small",
+        "mobilenet_v3_small",
+        "pcka",
+        {"patch_size": 4},
+        schedule="onecycle",
+        **(
+            dict(
+                epochs=1,
+                batch_size=4,
+                lr=0.01,
+                warmup_steps=0,
+                size=48,
+                max_size=72,
+                flip=False,
+                norm="group",
+                channels=64,
+                head_convs=1,
+            )
+            | changes
+        ),
+    )
 
 
 def test_experiment(tmp_path):
-    draw_rectangles(tmp_path, 6); draw_rectangles(tmp_path, 4, "val2017", seed=1)
+    draw_rectangles(tmp_path, 6)
+    draw_rectangles(tmp_path, 4, "val2017", seed=1)
     e = tiny(tmp_path)
     assert DetectionExperiment.from_dict(json.loads(json.dumps(e.to_dict()))) == e
     result = run(e, tmp_path / "runs", progress=False, workers=0)
@@ -290,17 +425,26 @@ def test_experiment(tmp_path):
 def test_a_detector_fits_what_it_sees(drawn):
     "Sixty steps on eight rectangles: it finds them."
     torch.manual_seed(0)
-    task, recipe = DetectionDistiller(small("fcos", backbone="resnet18").train()), Recipe(epochs=30, lr=0.02, schedule="onecycle")
+    task, recipe = (
+        DetectionDistiller(small("fcos", backbone="resnet18").train()),
+        Recipe(epochs=30, lr=0.02, schedule="onecycle"),
+    )
     optimizer = torch.optim.SGD(task.student.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=1e-4)
-    train, test = drawn.batches(4, size=48, max_size=72, flip=False), drawn.batches(8, train=False, size=48, max_size=72)
+    train, test = (
+        drawn.batches(4, size=48, max_size=72, flip=False),
+        drawn.batches(8, train=False, size=48, max_size=72),
+    )
     for e in range(recipe.epochs):
         for k, batch in enumerate(train.epoch(e)):
             optimizer.param_groups[0]["lr"] = recipe.lr_at(e, k, len(train))
-            optimizer.zero_grad(); sum(task(batch).terms.values()).backward(); optimizer.step()
+            optimizer.zero_grad()
+            sum(task(batch).terms.values()).backward()
+            optimizer.step()
     assert coco_metrics(drawn, detect(task.student, test))["AP50"] > 60
 
 
 # ---- several processes
+
 
 @pytest.mark.parametrize("world", [2, 5])
 def test_each_process_decodes_its_part(drawn, monkeypatch, world):
@@ -313,21 +457,33 @@ def test_each_process_decodes_its_part(drawn, monkeypatch, world):
         for b, mine in zip(whole, make(True).epoch(1), strict=True):
             each = len(b.targets) // world
             assert len(mine.targets) == len(b.targets) and len(mine.images.rows) == each
-            if not each: assert part(mine) is None; continue
+            if not each:
+                assert part(mine) is None
+                continue
             own, rows = part(mine), slice(rank * each, (rank + 1) * each)
-            assert equal(own.images, b.images[rows]) and torch.equal(own.index, b.index[rows]) and equal([t["boxes"] for t in own.targets], [t["boxes"] for t in b.targets[rows]])
-        for b, mine in zip(tested, make(False).epoch(0), strict=True): assert equal(mine.images[rank::world], b.images[rank::world])
+            assert (
+                equal(own.images, b.images[rows])
+                and torch.equal(own.index, b.index[rows])
+                and equal([t["boxes"] for t in own.targets], [t["boxes"] for t in b.targets[rows]])
+            )
+        for b, mine in zip(tested, make(False).epoch(0), strict=True):
+            assert equal(mine.images[rank::world], b.images[rank::world])
 
 
 def test_a_first_batch_that_is_too_small_for_all_is_passed_over(tmp_path, monkeypatch):
     "Eleven images in batches of eight, four processes: where the three come first, the method sees the eight."
     data = load_coco(*draw_rectangles(tmp_path, 11)[:2])
     task = lambda: DetectionDistiller(small("fcos"), create_method("pcka", {"patch_size": 4}), small("fcos"))
-    train = next(b for seed in range(20) if len(next((b := data.batches(8, size=48, max_size=72, seed=seed)).epoch(0)).targets) == 3)
+    train = next(
+        b
+        for seed in range(20)
+        if len(next((b := data.batches(8, size=48, max_size=72, seed=seed)).epoch(0)).targets) == 3
+    )
     monkeypatch.setattr("rcka.trainer.processes", lambda: (1, 4))
     task().prepare(train)
     monkeypatch.setattr("rcka.trainer.processes", lambda: (1, 9))
-    with pytest.raises(ValueError, match="no training batch is enough for 9 processes"): task().prepare(train)
+    with pytest.raises(ValueError, match="no training batch is enough for 9 processes"):
+        task().prepare(train)
 
 
 def in_processes(folder):
@@ -339,30 +495,61 @@ def in_processes(folder):
     test = data.batches(3, train=False, size=48, max_size=72)  # the last batch has two images
     trainer = Trainer(task, data.batches(4, size=48, max_size=72), test, Recipe(epochs=1, lr=0.01), folder / "run")
     history = trainer.fit(progress=False)
-    torch.save({"weights": task.student.state_dict(), "scores": {k: history[-1][k] for k in METRICS}}, folder / f"rank{processes()[0]}.pt")
-    with pytest.raises(ValueError, match="relations='global' is not for detectors"): task(next(test.epoch(0)), relations="global")
+    torch.save(
+        {"weights": task.student.state_dict(), "scores": {k: history[-1][k] for k in METRICS}},
+        folder / f"rank{processes()[0]}.pt",
+    )
+    with pytest.raises(ValueError, match="relations='global' is not for detectors"):
+        task(next(test.epoch(0)), relations="global")
 
 
 def test_two_processes(tmp_path):
     "One student comes out, and the numbers of all images, whoever looked at them."
     images, path, _ = draw_rectangles(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, str(tmp_path)],
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+            __file__,
+            str(tmp_path),
+        ],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     one, other = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
-    assert one["scores"] == other["scores"] and all(torch.equal(a, b) for a, b in zip(one["weights"].values(), other["weights"].values()))
+    assert one["scores"] == other["scores"] and all(
+        torch.equal(a, b) for a, b in zip(one["weights"].values(), other["weights"].values())
+    )
     student = small("fcos")
     student.load_state_dict(one["weights"])
-    assert DetectionDistiller(student).evaluate(load_coco(images, path).batches(3, train=False, size=48, max_size=72)) == pytest.approx(one["scores"])
+    assert DetectionDistiller(student).evaluate(
+        load_coco(images, path).batches(3, train=False, size=48, max_size=72)
+    ) == pytest.approx(one["scores"])
 
 
-if __name__ == "__main__": in_processes(Path(sys.argv[1]))
+if __name__ == "__main__":
+    in_processes(Path(sys.argv[1]))
 
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_boxes_are_float32_in_mixed_precision(name):
     "In bfloat16 pixels above 256 are even numbers at best."
     torch.manual_seed(0)
-    detector = create_detector(name, "mobilenet_v3_small", 3, norm="group", channels=64, **{"box_score_thresh" if name == "faster_rcnn" else "score_thresh": 0.0}).eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): found, = detector([torch.rand(3, 96, 96)])
+    detector = create_detector(
+        name,
+        "mobilenet_v3_small",
+        3,
+        norm="group",
+        channels=64,
+        **{"box_score_thresh" if name == "faster_rcnn" else "score_thresh": 0.0},
+    ).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = detector([torch.rand(3, 96, 96)])
     assert found["boxes"].dtype == torch.float32 and len(found["boxes"])

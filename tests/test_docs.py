@@ -1,4 +1,5 @@
 "The site of `make docs`: built, opened from file:// in a browser at a phone's width, and every link followed."
+
 import html
 import json
 import re
@@ -33,9 +34,12 @@ class Links(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.ids |= {attrs.get("id"), attrs.get("name")}
-        if tag == "a" and attrs.get("href"): self.links.append(attrs["href"])
-        if tag in ("img", "script") and attrs.get("src"): self.loads.append(attrs["src"])
-        if tag == "link" and attrs.get("rel") in ("stylesheet", "icon"): self.loads.append(attrs["href"])
+        if tag == "a" and attrs.get("href"):
+            self.links.append(attrs["href"])
+        if tag in ("img", "script") and attrs.get("src"):
+            self.loads.append(attrs["src"])
+        if tag == "link" and attrs.get("rel") in ("stylesheet", "icon"):
+            self.loads.append(attrs["href"])
 
 
 def test_every_local_link_leads_somewhere_and_nothing_is_loaded_from_a_network(site):
@@ -44,25 +48,29 @@ def test_every_local_link_leads_somewhere_and_nothing_is_loaded_from_a_network(s
     for page, found in pages.items():
         for url in found.links + found.loads:
             parts = urlsplit(url)
-            if parts.scheme == "data": continue
+            if parts.scheme == "data":
+                continue
             if parts.scheme or parts.netloc:
                 assert url not in found.loads, f"{page.name} loads {url}"
                 continue
             target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
             assert target.is_file(), f"{page.relative_to(site)} links to {url}"
-            if parts.fragment and target in pages: assert unquote(parts.fragment) in pages[target].ids, f"{page.relative_to(site)}: no {url}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids, f"{page.relative_to(site)}: no {url}"
 
 
 def test_every_notebook_and_every_public_name_is_there(site):
     for notebook in (root / "nbs").rglob("*.ipynb"):
-        if ".ipynb_checkpoints" not in notebook.parts: assert (site / notebook.relative_to(root / "nbs")).with_suffix(".html").is_file()
+        if ".ipynb_checkpoints" not in notebook.parts:
+            assert (site / notebook.relative_to(root / "nbs")).with_suffix(".html").is_file()
     text = "".join(p.read_text(encoding="utf-8") for p in (site / "reference").glob("*.html"))
     ids = set(re.findall(r'id="(rcka[\w.]+)"', text))
     for module in (root / "rcka").rglob("*.py"):
         name = ".".join(module.relative_to(root).with_suffix("").parts)
         exports = re.search(r"__all__ = (\[[^\]]*\])", module.read_text(encoding="utf-8"))
         if exports and "_" != module.stem[0]:
-            for public in re.findall(r"'(\w+)'", exports[1]): assert f"{name}.{public}" in ids
+            for public in re.findall(r"'(\w+)'", exports[1]):
+                assert f"{name}.{public}" in ids
 
 
 # what a reader's browser finds: errors on the console, formulas, formulas that failed, and what sticks out of the page
@@ -92,14 +100,31 @@ def browse(site, urls):
         path, _, query = url.partition("?")
         text = (site / path).read_text(encoding="utf-8")
         copy = Path(path).with_name(f"probe-{Path(path).name}")
-        (site / copy).write_text(text.replace("<head>", "<head>" + probe, 1).replace("</body>", report + "</body>", 1), encoding="utf-8")
+        (site / copy).write_text(
+            text.replace("<head>", "<head>" + probe, 1).replace("</body>", report + "</body>", 1), encoding="utf-8"
+        )
         opened.append(str(copy) + ("?" + query if query else ""))
     (site / "probe.html").write_text(frame % json.dumps(opened), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", f"--user-data-dir={site.parent / 'profile'}", "--timeout=400000",
-             f"--virtual-time-budget={30000 * len(urls)}", "--window-size=900,1000", "--dump-dom"]
-    run = subprocess.run([chromium, *flags, (site / "probe.html").as_uri()], capture_output=True, text=True, timeout=400)
-    for copy in site.rglob("probe*.html"): copy.unlink()
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={site.parent / 'profile'}",
+        "--timeout=400000",
+        f"--virtual-time-budget={30000 * len(urls)}",
+        "--window-size=900,1000",
+        "--dump-dom",
+    ]
+    run = subprocess.run(
+        [chromium, *flags, (site / "probe.html").as_uri()], capture_output=True, text=True, timeout=400
+    )
+    for copy in site.rglob("probe*.html"):
+        copy.unlink()
     body = re.search(r"<body>(\{.*\})</body>", run.stdout, re.S)
     assert body, run.stdout[-500:] + run.stderr[-500:]
     return dict(zip(urls, json.loads(html.unescape(body[1])).values()))
@@ -107,10 +132,14 @@ def browse(site, urls):
 
 @pytest.mark.skipif(not chromium, reason="no Chromium")
 def test_in_a_browser(site):
-    pages = sorted(str(p.relative_to(site)) for p in site.rglob("*.html") if "_static" not in p.parts and p.name != "search.html")
+    pages = sorted(
+        str(p.relative_to(site)) for p in site.rglob("*.html") if "_static" not in p.parts and p.name != "search.html"
+    )
     for page, saw in browse(site, pages + ["search.html?q=debiased", "search.html?q=MinibatchCKA"]).items():
         assert not saw["errors"], (page, saw)
         assert not saw["wide"], (page, saw)
         assert not saw["failed"], (page, saw)
-        if page.startswith("theory"): assert saw["drawn"] > 10, (page, saw)
-        if page.startswith("search"): assert saw["found"] > 0, (page, saw)
+        if page.startswith("theory"):
+            assert saw["drawn"] > 10, (page, saw)
+        if page.startswith("search"):
+            assert saw["found"] > 0, (page, saw)

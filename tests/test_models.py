@@ -1,4 +1,5 @@
 "Networks by name, the layers of other people's networks, and checkpoints."
+
 import copy
 import os
 import pickle
@@ -7,7 +8,8 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from rcka.losses import fcka
@@ -15,17 +17,38 @@ from rcka.models import create_model, list_models, load_checkpoint, load_weights
 from rcka.taps import Taps, find_module, layers_of
 
 PUBLISHED = {  # the field's networks: parameters with 100 classes
-    "resnet8": 83892, "resnet14": 181108, "resnet20": 278324, "resnet32": 472756, "resnet44": 667188, "resnet56": 861620,
-    "resnet110": 1736564, "resnet8x4": 1233540, "resnet32x4": 7433860, "wrn_16_1": 180916, "wrn_16_2": 703284, "wrn_40_1": 569780,
-    "wrn_40_2": 2255156, "vgg8": 3965028, "vgg11": 9277284, "vgg13": 9462180, "vgg16": 14774436, "vgg19": 20086692,
-    "resnet18": 11220132, "resnet50": 23705252, "mobilenet_v2_half": 812836, "shufflenet_v1": 949258, "shufflenet_v2": 1355528,
-    "mobilenet_v1": 3309476}  # 4,231,976 with 1000
+    "resnet8": 83892,
+    "resnet14": 181108,
+    "resnet20": 278324,
+    "resnet32": 472756,
+    "resnet44": 667188,
+    "resnet56": 861620,
+    "resnet110": 1736564,
+    "resnet8x4": 1233540,
+    "resnet32x4": 7433860,
+    "wrn_16_1": 180916,
+    "wrn_16_2": 703284,
+    "wrn_40_1": 569780,
+    "wrn_40_2": 2255156,
+    "vgg8": 3965028,
+    "vgg11": 9277284,
+    "vgg13": 9462180,
+    "vgg16": 14774436,
+    "vgg19": 20086692,
+    "resnet18": 11220132,
+    "resnet50": 23705252,
+    "mobilenet_v2_half": 812836,
+    "shufflenet_v1": 949258,
+    "shufflenet_v2": 1355528,
+    "mobilenet_v1": 3309476,
+}  # 4,231,976 with 1000
 
 
 def test_every_network_is_there():
     assert set(list_models()) == set(PUBLISHED)
     for name, count in PUBLISHED.items():
-        with torch.device("meta"): assert sum(p.numel() for p in create_model(name).parameters()) == count, name
+        with torch.device("meta"):
+            assert sum(p.numel() for p in create_model(name).parameters()) == count, name
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -46,34 +69,60 @@ def test_a_step_of_training(name):
     assert any(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v1", "mobilenet_v2_half", "shufflenet_v1", "shufflenet_v2"])
+@pytest.mark.parametrize(
+    "name", ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v1", "mobilenet_v2_half", "shufflenet_v1", "shufflenet_v2"]
+)
 def test_networks_copy_pickle_compile_and_take_channels_last(name):
     torch.manual_seed(0)
     model, x = create_model(name, 5).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         want = model(x)
         assert torch.equal(copy.deepcopy(model)(x), want) and torch.equal(pickle.loads(pickle.dumps(model))(x), want)
-        torch.testing.assert_close(copy.deepcopy(model).to(memory_format=torch.channels_last)(x), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            copy.deepcopy(model).to(memory_format=torch.channels_last)(x), want, atol=1e-4, rtol=1e-4
+        )
         torch._dynamo.reset()
         torch.testing.assert_close(torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)(x), want)
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="did you mean resnet"): create_model("resnet21")
-    with pytest.raises(ValueError, match="torchvision network"): create_model("torchvision/resnet21")
-    with pytest.raises(ValueError, match="unknown network"): create_model("torchvision/")
-    with pytest.raises(ValueError, match="in_channels"): create_model("resnet8", in_channels=0)
+    with pytest.raises(ValueError, match="did you mean resnet"):
+        create_model("resnet21")
+    with pytest.raises(ValueError, match="torchvision network"):
+        create_model("torchvision/resnet21")
+    with pytest.raises(ValueError, match="unknown network"):
+        create_model("torchvision/")
+    with pytest.raises(ValueError, match="in_channels"):
+        create_model("resnet8", in_channels=0)
 
 
 def test_timm_is_optional(monkeypatch):
     import sys
+
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="pip install timm"): create_model("timm/resnet18")
+    with pytest.raises(ImportError, match="pip install timm"):
+        create_model("timm/resnet18")
 
 
-TORCHVISION = {"resnet18": 5, "resnext50_32x4d": 5, "wide_resnet50_2": 5, "vgg11": 5, "vgg13_bn": 5, "mobilenet_v2": 5,
-               "mobilenet_v3_large": 5, "mobilenet_v3_small": 5, "shufflenet_v2_x0_5": 4, "efficientnet_b0": 5, "efficientnet_v2_s": 5,
-               "densenet121": 5, "regnet_y_400mf": 5, "convnext_tiny": 5, "vit_b_16": 5, "swin_t": 5, "swin_v2_t": 5}
+TORCHVISION = {
+    "resnet18": 5,
+    "resnext50_32x4d": 5,
+    "wide_resnet50_2": 5,
+    "vgg11": 5,
+    "vgg13_bn": 5,
+    "mobilenet_v2": 5,
+    "mobilenet_v3_large": 5,
+    "mobilenet_v3_small": 5,
+    "shufflenet_v2_x0_5": 4,
+    "efficientnet_b0": 5,
+    "efficientnet_v2_s": 5,
+    "densenet121": 5,
+    "regnet_y_400mf": 5,
+    "convnext_tiny": 5,
+    "vit_b_16": 5,
+    "swin_t": 5,
+    "swin_v2_t": 5,
+}
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -83,19 +132,33 @@ def test_layers_of_torchvision(name):
     layers = layers_of(model)
     assert len(layers.stages) == TORCHVISION[name] and len(layers.preacts) in (0, len(layers.stages))
     paths = [*layers.stages, *layers.preacts, layers.pooled]
-    with torch.no_grad(): logits, features = Taps(model, paths)(torch.randn(2, 1, *[224 if name.startswith("vit") else 64] * 2))
+    with torch.no_grad():
+        logits, features = Taps(model, paths)(torch.randn(2, 1, *[224 if name.startswith("vit") else 64] * 2))
     torch.testing.assert_close(find_module(model, layers.head)(features[-1]), logits)
-    assert len({f.shape for f in features[:len(layers.stages)]}) >= 2
-    for before in features[len(layers.stages):-1]: assert before.min() < 0
+    assert len({f.shape for f in features[: len(layers.stages)]}) >= 2
+    for before in features[len(layers.stages) : -1]:
+        assert before.min() < 0
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto",
-                                  "efficientnet_b0", "mobilenetv3_small_050", "regnetx_002"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet26d",
+        "vit_tiny_patch16_224",
+        "swin_tiny_patch4_window7_224",
+        "convnext_atto",
+        "efficientnet_b0",
+        "mobilenetv3_small_050",
+        "regnetx_002",
+    ],
+)
 def test_layers_of_timm(name):
     pytest.importorskip("timm")
     model = create_model(f"timm/{name}", 10).eval()
     layers = layers_of(model)
-    with torch.no_grad(): logits, features = Taps(model, [*layers.stages, layers.pooled])(torch.randn(2, 3, 224, 224))
+    with torch.no_grad():
+        logits, features = Taps(model, [*layers.stages, layers.pooled])(torch.randn(2, 3, 224, 224))
     assert len(layers.stages) == 5
     torch.testing.assert_close(find_module(model, layers.head)(features[-1]), logits)
 
@@ -107,9 +170,11 @@ def test_mobilenet_v1_is_that_of_timm():
     theirs, ours = timm.create_model("mobilenetv1_100").eval(), create_model("mobilenet_v1", 1000).eval()
     kinds = lambda model, kind: [m for m in model.modules() if isinstance(m, kind)]
     for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
-        for a, b in zip(kinds(ours, kind), kinds(theirs, kind), strict=True): a.load_state_dict(b.state_dict())
+        for a, b in zip(kinds(ours, kind), kinds(theirs, kind), strict=True):
+            a.load_state_dict(b.state_dict())
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad(): torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
 
 
 def test_a_transformer_beside_a_residual_network():
@@ -123,15 +188,57 @@ def test_a_transformer_beside_a_residual_network():
 # checkpoints
 
 KEYS = {  # names that published checkpoints have
-    "resnet20": ["conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "layer3.2.bn2.bias", "fc.weight"],
+    "resnet20": [
+        "conv1.weight",
+        "bn1.running_mean",
+        "layer1.0.conv1.weight",
+        "layer2.0.downsample.0.weight",
+        "layer3.2.bn2.bias",
+        "fc.weight",
+    ],
     "resnet8x4": ["layer1.0.downsample.1.weight"],
     "resnet50": ["layer1.0.shortcut.0.weight", "layer4.2.conv3.weight", "linear.weight"],
-    "wrn_16_2": ["conv1.weight", "block1.layer.0.bn1.weight", "block2.layer.0.convShortcut.weight", "block3.layer.1.conv2.weight", "bn1.weight", "fc.bias"],
-    "vgg13": ["block0.0.weight", "block0.0.bias", "block0.1.weight", "block0.3.weight", "block4.4.running_var", "classifier.weight"],
-    "mobilenet_v2_half": ["conv1.0.weight", "blocks.0.0.conv.0.weight", "blocks.6.0.conv.7.weight", "conv2.1.bias", "classifier.0.weight"],
-    "mobilenet_v1": ["model.0.0.weight", "model.0.1.running_var", "model.1.0.weight", "model.13.3.weight", "model.13.4.bias", "fc.weight"],
+    "wrn_16_2": [
+        "conv1.weight",
+        "block1.layer.0.bn1.weight",
+        "block2.layer.0.convShortcut.weight",
+        "block3.layer.1.conv2.weight",
+        "bn1.weight",
+        "fc.bias",
+    ],
+    "vgg13": [
+        "block0.0.weight",
+        "block0.0.bias",
+        "block0.1.weight",
+        "block0.3.weight",
+        "block4.4.running_var",
+        "classifier.weight",
+    ],
+    "mobilenet_v2_half": [
+        "conv1.0.weight",
+        "blocks.0.0.conv.0.weight",
+        "blocks.6.0.conv.7.weight",
+        "conv2.1.bias",
+        "classifier.0.weight",
+    ],
+    "mobilenet_v1": [
+        "model.0.0.weight",
+        "model.0.1.running_var",
+        "model.1.0.weight",
+        "model.13.3.weight",
+        "model.13.4.bias",
+        "fc.weight",
+    ],
     "shufflenet_v1": ["conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer2.7.bn3.weight", "linear.weight"],
-    "shufflenet_v2": ["layer1.0.conv5.weight", "layer1.0.bn5.weight", "layer3.3.bn3.weight", "conv2.weight", "bn2.weight", "linear.bias"]}
+    "shufflenet_v2": [
+        "layer1.0.conv5.weight",
+        "layer1.0.bn5.weight",
+        "layer3.3.bn3.weight",
+        "conv2.weight",
+        "bn2.weight",
+        "linear.bias",
+    ],
+}
 
 
 def theirs(name, key):
@@ -145,26 +252,40 @@ def test_names_of_published_checkpoints(name, tmp_path):
     model = create_model(name, 10)
     assert {theirs(name, key) for key in KEYS[name]} <= set(model.state_dict())
     state = {f"module.{k}": v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    if name == "resnet50": state = {k.replace("downsample", "shortcut").replace("fc", "linear"): v for k, v in state.items()}
-    torch.save({"epoch": 240, "model": state, "best_acc": np.float64(70.1), "lr": np.float32(0.1), "n": np.int64(3)}, tmp_path / "c.pth")
+    if name == "resnet50":
+        state = {k.replace("downsample", "shortcut").replace("fc", "linear"): v for k, v in state.items()}
+    torch.save(
+        {"epoch": 240, "model": state, "best_acc": np.float64(70.1), "lr": np.float32(0.1), "n": np.int64(3)},
+        tmp_path / "c.pth",
+    )
     other = create_model(name, 10).eval()
     assert load_checkpoint(other, tmp_path / "c.pth") is other
-    with torch.no_grad(): assert torch.equal(other(torch.ones(1, 3, 32, 32)), model.eval()(torch.ones(1, 3, 32, 32)))
+    with torch.no_grad():
+        assert torch.equal(other(torch.ones(1, 3, 32, 32)), model.eval()(torch.ones(1, 3, 32, 32)))
 
 
 class Marks:
     "A pickle that makes a file when it is loaded."
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_in_a_checkpoint_is_refused(tmp_path, legacy):
     model = create_model("resnet8", 10)
     before, mark = copy.deepcopy(model.state_dict()), tmp_path / "ran"
-    for content in (Marks(mark), {"model": model.state_dict(), "x": Marks(mark)}, {"model": model.state_dict(), "opt": Namespace(lr=1)}):
+    for content in (
+        Marks(mark),
+        {"model": model.state_dict(), "x": Marks(mark)},
+        {"model": model.state_dict(), "opt": Namespace(lr=1)},
+    ):
         torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
-        with pytest.raises(ValueError, match="unpickling could run code"): load_checkpoint(model, tmp_path / "c.pth")
+        with pytest.raises(ValueError, match="unpickling could run code"):
+            load_checkpoint(model, tmp_path / "c.pth")
     assert not mark.exists()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -177,11 +298,15 @@ def test_broken_files(tmp_path, content, suffix):
         (save_weights(model, path) if suffix == ".safetensors" else torch.save(model.state_dict(), path))
         content = path.read_bytes()[:-1000]
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="c\\."): load_checkpoint(model, path)
-    with pytest.raises(ValueError, match="safetensors"): load_weights(model, path)
+    with pytest.raises(ValueError, match="c\\."):
+        load_checkpoint(model, path)
+    with pytest.raises(ValueError, match="safetensors"):
+        load_weights(model, path)
     assert path.read_bytes() == content
-    with pytest.raises(FileNotFoundError): load_checkpoint(model, tmp_path / "nothing.pth")
-    with pytest.raises(FileNotFoundError): load_weights(model, tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(model, tmp_path / "nothing.pth")
+    with pytest.raises(FileNotFoundError):
+        load_weights(model, tmp_path / "nothing")
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -191,11 +316,15 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, data):
     state, before = dict(source.state_dict()), copy.deepcopy(model.state_dict())
     key = data.draw(st.sampled_from([k for k in state if not k.endswith("num_batches_tracked")]))
     change = data.draw(st.sampled_from(["drop", "rename", "reshape"]))
-    if change == "drop": del state[key]
-    if change == "rename": state[f"{key}x"] = state.pop(key)
-    if change == "reshape": state[key] = torch.zeros(3, 1, 3)
+    if change == "drop":
+        del state[key]
+    if change == "rename":
+        state[f"{key}x"] = state.pop(key)
+    if change == "reshape":
+        state[key] = torch.zeros(3, 1, 3)
     torch.save({"state_dict": state}, tmp_path / "c.pth")
-    with pytest.raises(ValueError) as error: load_checkpoint(model, tmp_path / "c.pth")
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(model, tmp_path / "c.pth")
     assert key in str(error.value) and str(tuple(before[key].shape)) in str(error.value)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -208,13 +337,21 @@ def test_half_precision_and_other_devices_keep_the_models_dtype(tmp_path):
 
 
 def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    model, path, x = create_model("shufflenet_v2", 10).eval(), tmp_path / "new" / "w.safetensors", torch.ones(1, 3, 32, 32)
+    model, path, x = (
+        create_model("shufflenet_v2", 10).eval(),
+        tmp_path / "new" / "w.safetensors",
+        torch.ones(1, 3, 32, 32),
+    )
     save_weights(model.to(memory_format=torch.channels_last), path)
     good = path.read_bytes()
     torch.testing.assert_close(load_weights(create_model("shufflenet_v2", 10), path).eval()(x), model(x))
-    def stopped(*_): raise KeyboardInterrupt
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(os, "replace", stopped)
-    with pytest.raises(KeyboardInterrupt): save_weights(create_model("shufflenet_v2", 10), path)
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(create_model("shufflenet_v2", 10), path)
     assert path.read_bytes() == good and [p.name for p in path.parent.iterdir()] == ["w.safetensors"]
 
 
@@ -228,5 +365,8 @@ def test_weights_of_a_compiled_network(tmp_path):
 
 def test_safetensors_is_optional(monkeypatch, tmp_path):
     import sys
-    for name in ("safetensors", "safetensors.torch"): monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match="rcka\\[train\\]"): save_weights(nn.Linear(1, 1), tmp_path / "w.safetensors")
+
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="rcka\\[train\\]"):
+        save_weights(nn.Linear(1, 1), tmp_path / "w.safetensors")

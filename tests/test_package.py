@@ -1,4 +1,5 @@
 "What a stranger meets first: the import with torch alone, the README's code, the metadata."
+
 import configparser
 import re
 import subprocess
@@ -21,7 +22,11 @@ def python(code):
 def test_import_needs_torch_and_torchvision_alone():
     "Everything the extras bring is made impossible to import; the losses, networks and taps still work."
     names = [re.split(r"[<>=!]", r)[0] for key in cfg if key.endswith("_requirements") for r in cfg[key].split()]
-    blocked = [{"scikit-learn": "sklearn"}.get(n, n).replace("-", "_") for n in names] + ["IPython", "ipykernel", "fastcore"]
+    blocked = [{"scikit-learn": "sklearn"}.get(n, n).replace("-", "_") for n in names] + [
+        "IPython",
+        "ipykernel",
+        "fastcore",
+    ]
     done = python(f"""
 import sys
 class Refuse:
@@ -42,12 +47,16 @@ print(len(rcka.list_methods()))
 @pytest.mark.parametrize("first", ["papermill", "rcka.engine", "rcka.sweep", "rcka.cli"])
 def test_papermill_and_its_engine_import_in_any_order(first):
     "papermill loads the engine of an installed rcka while it is itself being imported."
-    done = python(f"import {first}, papermill.engines, rcka.sweep; print(papermill.engines.papermill_engines.get_engine('rcka').__class__.__module__)")
+    done = python(
+        f"import {first}, papermill.engines, rcka.sweep; print(papermill.engines.papermill_engines.get_engine('rcka').__class__.__module__)"
+    )
     assert done.stdout.strip() == "rcka.engine", done.stderr
 
 
 def test_readme_loop_runs():
-    code, = [c for c in re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S) if "rcka.RCKA" in c]
+    (code,) = [
+        c for c in re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S) if "rcka.RCKA" in c
+    ]
     code = code.replace('weights="IMAGENET1K_V1"', "weights=None")  # the weights need a download
     torch.manual_seed(0)
     loader = [(torch.randn(4, 3, 64, 64), torch.arange(4)) for _ in range(2)]
@@ -66,5 +75,6 @@ def test_readme_links_exist():
 
 def test_version_is_said_once():
     import rcka
+
     assert rcka.__version__ == cfg["version"]
     assert f"version: {cfg['version']}" in (root / "CITATION.cff").read_text()

@@ -1,13 +1,24 @@
 "Properties of the similarity measures on drawn inputs, and libraries we did not write as oracles."
+
 import ckatorch
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rcka import Gaussian, cka, fcka, gram, hsic, lcka, mmd2
 
 sizes = dict(seed=st.integers(0, 10**6), n=st.integers(4, 20), p=st.integers(1, 40), q=st.integers(1, 40))
-forms = st.sampled_from([dict(), dict(unbiased=True), dict(center=False), dict(kernel="gaussian"), dict(kernel="polynomial"), dict(kernel=Gaussian(3.0), unbiased=True)])
+forms = st.sampled_from(
+    [
+        dict(),
+        dict(unbiased=True),
+        dict(center=False),
+        dict(kernel="gaussian"),
+        dict(kernel="polynomial"),
+        dict(kernel=Gaussian(3.0), unbiased=True),
+    ]
+)
 
 
 def draw(seed, n, p, q, dtype=torch.float64):
@@ -31,7 +42,9 @@ def test_value_is_a_cosine(seed, n, p, q, form):
 def test_rotation_scale_and_shift_do_not_matter(seed, n, p, q, unbiased, scale):
     x, y = draw(seed, n, p, q)
     rotation = torch.linalg.qr(torch.randn(p, p, dtype=torch.float64)).Q
-    assert torch.allclose(cka(x, y, unbiased=unbiased), cka(scale * (x @ rotation + 5), y, unbiased=unbiased), atol=1e-7)
+    assert torch.allclose(
+        cka(x, y, unbiased=unbiased), cka(scale * (x @ rotation + 5), y, unbiased=unbiased), atol=1e-7
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,7 +69,9 @@ def test_float32_is_right_to_three_digits(n, p, q, unbiased):
     assert abs(cka(x, y, unbiased=unbiased) - cka(x.float(), y.float(), unbiased=unbiased)) < 1e-3
 
 
-@pytest.mark.parametrize("form", [dict(), dict(unbiased=True), dict(center=False), dict(kernel="gaussian"), dict(kernel="polynomial")])
+@pytest.mark.parametrize(
+    "form", [dict(), dict(unbiased=True), dict(center=False), dict(kernel="gaussian"), dict(kernel="polynomial")]
+)
 @pytest.mark.parametrize("fill", [0.0, 0.1, 3.3, -1e8, 1e-30])
 def test_constant_features_give_zero_and_finite_gradients(form, fill):
     for dtype in (torch.float32, torch.float64):
@@ -65,35 +80,52 @@ def test_constant_features_give_zero_and_finite_gradients(form, fill):
         value = cka(x, y, **form)
         value.backward()
         assert value.isfinite() and x.grad.isfinite().all() and y.grad.isfinite().all()
-        if form.get("center", True): assert value == 0
+        if form.get("center", True):
+            assert value == 0
 
 
 def test_bad_input_is_named():
     x = torch.randn(8, 5)
-    with pytest.raises(ValueError, match=r"same samples: got \(8,\) and \(7,\)"): cka(x, x[:7])
-    with pytest.raises(ValueError, match="centring needs at least 2"): cka(x[:1], x[:1])
-    with pytest.raises(ValueError, match="unbiased estimate needs at least 4"): cka(x[:3], x[:3], unbiased=True)
-    with pytest.raises(ValueError, match="use it with center=True"): cka(x, x, unbiased=True, center=False)
-    with pytest.raises(TypeError, match="real floating point, got torch.int64"): cka(x.long(), x)
-    with pytest.raises(TypeError, match="real floating point, got torch.complex64"): cka(x, x + 0j)
-    with pytest.raises(TypeError, match="agree in dtype and device"): cka(x, x.double())
-    with pytest.raises(TypeError, match="must be a torch.Tensor, got list"): cka([1.0], x)
-    with pytest.raises(ValueError, match="is empty"): cka(x[:0], x[:0])
-    with pytest.raises(ValueError, match="one space"): mmd2(x, x[:, :2])
-    with pytest.raises(ValueError, match="same samples"): fcka(x, x[:7])
-    with pytest.raises(ValueError, match="of one shape"): lcka(x, x[:7])
-    with pytest.raises(ValueError, match="at least 2 samples"): lcka(x[:1], x[:1])
-    with pytest.raises(ValueError, match="at least 4 samples"): lcka(x[:3], x[:3], unbiased=True)
+    with pytest.raises(ValueError, match=r"same samples: got \(8,\) and \(7,\)"):
+        cka(x, x[:7])
+    with pytest.raises(ValueError, match="centring needs at least 2"):
+        cka(x[:1], x[:1])
+    with pytest.raises(ValueError, match="unbiased estimate needs at least 4"):
+        cka(x[:3], x[:3], unbiased=True)
+    with pytest.raises(ValueError, match="use it with center=True"):
+        cka(x, x, unbiased=True, center=False)
+    with pytest.raises(TypeError, match="real floating point, got torch.int64"):
+        cka(x.long(), x)
+    with pytest.raises(TypeError, match="real floating point, got torch.complex64"):
+        cka(x, x + 0j)
+    with pytest.raises(TypeError, match="agree in dtype and device"):
+        cka(x, x.double())
+    with pytest.raises(TypeError, match="must be a torch.Tensor, got list"):
+        cka([1.0], x)
+    with pytest.raises(ValueError, match="is empty"):
+        cka(x[:0], x[:0])
+    with pytest.raises(ValueError, match="one space"):
+        mmd2(x, x[:, :2])
+    with pytest.raises(ValueError, match="same samples"):
+        fcka(x, x[:7])
+    with pytest.raises(ValueError, match="of one shape"):
+        lcka(x, x[:7])
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        lcka(x[:1], x[:1])
+    with pytest.raises(ValueError, match="at least 4 samples"):
+        lcka(x[:3], x[:3], unbiased=True)
 
 
 def test_nan_is_never_hidden():
     x = torch.randn(8, 5)
-    y = x.clone(); y[0, 0] = float("nan")
+    y = x.clone()
+    y[0, 0] = float("nan")
     assert cka(x, y).isnan() and cka(x, y, unbiased=True).isnan() and lcka(x, y).intra.isnan()
 
 
 def test_autocast_and_half_precision():
     x, y = torch.randn(16, 64, 4, 4), torch.randn(16, 32, 4, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16): inside = fcka(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fcka(x, y)
     assert inside.dtype == torch.float32 and inside == fcka(x, y)
     assert abs(fcka(x.bfloat16(), y.bfloat16()) - fcka(x, y)) < 1e-2

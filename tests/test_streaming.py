@@ -1,9 +1,11 @@
 "Streaming accumulators: any split, any order, any merge gives the number that the whole set (or the formula, naively) gives."
+
 import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rcka.similarity import Gaussian, cka, hsic
 from rcka.streaming import MinibatchCKA, StreamingCKA, chance_cka, effective_width
@@ -25,7 +27,14 @@ def make(seed, n, wa, wb, mean=0.0, scale=1.0):
 @st.composite
 def problems(draw, least=4):
     n = draw(st.integers(least, 40))
-    a, b = make(draw(st.integers(0, 2**31)), n, draw(widths), draw(widths), draw(st.sampled_from([0, 1, 1e3])), draw(st.sampled_from([1e-8, 1, 1e8])))
+    a, b = make(
+        draw(st.integers(0, 2**31)),
+        n,
+        draw(widths),
+        draw(widths),
+        draw(st.sampled_from([0, 1, 1e3])),
+        draw(st.sampled_from([1e-8, 1, 1e8])),
+    )
     return n, a, b
 
 
@@ -43,7 +52,8 @@ def test_streaming_is_the_whole_set_for_any_split_and_order(problem, data):
     n, a, b = problem
     order = torch.tensor(data.draw(st.permutations(range(n))))
     acc = StreamingCKA()
-    for i in order.split(cuts(data.draw, n)): acc.update([x[i] for x in a], [y[i] for y in b])
+    for i in order.split(cuts(data.draw, n)):
+        acc.update([x[i] for x in a], [y[i] for y in b])
     assert acc.samples == n
     for unbiased in (False, True):
         whole = torch.stack([torch.stack([cka(x, y, unbiased=unbiased) for y in b]) for x in a])
@@ -60,20 +70,24 @@ def test_streaming_merges_in_any_shape(problem, data):
     forwards, backwards = sum(parts, start=StreamingCKA()), sum(parts[::-1], start=StreamingCKA())
     while len(parts) > 1:  # a tree of merges
         j = data.draw(st.integers(0, len(parts) - 2))
-        parts[j:j + 2] = [parts[j] + parts[j + 1]]
-    for acc in (forwards, backwards, parts[0]): torch.testing.assert_close(acc.compute(True), whole, rtol=0, atol=1e-8)
+        parts[j : j + 2] = [parts[j] + parts[j + 1]]
+    for acc in (forwards, backwards, parts[0]):
+        torch.testing.assert_close(acc.compute(True), whole, rtol=0, atol=1e-8)
 
 
 @given(problems(), st.data(), st.sampled_from(["linear", "gaussian", Gaussian(2.0), "polynomial"]), st.booleans())
 def test_minibatch_is_the_sum_over_batches_in_any_order_and_merge(problem, data, kernel, unbiased):
     n, a, b = problem
-    if kernel == "polynomial": a, b = ([t / t.abs().max() for t in s] for s in (a, b))
+    if kernel == "polynomial":
+        a, b = ([t / t.abs().max() for t in s] for s in (a, b))
     batches = [([x[i] for x in a], [y[i] for y in b]) for i in torch.arange(n).split(cuts(data.draw, n, 4))]
     accs = [MinibatchCKA(kernel, unbiased).update(*batch) for batch in batches]
     straight = MinibatchCKA(kernel, unbiased)
-    for batch in batches: straight.update(*batch)
+    for batch in batches:
+        straight.update(*batch)
     shuffled = MinibatchCKA(kernel, unbiased)
-    for j in data.draw(st.permutations(range(len(batches)))): shuffled.merge(pickle.loads(pickle.dumps(accs[j])))
+    for j in data.draw(st.permutations(range(len(batches)))):
+        shuffled.merge(pickle.loads(pickle.dumps(accs[j])))
     torch.testing.assert_close(shuffled.compute(), straight.compute(), rtol=0, atol=1e-10)
     assert straight.samples == shuffled.samples == n and accs[0].samples == len(batches[0][0][0])
     if len(batches) == 1:
@@ -132,7 +146,8 @@ def test_half_precision_autocast_and_mixed_dtypes():
     a, b = make(3, 16, [12], [7])
     a, b = a[0].half(), b[0].half()
     want = cka(a.double(), b.double(), unbiased=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16): got = MinibatchCKA().update(a, b).compute()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = MinibatchCKA().update(a, b).compute()
     torch.testing.assert_close(got[0, 0], want, rtol=0, atol=1e-5)
     torch.testing.assert_close(MinibatchCKA().update(a, b.double()).compute()[0, 0], want, rtol=0, atol=1e-5)
     torch.testing.assert_close(StreamingCKA().update(a, b).compute(True)[0, 0], want, rtol=0, atol=1e-10)
@@ -158,25 +173,30 @@ def test_effective_width_is_at_least_positive_and_blind_to_scale_and_shift(n, p,
 def test_chance_cka():
     assert chance_cka(64, 16384, 16384) == pytest.approx(1 / (1 + 64 / 16384))
     assert chance_cka(64, 10, 20, unbiased=True) == 0
-    with pytest.raises(ValueError, match="positive widths"): chance_cka(64, 0, 3)
+    with pytest.raises(ValueError, match="positive widths"):
+        chance_cka(64, 0, 3)
 
 
 def worker(rank, port, path):
     import torch.distributed as dist
+
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     a, b = make(5, 40, [3, 9], [4])
     mine = [i for t, i in enumerate(torch.arange(40).split(8)) if t % 2 == rank]
     for make_acc in (MinibatchCKA, StreamingCKA):
         acc = make_acc()
-        for i in mine: acc.update([x[i] for x in a], [y[i] for y in b])
+        for i in mine:
+            acc.update([x[i] for x in a], [y[i] for y in b])
         gathered = [None, None]
         dist.all_gather_object(gathered, acc)
-        if rank == 0: torch.save(sum(gathered, start=make_acc()).compute(), f"{path}/{make_acc.__name__}.pt")
+        if rank == 0:
+            torch.save(sum(gathered, start=make_acc()).compute(), f"{path}/{make_acc.__name__}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
     import socket
+
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -184,5 +204,6 @@ def test_two_processes_are_one(tmp_path):
     a, b = make(5, 40, [3, 9], [4])
     for make_acc in (MinibatchCKA, StreamingCKA):
         acc = make_acc()
-        for i in torch.arange(40).split(8): acc.update([x[i] for x in a], [y[i] for y in b])
+        for i in torch.arange(40).split(8):
+            acc.update([x[i] for x in a], [y[i] for y in b])
         torch.testing.assert_close(torch.load(tmp_path / f"{make_acc.__name__}.pt"), acc.compute(), rtol=0, atol=1e-12)

@@ -1,4 +1,5 @@
 "rcka.sweep: what needs processes, kernels, locks, signals and a full disk. Most runs go through the stand-in notebook of sweep_stub."
+
 import json
 import os
 import subprocess
@@ -12,7 +13,19 @@ import nbformat
 import pytest
 
 from rcka.experiments import Experiment, run
-from rcka.sweep import DiskFull, Processes, _context, execute, fingerprint, grid, misfits, state, sweep, with_teachers, work
+from rcka.sweep import (
+    DiskFull,
+    Processes,
+    _context,
+    execute,
+    fingerprint,
+    grid,
+    misfits,
+    state,
+    sweep,
+    with_teachers,
+    work,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sweep_stub import write_stub
@@ -27,16 +40,24 @@ def stub(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def pool():
     "One executor for all tests: its fork server has imported torch once."
-    with Processes(3) as local: yield local
+    with Processes(3) as local:
+        yield local
 
 
 def pairs(methods="none,kd", seeds=(0,), **fields):
     return grid("digits", "resnet14:resnet8", methods, seeds, **{"epochs": 2, **fields})
 
 
-def states(outcomes): return dict(Counter(o.state for o in outcomes))
-def lines(path): return path.read_text().splitlines() if path.exists() else []
-def alive(pid): return Path(f"/proc/{pid}").exists() and ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+def states(outcomes):
+    return dict(Counter(o.state for o in outcomes))
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def alive(pid):
+    return Path(f"/proc/{pid}").exists() and ") Z" not in Path(f"/proc/{pid}/stat").read_text()
 
 
 def until(condition, seconds=60):
@@ -53,15 +74,28 @@ def test_failures_stay_with_their_run(stub, tmp_path, pool):
     tallies = []
     out = {o.key: o for o in sweep(runs, root, pool, stub, watch=tallies.append, every=0.1)}
     assert len(out) == len(with_teachers(runs)) == 10
-    assert {out[e.key].state for e in runs if e.seed == 0} == {"done"} and {out[e.key].state for e in runs if e.seed} == {"failed"}
+    assert {out[e.key].state for e in runs if e.seed == 0} == {"done"} and {
+        out[e.key].state for e in runs if e.seed
+    } == {"failed"}
     teacher = runs[-1].teachers
     assert len(lines(root / teacher.key / "starts")) == 1  # trained once for six students
-    raised, killed = (json.loads((root / next(e.key for e in runs if e.seed == seed) / "failure.json").read_text()) for seed in (66, 77))
-    assert raised["error"] == "ValueError: this seed brings bad luck" and "raise ValueError" in raised["traceback"] and "\x1b" not in raised["traceback"]
+    raised, killed = (
+        json.loads((root / next(e.key for e in runs if e.seed == seed) / "failure.json").read_text())
+        for seed in (66, 77)
+    )
+    assert (
+        raised["error"] == "ValueError: this seed brings bad luck"
+        and "raise ValueError" in raised["traceback"]
+        and "\x1b" not in raised["traceback"]
+    )
     assert "Kernel" in killed["error"] or "kernel" in killed["error"]
     notebook = nbformat.read(root / teacher.key / "notebook.ipynb", 4)  # a page to open, with its parameters
     assert any("injected-parameters" in c.metadata.get("tags", []) and "resnet14" in c.source for c in notebook.cells)
-    assert tallies[-1].runs == 10 and tallies[-1].epochs == tallies[-1].epochs_done == 8 and any(t.seconds_left for t in tallies)
+    assert (
+        tallies[-1].runs == 10
+        and tallies[-1].epochs == tallies[-1].epochs_done == 8
+        and any(t.seconds_left for t in tallies)
+    )
 
     assert states(sweep(runs, root, pool, stub, retry=False, every=0.1)) == {"found": 4, "failed": 6}
     bad = next(e for e in runs if e.seed == 66)
@@ -89,7 +123,11 @@ def test_bad_result_files(stub, tmp_path, pool):
     before = cut.read_text(), newer.read_text()
     assert [state(p.parent) for p in (cut, newer)] == ["unreadable"] * 2
     out = {o.key: o for o in sweep(runs, root, pool, stub, every=0.1)}
-    assert "cut short" in out[runs[0].key].error and str(cut) in out[runs[0].key].error and "format 9" in out[runs[1].key].error
+    assert (
+        "cut short" in out[runs[0].key].error
+        and str(cut) in out[runs[0].key].error
+        and "format 9" in out[runs[1].key].error
+    )
     assert (cut.read_text(), newer.read_text()) == before and len(lines(cut.parent / "starts")) == 1
 
 
@@ -104,20 +142,24 @@ def test_edited_notebook(stub, tmp_path, pool):
 
 
 def test_full_disk(stub, tmp_path, pool):
-    with pytest.raises(DiskFull, match="Make room"): sweep(pairs("none", (88,)), tmp_path / "runs", Processes(), stub, every=0.1)
+    with pytest.raises(DiskFull, match="Make room"):
+        sweep(pairs("none", (88,)), tmp_path / "runs", Processes(), stub, every=0.1)
 
 
 def test_really_full_disk(stub, tmp_path):
     "A file system of 64 kB: the notebook alone does not fit."
     root = tmp_path / "small"
     root.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", root], capture_output=True).returncode: pytest.skip("cannot mount a small file system here")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", root], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
     try:
         (root / "ballast").write_bytes(b"x" * 40_000)
-        with pytest.raises(OSError, match="No space left|disk is full"): sweep(pairs("none", range(10)), root, Processes(), stub, every=0.1)
+        with pytest.raises(OSError, match="No space left|disk is full"):
+            sweep(pairs("none", range(10)), root, Processes(), stub, every=0.1)
         (root / "ballast").unlink()
         assert states(sweep(pairs("none", (0,)), root, Processes(), stub, every=0.1)) == {"done": 1}
-    finally: subprocess.run(["umount", root], check=True)
+    finally:
+        subprocess.run(["umount", root], check=True)
 
 
 def a_sweep(root, stub, seconds):
@@ -153,7 +195,8 @@ def test_killed_and_started_again(stub, tmp_path, pool):
     killed = start(a_sweep, root, stub, 0.7)
     until(lambda: any(len(lines(p)) >= 2 for p in root.glob("*/epochs")))
     pids = [pid for p in root.glob("*/starts") for pid in lines(p)]
-    killed.kill(); killed.join()
+    killed.kill()
+    killed.join()
     until(lambda: not any(alive(pid) for pid in pids), 15)
     assert {"done"} != {state(p) for p in root.iterdir()}
     assert ended(start(a_sweep, root, stub, 0))
@@ -164,12 +207,16 @@ def test_killed_and_started_again(stub, tmp_path, pool):
 @pytest.mark.parametrize("executor", ["threads", "submitit"])
 def test_other_executors(executor, stub, tmp_path):
     "Python's own thread pool, and submitit's local executor with two runs a job."
-    if executor == "threads": made, share = ThreadPoolExecutor(1), 1
+    if executor == "threads":
+        made, share = ThreadPoolExecutor(1), 1
     else:
         submitit = pytest.importorskip("submitit")
         made, share = submitit.AutoExecutor(folder=tmp_path / "jobs", cluster="local"), 2
         made.update_parameters(timeout_min=5)
-    assert states(sweep(pairs("none", (0, 66)), tmp_path / "runs", made, stub, runs_per_job=share, every=0.1)) == {"done": 1, "failed": 1}
+    assert states(sweep(pairs("none", (0, 66)), tmp_path / "runs", made, stub, runs_per_job=share, every=0.1)) == {
+        "done": 1,
+        "failed": 1,
+    }
 
 
 SOCKETS = """
@@ -191,7 +238,9 @@ def test_kernel_is_not_on_tcp(tmp_path, monkeypatch):
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
     execute(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {})
-    said = "".join(o.text for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.outputs if o.get("name") == "stdout")
+    said = "".join(
+        o.text for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.outputs if o.get("name") == "stdout"
+    )
     assert json.loads(said) == ["ipc", 0, []]
 
 
@@ -209,12 +258,18 @@ def test_two_notebooks_side_by_side(tmp_path, pool):
 
 def test_misfits():
     small = dict(seeds=[0], train_limit=100, test_limit=100)
-    problems = misfits([*grid("digits", "wrn_16_2:vgg8,resnet14:resnet8", "kd,at", **small), *grid("imagefolder:nowhere", "resnet14:resnet8", "kd", [0])])
+    problems = misfits(
+        [
+            *grid("digits", "wrn_16_2:vgg8,resnet14:resnet8", "kd,at", **small),
+            *grid("imagefolder:nowhere", "resnet14:resnet8", "kd", [0]),
+        ]
+    )
     assert len(problems) == 2 and "wrn_16_2:vgg8 by at" in problems[0] and "nowhere" in problems[1]
 
 
 def test_busy(stub, tmp_path):
     from filelock import FileLock
+
     e = pairs("none")[0]
     (tmp_path / e.key).mkdir()
     with FileLock(tmp_path / e.key / ".sweep.lock"):

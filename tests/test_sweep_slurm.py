@@ -1,4 +1,5 @@
 "rcka.sweep on a real Slurm of one node, started here and stopped at the end. Skipped where it cannot start (needs slurm-wlm, munge and root)."
+
 import json
 import os
 import shutil
@@ -54,46 +55,67 @@ PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF State=UP
 def free_ports(n):
     held = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
     ports = [s.getsockname()[1] for s in held]
-    for s in held: s.close()
+    for s in held:
+        s.close()
     return ports
 
 
 @pytest.fixture(scope="module")
 def cluster():
     "A node with two cores and one (pretended) GPU; jobs of partition `high` preempt those of `low`."
-    absent = [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")]
-    if absent: pytest.skip(f"no Slurm here: {', '.join(absent)} not found (Debian: apt-get install slurm-wlm munge)")
-    if os.geteuid(): pytest.skip("Slurm's daemons are started as root only")
+    absent = [
+        tool
+        for tool in ("munged", "slurmctld", "slurmd", "sbatch")
+        if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")
+    ]
+    if absent:
+        pytest.skip(f"no Slurm here: {', '.join(absent)} not found (Debian: apt-get install slurm-wlm munge)")
+    if os.geteuid():
+        pytest.skip("Slurm's daemons are started as root only")
     pytest.importorskip("submitit", reason="pip install 'rcka[slurm]'")
     home, host = Path(tempfile.mkdtemp(prefix="slurm-")), socket.gethostname().split(".")[0]
     home.chmod(0o755)
-    for name in ("munge", "state", "spool"): (home / name).mkdir(mode=0o755)
+    for name in ("munge", "state", "spool"):
+        (home / name).mkdir(mode=0o755)
     port, other = free_ports(2)
     (home / "slurm.conf").write_text(CONF.format(home=home, host=host, port=port, other=other))
     (home / "gres.conf").write_text("Name=gpu File=/dev/null\n")
-    (home / "key").write_bytes(os.urandom(1024)); (home / "key").chmod(0o400)
+    (home / "key").write_bytes(os.urandom(1024))
+    (home / "key").chmod(0o400)
     env = {**os.environ, "SLURM_CONF": str(home / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     munge = {name: f"{home}/munge/{name}" for name in ("socket", "pid-file", "log-file", "seed-file")}
-    daemons = [["munged", "--foreground", "--force", f"--key-file={home}/key", *(f"--{k}={v}" for k, v in munge.items())], ["slurmctld", "-D"], ["slurmd", "-D"]]
+    daemons = [
+        ["munged", "--foreground", "--force", f"--key-file={home}/key", *(f"--{k}={v}" for k, v in munge.items())],
+        ["slurmctld", "-D"],
+        ["slurmd", "-D"],
+    ]
     running = []
     try:
         for command in daemons:
             running.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             time.sleep(0.5)
         for _ in range(40):
-            if " idle " in subprocess.run(["sinfo", "-h"], env=env, capture_output=True, text=True).stdout: break
+            if " idle " in subprocess.run(["sinfo", "-h"], env=env, capture_output=True, text=True).stdout:
+                break
             time.sleep(0.5)
-        else: pytest.skip(f"Slurm did not start here: {(home / 'slurmctld.log').read_text()[-500:] if (home / 'slurmctld.log').exists() else 'no log'}")
+        else:
+            pytest.skip(
+                f"Slurm did not start here: {(home / 'slurmctld.log').read_text()[-500:] if (home / 'slurmctld.log').exists() else 'no log'}"
+            )
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("SLURM_CONF", "PATH"): patch.setenv(name, env[name])
+            for name in ("SLURM_CONF", "PATH"):
+                patch.setenv(name, env[name])
             yield home
             subprocess.run(["scancel", "--full", "-u", "root"], capture_output=True)
             time.sleep(0.5)
     finally:
-        for daemon in reversed(running): daemon.terminate()
         for daemon in reversed(running):
-            try: daemon.wait(10)
-            except subprocess.TimeoutExpired: daemon.kill()
+            daemon.terminate()
+        for daemon in reversed(running):
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -104,7 +126,8 @@ def stub(tmp_path, monkeypatch):
     return write_stub(tmp_path / "stub.ipynb")
 
 
-def jobs(): return subprocess.run(["squeue", "-h", "-o", "%i %T %b %C"], capture_output=True, text=True).stdout.split("\n")[:-1]
+def jobs():
+    return subprocess.run(["squeue", "-h", "-o", "%i %T %b %C"], capture_output=True, text=True).stdout.split("\n")[:-1]
 
 
 def test_slurm(cluster, stub, tmp_path, monkeypatch):
@@ -117,12 +140,28 @@ def test_slurm(cluster, stub, tmp_path, monkeypatch):
     def watch(tally):
         if count("starts") == len(seen) + 1 and count("epochs") >= 3 * count("starts"):
             seen.extend(jobs())
-            if len(seen) == 1: subprocess.run(["srun", "-Q", "-p", "high", "-n", "2", "hostname"], check=True, capture_output=True)
-            if len(seen) == 2: subprocess.run(["scancel", "--signal=USR2", seen[1].split()[0]], check=True)  # what Slurm sends before the limit
+            if len(seen) == 1:
+                subprocess.run(["srun", "-Q", "-p", "high", "-n", "2", "hostname"], check=True, capture_output=True)
+            if len(seen) == 2:
+                subprocess.run(
+                    ["scancel", "--signal=USR2", seen[1].split()[0]], check=True
+                )  # what Slurm sends before the limit
 
-    out = sweep(runs, root, slurm(root, "low", gpus_per_run=1, runs_per_gpu=2, hours=0.2), stub, runs_per_job=2, watch=watch, every=0.5)
-    assert len(set(seen[:2])) == 1 and "RUNNING" in seen[0] and "gpu:1" in seen[0] and seen[0].endswith(" 2"), seen  # one job, one GPU, two cores
+    out = sweep(
+        runs,
+        root,
+        slurm(root, "low", gpus_per_run=1, runs_per_gpu=2, hours=0.2),
+        stub,
+        runs_per_job=2,
+        watch=watch,
+        every=0.5,
+    )
+    assert len(set(seen[:2])) == 1 and "RUNNING" in seen[0] and "gpu:1" in seen[0] and seen[0].endswith(" 2"), (
+        seen
+    )  # one job, one GPU, two cores
     assert Counter(o.state for o in out) == {"done": 2}, out
     for e in runs:
         assert len((root / e.key / "starts").read_text().split()) == 3
-        assert (root / e.key / "epochs").read_text().split() == [str(n) for n in range(1, 13)]  # none twice, none left out
+        assert (root / e.key / "epochs").read_text().split() == [
+            str(n) for n in range(1, 13)
+        ]  # none twice, none left out

@@ -1,15 +1,14 @@
 "rcka.trainer: full disks, read-only folders, precisions, fast paths against plain ones, company."
+
 import errno
 import os
 import subprocess
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import rcka
 import rcka.trainer as T
 from rcka.data import load_dataset
 from rcka.experiments import Experiment
@@ -17,11 +16,15 @@ from rcka.losses import create_method
 from rcka.models import create_model
 from rcka.trainer import Distiller, Recipe, Trainer, checkpoints, fit_together, last_checkpoint
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
+]
 
 
 @pytest.fixture(scope="module")
-def data(): return load_dataset("digits", limit=160, test_limit=150)
+def data():
+    return load_dataset("digits", limit=160, test_limit=150)
 
 
 def network(seed, name="resnet8"):
@@ -29,21 +32,43 @@ def network(seed, name="resnet8"):
     return create_model(name, num_classes=10, in_channels=1)
 
 
-def trainer(data, folder, seed=1, method="rcka", device="cpu", teacher=None, train=None, test=None, epochs=3, recipe={}, **kwargs):
+def trainer(
+    data,
+    folder,
+    seed=1,
+    method="rcka",
+    device="cpu",
+    teacher=None,
+    train=None,
+    test=None,
+    epochs=3,
+    recipe={},
+    **kwargs,
+):
     train, test = train or data.batches(32, device=device), test or data.batches(train=False, device=device)
     teacher = teacher or network(0).to(device)
-    return Trainer(Distiller(network(seed).to(device), create_method(method), teacher), train, test, Recipe(epochs=epochs, schedule="onecycle", **recipe), folder, **kwargs)
+    return Trainer(
+        Distiller(network(seed).to(device), create_method(method), teacher),
+        train,
+        test,
+        Recipe(epochs=epochs, schedule="onecycle", **recipe),
+        folder,
+        **kwargs,
+    )
 
 
-def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 # disks
 
+
 def mounted(folder, *options):
     "A small file system of its own, where this process may make one."
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True).returncode: pytest.skip("no right to mount")
+    if subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("no right to mount")
     return folder
 
 
@@ -55,22 +80,28 @@ def test_disk_full(data, tmp_path):
     try:
         t = trainer(data, disk / "run", checkpoint_seconds=0)
         step = t.train_step
+
         def fill(*args):
             if t.epoch == 1:
                 with open(disk / "ballast", "wb", buffering=0) as f:
                     try:
-                        while True: f.write(bytes(4096))
-                    except OSError: pass
+                        while True:
+                            f.write(bytes(4096))
+                    except OSError:
+                        pass
             step(*args)
+
         t.train_step = fill
-        with pytest.raises(OSError, match="No space left.*keeps the state after 1 epochs and 0 steps.*Free space") as e: t.fit(progress=False)
+        with pytest.raises(OSError, match="No space left.*keeps the state after 1 epochs and 0 steps.*Free space") as e:
+            t.fit(progress=False)
         assert e.value.errno == errno.ENOSPC
         assert last_checkpoint(disk / "run")["epoch"] == 1 and not list((disk / "run").glob(".*.tmp"))
         (disk / "ballast").unlink()
         again = trainer(data, disk / "run", seed=9)
         assert again.fit(progress=False) == expected
         assert same(again.task.student, whole.task.student)
-    finally: subprocess.run(["umount", str(disk)], check=True)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_read_only_folder(data, tmp_path):
@@ -81,21 +112,29 @@ def test_read_only_folder(data, tmp_path):
         before = {p.name: p.read_bytes() for p in (disk / "run").iterdir()}
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         for folder in ("run", "new"):
-            with pytest.raises(OSError, match="cannot write to the folder of the run .Read-only file system.; nothing was changed"): trainer(data, disk / folder, epochs=1).fit(progress=False)
+            with pytest.raises(
+                OSError, match="cannot write to the folder of the run .Read-only file system.; nothing was changed"
+            ):
+                trainer(data, disk / folder, epochs=1).fit(progress=False)
         assert before == {p.name: p.read_bytes() for p in (disk / "run").iterdir()}
-    finally: subprocess.run(["umount", str(disk)], check=True)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_disk_errors_without_a_disk(data, tmp_path, monkeypatch, code):
     t = trainer(data, tmp_path, checkpoint_seconds=0)
     calls, fsync = [], os.fsync
+
     def fail(fd):
         calls.append(1)
-        if len(calls) > 12: raise OSError(code, os.strerror(code))
+        if len(calls) > 12:
+            raise OSError(code, os.strerror(code))
         fsync(fd)
+
     monkeypatch.setattr(T.os, "fsync", fail)
-    with pytest.raises(OSError, match="keeps the state after") as e: t.fit(progress=False)
+    with pytest.raises(OSError, match="keeps the state after") as e:
+        t.fit(progress=False)
     assert e.value.errno == code and last_checkpoint(tmp_path) and not list(tmp_path.glob(".*.tmp"))
 
 
@@ -105,75 +144,110 @@ def test_damaged_checkpoint(data, tmp_path):
     expected = whole.fit(progress=False)
     t = trainer(data, tmp_path / "run", checkpoint_seconds=0)
     terms, n = t.task.method.terms, []
+
     def stop(*args):
         n.append(1)
-        if len(n) == 8: raise KeyboardInterrupt
+        if len(n) == 8:
+            raise KeyboardInterrupt
         return terms(*args)
+
     t.task.method.terms = stop
-    with pytest.raises(KeyboardInterrupt): t.fit(progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        t.fit(progress=False)
     newest = checkpoints(t.folder)[-1]
     content = bytearray(newest.read_bytes())
     content[len(content) // 3] ^= 16
     newest.write_bytes(content)
     again = trainer(data, tmp_path / "run", seed=7)
-    with pytest.warns(UserWarning, match=f"{newest.name} is damaged.*checkpoint before it is used"): assert again.fit(progress=False) == expected
+    with pytest.warns(UserWarning, match=f"{newest.name} is damaged.*checkpoint before it is used"):
+        assert again.fit(progress=False) == expected
     assert same(again.task.student, whole.task.student)
 
 
 def test_other_setting_is_said(data, tmp_path):
     trainer(data, tmp_path, epochs=1).fit(progress=False)
-    with pytest.warns(UserWarning, match="another setting .channels_last: False there, True here"): trainer(data, tmp_path, epochs=1, channels_last=True).fit(progress=False)
+    with pytest.warns(UserWarning, match="another setting .channels_last: False there, True here"):
+        trainer(data, tmp_path, epochs=1, channels_last=True).fit(progress=False)
 
 
 # every optimisation keeps the numbers
 
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fast, tolerance", [({"channels_last": True}, 1e-4), ({"precision": "bf16"}, 0.03), ({"precision": "fp16"}, 0.03)])
+@pytest.mark.parametrize(
+    "fast, tolerance", [({"channels_last": True}, 1e-4), ({"precision": "bf16"}, 0.03), ({"precision": "fp16"}, 0.03)]
+)
 def test_fast_paths_keep_the_loss_curve(data, tmp_path, device, fast, tolerance):
     "Relative difference of the epochs' mean losses to the plain path in fp32."
     plain = trainer(data, tmp_path / "plain", device=device).fit(progress=False)
     recipe = {k: fast[k] for k in fast if k == "precision"}
-    quick = trainer(data, tmp_path / "quick", device=device, recipe=recipe, **{k: v for k, v in fast.items() if k not in recipe}).fit(progress=False)
-    for a, b in zip(plain, quick, strict=True): assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+    quick = trainer(
+        data, tmp_path / "quick", device=device, recipe=recipe, **{k: v for k, v in fast.items() if k not in recipe}
+    ).fit(progress=False)
+    for a, b in zip(plain, quick, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_fused_optimiser_is_sgd(data, tmp_path, device):
     t = trainer(data, tmp_path / "fused", device=device)
     plain = trainer(data, tmp_path / "plain", device=device)
-    plain.optimizer = plain.parts["optimizer"] = torch.optim.SGD(plain.parameters, lr=0.05, momentum=0.9, weight_decay=5e-4, foreach=False)
-    for a, b in zip(t.fit(progress=False), plain.fit(progress=False), strict=True): assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    plain.optimizer = plain.parts["optimizer"] = torch.optim.SGD(
+        plain.parameters, lr=0.05, momentum=0.9, weight_decay=5e-4, foreach=False
+    )
+    for a, b in zip(t.fit(progress=False), plain.fit(progress=False), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() and not os.environ.get("RCKA_SLOW"), reason="compiling takes minutes on a CPU; RCKA_SLOW=1 runs it")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and not os.environ.get("RCKA_SLOW"),
+    reason="compiling takes minutes on a CPU; RCKA_SLOW=1 runs it",
+)
 @pytest.mark.parametrize("device", DEVICES)
 def test_compile_keeps_the_loss_curve(data, tmp_path, device):
     plain = trainer(data, tmp_path / "plain", device=device).fit(progress=False)
     quick = trainer(data, tmp_path / "quick", device=device, compile=True).fit(progress=False)
-    for a, b in zip(plain, quick, strict=True): assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    for a, b in zip(plain, quick, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 # company
+
 
 def test_company_gets_the_same_bits(data, tmp_path):
     "Three students with methods that draw random numbers and keep memory, together and alone; killed and resumed at different steps."
     train, test, teacher = data.batches(32), data.batches(train=False), network(0)
     methods = ["crd+rcka", "kd", "at+fcka"]
-    make = lambda where, i: trainer(data, tmp_path / where / str(i), seed=i, method=methods[i], teacher=teacher, train=train, test=test, checkpoint_seconds=0)
+    make = lambda where, i: trainer(
+        data,
+        tmp_path / where / str(i),
+        seed=i,
+        method=methods[i],
+        teacher=teacher,
+        train=train,
+        test=test,
+        checkpoint_seconds=0,
+    )
     alone = [make("alone", i) for i in range(3)]
     expected = [t.fit(progress=False) for t in alone]
     broken = [make("together", i) for i in range(3)]
     step, n = broken[1].train_step, []
+
     def stop(*args):
         n.append(1)
-        if len(n) == 8: raise KeyboardInterrupt
+        if len(n) == 8:
+            raise KeyboardInterrupt
         step(*args)
+
     broken[1].train_step = stop
-    with pytest.raises(KeyboardInterrupt): fit_together(broken, progress=False)
-    for old in checkpoints(broken[2].folder): old.unlink()  # the third begins again, the others wait for it
+    with pytest.raises(KeyboardInterrupt):
+        fit_together(broken, progress=False)
+    for old in checkpoints(broken[2].folder):
+        old.unlink()  # the third begins again, the others wait for it
     again = [make("together", i) for i in range(3)]
     assert fit_together(again, progress=False) == expected
-    for a, b in zip(alone, again): assert same(a.task.student, b.task.student)
+    for a, b in zip(alone, again):
+        assert same(a.task.student, b.task.student)
 
 
 def test_random_numbers_outside_are_left_alone(data, tmp_path):
@@ -187,6 +261,7 @@ def test_random_numbers_outside_are_left_alone(data, tmp_path):
 
 # speed
 
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_no_host_synchronisation_in_a_step(data, tmp_path, precision):
@@ -196,13 +271,25 @@ def test_no_host_synchronisation_in_a_step(data, tmp_path, precision):
     t.train_step(batches[0])
     try:
         torch.cuda.set_sync_debug_mode("error")
-        for batch in batches[1:]: t.train_step(batch)
-    finally: torch.cuda.set_sync_debug_mode("default")
+        for batch in batches[1:]:
+            t.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_given_teacher_with_paths_of_its_own(tmp_path):
     "The student's module paths are the student's alone, also when the teacher's accuracy is measured."
-    e = Experiment("digits", "vgg8", "resnet8", "fcka", epochs=1, train_limit=64, test_limit=40, student_paths=("block0.0",), teacher_paths=("conv1",))
+    e = Experiment(
+        "digits",
+        "vgg8",
+        "resnet8",
+        "fcka",
+        epochs=1,
+        train_limit=64,
+        test_limit=40,
+        student_paths=("block0.0",),
+        teacher_paths=("conv1",),
+    )
     torch.manual_seed(0)
     weights = create_model("resnet8", num_classes=10, in_channels=1).state_dict()
     torch.save(weights, tmp_path / "resnet8.pth")
@@ -214,7 +301,23 @@ def test_a_given_teacher_with_paths_of_its_own(tmp_path):
 def test_speed_notebook(tmp_path):
     "The benchmark runs, small."
     import papermill
-    done = papermill.execute_notebook(Path(__file__).parents[1] / "nbs/benchmarks/speed.ipynb", tmp_path / "speed.ipynb", cwd=tmp_path, progress_bar=False, kernel_name="python3",
-        parameters=dict(teacher="resnet14", student="resnet8", batch_size=16, classes=10, image=16, rounds=1, images=64, seeds=[0, 1]))
+
+    done = papermill.execute_notebook(
+        Path(__file__).parents[1] / "nbs/benchmarks/speed.ipynb",
+        tmp_path / "speed.ipynb",
+        cwd=tmp_path,
+        progress_bar=False,
+        kernel_name="python3",
+        parameters=dict(
+            teacher="resnet14",
+            student="resnet8",
+            batch_size=16,
+            classes=10,
+            image=16,
+            rounds=1,
+            images=64,
+            seeds=[0, 1],
+        ),
+    )
     text = "".join(str(o.get("text", "")) for cell in done["cells"] for o in cell.get("outputs", []))
     assert "2 students together" in text and "RCKA's terms" in text

@@ -2,6 +2,7 @@
 
 Real processes, forked from a server that has imported everything, so that a kill costs no start-up. The method is CRD and RCKA
 together: connectors, a memory bank on both sides, random negatives, and the Gram terms."""
+
 import contextlib
 import json
 import multiprocessing
@@ -9,7 +10,6 @@ import os
 import random
 import signal
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -17,17 +17,40 @@ import torch
 
 KILLS = 20
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["rcka.experiments", "sklearn.datasets", "safetensors.torch", "torch._dynamo"])  # the last one by every optimiser
+processes.set_forkserver_preload(
+    ["rcka.experiments", "sklearn.datasets", "safetensors.torch", "torch._dynamo"]
+)  # the last one by every optimiser
 
 
 def job(root, device="cpu", method="crd+rcka", checkpoint_seconds=0.0, sabotage=None):
     "Teacher and student, in this process."
     torch.set_num_threads(1)
     from rcka.experiments import Experiment, run
-    if sabotage: SABOTAGE[sabotage]()
+
+    if sabotage:
+        SABOTAGE[sabotage]()
     args = {"crd.negatives": 64, "crd.width": 16} if "crd" in method else {}
-    run(Experiment("digits", "resnet8", "resnet8", method, method_args=args, seed=3, epochs=3, batch_size=32, schedule="onecycle", train_limit=160,
-                   test_limit=200, teacher_epochs=1, deterministic=True), root=root, device=device, progress=False, checkpoint_seconds=checkpoint_seconds)
+    run(
+        Experiment(
+            "digits",
+            "resnet8",
+            "resnet8",
+            method,
+            method_args=args,
+            seed=3,
+            epochs=3,
+            batch_size=32,
+            schedule="onecycle",
+            train_limit=160,
+            test_limit=200,
+            teacher_epochs=1,
+            deterministic=True,
+        ),
+        root=root,
+        device=device,
+        progress=False,
+        checkpoint_seconds=checkpoint_seconds,
+    )
 
 
 def start(*args, **kwargs):
@@ -39,11 +62,15 @@ def start(*args, **kwargs):
 def what_is_left(root):
     "Every byte that counts: weights, metrics, results without dates and timings, the tensors of the last checkpoint."
     from rcka.trainer import last_checkpoint
+
     left = {}
     for folder in sorted(Path(root).iterdir()):
-        for name in ("last.safetensors", "best.safetensors", "metrics.csv", "experiment.json"): left[folder.name, name] = (folder / name).read_bytes()
+        for name in ("last.safetensors", "best.safetensors", "metrics.csv", "experiment.json"):
+            left[folder.name, name] = (folder / name).read_bytes()
         result = json.loads((folder / "result.json").read_text())
-        left[folder.name, "result"] = {k: v for k, v in result.items() if k not in ("seconds", "images_per_second", "finished")}
+        left[folder.name, "result"] = {
+            k: v for k, v in result.items() if k not in ("seconds", "images_per_second", "finished")
+        }
         state = last_checkpoint(folder)
         del state["seconds"]
         left[folder.name, "checkpoint"] = flat(state)
@@ -54,8 +81,14 @@ def what_is_left(root):
 
 def flat(x):
     "Nested containers with tensors as bytes, to be compared with ==."
-    if isinstance(x, torch.Tensor): return (str(x.dtype), tuple(x.shape), x.contiguous().view(torch.uint8).numpy().tobytes() if x.dim() else x.item())
-    if isinstance(x, dict): return {k: flat(v) for k, v in x.items()}
+    if isinstance(x, torch.Tensor):
+        return (
+            str(x.dtype),
+            tuple(x.shape),
+            x.contiguous().view(torch.uint8).numpy().tobytes() if x.dim() else x.item(),
+        )
+    if isinstance(x, dict):
+        return {k: flat(v) for k, v in x.items()}
     return [flat(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 
@@ -63,21 +96,30 @@ def flat(x):
 def unbroken(tmp_path_factory):
     "Per device: what an unbroken run leaves, and how long it took."
     runs = {}
+
     def get(device="cpu"):
         if device not in runs:
             root = tmp_path_factory.mktemp("unbroken")
             warm = processes.Process(target=time.sleep, args=(0,))  # the server imports what it needs
-            warm.start(); warm.join()
+            warm.start()
+            warm.join()
             began = time.perf_counter()
             p = start(root, device)
             p.join()
             assert p.exitcode == 0
             runs[device] = what_is_left(root), time.perf_counter() - began
         return runs[device]
+
     return get
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
+    ],
+)
 def test_random_kills(unbroken, tmp_path, device):
     expected, seconds = unbroken(device)
     chance, kills, round_ = random.Random(0), 0, 0
@@ -86,10 +128,12 @@ def test_random_kills(unbroken, tmp_path, device):
         while True:
             p = start(root, device)
             p.join(chance.uniform(0.05, delay) if kills < KILLS else None)
-            if p.exitcode is not None: break
+            if p.exitcode is not None:
+                break
             os.kill(p.pid, signal.SIGKILL)
             p.join()
-            if p.exitcode == 0: break  # it was over just then
+            if p.exitcode == 0:
+                break  # it was over just then
             assert p.exitcode == -signal.SIGKILL
             kills += 1
             delay *= 1.05  # a run that cannot get past a long part must end in time
@@ -99,54 +143,92 @@ def test_random_kills(unbroken, tmp_path, device):
     print(f"{kills} kills, {round_} runs")
 
 
-def die(): os.kill(os.getpid(), signal.SIGKILL)
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_at(module, name, call, after=False):
     "Kill this process at a certain call of a function."
+
     def arm():
         calls, real = [], getattr(module, name)
+
         def f(*args, **kwargs):
             calls.append(1)
-            if len(calls) == call and not after: die()
+            if len(calls) == call and not after:
+                die()
             value = real(*args, **kwargs)
-            if len(calls) == call: die()
+            if len(calls) == call:
+                die()
             return value
+
         setattr(module, name, f)
+
     return arm
 
 
 def half_written():
     "The 20th file gets half of its bytes."
     import rcka.trainer as T
+
     calls, real = [], os.fdopen
+
     @contextlib.contextmanager
     def fdopen(*args):
         with real(*args) as f:
             calls.append(1)
             if len(calls) == 20:
+
                 class Half:
-                    def write(self, data): f.write(bytes(data)[:len(data) // 2]); f.flush(); die()
+                    def write(self, data):
+                        f.write(bytes(data)[: len(data) // 2])
+                        f.flush()
+                        die()
+
                 yield Half()
-            else: yield f
+            else:
+                yield f
+
     T.os.fdopen = fdopen
 
 
 def _targets():
     import rcka.trainer as T
-    return {"before fsync": die_at(T.os, "fsync", 25), "before the move": die_at(T.os, "replace", 20), "after the move": die_at(T.os, "replace", 20, after=True),
-            "old ones going": die_at(T.Path, "unlink", 12), "mid-evaluation": die_at(T, "mixed", 14), "mid-step": die_at(T, "average_gradients", 12),
-            "half written": half_written, "before the first file": die_at(T.os, "replace", 1), "result.json": die_at(T.os, "replace", 30)}
+
+    return {
+        "before fsync": die_at(T.os, "fsync", 25),
+        "before the move": die_at(T.os, "replace", 20),
+        "after the move": die_at(T.os, "replace", 20, after=True),
+        "old ones going": die_at(T.Path, "unlink", 12),
+        "mid-evaluation": die_at(T, "mixed", 14),
+        "mid-step": die_at(T, "average_gradients", 12),
+        "half written": half_written,
+        "before the first file": die_at(T.os, "replace", 1),
+        "result.json": die_at(T.os, "replace", 30),
+    }
 
 
 class _Lazy(dict):
-    def __missing__(self, key): return _targets()[key]
+    def __missing__(self, key):
+        return _targets()[key]
 
 
 SABOTAGE = _Lazy()
 
 
-@pytest.mark.parametrize("moment", ["before fsync", "before the move", "after the move", "old ones going", "mid-evaluation", "mid-step", "half written", "before the first file"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "before fsync",
+        "before the move",
+        "after the move",
+        "old ones going",
+        "mid-evaluation",
+        "mid-step",
+        "half written",
+        "before the first file",
+    ],
+)
 def test_kill_at(unbroken, tmp_path, moment):
     "The moments that a random kill may miss."
     p = start(tmp_path / "runs", sabotage=moment)
@@ -164,7 +246,8 @@ def test_signals_save_and_go_on(unbroken, tmp_path, signum):
     root = tmp_path / "runs"
     p = start(root, checkpoint_seconds=1e9)
     deadline = time.time() + 60
-    while not list(root.glob("*crd*/metrics.csv")) and time.time() < deadline: time.sleep(0.02)  # one epoch of the student is over
+    while not list(root.glob("*crd*/metrics.csv")) and time.time() < deadline:
+        time.sleep(0.02)  # one epoch of the student is over
     os.kill(p.pid, signum)
     p.join()
     assert p.exitcode not in (0, -signal.SIGKILL)

@@ -1,5 +1,5 @@
 """rcka.trainer in two processes (gloo, CPU): gradients, whole runs, the launchers, stopping."""
-import json
+
 import os
 import signal
 import subprocess
@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from rcka.data import Batch, Batches
+from rcka.data import Batches
 from rcka.losses import Layers, create_method
 from rcka.trainer import Distiller, Recipe, Trainer, average_gradients, join, part, processes
-import rcka
 
 REPO = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -22,9 +21,20 @@ ENV = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISI
 
 def launch(*args, n=2, wait=True):
     "Start this file, or `args`, in `n` processes."
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *map(str, args)]
-    p = subprocess.Popen(command, env=ENV, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    if not wait: return p
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={n}",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+        *map(str, args),
+    ]
+    p = subprocess.Popen(
+        command, env=ENV, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    if not wait:
+        return p
     out = p.communicate(timeout=300)[0]
     assert p.returncode == 0, out
     return out
@@ -32,16 +42,30 @@ def launch(*args, n=2, wait=True):
 
 class Net(nn.Sequential):
     "Without batch normalisation, which sees its own device's images only."
+
     layers = Layers(("0", "2", "4"), ("0", "2", "4"), "6", "7")
+
     def __init__(self, width, seed):
         torch.manual_seed(seed)
-        super().__init__(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, stride=2), nn.ReLU(), nn.Conv2d(width, 2 * width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * width, 5))
+        super().__init__(
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width, 5),
+        )
         self.double()
 
 
 def pieces():
     g = torch.Generator().manual_seed(0)
-    images, targets = torch.randint(0, 256, (44, 1, 7, 7), dtype=torch.uint8, generator=g), torch.randint(0, 5, (44,), generator=g)
+    images, targets = (
+        torch.randint(0, 256, (44, 1, 7, 7), dtype=torch.uint8, generator=g),
+        torch.randint(0, 5, (44,), generator=g),
+    )
     make = lambda train: Batches(images, targets, 16, (0.5,), (0.25,), train=train, pad=1, dtype=torch.float64)
     return make(True), make(False)
 
@@ -69,7 +93,14 @@ def whole_run(folder, method, relations=None):
     train, test = pieces()
     torch.manual_seed(3)
     student = Net(4, 1)
-    trainer = Trainer(Distiller(student, create_method(method), Net(6, 2)), train, test, Recipe(epochs=3, lr=0.01, relations=relations), folder, checkpoint_seconds=0)
+    trainer = Trainer(
+        Distiller(student, create_method(method), Net(6, 2)),
+        train,
+        test,
+        Recipe(epochs=3, lr=0.01, relations=relations),
+        folder,
+        checkpoint_seconds=0,
+    )
     trainer.task.method.double()
     history = trainer.fit(progress=False)
     return torch.cat([p.detach().flatten() for p in student.parameters()]), history
@@ -79,10 +110,16 @@ def in_processes(folder):
     join("cpu")
     rank, world = processes()
     assert world == 2
-    found = {"gradients": {(m, r): gradients(m, r) for m in METHODS for r in ("global", "device") if (m, r) != ("crd+sp", "device")},
-             "runs": {m: whole_run(folder / m, m) for m in METHODS[:2]}}
-    try: whole_run(folder / "refused", "crd+sp", "device")
-    except ValueError as e: found["refused"] = str(e)
+    found = {
+        "gradients": {
+            (m, r): gradients(m, r) for m in METHODS for r in ("global", "device") if (m, r) != ("crd+sp", "device")
+        },
+        "runs": {m: whole_run(folder / m, m) for m in METHODS[:2]},
+    }
+    try:
+        whole_run(folder / "refused", "crd+sp", "device")
+    except ValueError as e:
+        found["refused"] = str(e)
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -116,14 +153,31 @@ def test_runs_agree(two, tmp_path, method):
     for found in two:
         w, h = found["runs"][method]
         torch.testing.assert_close(w, weights, rtol=1e-5, atol=1e-7)
-        for a, b in zip(h, history, strict=True): assert a == pytest.approx(b, rel=1e-5)
+        for a, b in zip(h, history, strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
 
 
 def test_memory_is_refused_per_device(two):
     assert "Use relations='global'" in two[0]["refused"] and "memory" in two[0]["refused"]
 
 
-EXPERIMENT = ["--dataset", "digits", "--student", "resnet8", "--method", "none", "--train_limit", "160", "--test_limit", "150", "--batch_size", "32", "--device", "cpu", "--quiet"]
+EXPERIMENT = [
+    "--dataset",
+    "digits",
+    "--student",
+    "resnet8",
+    "--method",
+    "none",
+    "--train_limit",
+    "160",
+    "--test_limit",
+    "150",
+    "--batch_size",
+    "32",
+    "--device",
+    "cpu",
+    "--quiet",
+]
 
 
 def test_module_entry_stopped_and_resumed(tmp_path):
@@ -132,14 +186,17 @@ def test_module_entry_stopped_and_resumed(tmp_path):
     launch(*args, "--root", tmp_path / "whole")
     p = launch(*args, "--root", tmp_path / "broken", wait=False)
     deadline = time.time() + 200
-    while not list((tmp_path / "broken").glob("*/metrics.csv")) and time.time() < deadline and p.poll() is None: time.sleep(0.01)
+    while not list((tmp_path / "broken").glob("*/metrics.csv")) and time.time() < deadline and p.poll() is None:
+        time.sleep(0.01)
     p.send_signal(signal.SIGTERM)
     out = p.communicate(timeout=200)[0]
-    if p.returncode == 0: pytest.skip("it was over before the signal came")
+    if p.returncode == 0:
+        pytest.skip("it was over before the signal came")
     assert list((tmp_path / "broken").glob("*/checkpoint-*.pt")), out
     launch(*args, "--root", tmp_path / "broken")
     whole, broken = (next((tmp_path / name).iterdir()) for name in ("whole", "broken"))
-    for name in ("last.safetensors", "best.safetensors", "metrics.csv"): assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    for name in ("last.safetensors", "best.safetensors", "metrics.csv"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
 
 NOTEBOOK = """
@@ -154,9 +211,12 @@ print(result.last["epoch"], result.experiment["dataset"])
 
 def test_from_a_notebook(tmp_path):
     "accelerate's launcher for functions, in its form for the CPU."
-    p = subprocess.run([sys.executable, "-c", NOTEBOOK, str(tmp_path)], env=ENV, cwd=REPO, capture_output=True, text=True, timeout=300)
+    p = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK, str(tmp_path)], env=ENV, cwd=REPO, capture_output=True, text=True, timeout=300
+    )
     assert p.returncode == 0, p.stderr
     assert p.stdout.splitlines()[-1] == "1 digits"
 
 
-if __name__ == "__main__": in_processes(Path(sys.argv[1]))
+if __name__ == "__main__":
+    in_processes(Path(sys.argv[1]))

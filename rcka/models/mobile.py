@@ -21,17 +21,33 @@ class InvertedResidual(nn.Module):
         super().__init__()
         c = c_in * widen
         self.conv = nn.Sequential(
-            nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True),
-            nn.Conv2d(c, c, 3, stride, 1, groups=c, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True),
-            nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+            nn.Conv2d(c_in, c, 1, bias=False),
+            nn.BatchNorm2d(c),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(c, c, 3, stride, 1, groups=c, bias=False),
+            nn.BatchNorm2d(c),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(c, c_out, 1, bias=False),
+            nn.BatchNorm2d(c_out),
+        )
         self.residual = stride == 1 and c_in == c_out
 
-    def forward(self, x: Tensor) -> Tensor: return x + self.conv(x) if self.residual else self.conv(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.residual else self.conv(x)
 
 
 class MobileNetV2(nn.Module):
     "(n, in_channels, h, w) to (n, num_classes). Images of at least 16 x 16 pixels."
-    PLAN = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]  # widen, width, blocks, stride
+
+    PLAN = [
+        (1, 16, 1, 1),
+        (6, 24, 2, 1),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    ]  # widen, width, blocks, stride
 
     def __init__(
         self,
@@ -44,8 +60,9 @@ class MobileNetV2(nn.Module):
         self.conv1 = nn.Sequential(nn.Conv2d(in_channels, c, 3, 2, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU())
         for widen, c_out, count, stride in self.PLAN:
             c_in, c = c, int(c_out * width)
-            self.blocks.append(nn.Sequential(*(
-                InvertedResidual(c if b else c_in, c, 1 if b else stride, widen) for b in range(count))))
+            self.blocks.append(
+                nn.Sequential(*(InvertedResidual(c if b else c_in, c, 1 if b else stride, widen) for b in range(count)))
+            )
         self.conv2 = nn.Sequential(nn.Conv2d(c, last, 1, bias=False), nn.BatchNorm2d(last), nn.ReLU(inplace=True))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Linear(last, num_classes))
@@ -56,7 +73,8 @@ class MobileNetV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.conv1[0].in_channels, 16)
         x = self.conv1(x)
-        for stage in self.blocks: x = stage(x)
+        for stage in self.blocks:
+            x = stage(x)
         return self.classifier(self.avgpool(self.conv2(x)).flatten(1))
 
 
@@ -68,11 +86,16 @@ def mobilenet_v2_half(num_classes: int = 100, in_channels: int = 3) -> MobileNet
 # %% ../../nbs/method/04d_mobile.ipynb #5c9aa254
 class Shuffle(nn.Module):
     "Deal the channels of `groups` groups out in turn: (n, c, h, w) to (n, c, h, w)."
+
     def __init__(self, groups: int):
         super().__init__()
         self.groups = groups
-    def forward(self, x: Tensor) -> Tensor: return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
-    def extra_repr(self): return f"groups={self.groups}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+
+    def extra_repr(self):
+        return f"groups={self.groups}"
 
 # %% ../../nbs/method/04d_mobile.ipynb #74c3e38c
 class ShuffleBlock(nn.Module):
@@ -103,15 +126,22 @@ class ShuffleBlock(nn.Module):
 class ShuffleNetV1(nn.Module):
     "(n, in_channels, h, w) to (n, num_classes). Images of at least 8 x 8 pixels."
 
-    def __init__(self, widths: tuple[int, ...], counts: tuple[int, ...], groups: int, num_classes: int, in_channels: int):
+    def __init__(
+        self, widths: tuple[int, ...], counts: tuple[int, ...], groups: int, num_classes: int, in_channels: int
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 24, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(24)
         self.relu = nn.ReLU()
         self.layer1, self.layer2, self.layer3 = (
-            nn.Sequential(*(ShuffleBlock(c if b else c_in, c, 1 if b else 2, groups, 1 if c_in == 24 and b == 0 else groups)
-                            for b in range(count)))
-            for c_in, c, count in zip((24, *widths), widths, counts))
+            nn.Sequential(
+                *(
+                    ShuffleBlock(c if b else c_in, c, 1 if b else 2, groups, 1 if c_in == 24 and b == 0 else groups)
+                    for b in range(count)
+                )
+            )
+            for c_in, c, count in zip((24, *widths), widths, counts)
+        )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(widths[-1], num_classes)
         preacts = (f"layer{i + 1}.{count - 1}.relu3:input" for i, count in enumerate(counts))
@@ -193,7 +223,8 @@ class ShuffleNetV2(nn.Module):
         self.relu = nn.ReLU()
         self.layer1, self.layer2, self.layer3 = (
             nn.Sequential(HalvingBlock(c_in, c), *(PassBlock(c) for _ in range(count)))
-            for c_in, c, count in zip((24, *widths), widths[:3], counts))
+            for c_in, c, count in zip((24, *widths), widths[:3], counts)
+        )
         self.conv2 = nn.Conv2d(widths[2], widths[3], 1, bias=False)
         self.bn2 = nn.BatchNorm2d(widths[3])
         self.relu2 = nn.ReLU(inplace=True)
@@ -220,13 +251,29 @@ class SeparableConv(nn.Sequential):
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__(
-            nn.Conv2d(c_in, c_in, 3, stride, 1, groups=c_in, bias=False), nn.BatchNorm2d(c_in), nn.ReLU(inplace=True),
-            nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+            nn.Conv2d(c_in, c_in, 3, stride, 1, groups=c_in, bias=False),
+            nn.BatchNorm2d(c_in),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(c_in, c_out, 1, bias=False),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(),
+        )
 
 
 class MobileNetV1(nn.Module):
     "(n, in_channels, h, w) to (n, num_classes). Images of at least 32 x 32 pixels."
-    PLAN = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]  # channels, stride
+
+    PLAN = [
+        (64, 1),
+        (128, 2),
+        (128, 1),
+        (256, 2),
+        (256, 1),
+        (512, 2),
+        *[(512, 1)] * 5,
+        (1024, 2),
+        (1024, 1),
+    ]  # channels, stride
     ENDS = (3, 5, 11, 13)  # the last block before each halving, and the last of all
 
     def __init__(self, num_classes: int, in_channels: int):
@@ -234,7 +281,8 @@ class MobileNetV1(nn.Module):
         widths = [32, *(c for c, _ in self.PLAN)]
         self.model = nn.Sequential(
             nn.Sequential(nn.Conv2d(in_channels, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
-            *(SeparableConv(c_in, c, stride) for c_in, (c, stride) in zip(widths, self.PLAN)))
+            *(SeparableConv(c_in, c, stride) for c_in, (c, stride) in zip(widths, self.PLAN)),
+        )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(1024, num_classes)
         stages = ("model.0", *(f"model.{i}" for i in self.ENDS))

@@ -21,17 +21,21 @@ __all__ = ['NETWORKS', 'ALIASES', 'check_images', 'init_weights', 'network', 'li
 
 # %% ../../nbs/method/04_models.ipynb #63a06061
 def check_images(
-    x: Tensor,      # (n, channels, height, width)
+    x: Tensor,  # (n, channels, height, width)
     channels: int,  # what the first convolution takes
-    least: int,     # the total stride: a smaller image leaves less than one pixel at the end
+    least: int,  # the total stride: a smaller image leaves less than one pixel at the end
 ):
     "ValueError that says what would do, where a network cannot read `x`."
     if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(f"images must be (n, {channels}, height, width), got shape {tuple(x.shape)}; "
-                         f"create_model(..., in_channels=...) sets the number of channels")
+        raise ValueError(
+            f"images must be (n, {channels}, height, width), got shape {tuple(x.shape)}; "
+            f"create_model(..., in_channels=...) sets the number of channels"
+        )
     if min(x.shape[-2:]) < least:
-        raise ValueError(f"images of {x.shape[-2]} x {x.shape[-1]} pixels are too small for this network, which halves them down "
-                         f"to {least} times smaller: give {least} x {least} or more, or resize them first")
+        raise ValueError(
+            f"images of {x.shape[-2]} x {x.shape[-1]} pixels are too small for this network, which halves them down "
+            f"to {least} times smaller: give {least} x {least} or more, or resize them first"
+        )
 
 
 def init_weights(model: nn.Module, linear_std: float | None = None):
@@ -39,7 +43,8 @@ def init_weights(model: nn.Module, linear_std: float | None = None):
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            if m.bias is not None: nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
         elif isinstance(m, nn.BatchNorm2d):
             nn.init.ones_(m.weight)
             nn.init.zeros_(m.bias)
@@ -63,26 +68,34 @@ def list_models() -> list[str]:
 
 # %% ../../nbs/method/04_models.ipynb #2e2301a3
 def create_model(
-    name: str,                # one of `list_models()`, "torchvision/NAME" or "timm/NAME"
-    num_classes: int = 100,   # outputs of the classifier
-    in_channels: int = 3,     # 1 for grey images
-    **options,                # for torchvision and timm: weights="IMAGENET1K_V1", pretrained=True, ...
-) -> nn.Module:               # maps (n, in_channels, height, width) to (n, num_classes)
+    name: str,  # one of `list_models()`, "torchvision/NAME" or "timm/NAME"
+    num_classes: int = 100,  # outputs of the classifier
+    in_channels: int = 3,  # 1 for grey images
+    **options,  # for torchvision and timm: weights="IMAGENET1K_V1", pretrained=True, ...
+) -> nn.Module:  # maps (n, in_channels, height, width) to (n, num_classes)
     "A network by name, with fresh weights unless `options` say otherwise. ValueError with the near names for an unknown one."
-    if not isinstance(num_classes, int) or num_classes < 1: raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
-    if not isinstance(in_channels, int) or in_channels < 1: raise ValueError(f"in_channels must be a positive integer, got {in_channels!r}")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
+    if not isinstance(in_channels, int) or in_channels < 1:
+        raise ValueError(f"in_channels must be a positive integer, got {in_channels!r}")
     source, _, rest = name.partition("/")
-    if source == "torchvision" and rest: return _torchvision(rest, num_classes, in_channels, options)
-    if source == "timm" and rest: return _timm(rest, num_classes, in_channels, options)
-    if name not in NETWORKS: raise ValueError(nearest(name, NETWORKS, "network") + "; or torchvision/NAME, timm/NAME")
-    if options: raise TypeError(f"options are for torchvision and timm networks; {name} takes none, got {', '.join(options)}")
+    if source == "torchvision" and rest:
+        return _torchvision(rest, num_classes, in_channels, options)
+    if source == "timm" and rest:
+        return _timm(rest, num_classes, in_channels, options)
+    if name not in NETWORKS:
+        raise ValueError(nearest(name, NETWORKS, "network") + "; or torchvision/NAME, timm/NAME")
+    if options:
+        raise TypeError(f"options are for torchvision and timm networks; {name} takes none, got {', '.join(options)}")
     return NETWORKS[name](num_classes=num_classes, in_channels=in_channels)
 
 
 def _torchvision(name: str, num_classes: int, in_channels: int, options: dict) -> nn.Module:
     import torchvision.models as zoo
+
     known = zoo.list_models(module=zoo)
-    if name not in known: raise ValueError(nearest(name, known, "torchvision network"))
+    if name not in known:
+        raise ValueError(nearest(name, known, "torchvision network"))
     model = zoo.get_model(name, num_classes=num_classes, **options)
     return model if in_channels == 3 else _reads(model, in_channels)
 
@@ -97,9 +110,12 @@ def _reads(model: nn.Module, in_channels: int) -> nn.Module:
 
 
 def _timm(name: str, num_classes: int, in_channels: int, options: dict) -> nn.Module:
-    try: import timm
-    except ImportError: raise ImportError(f"timm/{name} needs the package timm: pip install timm") from None
-    if not timm.is_model(name.split(".")[0]): raise ValueError(nearest(name, timm.list_models(), "timm network", most=20))
+    try:
+        import timm
+    except ImportError:
+        raise ImportError(f"timm/{name} needs the package timm: pip install timm") from None
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(nearest(name, timm.list_models(), "timm network", most=20))
     return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **options)
 
 # %% ../../nbs/method/04_models.ipynb #ec97a6ac
@@ -108,37 +124,51 @@ ALIASES = [("fc", "linear"), ("linear", "fc"), ("downsample", "shortcut"), ("sho
 
 def _read(path: Path):
     "Tensors and plain values from a file; never code."
-    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.suffix == ".safetensors": return _read_safetensors(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
-        with torch.serialization.safe_globals(_numpy_scalars()): return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.findall(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {asked[0]}" if asked else "it is not a file of torch.save, or holds more than tensors"
-        raise ValueError(f"{path} was not loaded, for {what}, and unpickling could run code. If you trust its source: "
-                         "torch.save(torch.load(path, weights_only=False)['model'], new_path)") from None
+        raise ValueError(
+            f"{path} was not loaded, for {what}, and unpickling could run code. If you trust its source: "
+            "torch.save(torch.load(path, weights_only=False)['model'], new_path)"
+        ) from None
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a checkpoint, or only half of one: {error}") from None
 
 
 def _numpy_scalars() -> list:
     "Many checkpoints hold an accuracy as a NumPy number, which is data, but which torch refuses unless told."
-    try: import numpy as np
-    except ImportError: return []
+    try:
+        import numpy as np
+    except ImportError:
+        return []
     scalar = np.float64(0).__reduce__()[0]
-    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype,
-            *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32"))]
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32")),
+    ]
 
 
 def _safetensors():
-    try: import safetensors.torch
-    except ImportError: raise ImportError("safetensors files need the package safetensors: pip install 'rcka[train]'") from None
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("safetensors files need the package safetensors: pip install 'rcka[train]'") from None
     return safetensors
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     safetensors = _safetensors()
-    try: return safetensors.torch.load_file(path)
+    try:
+        return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or only half of one: {error}") from None
 
@@ -146,10 +176,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _weights(content, path: Path) -> dict[str, Tensor]:
     "The state dict in what a file held."
     for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping): content = content[key]
-    if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()): return dict(content)
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
+        return dict(content)
     what = f"a dict with keys {list(content)[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-    raise ValueError(f"{path} holds {what}, and no weights: expected a dict of tensors, or one under 'model' or 'state_dict'")
+    raise ValueError(
+        f"{path} holds {what}, and no weights: expected a dict of tensors, or one under 'model' or 'state_dict'"
+    )
 
 # %% ../../nbs/method/04_models.ipynb #02681250
 def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
@@ -160,13 +194,21 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
         parts = bare.split(".")
         names = [bare, *(".".join(new if p == old else p for p in parts) for old, new in aliases)]
         name = next((n for n in names if n in own), None)
-        if name is None: extra.append(f"{key} {tuple(value.shape)}")
-        elif value.shape != own[name].shape: differ.append(f"{key} {tuple(value.shape)} for {tuple(own[name].shape)}")
+        if name is None:
+            extra.append(f"{key} {tuple(value.shape)}")
+        elif value.shape != own[name].shape:
+            differ.append(f"{key} {tuple(value.shape)} for {tuple(own[name].shape)}")
         fitted[name] = value
-    missing = [f"{k} {tuple(v.shape)}" for k, v in own.items() if k not in fitted and not k.endswith("num_batches_tracked")]
-    problems = [f"{what}: {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}" for what, keys in
-                [("other shapes", differ), ("not in the network", extra), ("not in the file", missing)] if keys]
-    if problems: raise ValueError(f"{path} does not fit {type(model).__name__}, which is left as it was. {'; '.join(problems)}")
+    missing = [
+        f"{k} {tuple(v.shape)}" for k, v in own.items() if k not in fitted and not k.endswith("num_batches_tracked")
+    ]
+    problems = [
+        f"{what}: {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
+        for what, keys in [("other shapes", differ), ("not in the network", extra), ("not in the file", missing)]
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit {type(model).__name__}, which is left as it was. {'; '.join(problems)}")
     model.load_state_dict(fitted, strict=False)
 
 
@@ -176,9 +218,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def load_checkpoint(
-    model: nn.Module,           # the network to fill
-    path: str | os.PathLike,    # a .pth / .pt of torch.save, or .safetensors
-) -> nn.Module:                 # the same model
+    model: nn.Module,  # the network to fill
+    path: str | os.PathLike,  # a .pth / .pt of torch.save, or .safetensors
+) -> nn.Module:  # the same model
     """Load weights in any layout in circulation: bare or under "model" / "state_dict", with or without "module.",
     `fc` or `linear`, `downsample` or `shortcut`. Code in the file is never run.
 
@@ -189,13 +231,16 @@ def load_checkpoint(
 
 # %% ../../nbs/method/04_models.ipynb #f9a954c2
 def save_weights(
-    model: nn.Module,         # any network
+    model: nn.Module,  # any network
     path: str | os.PathLike,  # where to, usually .safetensors; an older file is replaced in one step
 ):
     "Write all parameters and buffers as safetensors, atomically."
     path, save = Path(path), _safetensors().torch.save_file
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in unwrapped(model).state_dict().items()}
+    tensors = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for k, v in unwrapped(model).state_dict().items()
+    }
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         part = Path(folder) / "part.safetensors"
         save(tensors, part, metadata={"format": "pt"})
@@ -203,11 +248,12 @@ def save_weights(
 
 
 def load_weights(
-    model: nn.Module,         # the network to fill
+    model: nn.Module,  # the network to fill
     path: str | os.PathLike,  # a file of `save_weights`
-) -> nn.Module:               # the same model
+) -> nn.Module:  # the same model
     "Read what `save_weights` wrote; names and shapes must agree. ValueError leaves the model as it was."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no weights at {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
     _fit(unwrapped(model), _read_safetensors(path), path)
     return model

@@ -16,12 +16,14 @@ __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56'
 # %% ../../nbs/method/04b_resnets.ipynb #a8181d30
 def _projection(c_in: int, c_out: int, stride: int) -> nn.Module:
     "The identity where shapes agree, else a 1x1 convolution."
-    if stride == 1 and c_in == c_out: return nn.Identity()
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
 
 class BasicBlock(nn.Module):
     "Two 3x3 convolutions: (n, c_in, h, w) to (n, width, h / stride, w / stride)."
+
     expansion, end = 1, "relu2"
 
     def __init__(self, c_in: int, width: int, stride: int = 1):
@@ -41,6 +43,7 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     "1x1, 3x3, 1x1 convolutions: (n, c_in, h, w) to (n, 4 width, h / stride, w / stride)."
+
     expansion, end = 4, "relu3"
 
     def __init__(self, c_in: int, width: int, stride: int = 1):
@@ -67,9 +70,9 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[nn.Module],     # BasicBlock or Bottleneck
-        counts: tuple[int, ...],    # blocks in each stage
-        widths: tuple[int, ...],    # channels of the stem, then of each stage
+        block: type[nn.Module],  # BasicBlock or Bottleneck
+        counts: tuple[int, ...],  # blocks in each stage
+        widths: tuple[int, ...],  # channels of the stem, then of each stage
         num_classes: int,
         in_channels: int,
     ):
@@ -93,16 +96,21 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.conv1.in_channels, 2 ** (len(self.stages) - 1))
         x = self.relu(self.bn1(self.conv1(x)))
-        for name in self.stages: x = getattr(self, name)(x)
+        for name in self.stages:
+            x = getattr(self, name)(x)
         return self.fc(self.avgpool(x).flatten(1))
 
 
 def _cifar(depth: int, widths=(16, 16, 32, 64)):
     "Three stages of basic blocks, depth 6 n + 2 (He et al. 2016, section 4.2)."
+
     def make(num_classes: int = 100, in_channels: int = 3) -> ResNet:
         return ResNet(BasicBlock, ((depth - 2) // 6,) * 3, widths, num_classes, in_channels)
+
     make.__name__ = make.__qualname__ = f"resnet{depth}" + ("x4" if widths[-1] == 256 else "")
-    make.__doc__ = f"ResNet of {depth} layers for small images, {widths[-1]} features; the names follow Tian et al. (2020)."
+    make.__doc__ = (
+        f"ResNet of {depth} layers for small images, {widths[-1]} features; the names follow Tian et al. (2020)."
+    )
     return network(make)
 
 
@@ -148,7 +156,8 @@ class WideStage(nn.Module):
         super().__init__()
         self.layer = nn.Sequential(*(WideBlock(width if b else c_in, width, 1 if b else stride) for b in range(count)))
 
-    def forward(self, x: Tensor) -> Tensor: return self.layer(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
 
 # %% ../../nbs/method/04b_resnets.ipynb #e3452c7b
 class WideResNet(nn.Module):
@@ -156,8 +165,8 @@ class WideResNet(nn.Module):
 
     def __init__(
         self,
-        depth: int,   # 6 n + 4, for n blocks a stage
-        widen: int,   # times the widths 16, 32, 64
+        depth: int,  # 6 n + 4, for n blocks a stage
+        widen: int,  # times the widths 16, 32, 64
         num_classes: int,
         in_channels: int,
     ):
@@ -183,7 +192,9 @@ class WideResNet(nn.Module):
 
 # %% ../../nbs/method/04b_resnets.ipynb #a40cc21c
 def _wide(depth: int, widen: int):
-    def make(num_classes: int = 100, in_channels: int = 3) -> WideResNet: return WideResNet(depth, widen, num_classes, in_channels)
+    def make(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
+        return WideResNet(depth, widen, num_classes, in_channels)
+
     make.__name__ = make.__qualname__ = f"wrn_{depth}_{widen}"
     make.__doc__ = f"Wide ResNet of {depth} layers, {widen} times the width of a ResNet."
     return network(make)

@@ -43,17 +43,28 @@ class VGG(nn.Module):
         x = self.pool1(self.relu1(self.block1(x)))
         x = self.pool2(self.relu2(self.block2(x)))
         x = self.relu3(self.block3(x))
-        if large: x = self.pool3(x)
+        if large:
+            x = self.pool3(x)
         x = self.pool4(self.relu4(self.block4(x)))
         return self.classifier(x.flatten(1))
 
 
 def _vgg(depth: int, counts: tuple[int, ...]):
-    def make(num_classes: int = 100, in_channels: int = 3) -> VGG: return VGG(counts, num_classes, in_channels)
+    def make(num_classes: int = 100, in_channels: int = 3) -> VGG:
+        return VGG(counts, num_classes, in_channels)
+
     make.__name__ = make.__qualname__ = f"vgg{depth}"
     make.__doc__ = f"VGG with batch norm, {sum(counts)} convolutions and one linear layer, for small images."
     return network(make)
 
 
-vgg8, vgg11, vgg13, vgg16, vgg19 = (_vgg(depth, counts) for depth, counts in [
-    (8, (1, 1, 1, 1, 1)), (11, (1, 1, 2, 2, 2)), (13, (2, 2, 2, 2, 2)), (16, (2, 2, 3, 3, 3)), (19, (2, 2, 4, 4, 4))])
+vgg8, vgg11, vgg13, vgg16, vgg19 = (
+    _vgg(depth, counts)
+    for depth, counts in [
+        (8, (1, 1, 1, 1, 1)),
+        (11, (1, 1, 2, 2, 2)),
+        (13, (2, 2, 2, 2, 2)),
+        (16, (2, 2, 3, 3, 3)),
+        (19, (2, 2, 4, 4, 4)),
+    ]
+)
