@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from .data import check_epoch, data_root, seed_of
@@ -34,9 +36,9 @@ from rcka.trainer import (
 
 # %% auto #0
 __all__ = ['IGNORED', 'CITYSCAPES', 'UNKNOWN', 'ARCHITECTURES', 'label_table', 'list_scenes', 'check_sizes', 'read_scene',
-           'window', 'SceneReader', 'SceneBatch', 'SceneBatches', 'Scenes', 'load_scenes', 'dilate', 'PyramidHead',
-           'create_segmenter', 'segmenter_layers', 'confusion', 'iou', 'evaluate_segmentation', 'pixel_ce',
-           'SegmentationDistiller', 'SegmentationExperiment', 'scenes_from_boxes']
+           'window', 'SceneReader', 'SceneBatch', 'SceneBatches', 'Scenes', 'load_scenes', 'draw_scenes', 'dilate',
+           'PyramidHead', 'create_segmenter', 'segmenter_layers', 'confusion', 'iou', 'evaluate_segmentation',
+           'pixel_ce', 'SegmentationDistiller', 'SegmentationExperiment', 'scenes_from_boxes']
 
 # %% ../nbs/method/07b_segmentation.ipynb #39048da1
 IGNORED = 255
@@ -366,6 +368,32 @@ def load_scenes(
     if not 2 <= len(classes) < UNKNOWN:
         raise ValueError(f"{own} must name 2 to {UNKNOWN - 1} classes, one a line; it names {len(classes)}")
     return Scenes(str(name), train, val, classes, check_sizes([*train, *val]))
+
+# %% ../nbs/method/07b_segmentation.ipynb #5d2a9c71
+def draw_scenes(
+    folder: Path,  # made if it is not there; the layout is that of Cityscapes
+    part: str,  # "train" or "val"
+    n: int,  # number of scenes
+    size: tuple[int, int] = (48, 80),  # (H, W) in pixels
+    seed: int = 0,
+):
+    "Draw scenes with masks to try the pipeline on: sky, road, cars, buses and the hood of the camera's car."
+    g = np.random.default_rng(seed)
+    for k in range(n):
+        rgb, ids = g.integers(0, 60, (*size, 3)), np.zeros(size, np.uint8)
+        horizon = int(g.integers(size[0] // 4, size[0] // 2))
+        ids[:horizon], ids[horizon:] = 23, 7  # sky, road
+        for _ in range(g.integers(1, 4)):
+            y, x = g.integers(horizon - 6, size[0] - 12), g.integers(0, size[1] - 20)
+            ids[y : y + 10, x : x + 18] = g.choice([26, 28])  # car, bus
+        ids[-3:] = 1  # the ego vehicle: ignored
+        for label, colour in {23: (120, 160, 190), 7: (90, 90, 90), 26: (150, 40, 40), 28: (40, 130, 40)}.items():
+            rgb[ids == label] += colour
+        city, name = ("aachen", "zurich")[k % 2], f"{part}_{k:06}_000019"
+        for kind, array, form in (("leftImg8bit", rgb.clip(0, 255).astype(np.uint8), ""), ("gtFine", ids, "_labelIds")):
+            path = folder / kind / part / city / f"{name}_{kind}{form}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
 
 # %% ../nbs/method/07b_segmentation.ipynb #c84c74aa
 def dilate(resnet: nn.Module) -> nn.Module:
