@@ -183,7 +183,7 @@ class ExperimentFields(BaseExperiment):
     student: str = "resnet8"  # a name of `list_models()`
     teacher: str | None = None  # likewise; None with method "none"
     method: str = "none"  # a name of `list_methods()`, or several with a plus
-    method_args: dict | None = None  # as for `create_method`; None: those the papers use for this pair
+    method_args: dict | None = None  # as for `create_method`; None: as published for this pair, else the defaults
     seed: int = 0
     # the recipe, for student and teacher
     epochs: int = 240

@@ -202,12 +202,15 @@ def _given(e: Experiment) -> dict:
 
 
 def evaluated_on(experiment: dict) -> str:
-    "Say on which images the best epoch was chosen, from the fields of an experiment."
+    "Say on which images accuracies were measured and the best epoch chosen, from the fields of an experiment."
     if part := experiment.get("val_fraction"):
-        return f"Best epoch: chosen on validation images, {100 * part:g} % of the training images."
+        return (
+            f"Last and best epoch: accuracy on validation images, {100 * part:g} % of the training images, where published "
+            "numbers are of test images."
+        )
     if experiment.get("evaluate_on") == "train":
-        return "Last and best epoch: accuracy on training images."
-    return "Best epoch: chosen on the test images, so an optimistic number."
+        return "Last and best epoch: accuracy on training images, where published numbers are of test images."
+    return "Last and best epoch: accuracy on the test images; the best is chosen there, so it is an optimistic number."
 
 # %% ../nbs/method/09b_report.ipynb #3d920022
 def _label(e: Experiment, with_teacher: bool) -> str:
