@@ -183,7 +183,7 @@ class ExperimentFields(BaseExperiment):
     student: str = "resnet8"  # a name of `list_models()`
     teacher: str | None = None  # likewise; None with method "none"
     method: str = "none"  # a name of `list_methods()`, or several with a plus
-    method_args: dict | None = None  # as for `create_method`; None: those the papers use for this pair
+    method_args: dict | None = None  # as for `create_method`; None: as published for this pair, else the defaults
     seed: int = 0
     # the recipe, for student and teacher
     epochs: int = 240
@@ -635,9 +635,12 @@ TABLES = Path(rcka.__file__).parent / "tables"
 
 
 def published(
-    dataset: str = "cifar100",  # "cifar100", "imagenet", "coco" or "cityscapes"
+    dataset: str = "cifar100",  # "cifar100", "imagenet", "coco", "cityscapes"; or "best", the best numbers since
 ) -> list[dict]:  # one dict a row; accuracies as float, a dash in the paper as None
-    "A table of Zhou et al. (2024) as printed: arXiv 2401.11824, Tables 1, 2, 3 and 11."
+    """Read a table of Zhou et al. (2024) as printed (arXiv 2401.11824, Tables 1, 2, 3 and 11), or of the best numbers since.
+
+    `source` says where a row is printed. For classification, `own_top1` is what the method's authors print for the same
+    cell and `other_top1` what another paper or repository prints, each with its source; None where none was looked up."""
     known = sorted(p.stem for p in TABLES.glob("*.csv"))
     if dataset not in known:
         raise ValueError(nearest(dataset, known, "published table"))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .experiments import Experiment, Result, published, runs_root
+from .losses import create_method
 
 # %% auto #0
-__all__ = ['ABOUT_TEACHER', 'HEADER', 'NOTE', 'Results', 'load_results', 'changes', 'published_top1', 'Row', 'Table', 'tables',
-           'cells', 'markdown', 'latex', 'as_rows', 'show', 'plot_scores', 'plot_cost', 'report', 'missing',
-           'save_figures']
+__all__ = ['ABOUT_TEACHER', 'OUR_CHOICE', 'NOT_PUBLIC', 'HEADER', 'NOTE', 'Results', 'load_results', 'changes', 'PublishedCell',
+           'published_cell', 'disagreements', 'Row', 'Table', 'tables', 'whose_weights', 'evaluated_on', 'cells',
+           'markdown', 'latex', 'as_rows', 'show', 'plot_scores', 'plot_cost', 'report', 'missing', 'save_figures']
 
 # %% ../nbs/method/09b_report.ipynb #4964d2fb
 class Results(NamedTuple):
@@ -58,37 +59,71 @@ def changes(e: Experiment) -> tuple[dict, dict]:
         k: v for k, v in differ.items() if k in ABOUT_TEACHER and k != "teacher_lr"
     }
 
+# %% ../nbs/method/09b_report.ipynb #e5ede01e
+class PublishedCell(NamedTuple):
+    "Top-1 in per cent as printed for one method on one pair of networks; None where nothing is printed or known."
 
-def published_top1(dataset: str, teacher: str | None, student: str, method: str) -> float | None:
-    'The paper\'s number for our names; method "none" is the student alone, "teacher" the teacher.'
+    paper: float | None = None  # Zhou et al. (2024)
+    own: float | None = None  # the method's own paper or repository
+    own_source: str | None = None
+    other: float | None = None  # another paper or repository
+    other_source: str | None = None
+    remark: str | None = None
+
+    @property
+    def disagrees(self) -> bool:
+        "Whether another source prints a number where the paper prints a different one, or none."
+        return any(v is not None and v != self.paper for v in (self.own, self.other))
+
+
+def published_cell(
+    dataset: str,
+    teacher: str | None,  # None: any
+    student: str,
+    method: str,  # "none" is the student alone, "teacher" the teacher; "rcka_released" stands beside the paper's RCKA
+) -> PublishedCell:
+    "Find the printed numbers by our names of networks and methods; all None where the tables have no such cell."
     if dataset not in ("cifar100", "imagenet"):
-        return None
+        return PublishedCell()
     plain = lambda name: name.lower().replace("-", "_").removesuffix("_half").removeprefix("torchvision/")
     for row in published(dataset):
         if row["student"] != plain(student) or (teacher and row["teacher"] != plain(teacher)):
             continue
         if method in ("none", "teacher"):
-            return row["student_top1" if method == "none" else "teacher_top1"]
-        if plain(row["method"]) == method:
-            return row["top1"]
-    return None
+            return PublishedCell(row["student_top1" if method == "none" else "teacher_top1"])
+        if plain(row["method"]) == method.removesuffix("_released"):
+            names = ("own_top1", "own_source", "other_top1", "other_source", "remark")
+            return PublishedCell(row["top1"], *(row[name] for name in names))
+    return PublishedCell()
 
-# %% ../nbs/method/09b_report.ipynb #2271c774
+
+def disagreements(dataset: str = "cifar100") -> list[dict]:
+    "Rows of a published table where another source prints another number than the paper, or one where the paper has a dash."
+    return [
+        {"teacher": r["teacher"], "student": r["student"], "method": r["method"]} | cell._asdict()
+        for r in published(dataset)
+        if (
+            cell := published_cell(dataset, r["teacher"], r["student"], r["method"].lower().replace("-", "_"))
+        ).disagrees
+    ]
+
+# %% ../nbs/method/09b_report.ipynb #724d7397
 @dataclass(frozen=True)
 class Row:
     "One method on one pair of networks."
 
     teacher: str | None
     student: str
-    method: str  # "teacher" and "none" too; arguments other than the paper's in brackets
+    method: str  # "teacher" and "none" too; arguments other than the usual ones in brackets
     last: tuple[float, ...]  # top-1 in per cent of the last epoch, by seed
     best: tuple[float, ...]  # of the best test epoch: an optimistic number
-    published: float | None  # top-1 in per cent
+    published: PublishedCell
+    weights: str  # whose weights the loss has, see `whose_weights`
     cost: float | None  # milliseconds a training step, mean over seeds
 
     @property
     def difference(self) -> float | None:
-        return None if self.published is None else statistics.mean(self.last) - self.published
+        return None if self.published.paper is None else statistics.mean(self.last) - self.published.paper
 
     @property
     def within(self) -> bool | None:
@@ -104,6 +139,7 @@ class Table:
     dataset: str
     rows: list[Row]
     caption: str
+    notes: tuple[str, ...] = ()  # where published numbers disagree, and the best published since
 
 # %% ../nbs/method/09b_report.ipynb #c358252c
 def tables(results: list[Result]) -> list[Table]:
@@ -141,13 +177,45 @@ def _table(dataset: str, runs: list) -> Table:
                 *(_row(dataset, t, s, m, rs) for m, rs in sorted(by_method.items())),
             ]
         ]
-    return Table(dataset, rows, _caption(runs, about))
+    return Table(dataset, rows, _caption(runs, about), _notes(dataset, rows))
 
 # %% ../nbs/method/09b_report.ipynb #81962877
-def _label(e: Experiment, with_teacher: bool) -> str:
-    "The method, and in brackets what is not the paper's."
+OUR_CHOICE = "chosen by test accuracy in short runs on CIFAR-10 and Fashion-MNIST"
+NOT_PUBLIC = ("fcka", "lcka", "rcka", "dpk")  # published without the weights of the loss: ours are used
+
+
+def whose_weights(e: Experiment) -> str:
+    "Say where the weights of a loss are from: published, released, ours, or given for this run; of a sum, for each part."
+    if e.method == "none":
+        return "–"
+    if _given(e):
+        return "given"
+    of = lambda name: {"rcka_released": "released"}.get(name, "ours" if name in NOT_PUBLIC else "published")
+    builtin = lambda name: type(create_method(name)).__module__.startswith("rcka.")
+    return " + ".join(of(name) if builtin(name) else "own method" for name in e.method.split("+"))
+
+
+def _given(e: Experiment) -> dict:
+    "The arguments of a method that are not those it has by default on this pair."
     usual = Experiment(e.dataset, e.student, e.teacher, e.method).method_args
-    differ = {k: v for k, v in e.method_args.items() if usual.get(k) != v} | (changes(e)[1] if with_teacher else {})
+    return {k: v for k, v in e.method_args.items() if k not in usual or json.dumps(usual[k]) != json.dumps(v)}
+
+
+def evaluated_on(experiment: dict) -> str:
+    "Say on which images accuracies were measured and the best epoch chosen, from the fields of an experiment."
+    if part := experiment.get("val_fraction"):
+        return (
+            f"Last and best epoch: accuracy on validation images, {100 * part:g} % of the training images, where published "
+            "numbers are of test images."
+        )
+    if experiment.get("evaluate_on") == "train":
+        return "Last and best epoch: accuracy on training images, where published numbers are of test images."
+    return "Last and best epoch: accuracy on the test images; the best is chosen there, so it is an optimistic number."
+
+# %% ../nbs/method/09b_report.ipynb #3d920022
+def _label(e: Experiment, with_teacher: bool) -> str:
+    "The method, and in brackets what is not usual for this pair."
+    differ = _given(e) | (changes(e)[1] if with_teacher else {})
     return e.method + (f" ({', '.join(f'{k}={v}' for k, v in differ.items())})" if differ else "")
 
 
@@ -160,27 +228,69 @@ def _row(dataset, teacher, student, method, results) -> Row:
         method,
         tuple(r.last["top1"] for r in results),
         tuple(r.best["top1"] for r in results),
-        published_top1(dataset, teacher, student, method),
+        published_cell(dataset, teacher, student, method),
+        whose_weights(Experiment.from_dict(results[0].experiment)),
         cost,
     )
 
 
 def _teacher_row(dataset, teacher, student, results) -> Row:
     scores = tuple(sorted({r.teacher["top1"] for r in results}))
-    return Row(teacher, student, "teacher", scores, (), published_top1(dataset, teacher, student, "teacher"), None)
+    printed = published_cell(dataset, teacher, student, "teacher")
+    return Row(teacher, student, "teacher", scores, (), printed, "–", None)
 
 
 def _caption(runs: list, about: set[str]) -> str:
-    "Protocol, seeds, machine, versions and dates, as the results say."
+    "Training protocol, weights, evaluation, seeds, machine, versions and dates, as the results say."
     says = lambda d: ", ".join(f"{k} {v}" for k, v in d.items())
     protocol = says(changes(runs[0][0])[0] | (json.loads(next(iter(about))) if len(about) == 1 else {}))
     listed = lambda values: ", ".join(sorted({str(v) for v in values}))
     results = [r for _, r in runs]
     return (
-        f"Protocol: {f'that of the paper but for {protocol}' if protocol else 'that of the paper'}. "
+        f"Training protocol: {f'the one of the paper but for {protocol}' if protocol else 'the one of the paper'}. "
+        f"{_about_weights(runs)}{evaluated_on(results[0].experiment)} "
         f"Seeds: {listed(e.seed for e, _ in runs)}. Machine: {listed(r.device for r in results)}; torch {listed(r.versions.get('torch') for r in results)}. "
         f"Finished: {' to '.join(dict.fromkeys((min(r.finished for r in results)[:10], max(r.finished for r in results)[:10])))}."
     )
+
+
+def _about_weights(runs: list) -> str:
+    "What must be known of the weights of RCKA and its parts before they are held against published numbers."
+    used = {name for e, _ in runs for name in e.method.split("+")}
+    ours = ", ".join(sorted(used & set(NOT_PUBLIC)))
+    says = []
+    if ours:
+        says.append(f"The weights behind the published numbers of {ours} are not public: those here are ours")
+        if used & {"rcka", "fcka", "lcka"}:
+            says[-1] += f", {OUR_CHOICE}"
+    if "rcka_released" in used:
+        says.append(
+            "rcka_released has the form and weights of code that the authors of RCKA released, not those of its Table 1"
+        )
+    return "".join(f"{sentence}. " for sentence in says)
+
+
+def _notes(dataset: str, rows: list[Row]) -> tuple[str, ...]:
+    "Where the printed numbers of these rows disagree, and the best printed since for these pairs."
+    notes = []
+    for row in (r for r in rows if r.published.disagrees):
+        p = row.published
+        told = ["a dash in the RCKA paper" if p.paper is None else f"{p.paper:.2f} in the RCKA paper"]
+        told += [f"{v:.2f} in {source}" for v, source in ((p.own, p.own_source), (p.other, p.other_source)) if v]
+        remark = f" ({p.remark})" if p.remark else ""
+        notes.append(f"{row.method}, {row.teacher} → {row.student}, is printed as {', '.join(told)}{remark}.")
+    plain = lambda name: name.removesuffix("_half").removeprefix("torchvision/")
+    for teacher, student in dict.fromkeys((r.teacher, r.student) for r in rows if r.teacher):
+        best = [
+            f"{r['method']} {r['top1']:.2f} ({r['protocol']}; {r['source']})"
+            for r in sorted(published("best"), key=lambda r: r["top1"])
+            if (r["dataset"], r["teacher"], r["student"]) == (dataset, plain(teacher), plain(student))
+        ]
+        if best:
+            notes.append(
+                f"Best printed for {teacher} → {student}, in brackets the protocol and the source: {', '.join(best)}."
+            )
+    return tuple(notes)
 
 # %% ../nbs/method/09b_report.ipynb #80cc0d45
 HEADER = (
@@ -188,11 +298,14 @@ HEADER = (
     "student",
     "method",
     "seeds",
-    "last epoch",
-    "best epoch",
-    "published",
+    "ours, last epoch",
+    "ours, best epoch",
+    "RCKA paper",
+    "own source",
+    "other source",
     "difference",
     "within",
+    "weights",
     "ms/step",
 )
 
@@ -211,16 +324,21 @@ def cells(row: Row) -> tuple[str, ...]:
         str(len(row.last)),
         spread(row.last),
         spread(row.best),
-        number(row.published, ".2f"),
+        number(row.published.paper, ".2f"),
+        number(row.published.own, ".2f"),
+        number(row.published.other, ".2f"),
         number(row.difference, "+.2f"),
         within,
+        row.weights,
         number(row.cost, ".1f"),
     )
 
 
 NOTE = (
-    "Top-1 in per cent, mean ± standard deviation over seeds. difference: last epoch less published; within: at most two standard deviations. "
-    "best epoch: the best of all that were tested, so optimistic. ms/step: wall-clock time over training steps, tests after each epoch included."
+    "Top-1 in per cent, mean ± standard deviation over seeds. RCKA paper: Zhou et al. 2024; own source: the method's own paper or repository; other source: another paper or repository. "
+    "difference: our last epoch less the RCKA paper; within: at most two standard deviations. "
+    "weights: published with the method, or its usual ones; released: of code that the authors of RCKA released; ours; given: set for these runs. "
+    "ms/step: wall-clock time over training steps, tests after each epoch included."
 )
 
 
@@ -239,6 +357,7 @@ def markdown(table: Table) -> str:
                 *(line(cells(r)) for r in table.rows),
                 "",
                 NOTE,
+                *(["", *(f"- {note}" for note in table.notes)] if table.notes else []),
             ]
         )
         + "\n"
@@ -257,6 +376,7 @@ def latex(table: Table) -> str:
             ("#", r"\#"),
             ("±", r"$\pm$"),
             ("–", "--"),
+            ("→", r"$\rightarrow$"),
         ):
             s = s.replace(a, b)
         return s
@@ -280,6 +400,7 @@ def latex(table: Table) -> str:
                 *body,
                 r"  \bottomrule",
                 r"  \end{tabular}",
+                *(rf"  \par {text(note)}" for note in table.notes),
                 r"\end{table}",
             ]
         )
@@ -301,12 +422,17 @@ def as_rows(tables: list[Table]) -> list[dict]:
             "last_std": std(r.last),
             "best": mean(r.best),
             "best_std": std(r.best),
-            "published": r.published,
+            "rcka_paper": r.published.paper,
+            "own_source_top1": r.published.own,
+            "own_source": r.published.own_source,
+            "other_source_top1": r.published.other,
+            "other_source": r.published.other_source,
             "difference": r.difference,
             "within": r.within,
+            "weights": r.weights,
             "ms_per_step": r.cost,
             "last_by_seed": " ".join(f"{v:g}" for v in r.last),
-            "protocol": t.caption,
+            "caption": t.caption,
         }
         for t in tables
         for r in t.rows
@@ -318,25 +444,26 @@ def show(table: Table):
     from rich import box
     from rich.table import Table as Rich
 
-    names = ("", *HEADER[3:7], "diff.", *HEADER[8:])  # narrow enough for eighty columns
+    names = ("", "n", "last", "best", "paper", "own", "other", "diff.", "2 sd", "ms")  # fits eighty columns
     out = Rich(
         title=table.dataset,
-        caption=f"{table.caption}\n{NOTE}",
+        caption="\n".join((table.caption, f"n: seeds; 2 sd: within. {NOTE}", *table.notes)),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,
         caption_justify="left",
     )
     for i, name in enumerate(names):
-        out.add_column(name, justify="right" if i else "left", no_wrap=True)
+        out.add_column(name, justify="right" if i else "left", no_wrap=bool(i))  # a long pair of names wraps
     for before, row in zip([None, *table.rows], table.rows):
         if row.teacher and (not before or (before.teacher, before.student) != (row.teacher, row.student)):
             out.add_section()
             out.add_row(f"[bold]{_title((row.teacher, row.student))}[/]")
-        values = ["  " + (row.method if row.teacher else row.student), *cells(row)[3:]]
+        _, _, _, seeds, last, best, *printed, weights, cost = cells(row)
+        values = ["  " + (row.method if row.teacher else row.student), seeds, last, best.split(" ")[0], *printed, cost]
         color = {True: "green", False: "yellow", None: None}[row.within]
         if color:
-            values[6] = f"[{color}]{values[6]}[/]"
+            values[7] = f"[{color}]{values[7]}[/]"
         out.add_row(*values)
     return out
 
@@ -397,7 +524,7 @@ def _tidy(fig):
 
 # %% ../nbs/method/09b_report.ipynb #9dc09c05
 def plot_scores(table: Table):
-    "A matplotlib Figure: each seed a dot, mean and standard deviation, and the published number, one panel a pair."
+    "Draw each seed as a dot, mean and standard deviation, and the published numbers, one panel a pair: a matplotlib Figure."
     import seaborn as sns
 
     fig, axes = _panels(table, 0.42)
@@ -430,13 +557,17 @@ def plot_scores(table: Table):
             legend=False,
             ax=ax,
         )
-        known = [
-            (r.published, i) for i, r in enumerate(r for r in rows if r.method != "teacher") if r.published is not None
-        ]
-        if known:
-            ax.plot(
-                *zip(*known), "D", color="black", fillstyle="none", markersize=8, linestyle="none", label="published"
-            )
+        scored = [r.published for r in rows if r.method != "teacher"]
+        for label, source, marker in (
+            ("RCKA paper", "paper", "D"),
+            ("own source", "own", "^"),
+            ("other source", "other", "s"),
+        ):
+            known = [(v, i) for i, cell in enumerate(scored) if (v := getattr(cell, source)) is not None]
+            if known:
+                ax.plot(
+                    *zip(*known), marker, color="black", fillstyle="none", markersize=8, linestyle="none", label=label
+                )
         for r in rows:
             if r.method == "teacher":
                 ax.axvline(statistics.mean(r.last), color="0.5", linestyle="--", label="our teacher")
