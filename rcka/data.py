@@ -13,7 +13,6 @@ import math
 import os
 import socket
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +28,9 @@ from torch import Tensor
 from .losses import nearest
 
 # %% auto #0
-__all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'checkout', 'Dataset', 'balanced_slice', 'measure', 'decode_images', 'DatasetInfo',
-           'list_datasets', 'load_dataset', 'check_whole', 'check_enough', 'check_epoch', 'Batch', 'seed_of',
-           'crop_flip', 'Batches', 'main']
+__all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'checkout', 'Dataset', 'balanced_slice', 'validation_split', 'seed_of', 'measure',
+           'decode_images', 'DatasetInfo', 'list_datasets', 'load_dataset', 'check_whole', 'check_enough',
+           'check_epoch', 'Batch', 'crop_flip', 'Batches', 'main']
 
 # %% ../nbs/method/05_data.ipynb #25e238b8
 def data_root(
@@ -94,6 +93,9 @@ class Dataset:
     std: tuple[float, ...]  # by channel, of pixels in [0, 1]
     pad: int = 4  # random crop: how many pixels an image may move
     flip: bool = True  # whether a mirrored image is still of its class
+    evaluated_on: str = (
+        "test"  # what the test part holds: "test" images, or "validation" images held out of the training part
+    )
 
     def __post_init__(self):
         for part in ("train", "test"):
@@ -110,7 +112,7 @@ class Dataset:
 
     def __repr__(self):
         shape = "x".join(map(str, self.shape))
-        return f"Dataset({self.name}: {len(self.train_images)} training and {len(self.test_images)} test images of {shape} in {self.num_classes} classes)"
+        return f"Dataset({self.name}: {len(self.train_images)} training and {len(self.test_images)} {self.evaluated_on} images of {shape} in {self.num_classes} classes)"
 
     @property
     def num_classes(self) -> int:
@@ -127,7 +129,7 @@ class Dataset:
     def batches(
         self,
         batch_size: int | None = None,  # None: 64 for training, 500 for evaluation
-        train: bool = True,  # training images, shuffled and augmented; or test images in order
+        train: bool = True,  # training images, shuffled and augmented; or test (or validation) images in order
         **kwargs,  # device, seed, dtype, channels_last, pad, flip: see `Batches`
     ) -> Batches:
         "Batches of this dataset, with its own normalisation and augmentation."
@@ -168,6 +170,49 @@ def _sliced(data: Dataset, limit: int | None, test_limit: int | None) -> Dataset
         keep = balanced_slice(data.test_targets, test_limit, "test_limit")
         data = replace(data, test_images=data.test_images[keep], test_targets=data.test_targets[keep])
     return data
+
+# %% ../nbs/method/05_data.ipynb #5fa10c71
+def validation_split(
+    targets: Tensor,  # int64 (N,), of the training images
+    fraction: float,  # of each class, between 0 and 1
+    seed: int = 0,  # of this choice only
+) -> Tensor:  # bool (N,): the validation images
+    "Choose a class-balanced validation part: of each class in order, the first round(fraction * n) of a permutation of its n members."
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        raise ValueError(f"val_fraction must be a number between 0 and 1, got {fraction!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"val_seed must be a whole number, got {seed!r}")
+    g = torch.Generator().manual_seed(seed_of("validation", seed))
+    chosen = torch.zeros(len(targets), dtype=torch.bool)
+    for c in range(int(targets.max()) + 1):
+        members = (targets == c).nonzero()[:, 0]
+        n = round(fraction * len(members))
+        if not 0 < n < len(members):
+            part = "validation" if n == 0 else "training"
+            raise ValueError(
+                f"val_fraction={fraction} leaves class {c}, of {len(members)} training images, without {part} images; "
+                f"choose a fraction that gives each class one or more in both parts"
+            )
+        chosen[members[torch.randperm(len(members), generator=g)[:n]]] = True
+    return chosen
+
+
+def seed_of(*key) -> int:
+    "A seed for torch that depends on all of the key, and on their order: seed 1, epoch 0 is not seed 0, epoch 1."
+    return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
+
+
+def _with_validation(data: Dataset, fraction: float, seed: int) -> Dataset:
+    "Validation images in the place of the test images, and the rest of the training images."
+    chosen = validation_split(data.train_targets, fraction, seed)
+    return replace(
+        data,
+        train_images=data.train_images[~chosen],
+        train_targets=data.train_targets[~chosen],
+        test_images=data.train_images[chosen],
+        test_targets=data.train_targets[chosen],
+        evaluated_on="validation",
+    )
 
 # %% ../nbs/method/05_data.ipynb #5a1125c3
 def _digits(root: Path, download: bool) -> Dataset:
@@ -821,12 +866,14 @@ def list_datasets(
 def load_dataset(
     name: str,  # "digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:PATH", "imagenet" or "imagenet:PATH"
     root: str | Path | None = None,  # the folder with the datasets; see `data_root`
-    limit: int | None = None,  # keep so many training images, the first of each class
-    test_limit: int | None = None,  # keep so many test images
+    limit: int | None = None,  # keep so many training images, the first of each class, none of them for validation
+    test_limit: int | None = None,  # keep so many test (or validation) images
     size: int
     | tuple[int, int]
     | None = None,  # image folders: resize to (H, W), cutting what sticks out; imagenet: pixels of a side, 224 if not given
     download: bool = True,  # fetch what is not there, with a progress bar
+    val_fraction: float | None = None,  # evaluate on this part of the training images, see `validation_split`
+    val_seed: int = 0,  # chooses these images
     **options,  # imagenet only: val, skip_broken; see `rcka.imagenet.load_imagenet`
 ) -> Dataset:
     """A dataset in memory; "imagenet" is one in files, with the same `batches`. `limit` changes neither the classes nor mean and deviation, which are those of the whole training set.
@@ -834,20 +881,32 @@ def load_dataset(
     CIFAR-10 and CIFAR-100 are read from torchvision's files, from a folder NAME/{train,test}/CLASS/* or from the parquet files of the
     Hugging Face hub, whichever is found first in this order; they are downloaded where none is there.
 
-    Raises ValueError for an unknown name (with the near ones) or a folder that is not as it should be; FileNotFoundError where the
-    dataset is not there and cannot be fetched (with the URL, the folder and the command)."""
+    Raises ValueError for an unknown name (with the near ones), a folder that is not as it should be, or a `val_fraction` that leaves a
+    class empty; FileNotFoundError where the dataset is not there and cannot be fetched (with the URL, the folder and the command)."""
     root = data_root(root)
     kind, _, path = str(name).partition(":")
     if kind == "imagenet" and (path or name == "imagenet"):
         from rcka.imagenet import load_imagenet
 
+        if val_fraction is not None:
+            raise ValueError(
+                "val_fraction is for datasets in memory, not for imagenet: to evaluate on the training images, val='train'"
+            )
         return load_imagenet(
             path or name, root, limit, test_limit, **({} if size is None else {"size": size}), **options
         )
     if options:
         raise TypeError(f"{', '.join(options)} is for imagenet; {name} has no such option")
+    data = _in_memory(name, root, size, download)
+    if val_fraction is not None:
+        data = _with_validation(data, val_fraction, val_seed)
+    return _sliced(data, limit, test_limit)
+
+
+def _in_memory(name: str, root: Path, size, download: bool) -> Dataset:
+    kind, _, path = str(name).partition(":")
     if kind == "imagefolder" and path:
-        return _sliced(_imagefolder(path, root, size), limit, test_limit)
+        return _imagefolder(path, root, size)
     if name not in KNOWN:
         names = [*KNOWN, "imagenet", "imagenet:PATH", "imagefolder:PATH"]
         folder = (
@@ -861,16 +920,13 @@ def load_dataset(
             f"size is for image folders; {name} has images of {KNOWN[name].shape[1]} x {KNOWN[name].shape[2]}"
         )
     if name == "digits":
-        data = _digits(root, download)
-    else:
-        form = _form(name, root)
-        if form == "image folder":
-            data = _known_folder(name, root)
-        elif form == "parquet files":
-            data = _known_parquet(name, root)
-        else:
-            data = _torchvision(name, root, download)
-    return _sliced(data, limit, test_limit)
+        return _digits(root, download)
+    form = _form(name, root)
+    if form == "image folder":
+        return _known_folder(name, root)
+    if form == "parquet files":
+        return _known_parquet(name, root)
+    return _torchvision(name, root, download)
 
 # %% ../nbs/method/05_data.ipynb #2b3b0306
 def check_whole(least: int, **values):
@@ -921,11 +977,6 @@ class _Draws(NamedTuple):
     order: Tensor
     offsets: Tensor
     flips: Tensor
-
-
-def seed_of(*key) -> int:
-    "A seed for torch that depends on all of the key, and on their order: seed 1, epoch 0 is not seed 0, epoch 1."
-    return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
 
 
 def _draw(n: int, pad: int, flip: bool, seed: int, epoch: int) -> _Draws:

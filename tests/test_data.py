@@ -576,6 +576,86 @@ def test_fashion_mnist_files_of_a_wrong_size_are_not_there(tmp_path, monkeypatch
         load_dataset("fashion_mnist", root=tmp_path)
 
 
+# a validation part
+
+
+def test_validation_images_are_chosen_by_the_rule_and_nothing_else():
+    "The rule that runs rely on, written out once more."
+    t = torch.tensor([0, 1, 2] * 15 + [1] * 5)
+    g, want = torch.Generator().manual_seed(D.seed_of("validation", 3)), []
+    for c, n in ((0, 3), (1, 4), (2, 3)):  # round(0.2 * 15), round(0.2 * 20)
+        members = [i for i, x in enumerate(t.tolist()) if x == c]
+        want += [members[i] for i in torch.randperm(len(members), generator=g)[:n].tolist()]
+    torch.manual_seed(5)  # nothing else has a say
+    assert D.validation_split(t, 0.2, 3).nonzero()[:, 0].tolist() == sorted(want)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(5, 40), classes=st.integers(1, 6), fraction=st.floats(0.15, 0.85), seed=st.integers(0, 99))
+def test_validation_part_is_balanced_and_disjoint(n, classes, fraction, seed):
+    t = torch.arange(n * classes) % classes
+    chosen = D.validation_split(t, fraction, seed)
+    assert t[chosen].bincount(minlength=classes).tolist() == [round(fraction * n)] * classes
+    # which members of a class are chosen does not depend on the order across classes
+    order = torch.argsort(t, stable=True)
+    assert torch.equal(D.validation_split(t[order], fraction, seed), chosen[order])
+
+
+def test_a_dataset_with_a_validation_part():
+    whole, d = load_dataset("digits"), load_dataset("digits", val_fraction=0.1)
+    assert (whole.evaluated_on, d.evaluated_on) == ("test", "validation")
+    assert repr(d) == "Dataset(digits: 806 training and 90 validation images of 1x8x8 in 10 classes)"
+    chosen = D.validation_split(whole.train_targets, 0.1, 0)
+    assert torch.equal(d.test_images, whole.train_images[chosen])
+    assert torch.equal(d.test_targets, whole.train_targets[chosen])
+    assert torch.equal(d.train_images, whole.train_images[~chosen])
+    assert torch.equal(d.train_targets, whole.train_targets[~chosen])
+    assert (d.mean, d.std) == (whole.mean, whole.std)
+    other = load_dataset("digits", val_fraction=0.1, val_seed=1)
+    assert not torch.equal(other.test_images, d.test_images)
+
+
+def test_limit_is_taken_of_the_rest():
+    whole = load_dataset("digits", val_fraction=0.2)
+    d = load_dataset("digits", val_fraction=0.2, limit=50, test_limit=20)
+    assert d.train_targets.bincount().tolist() == [5] * 10 and d.test_targets.bincount().tolist() == [2] * 10
+    assert torch.equal(d.train_images, whole.train_images[balanced_slice(whole.train_targets, 50)])
+    assert torch.equal(d.test_images, whole.test_images[balanced_slice(whole.test_targets, 20)])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"val_fraction": 0.001}, "leaves class 0, of 89 training images, without validation images"),
+        ({"val_fraction": 0.999}, "without training images"),
+        ({"val_fraction": 0}, "between 0 and 1, got 0"),
+        ({"val_fraction": 1.0}, "between 0 and 1"),
+        ({"val_fraction": "0.1"}, "between 0 and 1"),
+        ({"val_fraction": float("nan")}, "between 0 and 1"),
+        ({"val_fraction": True}, "between 0 and 1"),
+        ({"val_fraction": 0.1, "val_seed": 0.5}, "val_seed must be a whole number"),
+    ],
+)
+def test_bad_validation_parts(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_dataset("digits", **options)
+
+
+def test_imagenet_has_no_validation_part_in_memory(tmp_path):
+    with pytest.raises(ValueError, match="val_fraction is for datasets in memory"):
+        load_dataset("imagenet", root=tmp_path, val_fraction=0.1)
+
+
+def test_an_experiment_hands_it_on():
+    from rcka.experiments import Experiment
+
+    of = lambda **kw: Experiment("digits", "resnet8", train_limit=50, **kw)
+    d = of(val_fraction=0.1).load_data()
+    assert d.evaluated_on == "validation" and len(d.train_images) == 50 and len(d.test_images) == 90
+    assert of().load_data().evaluated_on == "test"
+    assert of(val_fraction=0.1).key != of().key == of(val_fraction=None).key
+
+
 # CIFAR in the other forms in which it circulates
 
 
@@ -640,6 +720,8 @@ def test_cifar_is_the_same_from_a_folder_and_from_parquet(tmp_path, small, name)
         )
     assert same(by_class(a.train_images, a.train_targets), by_class(b.train_images, b.train_targets))
     assert same(by_class(a.test_images, a.test_targets), by_class(b.test_images, b.test_targets))
+    v, w = (load_dataset(name, root=tmp_path / root, val_fraction=0.4) for root in "ab")
+    assert same(by_class(v.test_images, v.test_targets), by_class(w.test_images, w.test_targets))
     assert b.train_targets[:3].tolist() == [0, 1, 2]  # the order of the file
     first = np.asarray(Image.open(io.BytesIO(images["train", known.names[0], 0])))
     assert np.array_equal(a.train_images[0].permute(1, 2, 0), first)
