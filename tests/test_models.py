@@ -309,6 +309,46 @@ def test_broken_files(tmp_path, content, suffix):
         load_weights(model, tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "net"])
+def test_where_checkpoints_keep_their_weights(tmp_path, key):
+    source, other = create_model("resnet8", 10), create_model("resnet8", 10)
+    torch.save(
+        {"epoch": 3, key: source.state_dict(), "optimizer_state_dict": {"state": {}, "param_groups": []}},
+        tmp_path / "c.pth",
+    )
+    load_checkpoint(other, tmp_path / "c.pth")
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values()))
+    torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=f"no weights: expected .*'{key}'"):
+        load_checkpoint(other, tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("classes", [10, 100])  # alike, or other classes besides
+@pytest.mark.parametrize("name", ["resnet20", "resnet18"])
+def test_shortcuts_without_parameters_are_named(tmp_path, name, classes):
+    "The ResNets of CIFAR as He et al. first had them (option A), which a large part of the public checkpoints are."
+    model = create_model(name, 10)
+    before = copy.deepcopy(model.state_dict())
+    state = {
+        f"module.{k.replace('fc', 'linear')}": v
+        for k, v in create_model(name, classes).state_dict().items()
+        if "downsample" not in k
+    }
+    torch.save({"state_dict": state, "best_prec1": 91.7}, tmp_path / "c.th")
+    with pytest.raises(ValueError, match="shortcuts have no parameters .option A") as error:
+        load_checkpoint(model, tmp_path / "c.th")
+    assert "layer2.0.downsample.0.weight" in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["vgg8", "wrn_16_1", "resnet32"])
+def test_other_networks_are_not_taken_for_option_a(tmp_path, source):
+    torch.save(create_model(source, 10).state_dict(), tmp_path / "c.pth")
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(create_model("resnet20", 10), tmp_path / "c.pth")
+    assert "option A" not in str(error.value)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, data):

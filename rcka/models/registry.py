@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..losses import Layers, nearest
 
 # %% auto #0
-__all__ = ['NETWORKS', 'ALIASES', 'check_images', 'init_weights', 'network', 'list_models', 'create_model', 'unwrapped',
-           'load_checkpoint', 'save_weights', 'load_weights']
+__all__ = ['NETWORKS', 'NESTED', 'ALIASES', 'OPTION_A', 'check_images', 'init_weights', 'network', 'list_models', 'create_model',
+           'unwrapped', 'load_checkpoint', 'save_weights', 'load_weights']
 
 # %% ../../nbs/method/04_models.ipynb #63a06061
 def check_images(
@@ -119,6 +119,7 @@ def _timm(name: str, num_classes: int, in_channels: int, options: dict) -> nn.Mo
     return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **options)
 
 # %% ../../nbs/method/04_models.ipynb #ec97a6ac
+NESTED = ("model", "state_dict", "model_state_dict", "net")  # where checkpoints keep the weights
 ALIASES = [("fc", "linear"), ("linear", "fc"), ("downsample", "shortcut"), ("shortcut", "downsample")]
 
 
@@ -175,17 +176,32 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _weights(content, path: Path) -> dict[str, Tensor]:
     "The state dict in what a file held."
-    for key in ("model", "state_dict"):
+    for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
         return dict(content)
     what = f"a dict with keys {list(content)[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
     raise ValueError(
-        f"{path} holds {what}, and no weights: expected a dict of tensors, or one under 'model' or 'state_dict'"
+        f"{path} holds {what}, and no weights: expected a dict of tensors, or one under {', '.join(map(repr, NESTED))}"
     )
 
 # %% ../../nbs/method/04_models.ipynb #02681250
+OPTION_A = (
+    "The file is of a residual network whose shortcuts have no parameters (option A of He et al. 2016: subsampled and padded with "
+    "zeros); this network has projections there (option B, 'downsample'). Take a checkpoint of a network with projections, or "
+    "load this one into the network that it was trained with: any nn.Module can be a teacher or a student"
+)
+
+
+def _without_projections(own: Iterable[str], file: Iterable[str]) -> bool:
+    "Whether the file has the weights of the residual blocks, but of none of their projections."
+    block = re.compile(r"layer\d+\.\d+\.conv1\.weight$")
+    projection = re.compile(r"layer\d+\.\d+\.(downsample|shortcut)\.")
+    has = lambda keys, what: any(what.search(key) for key in keys)
+    return has(own, projection) and has(file, block) and not has(file, projection)
+
+
 def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
     "Load `state` into `model`, all of it or nothing."
     own, fitted, extra, differ = model.state_dict(), {}, [], []
@@ -208,7 +224,10 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
         if keys
     ]
     if problems:
-        raise ValueError(f"{path} does not fit {type(model).__name__}, which is left as it was. {'; '.join(problems)}")
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}, which is left as it was. {'; '.join(problems)}"
+            + (f". {OPTION_A}" if _without_projections(own, state) else "")
+        )
     model.load_state_dict(fitted, strict=False)
 
 
@@ -221,7 +240,7 @@ def load_checkpoint(
     model: nn.Module,  # the network to fill
     path: str | os.PathLike,  # a .pth / .pt of torch.save, or .safetensors
 ) -> nn.Module:  # the same model
-    """Load weights in any layout in circulation: bare or under "model" / "state_dict", with or without "module.",
+    """Load weights in any layout in circulation: bare or under "model" / "state_dict" / "model_state_dict" / "net", with or without "module.",
     `fc` or `linear`, `downsample` or `shortcut`. Code in the file is never run.
 
     ValueError, with the keys and shapes that do not fit, leaves the model as it was. `num_batches_tracked` may be missing."""
