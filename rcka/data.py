@@ -8,11 +8,11 @@ import configparser
 import contextlib
 import hashlib
 import importlib.util
+import io
 import math
 import os
 import socket
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +28,9 @@ from torch import Tensor
 from .losses import nearest
 
 # %% auto #0
-__all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'checkout', 'Dataset', 'balanced_slice', 'measure', 'decode_images', 'DatasetInfo',
-           'list_datasets', 'load_dataset', 'check_whole', 'check_enough', 'check_epoch', 'Batch', 'seed_of',
-           'crop_flip', 'Batches', 'main']
+__all__ = ['KNOWN', 'SUFFIXES', 'data_root', 'checkout', 'Dataset', 'balanced_slice', 'validation_split', 'seed_of', 'measure',
+           'decode_images', 'DatasetInfo', 'list_datasets', 'load_dataset', 'check_whole', 'check_enough',
+           'check_epoch', 'Batch', 'crop_flip', 'Batches', 'main']
 
 # %% ../nbs/method/05_data.ipynb #25e238b8
 def data_root(
@@ -93,6 +93,9 @@ class Dataset:
     std: tuple[float, ...]  # by channel, of pixels in [0, 1]
     pad: int = 4  # random crop: how many pixels an image may move
     flip: bool = True  # whether a mirrored image is still of its class
+    evaluated_on: str = (
+        "test"  # what the test part holds: "test" images, or "validation" images held out of the training part
+    )
 
     def __post_init__(self):
         for part in ("train", "test"):
@@ -109,7 +112,7 @@ class Dataset:
 
     def __repr__(self):
         shape = "x".join(map(str, self.shape))
-        return f"Dataset({self.name}: {len(self.train_images)} training and {len(self.test_images)} test images of {shape} in {self.num_classes} classes)"
+        return f"Dataset({self.name}: {len(self.train_images)} training and {len(self.test_images)} {self.evaluated_on} images of {shape} in {self.num_classes} classes)"
 
     @property
     def num_classes(self) -> int:
@@ -126,7 +129,7 @@ class Dataset:
     def batches(
         self,
         batch_size: int | None = None,  # None: 64 for training, 500 for evaluation
-        train: bool = True,  # training images, shuffled and augmented; or test images in order
+        train: bool = True,  # training images, shuffled and augmented; or test (or validation) images in order
         **kwargs,  # device, seed, dtype, channels_last, pad, flip: see `Batches`
     ) -> Batches:
         "Batches of this dataset, with its own normalisation and augmentation."
@@ -167,6 +170,49 @@ def _sliced(data: Dataset, limit: int | None, test_limit: int | None) -> Dataset
         keep = balanced_slice(data.test_targets, test_limit, "test_limit")
         data = replace(data, test_images=data.test_images[keep], test_targets=data.test_targets[keep])
     return data
+
+# %% ../nbs/method/05_data.ipynb #5fa10c71
+def validation_split(
+    targets: Tensor,  # int64 (N,), of the training images
+    fraction: float,  # of each class, between 0 and 1
+    seed: int = 0,  # of this choice only
+) -> Tensor:  # bool (N,): the validation images
+    "Choose a class-balanced validation part: of each class in order, the first round(fraction * n) of a permutation of its n members."
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        raise ValueError(f"val_fraction must be a number between 0 and 1, got {fraction!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"val_seed must be a whole number, got {seed!r}")
+    g = torch.Generator().manual_seed(seed_of("validation", seed))
+    chosen = torch.zeros(len(targets), dtype=torch.bool)
+    for c in range(int(targets.max()) + 1):
+        members = (targets == c).nonzero()[:, 0]
+        n = round(fraction * len(members))
+        if not 0 < n < len(members):
+            part = "validation" if n == 0 else "training"
+            raise ValueError(
+                f"val_fraction={fraction} leaves class {c}, of {len(members)} training images, without {part} images; "
+                f"choose a fraction that gives each class one or more in both parts"
+            )
+        chosen[members[torch.randperm(len(members), generator=g)[:n]]] = True
+    return chosen
+
+
+def seed_of(*key) -> int:
+    "A seed for torch that depends on all of the key, and on their order: seed 1, epoch 0 is not seed 0, epoch 1."
+    return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
+
+
+def _with_validation(data: Dataset, fraction: float, seed: int) -> Dataset:
+    "Validation images in the place of the test images, and the rest of the training images."
+    chosen = validation_split(data.train_targets, fraction, seed)
+    return replace(
+        data,
+        train_images=data.train_images[~chosen],
+        train_targets=data.train_targets[~chosen],
+        test_images=data.train_images[chosen],
+        test_targets=data.train_targets[chosen],
+        evaluated_on="validation",
+    )
 
 # %% ../nbs/method/05_data.ipynb #5a1125c3
 def _digits(root: Path, download: bool) -> Dataset:
@@ -224,6 +270,9 @@ class _Known(NamedTuple):
     std: tuple = ()
     pad: int = 4
     flip: bool = True
+    per_class: tuple[int, int] | None = None  # training and test images of each class
+    names: tuple[str, ...] = ()  # of the classes, in the order of their labels
+    columns: tuple[str, str] | None = None  # image and label in the parquet files of the Hugging Face hub
 
 
 _CIFAR10 = {
@@ -237,11 +286,42 @@ _FASHION = {
     "FashionMNIST/raw/t10k-labels-idx1-ubyte": 10008,
 }
 
+_CIFAR10_NAMES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+_CIFAR100_NAMES = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+    forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+    mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+    sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+    willow_tree wolf woman worm
+    """.split()
+)
+
 KNOWN = {
     "digits": _Known(10, (1, 8, 8), {}, pad=1, flip=False),
     "fashion_mnist": _Known(10, (1, 28, 28), _FASHION, (0.2860,), (0.3530,), pad=2),
-    "cifar10": _Known(10, (3, 32, 32), _CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": _Known(100, (3, 32, 32), _CIFAR100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "cifar10": _Known(
+        10,
+        (3, 32, 32),
+        _CIFAR10,
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        per_class=(5000, 1000),
+        names=_CIFAR10_NAMES,
+        columns=("img", "label"),
+    ),
+    "cifar100": _Known(
+        100,
+        (3, 32, 32),
+        _CIFAR100,
+        (0.5071, 0.4867, 0.4408),
+        (0.2675, 0.2565, 0.2761),
+        per_class=(500, 100),
+        names=_CIFAR100_NAMES,
+        columns=("img", "fine_label"),
+    ),
 }
 
 
@@ -303,9 +383,14 @@ def _fetch(name: str, cls, root: Path, download: bool, why: str):
 def _missing(name: str, cls, root: Path, why: str) -> FileNotFoundError:
     url = getattr(cls, "url", None) or cls.mirrors[0]
     folder = root / next(iter(KNOWN[name].files)).split("/")[0]
+    others = (
+        f", or the images as {root / name}/{{train,test}}/CLASS/*.png, or the parquet files of the Hugging Face hub below {root / name}"
+        if KNOWN[name].names
+        else ""
+    )
     return FileNotFoundError(
         f"no dataset {name!r} in {folder}: {why}. With a network, `python -m rcka.data {name} --root {root}` fetches it from {url}; "
-        f"or put the files there by hand; another folder is chosen by root= or the environment variable RCKA_DATA"
+        f"or put the files there by hand{others}; another folder is chosen by root= or the environment variable RCKA_DATA"
     )
 
 # %% ../nbs/method/05_data.ipynb #0d15baee
@@ -379,13 +464,28 @@ def _differ(first: str, a: tuple, second: str, b: tuple) -> str:
     )
 
 
-def _first_size(paths: list[str]) -> tuple[str, tuple[int, int]]:
-    "The first image that can be read, and its (H, W)."
+class _Encoded(NamedTuple):
+    "An image file in memory. `decode_images` takes it in place of a path."
+
+    name: str  # for errors
+    content: bytes
+
+    def __str__(self):
+        return self.name
+
+
+def _image(path: str | _Encoded):
+    "The image as PIL opens it, not decoded yet."
     from PIL import Image
 
+    return Image.open(io.BytesIO(path.content) if isinstance(path, _Encoded) else path)
+
+
+def _first_size(paths: list[str | _Encoded]) -> tuple[str, tuple[int, int]]:
+    "The first image that can be read, and its (H, W)."
     for path in paths:
-        with contextlib.suppress(Exception), Image.open(path) as im:
-            return path, im.size[::-1]
+        with contextlib.suppress(Exception), _image(path) as im:
+            return str(path), im.size[::-1]
     raise ValueError(f"none of {len(paths)} images can be decoded: {_some(paths)}")
 
 
@@ -402,18 +502,18 @@ def _check_memory(n: int, height: int, width: int):
         )
 
 # %% ../nbs/method/05_data.ipynb #d0e6b301
-def _open(path: str, size: tuple[int, int] | None):
+def _open(path: str | _Encoded, size: tuple[int, int] | None):
     "An RGB image; resized to cover (H, W) and cut to its centre if `size` says so."
     from PIL import Image, ImageOps
 
-    with Image.open(path) as im:
+    with _image(path) as im:
         if im.mode[0] in "IF":
             raise ValueError(f"{im.mode} pixels have more than 8 bits")
         im = im.convert("RGB")
     return ImageOps.fit(im, size[::-1], Image.Resampling.BICUBIC) if size else im
 
 
-def _decode_some(jobs: list[tuple[int, str]], out, size):
+def _decode_some(jobs: list[tuple[int, str | _Encoded]], out, size):
     "Decode into `out` (N, H, W, 3); the broken ones, and the first of another size."
     import numpy as np
 
@@ -425,13 +525,13 @@ def _decode_some(jobs: list[tuple[int, str]], out, size):
             broken.append(f"{path} ({type(err).__name__}: {err})")
             continue
         if pixels.shape != out.shape[1:]:
-            return broken, (path, pixels.shape)
+            return broken, (str(path), pixels.shape)
         out[i] = pixels
     return broken, None
 
 
 def decode_images(
-    paths: list[str],  # image files
+    paths: list[str | _Encoded],  # image files
     size: int | tuple[int, int] | None = None,  # resize to (H, W), or to a square; None: all must have one size
     workers: int | None = None,  # threads; None is one for each core, and one more
 ) -> Tensor:  # uint8 (N, 3, H, W)
@@ -548,6 +648,157 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]):
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)  # what Ctrl-C or a full disk left
 
+# %% ../nbs/method/05_data.ipynb #7186d794
+def _form(name: str, root: Path) -> str | None:
+    "The form in which a known dataset is under the root; None where it is not."
+    if name == "digits":
+        return "scikit-learn" if _is_there(name, root) else None
+    if _is_there(name, root):
+        return "torchvision files"
+    if set(KNOWN[name].names) & set(_class_folders(root / name / "train")):
+        return "image folder"
+    if KNOWN[name].names and _parquet_files(name, root):
+        return "parquet files"
+    return None
+
+
+def _check_complete(
+    name: str,  # of a dataset in KNOWN
+    counts: tuple[dict[str, int], dict[str, int]],  # images by class, of the training and of the test part
+    places: tuple,  # where the two were found, for errors
+):
+    "Refuse what lacks classes or images of a known dataset, or has others."
+    known = KNOWN[name]
+    for part, want, found, place in zip(("training", "test"), known.per_class, counts, places):
+        differ = [f"{found[c]} of {c}" for c in known.names if c in found and found[c] != want]
+        problems = [
+            f"{what}: {_some(classes)}"
+            for what, classes in (
+                ("missing classes", [c for c in known.names if c not in found]),
+                ("unknown classes", [c for c in found if c not in known.names]),
+                ("other counts", differ),
+            )
+            if classes
+        ]
+        if problems:
+            raise ValueError(
+                f"{place} is not all of {name}: expected {want} {part} images in each of {known.classes} classes, "
+                f"found {sum(found.values())} images in {len(found)} classes; {'; '.join(problems)}"
+            )
+
+
+def _as_known(name: str, data: Dataset, where: Path) -> Dataset:
+    "The images of a known dataset under its own name, with its own constants."
+    known = KNOWN[name]
+    if data.shape != known.shape:
+        (_, h, w), (_, height, width) = data.shape, known.shape
+        raise ValueError(f"{where} has images of {h} x {w} pixels; those of {name} have {height} x {width}")
+    return replace(
+        data,
+        name=name,
+        classes=known.names,
+        mean=known.mean,
+        std=known.std,
+        pad=known.pad,
+        flip=known.flip,
+    )
+
+
+def _known_folder(name: str, root: Path) -> Dataset:
+    "CIFAR-10 or CIFAR-100 from ROOT/NAME/{train,test}/CLASS/*."
+    folders = _find_folder(name, root)
+    count = lambda folder: {c: sum(1 for _ in _walk(folder / c)) for c in _class_folders(folder)}
+    try:
+        _check_complete(name, tuple(map(count, folders)), folders)
+    except ValueError as err:
+        raise ValueError(f"{err}. To load it as it is: load_dataset('imagefolder:{name}')") from None
+    return _as_known(name, _imagefolder(name, root, None), root / name)
+
+# %% ../nbs/method/05_data.ipynb #2f7acf2b
+def _parquet_files(name: str, root: Path) -> dict[str, list[Path]]:
+    "The hub's files of the training and the test images, in ROOT/NAME or in a folder below that the hub uses."
+    for below in ("", name, "data", "plain_text"):
+        found = {part: sorted((root / name / below).glob(f"{part}[-.]*parquet")) for part in ("train", "test")}
+        if any(found.values()):
+            return found
+    return {}
+
+
+def _known_parquet(name: str, root: Path) -> Dataset:
+    "CIFAR-10 or CIFAR-100 from the parquet files of the Hugging Face hub."
+    files, known = _parquet_files(name, root), KNOWN[name]
+    folder = next(p for paths in files.values() for p in paths).parent
+    if lacking := [part for part, paths in files.items() if not paths]:
+        raise ValueError(
+            f"{folder} has no parquet file of the {lacking[0]} images; expected {lacking[0]}-00000-of-00001.parquet"
+        )
+    tables = [_read_parquet(paths, *known.columns) for paths in files.values()]
+    targets = [torch.from_numpy(table[known.columns[1]].to_numpy().astype("int64")) for table in tables]
+    names = dict(enumerate(known.names))
+    counts = [
+        {names.get(c, f"label {c}"): n for c, n in zip(*map(Tensor.tolist, t.unique(return_counts=True)))}
+        for t in targets
+    ]
+    _check_complete(name, tuple(counts), tuple(f"{paths[0]}" for paths in files.values()))
+
+    seen = repr((1, [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for paths in files.values() for p in paths]))
+    cache = root / ".cache" / f"{name}-{hashlib.blake2b(seen.encode(), digest_size=8).hexdigest()}.pt"
+    lengths = list(map(len, targets))
+    found = _read_cache(cache, lengths)
+    if found is None:
+        encoded = [
+            _Encoded(f"image {i} of {paths[0].name}", image)
+            for paths, table in zip(files.values(), tables)
+            for i, image in enumerate(_image_bytes(table[known.columns[0]], paths[0]))
+        ]
+        images = decode_images(encoded).split(lengths)
+        parts = dict(zip(("train", "test"), images))
+        _write_cache(cache, parts | {k: torch.tensor(getattr(known, k), dtype=torch.float64) for k in ("mean", "std")})
+    else:
+        images = found[:2]
+    data = Dataset(name, images[0], targets[0], images[1], targets[1], known.names, known.mean, known.std)
+    return _as_known(name, data, folder)
+
+
+def _read_parquet(paths: list[Path], *columns: str):
+    "The two columns of parquet files as one pyarrow table."
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ImportError(
+            f"{paths[0]} needs the package pyarrow, which is not installed: pip install pyarrow, or rcka[parquet]"
+        ) from None
+    tables = []
+    for path in paths:
+        try:
+            file = parquet.ParquetFile(path)
+            if missing := [c for c in columns if c not in file.schema_arrow.names]:
+                raise ValueError(
+                    f"{path} has no column {' and no column '.join(missing)}; its columns are {', '.join(file.schema_arrow.names)}"
+                )
+            tables.append(file.read(list(columns)))
+        except pyarrow.ArrowException as err:
+            raise ValueError(f"{path} is not a parquet file, or only half of one: {err}") from None
+    table = pyarrow.concat_tables(tables)
+    for column in columns:
+        if table[column].null_count:
+            raise ValueError(f"{paths[0]}: column {column} lacks {table[column].null_count} of {len(table)} values")
+    if not pyarrow.types.is_integer(table[columns[1]].type):
+        raise ValueError(f"{paths[0]}: column {columns[1]} must hold whole numbers, got {table[columns[1]].type}")
+    return table
+
+
+def _image_bytes(column, path: Path) -> list[bytes]:
+    "The encoded images of a column in which the hub keeps {bytes, path}."
+    import pyarrow.compute
+    import pyarrow.types
+
+    kind = column.type
+    if not pyarrow.types.is_struct(kind) or "bytes" not in [field.name for field in kind]:
+        raise ValueError(f"{path}: the column of the images must be a struct with the field bytes, got {kind}")
+    return pyarrow.compute.struct_field(column, "bytes").to_pylist()
+
 # %% ../nbs/method/05_data.ipynb #dfcc1d89
 class DatasetInfo(NamedTuple):
     "A line of `list_datasets`."
@@ -557,6 +808,7 @@ class DatasetInfo(NamedTuple):
     shape: tuple[int, int, int]  # (C, H, W)
     there: bool  # whether it is under the root
     how: str  # how to get it
+    form: str | None  # in which form it is there: torchvision files, image folder, parquet files; None: it is not
 
 
 def list_datasets(
@@ -565,18 +817,35 @@ def list_datasets(
     "The datasets that have a name, and the image folders found under the root."
     root = data_root(root)
     how = {"digits": "comes with scikit-learn: pip install scikit-learn"}
+    forms = {name: _form(name, root) for name in KNOWN}
+    for name, form in forms.items():
+        if form == "image folder" and _class_folders(root / name / "train") != list(KNOWN[name].names):
+            forms[name] = None  # a part of it, or other images: listed as a folder of your own
     infos = [
-        DatasetInfo(name, k.classes, k.shape, _is_there(name, root), how.get(name, f"python -m rcka.data {name}"))
+        DatasetInfo(
+            name,
+            k.classes,
+            k.shape,
+            forms[name] is not None,
+            how.get(name, f"python -m rcka.data {name}"),
+            forms[name],
+        )
         for name, k in KNOWN.items()
     ]
+    imagenet = (root / "imagenet" / "train").is_dir()
     infos.append(
         DatasetInfo(
-            "imagenet", 1000, (3, 224, 224), (root / "imagenet" / "train").is_dir(), "image-net.org; see data/README.md"
+            "imagenet",
+            1000,
+            (3, 224, 224),
+            imagenet,
+            "image-net.org; see data/README.md",
+            "image folder" if imagenet else None,
         )
     )
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if folder.name == "imagenet":
-            continue
+        if folder.name == "imagenet" or forms.get(folder.name) == "image folder":
+            continue  # listed by its own name
         with contextlib.suppress(ValueError, OSError):
             train, _ = _find_folder(str(folder.resolve()), root)
             first = next((p for p, *_ in _walk(train)), None)
@@ -588,6 +857,7 @@ def list_datasets(
                         (3, *_first_size([first])[1]),
                         True,
                         "a folder of your own",
+                        "image folder",
                     )
                 )
     return infos
@@ -596,30 +866,47 @@ def list_datasets(
 def load_dataset(
     name: str,  # "digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:PATH", "imagenet" or "imagenet:PATH"
     root: str | Path | None = None,  # the folder with the datasets; see `data_root`
-    limit: int | None = None,  # keep so many training images, the first of each class
-    test_limit: int | None = None,  # keep so many test images
+    limit: int | None = None,  # keep so many training images, the first of each class, none of them for validation
+    test_limit: int | None = None,  # keep so many test (or validation) images
     size: int
     | tuple[int, int]
     | None = None,  # image folders: resize to (H, W), cutting what sticks out; imagenet: pixels of a side, 224 if not given
     download: bool = True,  # fetch what is not there, with a progress bar
+    val_fraction: float | None = None,  # evaluate on this part of the training images, see `validation_split`
+    val_seed: int = 0,  # chooses these images
     **options,  # imagenet only: val, skip_broken; see `rcka.imagenet.load_imagenet`
 ) -> Dataset:
     """A dataset in memory; "imagenet" is one in files, with the same `batches`. `limit` changes neither the classes nor mean and deviation, which are those of the whole training set.
 
-    Raises ValueError for an unknown name (with the near ones) or a folder that is not as it should be; FileNotFoundError where the
-    dataset is not there and cannot be fetched (with the URL, the folder and the command)."""
+    CIFAR-10 and CIFAR-100 are read from torchvision's files, from a folder NAME/{train,test}/CLASS/* or from the parquet files of the
+    Hugging Face hub, whichever is found first in this order; they are downloaded where none is there.
+
+    Raises ValueError for an unknown name (with the near ones), a folder that is not as it should be, or a `val_fraction` that leaves a
+    class empty; FileNotFoundError where the dataset is not there and cannot be fetched (with the URL, the folder and the command)."""
     root = data_root(root)
     kind, _, path = str(name).partition(":")
     if kind == "imagenet" and (path or name == "imagenet"):
         from rcka.imagenet import load_imagenet
 
+        if val_fraction is not None:
+            raise ValueError(
+                "val_fraction is for datasets in memory, not for imagenet: to evaluate on the training images, val='train'"
+            )
         return load_imagenet(
             path or name, root, limit, test_limit, **({} if size is None else {"size": size}), **options
         )
     if options:
         raise TypeError(f"{', '.join(options)} is for imagenet; {name} has no such option")
+    data = _in_memory(name, root, size, download)
+    if val_fraction is not None:
+        data = _with_validation(data, val_fraction, val_seed)
+    return _sliced(data, limit, test_limit)
+
+
+def _in_memory(name: str, root: Path, size, download: bool) -> Dataset:
+    kind, _, path = str(name).partition(":")
     if kind == "imagefolder" and path:
-        return _sliced(_imagefolder(path, root, size), limit, test_limit)
+        return _imagefolder(path, root, size)
     if name not in KNOWN:
         names = [*KNOWN, "imagenet", "imagenet:PATH", "imagefolder:PATH"]
         folder = (
@@ -632,9 +919,14 @@ def load_dataset(
         raise ValueError(
             f"size is for image folders; {name} has images of {KNOWN[name].shape[1]} x {KNOWN[name].shape[2]}"
         )
-    return _sliced(
-        _digits(root, download) if name == "digits" else _torchvision(name, root, download), limit, test_limit
-    )
+    if name == "digits":
+        return _digits(root, download)
+    form = _form(name, root)
+    if form == "image folder":
+        return _known_folder(name, root)
+    if form == "parquet files":
+        return _known_parquet(name, root)
+    return _torchvision(name, root, download)
 
 # %% ../nbs/method/05_data.ipynb #2b3b0306
 def check_whole(least: int, **values):
@@ -685,11 +977,6 @@ class _Draws(NamedTuple):
     order: Tensor
     offsets: Tensor
     flips: Tensor
-
-
-def seed_of(*key) -> int:
-    "A seed for torch that depends on all of the key, and on their order: seed 1, epoch 0 is not seed 0, epoch 1."
-    return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
 
 
 def _draw(n: int, pad: int, flip: bool, seed: int, epoch: int) -> _Draws:
@@ -783,8 +1070,8 @@ class Batches:
 # %% ../nbs/method/05_data.ipynb #6186378d
 def _table(infos: list[DatasetInfo]) -> str:
     rows = [
-        ("name", "classes", "image", "there", "how to get it"),
-        *((i.name, str(i.classes), "x".join(map(str, i.shape)), "yes" if i.there else "no", i.how) for i in infos),
+        ("name", "classes", "image", "found as", "how to get it"),
+        *((i.name, str(i.classes), "x".join(map(str, i.shape)), i.form or "no", i.how) for i in infos),
     ]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
@@ -816,7 +1103,9 @@ def main(args: list[str] | None = None) -> int:
         if isinstance(data, Dataset)
         else "random resized crops, mirrored: yes"
     )
-    print(f"{data}\nunder {data_root(given.root)}; mean {data.mean}, deviation {data.std}, {how}")
+    form = _form(given.name, data_root(given.root)) if given.name in KNOWN else None
+    found = f", found as {form}" if form else ""
+    print(f"{data}\nunder {data_root(given.root)}{found}; mean {data.mean}, deviation {data.std}, {how}")
     return 0
 
 

@@ -214,6 +214,7 @@ class ExperimentFields(BaseExperiment):
     # a class-balanced part of the dataset
     train_limit: int | None = None
     test_limit: int | None = None
+    val_fraction: float | None = None  # evaluate on this part of the training images; None: on the test images
     # images from files
     image_size: int | None = None  # pixels of a side; None: 224 of imagenet, as they are of an image folder
     evaluate_on: str | None = None  # imagenet: "train" evaluates on the training images, for a folder without val/
@@ -258,6 +259,7 @@ class Experiment(ExperimentFields):
             self.dataset,
             limit=self.train_limit,
             test_limit=self.test_limit,
+            val_fraction=self.val_fraction,
             **{k: v for k, v in given.items() if v is not None},
         )
 

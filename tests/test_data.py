@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import io
 import os
 import pickle
 import subprocess
@@ -575,21 +576,311 @@ def test_fashion_mnist_files_of_a_wrong_size_are_not_there(tmp_path, monkeypatch
         load_dataset("fashion_mnist", root=tmp_path)
 
 
+# a validation part
+
+
+def test_validation_images_are_chosen_by_the_rule_and_nothing_else():
+    "The rule that runs rely on, written out once more."
+    t = torch.tensor([0, 1, 2] * 15 + [1] * 5)
+    g, want = torch.Generator().manual_seed(D.seed_of("validation", 3)), []
+    for c, n in ((0, 3), (1, 4), (2, 3)):  # round(0.2 * 15), round(0.2 * 20)
+        members = [i for i, x in enumerate(t.tolist()) if x == c]
+        want += [members[i] for i in torch.randperm(len(members), generator=g)[:n].tolist()]
+    torch.manual_seed(5)  # nothing else has a say
+    assert D.validation_split(t, 0.2, 3).nonzero()[:, 0].tolist() == sorted(want)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(5, 40), classes=st.integers(1, 6), fraction=st.floats(0.15, 0.85), seed=st.integers(0, 99))
+def test_validation_part_is_balanced_and_disjoint(n, classes, fraction, seed):
+    t = torch.arange(n * classes) % classes
+    chosen = D.validation_split(t, fraction, seed)
+    assert t[chosen].bincount(minlength=classes).tolist() == [round(fraction * n)] * classes
+    # which members of a class are chosen does not depend on the order across classes
+    order = torch.argsort(t, stable=True)
+    assert torch.equal(D.validation_split(t[order], fraction, seed), chosen[order])
+
+
+def test_a_dataset_with_a_validation_part():
+    whole, d = load_dataset("digits"), load_dataset("digits", val_fraction=0.1)
+    assert (whole.evaluated_on, d.evaluated_on) == ("test", "validation")
+    assert repr(d) == "Dataset(digits: 806 training and 90 validation images of 1x8x8 in 10 classes)"
+    chosen = D.validation_split(whole.train_targets, 0.1, 0)
+    assert torch.equal(d.test_images, whole.train_images[chosen])
+    assert torch.equal(d.test_targets, whole.train_targets[chosen])
+    assert torch.equal(d.train_images, whole.train_images[~chosen])
+    assert torch.equal(d.train_targets, whole.train_targets[~chosen])
+    assert (d.mean, d.std) == (whole.mean, whole.std)
+    other = load_dataset("digits", val_fraction=0.1, val_seed=1)
+    assert not torch.equal(other.test_images, d.test_images)
+
+
+def test_limit_is_taken_of_the_rest():
+    whole = load_dataset("digits", val_fraction=0.2)
+    d = load_dataset("digits", val_fraction=0.2, limit=50, test_limit=20)
+    assert d.train_targets.bincount().tolist() == [5] * 10 and d.test_targets.bincount().tolist() == [2] * 10
+    assert torch.equal(d.train_images, whole.train_images[balanced_slice(whole.train_targets, 50)])
+    assert torch.equal(d.test_images, whole.test_images[balanced_slice(whole.test_targets, 20)])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"val_fraction": 0.001}, "leaves class 0, of 89 training images, without validation images"),
+        ({"val_fraction": 0.999}, "without training images"),
+        ({"val_fraction": 0}, "between 0 and 1, got 0"),
+        ({"val_fraction": 1.0}, "between 0 and 1"),
+        ({"val_fraction": "0.1"}, "between 0 and 1"),
+        ({"val_fraction": float("nan")}, "between 0 and 1"),
+        ({"val_fraction": True}, "between 0 and 1"),
+        ({"val_fraction": 0.1, "val_seed": 0.5}, "val_seed must be a whole number"),
+    ],
+)
+def test_bad_validation_parts(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_dataset("digits", **options)
+
+
+def test_imagenet_has_no_validation_part_in_memory(tmp_path):
+    with pytest.raises(ValueError, match="val_fraction is for datasets in memory"):
+        load_dataset("imagenet", root=tmp_path, val_fraction=0.1)
+
+
+def test_an_experiment_hands_it_on():
+    from rcka.experiments import Experiment
+
+    of = lambda **kw: Experiment("digits", "resnet8", train_limit=50, **kw)
+    d = of(val_fraction=0.1).load_data()
+    assert d.evaluated_on == "validation" and len(d.train_images) == 50 and len(d.test_images) == 90
+    assert of().load_data().evaluated_on == "test"
+    assert of(val_fraction=0.1).key != of().key == of(val_fraction=None).key
+
+
+# CIFAR in the other forms in which it circulates
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "CIFAR-10 is complete with 3 training and 2 test images in each class, CIFAR-100 with 2 and 1."
+    for name, counts in (("cifar10", (3, 2)), ("cifar100", (2, 1))):
+        monkeypatch.setitem(D.KNOWN, name, D.KNOWN[name]._replace(per_class=counts))
+
+
+def make_images(name, size=(32, 32)):
+    "PNG bytes of random images by part, class and number."
+    rng = np.random.default_rng(1)
+    known, found = D.KNOWN[name], {}
+    for part, n in zip(("train", "test"), known.per_class):
+        for c in known.names:
+            for i in range(n):
+                png = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(png, "png")
+                found[part, c, i] = png.getvalue()
+    return found
+
+
+def as_folder(images, base):
+    for (part, c, i), png in images.items():
+        (base / part / c).mkdir(parents=True, exist_ok=True)
+        (base / part / c / f"{i}.png").write_bytes(png)
+
+
+def as_parquet(images, name, folder, columns=None, shards=1, image=lambda png: {"bytes": png, "path": None}):
+    "The files of the hub; the classes take turns, as in no folder."
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir(parents=True)
+    first, second = columns or D.KNOWN[name].columns
+    for part in ("train", "test"):
+        rows = sorted((i, D.KNOWN[name].names.index(c), png) for (p, c, i), png in images.items() if p == part)
+        for k in range(shards):
+            mine = rows[k * len(rows) // shards : (k + 1) * len(rows) // shards]
+            table = {first: [image(png) for *_, png in mine], second: [c for _, c, _ in mine]}
+            parquet.write_table(pyarrow.table(table), folder / f"{part}-{k:05}-of-{shards:05}.parquet")
+
+
+def by_class(images, targets):
+    order = torch.argsort(targets, stable=True)
+    return images[order], targets[order]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_the_same_from_a_folder_and_from_parquet(tmp_path, small, name):
+    images, known = make_images(name), D.KNOWN[name]
+    as_folder(images, tmp_path / "a" / name)
+    as_parquet(images, name, tmp_path / "b" / name)
+    a, b = (load_dataset(name, root=tmp_path / root, download=False) for root in "ab")
+    for d in (a, b):
+        assert (d.name, d.classes, d.mean, d.std, d.pad, d.flip) == (
+            name,
+            known.names,
+            known.mean,
+            known.std,
+            4,
+            True,
+        )
+    assert same(by_class(a.train_images, a.train_targets), by_class(b.train_images, b.train_targets))
+    assert same(by_class(a.test_images, a.test_targets), by_class(b.test_images, b.test_targets))
+    v, w = (load_dataset(name, root=tmp_path / root, val_fraction=0.4) for root in "ab")
+    assert same(by_class(v.test_images, v.test_targets), by_class(w.test_images, w.test_targets))
+    assert b.train_targets[:3].tolist() == [0, 1, 2]  # the order of the file
+    first = np.asarray(Image.open(io.BytesIO(images["train", known.names[0], 0])))
+    assert np.array_equal(a.train_images[0].permute(1, 2, 0), first)
+    assert np.array_equal(b.train_images[0].permute(1, 2, 0), first)
+    forms = [{i.name: i for i in list_datasets(tmp_path / root)} for root in "ab"]
+    assert [f[name].form for f in forms] == ["image folder", "parquet files"] and all(f[name].there for f in forms)
+    assert all(f"imagefolder:{name}" not in f for f in forms)
+    assert load_dataset(f"imagefolder:{name}", root=tmp_path / "a").name == f"imagefolder:{name}"  # as ever
+
+
+def test_class_names_are_those_of_the_labels():
+    "The official order is the alphabet's, so folders and labels agree."
+    for name in ("cifar10", "cifar100"):
+        known = D.KNOWN[name]
+        assert len(set(known.names)) == known.classes and known.names == tuple(sorted(known.names))
+    picks = {0: "apple", 9: "bottle", 26: "crab", 58: "pickup_truck", 78: "snake", 99: "worm"}
+    assert {i: D.KNOWN["cifar100"].names[i] for i in picks} == picks
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_cifar_is_decoded_once(tmp_path, small, monkeypatch, form):
+    images = make_images("cifar10")
+    if form == "folder":
+        as_folder(images, tmp_path / "cifar10")
+    else:
+        as_parquet(images, "cifar10", tmp_path / "cifar10", shards=2)
+    first = load_dataset("cifar10", root=tmp_path)
+    monkeypatch.setattr(D, "decode_images", lambda *a: pytest.fail("decoded again"))
+    again = load_dataset("cifar10", root=tmp_path)
+    assert same([first.train_images, first.test_images], [again.train_images, again.test_images])
+    assert same([first.train_targets, first.test_targets], [again.train_targets, again.test_targets])
+    assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("below", ["", "data", "cifar100"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_parquet_files_lie_where_the_hub_puts_them(tmp_path, small, below, shards):
+    images = make_images("cifar100")
+    as_parquet(images, "cifar100", tmp_path / "cifar100" / below, shards=shards)
+    d = load_dataset("cifar100", root=tmp_path)
+    assert d.train_targets.bincount().tolist() == [2] * 100 and d.test_targets.bincount().tolist() == [1] * 100
+
+
+def test_torchvisions_files_come_first(cifar, small):
+    root, _, _ = cifar
+    load_dataset("cifar100", root=root)
+    as_folder(make_images("cifar100"), root / "cifar100")
+    assert {i.name: i.form for i in list_datasets(root)}["cifar100"] == "torchvision files"
+    assert len(load_dataset("cifar100", root=root).train_images) == 40
+
+
+def test_a_folder_with_missing_classes_or_images_is_refused(tmp_path, small):
+    images = make_images("cifar100")
+    as_folder(images, tmp_path / "cifar100")
+    load = lambda: load_dataset("cifar100", root=tmp_path)
+    one = tmp_path / "cifar100" / "train" / "crab"
+    (one / "0.png").rename(tmp_path / "0.png")
+    with pytest.raises(ValueError) as err:
+        load()
+    for said in (
+        "expected 2 training images in each of 100 classes",
+        "found 199 images in 100 classes",
+        "1 of crab",
+        "imagefolder:cifar100",
+        str(tmp_path / "cifar100" / "train"),
+    ):
+        assert said in str(err.value)
+    (one / "1.png").unlink()
+    with pytest.raises(ValueError, match="other counts: 0 of crab"):
+        load()
+    one.rename(tmp_path / "cifar100" / "train" / "krab")
+    with pytest.raises(ValueError, match="in 100 classes; missing classes: crab; unknown classes: krab"):
+        load()
+    assert not {i.name: i.there for i in list_datasets(tmp_path)}["cifar100"]
+    (tmp_path / "cifar100" / "train" / "krab").rename(one)
+    for i in range(2):
+        (one / f"{i}.png").write_bytes(images["train", "crab", i])
+    (tmp_path / "cifar100" / "test" / "apple" / "more.png").write_bytes(images["test", "apple", 0])
+    with pytest.raises(ValueError, match="expected 1 test images .* found 101 images in 100 classes; .*2 of apple"):
+        load()
+
+
+def test_a_folder_of_other_images_is_not_cifar(tmp_path, small):
+    make_folder(tmp_path / "cifar10", classes=("left", "right"))
+    found = {i.name: i for i in list_datasets(tmp_path)}
+    assert not found["cifar10"].there and found["imagefolder:cifar10"].classes == 2
+    with pytest.raises(FileNotFoundError, match="download=False"):
+        load_dataset("cifar10", root=tmp_path, download=False)
+    as_folder(make_images("cifar100", size=(30, 32)), tmp_path / "cifar100")
+    with pytest.raises(ValueError, match="30 x 32 pixels; those of cifar100 have 32 x 32"):
+        load_dataset("cifar100", root=tmp_path)
+
+
+def test_parquet_without_the_columns_names_those_it_has(tmp_path, small):
+    images = make_images("cifar100")
+    as_parquet(images, "cifar100", tmp_path / "a" / "cifar100", columns=("image", "label"))
+    with pytest.raises(ValueError, match="no column img and no column fine_label; its columns are image, label"):
+        load_dataset("cifar100", root=tmp_path / "a")
+    as_parquet(images, "cifar100", tmp_path / "b" / "cifar100", image=lambda png: png)
+    with pytest.raises(ValueError, match="struct with the field bytes, got binary"):
+        load_dataset("cifar100", root=tmp_path / "b")
+
+
+def test_parquet_files_that_are_not_as_they_should_be(tmp_path, small):
+    images = make_images("cifar10")
+    folder = tmp_path / "cifar10" / "data"
+    as_parquet(images, "cifar10", folder, shards=2)
+    load = lambda: load_dataset("cifar10", root=tmp_path)
+    shard = folder / "train-00001-of-00002.parquet"
+    whole = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ValueError, match="expected 3 training images .* found 15 images in 10 classes"):
+        load()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="train-00001-of-00002.parquet is not a parquet file, or only half of one"):
+        load()
+    shard.write_bytes(whole)
+    tests = sorted(folder.glob("test*"))
+    for path in tests:
+        path.rename(path.with_suffix(".away"))
+    with pytest.raises(ValueError, match="no parquet file of the test images"):
+        load()
+
+
+def test_a_broken_image_in_a_parquet_file_is_named(tmp_path, small):
+    images = make_images("cifar10")
+    images["test", "cat", 1] = b"no png"
+    as_parquet(images, "cifar10", tmp_path / "cifar10")
+    with pytest.raises(ValueError, match="1 of 50 images cannot be decoded: image 13 of test-00000-of-00001.parquet"):
+        load_dataset("cifar10", root=tmp_path)
+
+
+def test_pyarrow_is_optional(tmp_path, small, monkeypatch):
+    as_parquet(make_images("cifar10"), "cifar10", tmp_path / "cifar10")
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install pyarrow, or rcka\[parquet\]"):
+        load_dataset("cifar10", root=tmp_path)
+
+
 # real files, where they are
 
 
 def real(name):
+    if not os.environ.get("RCKA_DATA"):
+        pytest.skip("real images are tested where RCKA_DATA says they are")
     if not {i.name: i.there for i in list_datasets()}.get(name):
         pytest.skip(f"{name} is not under {data_root()}")
     return load_dataset(name, download=False)
 
 
+@pytest.mark.real_data
 def test_fashion_mnist():
     d = real("fashion_mnist")
     assert repr(d) == "Dataset(fashion_mnist: 60000 training and 10000 test images of 1x28x28 in 10 classes)"
     assert (d.mean, d.std) == D.measure(d.train_images) and d.train_targets.bincount().tolist() == [6000] * 10
 
 
+@pytest.mark.real_data
 @pytest.mark.parametrize("name", ["cifar10", "imagefolder:cifar10-jpeg"])
 def test_cifar10(name):
     d = real(name)
@@ -598,6 +889,16 @@ def test_cifar10(name):
     assert np.allclose(d.mean, D.KNOWN["cifar10"].mean, atol=3e-3) and np.allclose(
         d.std, D.KNOWN["cifar10"].std, atol=3e-3
     )
+
+
+@pytest.mark.real_data
+def test_cifar100():
+    d = real("cifar100")
+    assert repr(d) == "Dataset(cifar100: 50000 training and 10000 test images of 3x32x32 in 100 classes)"
+    assert d.train_targets.bincount().tolist() == [500] * 100 and d.test_targets.bincount().tolist() == [100] * 100
+    assert d.classes == D.KNOWN["cifar100"].names
+    mean, std = D.measure(d.train_images)
+    assert np.allclose(mean, d.mean, atol=1e-3) and np.allclose(std, d.std, atol=1e-3)
 
 
 # the shell
@@ -619,6 +920,7 @@ def test_commands(tmp_path, capsys):
     assert D.main(["--root", str(tmp_path)]) == 0
     listed = capsys.readouterr()
     assert not listed.err and "imagefolder:pets" in listed.out and str(tmp_path) in listed.out
+    assert "found as" in listed.out and "image folder" in listed.out
     assert D.main(["imagefolder:pets", "--root", str(tmp_path), "--size", "4"]) == 0
     done = capsys.readouterr()
     assert not done.err and "6 training and 6 test images of 3x4x4" in done.out

@@ -1,8 +1,11 @@
 "Networks by name, the layers of other people's networks, and checkpoints."
 
 import copy
+import hashlib
+import json
 import os
 import pickle
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -12,8 +15,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from rcka.data import data_root, load_dataset
 from rcka.losses import fcka
-from rcka.models import create_model, list_models, load_checkpoint, load_weights, save_weights
+from rcka.models import (
+    create_model,
+    export_weights,
+    list_models,
+    list_weights,
+    load_checkpoint,
+    load_weights,
+    registry,
+    save_weights,
+)
 from rcka.taps import Taps, find_module, layers_of
 
 PUBLISHED = {  # the field's networks: parameters with 100 classes
@@ -309,6 +322,46 @@ def test_broken_files(tmp_path, content, suffix):
         load_weights(model, tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "net"])
+def test_where_checkpoints_keep_their_weights(tmp_path, key):
+    source, other = create_model("resnet8", 10), create_model("resnet8", 10)
+    torch.save(
+        {"epoch": 3, key: source.state_dict(), "optimizer_state_dict": {"state": {}, "param_groups": []}},
+        tmp_path / "c.pth",
+    )
+    load_checkpoint(other, tmp_path / "c.pth")
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values()))
+    torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=f"no weights: expected .*'{key}'"):
+        load_checkpoint(other, tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("classes", [10, 100])  # alike, or other classes besides
+@pytest.mark.parametrize("name", ["resnet20", "resnet18"])
+def test_shortcuts_without_parameters_are_named(tmp_path, name, classes):
+    "The ResNets of CIFAR as He et al. first had them (option A), which a large part of the public checkpoints are."
+    model = create_model(name, 10)
+    before = copy.deepcopy(model.state_dict())
+    state = {
+        f"module.{k.replace('fc', 'linear')}": v
+        for k, v in create_model(name, classes).state_dict().items()
+        if "downsample" not in k
+    }
+    torch.save({"state_dict": state, "best_prec1": 91.7}, tmp_path / "c.th")
+    with pytest.raises(ValueError, match="shortcuts have no parameters .option A") as error:
+        load_checkpoint(model, tmp_path / "c.th")
+    assert "layer2.0.downsample.0.weight" in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["vgg8", "wrn_16_1", "resnet32"])
+def test_other_networks_are_not_taken_for_option_a(tmp_path, source):
+    torch.save(create_model(source, 10).state_dict(), tmp_path / "c.pth")
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(create_model("resnet20", 10), tmp_path / "c.pth")
+    assert "option A" not in str(error.value)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, data):
@@ -370,3 +423,183 @@ def test_safetensors_is_optional(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="rcka\\[train\\]"):
         save_weights(nn.Linear(1, 1), tmp_path / "w.safetensors")
+
+
+# weights that ship with the package
+
+
+@pytest.fixture(scope="module")
+def run_of_digits(tmp_path_factory):
+    "The folder of a short run on digits, and its data."
+    pytest.importorskip("accelerate")
+    from rcka.experiments import Experiment, run
+
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    experiment = Experiment("digits", "resnet8", epochs=2, batch_size=32, lr=0.1, train_limit=200, test_limit=100)
+    run(experiment, folder.parent, folder, device="cpu", progress=False)
+    return folder, experiment.load_data()
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    "A folder in place of the one in the package."
+    monkeypatch.setattr(registry, "WEIGHTS", tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+def accuracy(model, data):
+    model.eval()
+    with torch.no_grad():
+        hits = [(model(x).argmax(1) == t).float() for x, t, _ in data.batches(train=False).epoch()]
+    return 100 * torch.cat(hits).mean().item()
+
+
+def test_weights_of_a_run_are_exported_and_created_by_name(run_of_digits, shipped):
+    folder, data = run_of_digits
+    made = export_weights(folder, "digits", data, source="a test")
+    assert sorted(p.name for p in shipped.iterdir()) == ["resnet8-digits.json", "resnet8-digits.safetensors"]
+    assert list_weights() == [made] and (made.network, made.weights) == ("resnet8", "digits")
+    model = create_model("resnet8", num_classes=10, in_channels=1, weights="digits")
+    trained = load_weights(create_model("resnet8", 10, 1), folder / "last.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), trained.state_dict().values()))
+    card, result = made.card, json.loads((folder / "result.json").read_text())
+    assert set(card) == set(registry.CARD) and card["licence"] == "Apache-2.0" and card["source"] == "a test"
+    assert (card["dataset"], card["classes"], card["shape"], card["evaluated_on"]) == ("digits", 10, [1, 8, 8], "test")
+    assert card["mean"] == list(data.mean) and card["std"] == list(data.std) and card["seed"] == 0
+    assert card["recipe"]["epochs"] == 2 and card["recipe"]["batch_size"] == 32 and card["recipe"]["train_limit"] == 200
+    assert card["sha256"] == hashlib.sha256(made.file.read_bytes()).hexdigest()
+    assert card["bytes"] == made.file.stat().st_size <= registry.LARGEST
+    assert card["top1"]["file"] == pytest.approx(accuracy(model, data), abs=1e-3)
+    assert card["top1"]["last"] == pytest.approx(result["last"]["top1"], abs=1e-3)
+    assert card["top1"]["best"] == pytest.approx(result["best"]["top1"], abs=1e-3)
+    assert [row["epoch"] for row in card["log"]] == [1, 2] and card["versions"] == result["versions"]
+    assert str(folder.parent) not in made.file.with_suffix(".json").read_text()
+
+
+def test_a_trainers_folder_says_less_and_the_rest_is_given(run_of_digits, shipped, tmp_path):
+    folder, data = run_of_digits
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "result.json").unlink()
+    with pytest.raises(ValueError, match="does not say the network of its run.*network="):
+        export_weights(bare, "digits", data, source="a test")
+    with pytest.raises(ValueError, match="does not say the seed of its run.*seed="):
+        export_weights(bare, "digits", data, source="a test", network="resnet8")
+    made = export_weights(bare, "digits", data, source="a test", network="resnet8", seed=7, recipe={"batch_size": 32})
+    assert made.card["seed"] == 7 and made.card["recipe"]["batch_size"] == 32
+    assert made.card["recipe"]["lr"] == 0.1 and made.card["recipe"]["epochs"] == 2  # from its checkpoint
+    create_model("resnet8", 10, 1, weights="digits")
+    for path in bare.glob("checkpoint-*.pt"):
+        path.unlink()
+    with pytest.raises(ValueError, match="does not say the epochs of its run.*recipe="):
+        export_weights(bare, "digits", data, source="a test", network="resnet8", seed=7)
+
+
+def test_runs_that_must_not_be_exported(run_of_digits, shipped, tmp_path):
+    folder, data = run_of_digits
+    export = lambda folder=folder, data=data, weights="digits": export_weights(folder, weights, data, source="a test")
+    with pytest.raises(ValueError, match="of digits, but data is fashion"):
+        export(data=_named(data, "fashion"))
+    flipped = _named(data, "digits", test_targets=(data.test_targets + 1) % 10)
+    with pytest.raises(ValueError, match="is data what the run was evaluated on"):
+        export(data=flipped)
+    with pytest.raises(ValueError, match="small letters"):
+        export(weights="../digits")
+    short = shutil.copytree(folder, tmp_path / "short")
+    lines = (short / "metrics.csv").read_text().splitlines()
+    (short / "metrics.csv").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(ValueError, match="not finished: 1 of 2 epochs"):
+        export(folder=short)
+    with pytest.raises(FileNotFoundError, match="no metrics.csv"):
+        export(folder=tmp_path)
+    assert not shipped.exists()
+
+
+def _named(data, name, **changes):
+    from dataclasses import replace
+
+    return replace(data, name=name, **changes)
+
+
+def test_weights_that_there_are_not_are_told_with_those_there_are(run_of_digits, shipped):
+    with pytest.raises(ValueError, match="no weights 'cifar100' of resnet20 .*none in this installation"):
+        create_model("resnet20", weights="cifar100")
+    folder, data = run_of_digits
+    export_weights(folder, "digits", data, source="a test")
+    with pytest.raises(ValueError, match="no weights 'cifar100' of resnet8 .*there are: resnet8 with 'digits'"):
+        create_model("resnet8", weights="cifar100")
+    with pytest.raises(ValueError, match="unknown network"):
+        create_model("resnet21", weights="digits")
+    assert create_model("resnet8", weights=None) is not None
+
+
+def test_weights_that_do_not_fit_are_refused(run_of_digits, shipped):
+    folder, data = run_of_digits
+    made = export_weights(folder, "digits", data, source="a test")
+    with pytest.raises(ValueError, match=r"for the 10 classes of digits, not for 100: create_model.*num_classes=10"):
+        create_model("resnet8", in_channels=1, weights="digits")
+    with pytest.raises(ValueError, match="images of 1 channels, not 3: in_channels=1"):
+        create_model("resnet8", 10, weights="digits")
+    load = lambda: create_model("resnet8", 10, 1, weights="digits")
+    whole = made.file.read_bytes()
+    made.file.write_bytes(whole[:-4] + b"\0\0\0\1")  # a valid safetensors file with another number
+    with pytest.raises(ValueError, match="not the file that its card describes .SHA-256"):
+        load()
+    made.file.unlink()
+    with pytest.raises(FileNotFoundError, match="missing, though its card is there"):
+        load()
+    made.file.write_bytes(whole)
+    load()
+    path = made.file.with_suffix(".json")
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match="only half of one"):
+        load()
+    path.write_text(json.dumps({k: v for k, v in made.card.items() if k != "licence"}))
+    with pytest.raises(ValueError, match="does not have licence"):
+        load()
+
+
+def test_large_networks_ship_in_half_precision_or_not_at_all(run_of_digits, shipped, monkeypatch):
+    folder, data = run_of_digits
+    export = lambda weights="digits": export_weights(folder, weights, data, source="a test")
+    whole = export()
+    assert whole.card["dtype"] == "float32"
+    monkeypatch.setattr(registry, "LARGEST", 250_000)  # resnet8 has 83,000 parameters
+    half = export()
+    assert half.card["dtype"] == "float16" and half.card["bytes"] < 250_000 < whole.card["bytes"]
+    model = create_model("resnet8", 10, 1, weights="digits")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert half.card["top1"]["file"] == pytest.approx(accuracy(model, data), abs=1e-3)
+    monkeypatch.setattr(registry, "LARGEST_SUM", 2 * half.card["bytes"] - 1)
+    export()  # takes the place of the older one
+    with pytest.raises(ValueError, match="with resnet8-more .*there are resnet8-digits"):
+        export("more")
+    monkeypatch.setattr(registry, "LARGEST", 100_000)
+    with pytest.raises(ValueError, match="too large to ship: 0.2 MB"):
+        export()
+
+
+def test_the_weights_in_the_package_are_whole():
+    cards = list_weights()
+    files = sorted(registry.WEIGHTS.glob("*.safetensors"))
+    assert [w.file for w in cards] == files
+    assert sum(f.stat().st_size for f in files) <= registry.LARGEST_SUM
+    for w in cards:
+        assert (
+            w.file.stat().st_size == w.card["bytes"] <= registry.LARGEST and w.file.stem == f"{w.network}-{w.weights}"
+        )
+        assert len(w.card["class_names"]) == w.card["classes"] and w.card["log"]
+        create_model(w.network, w.card["classes"], w.card["shape"][0], weights=w.weights)
+
+
+@pytest.mark.real_data
+def test_the_weights_in_the_package_score_what_their_cards_say():
+    if not os.environ.get("RCKA_DATA"):
+        pytest.skip("real images are tested where RCKA_DATA says they are")
+    if not list_weights():
+        pytest.skip("no weights are in the package")
+    for w in list_weights():
+        fraction = {} if w.card["evaluated_on"] == "test" else {"val_fraction": w.card["recipe"]["val_fraction"]}
+        data = load_dataset(w.card["dataset"], data_root(), download=False, **fraction)
+        model = create_model(w.network, data.num_classes, data.channels, weights=w.weights)
+        assert accuracy(model, data) == pytest.approx(w.card["top1"]["file"], abs=0.1), w.file.stem

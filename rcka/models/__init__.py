@@ -1,5 +1,24 @@
 "The networks on which the field compares distillation methods, by name. Written by hand; the modules are exported from nbs/method."
-from . import mobile, resnet, vgg
-from .registry import create_model, list_models, load_checkpoint, load_weights, network, save_weights
 
-__all__ = ["create_model", "list_models", "load_checkpoint", "load_weights", "network", "save_weights"]
+from . import mobile, resnet, vgg  # noqa: F401, they enter their networks into the registry
+from .registry import (
+    create_model,
+    export_weights,
+    list_models,
+    list_weights,
+    load_checkpoint,
+    load_weights,
+    network,
+    save_weights,
+)
+
+__all__ = [
+    "create_model",
+    "export_weights",
+    "list_models",
+    "list_weights",
+    "load_checkpoint",
+    "load_weights",
+    "network",
+    "save_weights",
+]

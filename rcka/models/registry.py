@@ -3,21 +3,28 @@
 # %% ../../nbs/method/04_models.ipynb #15b7030b
 from __future__ import annotations
 
+import csv
+import hashlib
+import json
 import os
 import pickle
+import platform
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..losses import Layers, nearest
+from ..losses import nearest
 
 # %% auto #0
-__all__ = ['NETWORKS', 'ALIASES', 'check_images', 'init_weights', 'network', 'list_models', 'create_model', 'unwrapped',
-           'load_checkpoint', 'save_weights', 'load_weights']
+__all__ = ['NETWORKS', 'NESTED', 'ALIASES', 'OPTION_A', 'WEIGHTS', 'CARD', 'LARGEST', 'LARGEST_SUM', 'check_images',
+           'init_weights', 'network', 'list_models', 'create_model', 'unwrapped', 'load_checkpoint', 'save_weights',
+           'load_weights', 'PretrainedWeights', 'list_weights', 'export_weights']
 
 # %% ../../nbs/method/04_models.ipynb #63a06061
 def check_images(
@@ -71,9 +78,12 @@ def create_model(
     name: str,  # one of `list_models()`, "torchvision/NAME" or "timm/NAME"
     num_classes: int = 100,  # outputs of the classifier
     in_channels: int = 3,  # 1 for grey images
-    **options,  # for torchvision and timm: weights="IMAGENET1K_V1", pretrained=True, ...
+    **options,  # weights="cifar100": trained ones, see `list_weights`; torchvision: weights="IMAGENET1K_V1"; timm: pretrained=True
 ) -> nn.Module:  # maps (n, in_channels, height, width) to (n, num_classes)
-    "A network by name, with fresh weights unless `options` say otherwise. ValueError with the near names for an unknown one."
+    """Create a network by name, with fresh weights unless `options` say otherwise.
+
+    ValueError for an unknown name (with the near ones), for weights that there are not (with those there are), and for weights whose
+    hash, classes or channels do not fit."""
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
     if not isinstance(in_channels, int) or in_channels < 1:
@@ -85,9 +95,14 @@ def create_model(
         return _timm(rest, num_classes, in_channels, options)
     if name not in NETWORKS:
         raise ValueError(nearest(name, NETWORKS, "network") + "; or torchvision/NAME, timm/NAME")
+    weights = options.pop("weights", None)
     if options:
-        raise TypeError(f"options are for torchvision and timm networks; {name} takes none, got {', '.join(options)}")
-    return NETWORKS[name](num_classes=num_classes, in_channels=in_channels)
+        raise TypeError(
+            f"options are for torchvision and timm networks; {name} takes weights alone, got {', '.join(options)}"
+        )
+    if weights is None:
+        return NETWORKS[name](num_classes=num_classes, in_channels=in_channels)
+    return _pretrained(name, weights, num_classes, in_channels)
 
 
 def _torchvision(name: str, num_classes: int, in_channels: int, options: dict) -> nn.Module:
@@ -119,6 +134,7 @@ def _timm(name: str, num_classes: int, in_channels: int, options: dict) -> nn.Mo
     return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **options)
 
 # %% ../../nbs/method/04_models.ipynb #ec97a6ac
+NESTED = ("model", "state_dict", "model_state_dict", "net")  # where checkpoints keep the weights
 ALIASES = [("fc", "linear"), ("linear", "fc"), ("downsample", "shortcut"), ("shortcut", "downsample")]
 
 
@@ -175,17 +191,32 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _weights(content, path: Path) -> dict[str, Tensor]:
     "The state dict in what a file held."
-    for key in ("model", "state_dict"):
+    for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
         return dict(content)
     what = f"a dict with keys {list(content)[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
     raise ValueError(
-        f"{path} holds {what}, and no weights: expected a dict of tensors, or one under 'model' or 'state_dict'"
+        f"{path} holds {what}, and no weights: expected a dict of tensors, or one under {', '.join(map(repr, NESTED))}"
     )
 
 # %% ../../nbs/method/04_models.ipynb #02681250
+OPTION_A = (
+    "The file is of a residual network whose shortcuts have no parameters (option A of He et al. 2016: subsampled and padded with "
+    "zeros); this network has projections there (option B, 'downsample'). Take a checkpoint of a network with projections, or "
+    "load this one into the network that it was trained with: any nn.Module can be a teacher or a student"
+)
+
+
+def _without_projections(own: Iterable[str], file: Iterable[str]) -> bool:
+    "Whether the file has the weights of the residual blocks, but of none of their projections."
+    block = re.compile(r"layer\d+\.\d+\.conv1\.weight$")
+    projection = re.compile(r"layer\d+\.\d+\.(downsample|shortcut)\.")
+    has = lambda keys, what: any(what.search(key) for key in keys)
+    return has(own, projection) and has(file, block) and not has(file, projection)
+
+
 def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
     "Load `state` into `model`, all of it or nothing."
     own, fitted, extra, differ = model.state_dict(), {}, [], []
@@ -208,7 +239,10 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
         if keys
     ]
     if problems:
-        raise ValueError(f"{path} does not fit {type(model).__name__}, which is left as it was. {'; '.join(problems)}")
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}, which is left as it was. {'; '.join(problems)}"
+            + (f". {OPTION_A}" if _without_projections(own, state) else "")
+        )
     model.load_state_dict(fitted, strict=False)
 
 
@@ -221,7 +255,7 @@ def load_checkpoint(
     model: nn.Module,  # the network to fill
     path: str | os.PathLike,  # a .pth / .pt of torch.save, or .safetensors
 ) -> nn.Module:  # the same model
-    """Load weights in any layout in circulation: bare or under "model" / "state_dict", with or without "module.",
+    """Load weights in any layout in circulation: bare or under "model" / "state_dict" / "model_state_dict" / "net", with or without "module.",
     `fc` or `linear`, `downsample` or `shortcut`. Code in the file is never run.
 
     ValueError, with the keys and shapes that do not fit, leaves the model as it was. `num_batches_tracked` may be missing."""
@@ -235,12 +269,20 @@ def save_weights(
     path: str | os.PathLike,  # where to, usually .safetensors; an older file is replaced in one step
 ):
     "Write all parameters and buffers as safetensors, atomically."
-    path, save = Path(path), _safetensors().torch.save_file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
+    _write_safetensors(_tensors(model), Path(path))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    "All parameters and buffers, in memory of their own."
+    return {
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
         for k, v in unwrapped(model).state_dict().items()
     }
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path):
+    save = _safetensors().torch.save_file
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         part = Path(folder) / "part.safetensors"
         save(tensors, part, metadata={"format": "pt"})
@@ -257,3 +299,254 @@ def load_weights(
         raise FileNotFoundError(f"no weights at {path}")
     _fit(unwrapped(model), _read_safetensors(path), path)
     return model
+
+# %% ../../nbs/method/04_models.ipynb #13a6741a
+WEIGHTS = Path(str(files("rcka"))) / "weights"
+CARD = {  # what a card says
+    "format": "1",
+    "network": "a name of `list_models()`",
+    "weights": "their name: create_model(network, weights=...)",
+    "dataset": "the images it was trained on",
+    "classes": "their number",
+    "class_names": "in the order of the outputs",
+    "shape": "channels, height and width of an image",
+    "mean": "by channel, of pixels in [0, 1]",
+    "std": "by channel",
+    "method": "of distillation; none: trained alone",
+    "teacher": "of the distillation, or null",
+    "recipe": "all that was set",
+    "source": "where the recipe is from",
+    "seed": "of the initial weights and the order of the images",
+    "evaluated_on": "test or validation images",
+    "top1": "in per cent: of the last epoch and the best (which was chosen on these images) by the log, and of this file in float32",
+    "log": "the epochs, a row each",
+    "parameters": "their number",
+    "dtype": "of the convolutions and the classifier in the file",
+    "bytes": "size of the file",
+    "sha256": "of the file",
+    "licence": "of the weights",
+    "versions": "of the software that trained or, where that is not known, exported them",
+}
+
+
+class PretrainedWeights(NamedTuple):
+    "Weights in safetensors, and their card."
+
+    network: str
+    weights: str  # their name: create_model(network, weights=...)
+    file: Path
+    card: dict  # what it says: see `CARD`
+
+
+def list_weights(
+    folder: str | os.PathLike | None = None,  # None: the weights that ship with the package
+) -> list[PretrainedWeights]:
+    "List the trained weights that `create_model` can load, by their cards."
+    return [_read_card(path) for path in sorted(Path(folder or WEIGHTS).glob("*.json"))]
+
+
+def _read_card(path: Path) -> PretrainedWeights:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a card of weights, or only half of one: {error}") from None
+    if missing := [k for k in CARD if not isinstance(card, dict) or k not in card]:
+        raise ValueError(f"{path} is not a card of weights: it does not have {', '.join(missing)}")
+    return PretrainedWeights(card["network"], card["weights"], path.with_suffix(".safetensors"), card)
+
+
+def _pretrained(name: str, weights: str, num_classes: int, in_channels: int) -> nn.Module:
+    "The network `name` with weights from the package, once all that the card says of them has been checked."
+    known = list_weights()
+    found = next((w for w in known if (w.network, w.weights) == (name, weights)), None)
+    if found is None:
+        there = ", ".join(f"{w.network} with {w.weights!r}" for w in known) or "none in this installation"
+        raise ValueError(
+            f"no weights {weights!r} of {name} come with the package; there are: {there}. Other files: load_checkpoint(create_model({name!r}), path)"
+        )
+    card = found.card
+    if num_classes != card["classes"]:
+        raise ValueError(
+            f"the weights {weights!r} of {name} are for the {card['classes']} classes of {card['dataset']}, not for {num_classes}: "
+            f"create_model({name!r}, num_classes={card['classes']}, weights={weights!r}); for other classes, replace its classifier after that"
+        )
+    if in_channels != card["shape"][0]:
+        raise ValueError(
+            f"the weights {weights!r} of {name} are for images of {card['shape'][0]} channels, not {in_channels}: in_channels={card['shape'][0]}"
+        )
+    if not found.file.is_file():
+        raise FileNotFoundError(f"{found.file} is missing, though its card is there: install the package again")
+    if (digest := _sha256(found.file)) != card["sha256"]:
+        raise ValueError(
+            f"{found.file} is not the file that its card describes (SHA-256 {digest[:16]}..., the card says {card['sha256'][:16]}...): "
+            "it was damaged or changed; install the package again"
+        )
+    return load_weights(NETWORKS[name](num_classes=num_classes, in_channels=in_channels), found.file)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+# %% ../../nbs/method/04_models.ipynb #e8b57ae2
+LARGEST, LARGEST_SUM = 2_000_000, 10_000_000  # bytes of one file of weights, and of all that ship
+
+
+def export_weights(
+    run_folder: str
+    | os.PathLike,  # of a finished run: last.safetensors, metrics.csv, and result.json or a trainer's checkpoint
+    weights: str,  # their name: create_model(network, weights=...); usually the dataset's
+    data,  # the `rcka.data.Dataset` that the run was trained and evaluated on
+    source: str,  # where the recipe is from
+    network: str | None = None,  # a name of `list_models()`; None: the student of result.json
+    seed: int | None = None,  # None: that of result.json
+    recipe: dict | None = None,  # of the recipe, what the folder does not say, as {"batch_size": 64}
+    licence: str = "Apache-2.0",
+    folder: str | os.PathLike | None = None,  # None: the weights that ship with the package
+) -> PretrainedWeights:
+    """Write the last weights of a finished run and their card, so that `create_model(network, weights=weights)` loads them.
+
+    ValueError where the run is not finished or of another dataset, where the folder does not say what network, seed or recipe it is,
+    where the weights do not score what the log says, and where they are too large to ship."""
+    run_folder, folder = Path(run_folder), Path(folder or WEIGHTS)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", weights):
+        raise ValueError(f"weights must be a name of small letters, digits, - and _, got {weights!r}")
+    log, run = _read_log(run_folder / "metrics.csv"), _described(run_folder)
+    network, seed = network or run["network"], run["seed"] if seed is None else seed
+    settings = run["recipe"] | (recipe or {})
+    for what, value in (("network", network), ("seed", seed), ("epochs", settings.get("epochs"))):
+        if value is None:
+            where = "recipe={'epochs': ...}" if what == "epochs" else f"{what}=..."
+            raise ValueError(f"{run_folder} does not say the {what} of its run: give export_weights(..., {where})")
+    if log[-1]["epoch"] != settings["epochs"]:
+        raise ValueError(f"the run in {run_folder} is not finished: {log[-1]['epoch']} of {settings['epochs']} epochs")
+    if run["dataset"] not in (None, data.name):
+        raise ValueError(f"the run in {run_folder} is of {run['dataset']}, but data is {data.name}")
+
+    model = create_model(network, data.num_classes, data.channels)
+    load_weights(model, run_folder / "last.safetensors")
+    stem = folder / f"{network}-{weights}"
+    tensors, dtype = _small(_tensors(model), stem.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "w.safetensors"
+        _write_safetensors(tensors, file)
+        content, digest = file.read_bytes(), _sha256(file)
+        top1 = _top1(load_weights(model, file), data)
+    if abs(top1 - log[-1]["top1"]) > 0.5:
+        raise ValueError(
+            f"{run_folder / 'last.safetensors'} scores {top1:.2f} % on the {data.evaluated_on} images of {data.name}, but the last epoch in its log "
+            f"{log[-1]['top1']:.2f} %: is data what the run was evaluated on?"
+        )
+    _check_sum(folder, stem.name, len(content))
+    best = max(log, key=lambda row: row["top1"])
+    card = {
+        "format": 1,
+        "network": network,
+        "weights": weights,
+        "dataset": data.name,
+        "classes": data.num_classes,
+        "class_names": list(data.classes),
+        "shape": list(data.shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "method": run["method"],
+        "teacher": run["teacher"],
+        "recipe": settings,
+        "source": source,
+        "seed": seed,
+        "evaluated_on": data.evaluated_on,
+        "top1": {
+            "last": log[-1]["top1"],
+            "best": best["top1"],
+            "best_epoch": best["epoch"],
+            "file": float(f"{top1:.6g}"),
+        },
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": dtype,
+        "bytes": len(content),
+        "sha256": digest,
+        "licence": licence,
+        "versions": run["versions"],
+        "log": log,
+    }
+    _write_safetensors(tensors, stem.with_suffix(".safetensors"))
+    _write_card(card, stem.with_suffix(".json"))
+    return _read_card(stem.with_suffix(".json"))
+
+# %% ../../nbs/method/04_models.ipynb #8d4a8f01
+def _read_log(path: Path) -> list[dict]:
+    "The epochs of a run's metrics.csv; numbers to six digits."
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}: is it the folder of a run that has begun to train?")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"epoch", "top1"} <= set(rows[0]):
+        raise ValueError(f"{path} has no epochs with top1; weights that ship are those of classifiers")
+    number = lambda key, v: int(v) if key == "epoch" else float(f"{float(v):.6g}")
+    return [{key: number(key, v) for key, v in row.items() if v not in (None, "")} for row in rows]
+
+
+def _described(folder: Path) -> dict:
+    "What a run's folder says of it: from result.json, else from the trainer's newest checkpoint."
+    import rcka  # not while rcka itself is imported
+
+    found = dict(dataset=None, network=None, method="none", teacher=None, seed=None, recipe={}, versions={})
+    if (result := folder / "result.json").is_file():
+        content = json.loads(result.read_text(encoding="utf-8"))
+        experiment = {k: v for k, v in content["experiment"].items() if v is not None}
+        found |= {k: experiment.pop(k, found[k]) for k in ("dataset", "method", "teacher", "seed")}
+        if "teacher_weights" in experiment:  # a path says nothing elsewhere
+            experiment["teacher_weights"] = Path(experiment["teacher_weights"]).name
+        found |= {"network": experiment.pop("student"), "recipe": experiment, "versions": content["versions"]}
+        return found
+    found["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "rcka": rcka.__version__}
+    if checkpoints := sorted(folder.glob("checkpoint-*.pt")):
+        content = _read(checkpoints[-1])
+        found["recipe"] = {k: v for k, v in content["recipe"].items() if v is not None and k != "seed"}
+        found["versions"]["torch"] = content["setting"]["torch"]
+    return found
+
+
+def _small(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], str]:
+    "The tensors in float32 where they fit into a file that ships, else with their matrices and kernels in float16."
+    size = lambda tensors: sum(
+        t.numel() * t.element_size() + 120 for t in tensors.values()
+    )  # 120: its entry in the header
+    if size(tensors) <= LARGEST:
+        return tensors, "float32"
+    half = {k: t.half() if t.is_floating_point() and t.dim() > 1 else t for k, t in tensors.items()}
+    if size(half) > LARGEST:
+        raise ValueError(
+            f"{name} is too large to ship: {size(half) / 1e6:.1f} MB in float16, at most {LARGEST / 1e6:.0f} MB are allowed"
+        )
+    return half, "float16"
+
+
+def _check_sum(folder: Path, name: str, new: int):
+    others = [p for p in folder.glob("*.safetensors") if p.stem != name]
+    total = new + sum(p.stat().st_size for p in others)
+    if total > LARGEST_SUM:
+        raise ValueError(
+            f"with {name} the weights in {folder} would be {total / 1e6:.1f} MB, at most {LARGEST_SUM / 1e6:.0f} MB may ship; "
+            f"there are {', '.join(p.stem for p in others)}"
+        )
+
+
+@torch.no_grad()
+def _top1(model: nn.Module, data) -> float:
+    "In per cent, of the test (or validation) images."
+    model.eval()
+    batches = data.batches(train=False).epoch()
+    right = sum((model(images).argmax(1) == targets).sum().item() for images, targets, _ in batches)
+    return 100 * right / len(data.test_targets)
+
+
+def _write_card(card: dict, path: Path):
+    "As JSON, an entry a line and an epoch of the log a line, in one step."
+    rows = ",\n  ".join(json.dumps(row) for row in card["log"])
+    entries = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in card.items() if k != "log"]
+    entries.append(f'"log": [\n  {rows}\n ]')
+    text = "{\n " + ",\n ".join(entries) + "\n}\n"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        part = Path(scratch) / "card.json"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
