@@ -467,10 +467,9 @@ class Distiller:
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
         "The method's terms, and how many the student got right. `teacher`: its outputs in eval mode, if they are there already."
+        # outputs that were made for several methods are those of eval mode
         if self.teacher is not None and (teacher is None or self.method.teacher_batch_stats):
-            teacher = self._teacher_outputs(
-                batch.images
-            )  # outputs that were made for other methods are those in eval mode
+            teacher = self._teacher_outputs(batch.images)
         student, targets, index = self.student_taps(batch.images), batch.targets, batch.index
         if relations != "device":
             student, teacher, targets, index = map(gathered, (student, teacher, targets, index))
