@@ -275,6 +275,7 @@ class Method(nn.Module):
 
     `ce` is the factor of the cross-entropy. Adding methods multiplies their factors."""
 
+    name: str  # given by `register`
     ce = 1.0
     teacher_batch_stats = False  # the teacher's batch normalisations use the statistics of the batch
     dense = False  # compares the many places of a detector or a segmentation network, not whole images
