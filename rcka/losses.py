@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import warnings
 from typing import NamedTuple
 
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from .similarity import _debias, _inner, _scaled, as_features, as_real, check_pair, cka, cosine, full_precision
 
 # %% auto #0
-__all__ = ['fcka', 'IntraInter', 'intra_inter', 'unit', 'lcka', 'pcka', 'Outputs', 'Layers', 'Method', 'register', 'list_methods',
-           'nearest', 'create_method', 'Alone', 'Sum', 'FCKA', 'LCKA', 'RCKA', 'RCKAReleased', 'DenseMethod', 'map_mse',
-           'PCKA']
+__all__ = ['fcka', 'IntraInter', 'intra_inter', 'unit', 'lcka', 'pcka', 'Outputs', 'Layers', 'class_indices', 'stages_at',
+           'Method', 'register', 'list_methods', 'nearest', 'create_method', 'Alone', 'Sum', 'FCKA', 'LCKA', 'RCKA',
+           'RCKAReleased', 'DenseMethod', 'map_mse', 'PCKA']
 
 # %% ../nbs/method/01_losses.ipynb #95feb13f
 @full_precision
@@ -245,12 +246,38 @@ class Layers(NamedTuple):
     head: str = ""  # the classifier itself
 
 
+def class_indices(target: Tensor, method: str) -> Tensor:
+    "Check that `target` holds the class of each sample, (n,), for a method that has no form for class probabilities."
+    if target.dim() != 1 or target.is_floating_point():
+        raise ValueError(
+            f"method {method} needs the class of each sample, a target (n,) of whole numbers; got {tuple(target.shape)} of {target.dtype}. "
+            "With soft labels, as from mixup, use a method that does not need classes, such as kd or fcka"
+        )
+    return target
+
+
+def stages_at(
+    layers: Layers,  # of the network
+    stages,  # positions in `layers.stages`; negative ones count from the end
+    method: str,  # its name, for the error
+) -> list[str]:  # their module paths
+    "Choose stages of a network by position; ValueError where there is no such stage."
+    n = len(layers.stages)
+    if not all(isinstance(i, int) and -n <= i < n for i in stages):
+        raise ValueError(
+            f"{method} got stages={tuple(stages)}, but the network has {n} stages, at positions 0 to {n - 1} or -{n} to -1: {', '.join(layers.stages)}"
+        )
+    return [layers.stages[i] for i in stages]
+
+
 class Method(nn.Module):
     """A distillation method: `forward` gives {"ce": cross-entropy, ...: its own terms}, weighted; their sum is the loss.
 
     `ce` is the factor of the cross-entropy. Adding methods multiplies their factors."""
 
+    name: str  # given by `register`
     ce = 1.0
+    teacher_batch_stats = False  # the teacher's batch normalisations use the statistics of the batch
     dense = False  # compares the many places of a detector or a segmentation network, not whole images
     wants_logits = False  # of a dense method: it compares class logits, too
 
@@ -275,8 +302,17 @@ class Method(nn.Module):
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Tensor, index: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """Return the cross-entropy and the method's terms.
+
+        `target` holds classes (n,), or class probabilities (n, classes) such as those of mixup; a method that needs classes refuses the latter."""
         if len(target) != len(student.logits):
             raise ValueError(f"the batch sizes differ: {len(student.logits)} logits and {len(target)} targets")
+        if target.is_floating_point():
+            if target.shape != student.logits.shape:
+                raise ValueError(
+                    f"a target of {target.dtype} must hold class probabilities, {tuple(student.logits.shape)} as the logits; got {tuple(target.shape)}. Classes are whole numbers, (n,)"
+                )
+            target = target.float()
         terms = {"ce": self.ce * F.cross_entropy(student.logits.float(), target)} if self.ce else {}
         return terms | self.terms(student, teacher, target, index)
 
@@ -353,22 +389,63 @@ class Sum(Method):
     def __init__(self, methods):
         super().__init__()
         self.parts = nn.ModuleList(methods)
-        self.ce = torch.tensor([m.ce for m in methods], dtype=torch.float64).prod().item()
-        self.wanted = None  # how many features each part asked for
+        self.name = "+".join(getattr(m, "name", type(m).__name__) for m in methods)
+        self.ce = math.prod(m.ce for m in methods)
+        self.wanted = None  # number of features of each part
+
+    @property
+    def teacher_batch_stats(self):
+        return any(m.teacher_batch_stats for m in self.parts)
 
     def wants(self, layers):
         wants = [m.wants(layers) for m in self.parts]
         self.wanted = [len(w) for w in wants]
-        return sum(wants, [])
+        return [path for w in wants for path in w]
+
+    def shares(
+        self,
+        n: int,  # features in all
+    ) -> list[int]:  # number of features of each part, in the order of the parts
+        """Share out the features among the parts.
+
+        Where `n` is not what `wants` told, the paths were given by hand. Then a part with `stages` of its own takes that many,
+        and parts that compare every stage take equally many; ValueError where this does not add up to `n`."""
+        if self.wanted is not None and sum(self.wanted) == n:
+            return self.wanted
+
+        def asked(part, stages):
+            names = tuple(map(str, range(stages)))
+            return len(part.wants(Layers(names, names, "pooled", "head")))
+
+        most = 64  # stages; no network has more
+        at_most = [asked(part, most) for part in self.parts]
+        if sum(k > 0 for k in at_most) == 1:  # a single part compares features: all are its own
+            self.wanted = [n if k else 0 for k in at_most]
+            return self.wanted
+        for stages in range(1, most):
+            found = []
+            for part, k in zip(self.parts, at_most):
+                try:
+                    found.append(asked(part, stages))
+                except ValueError:  # it compares a stage that is deeper, so its number of features is fixed
+                    found.append(k)
+            if sum(found) == n:
+                self.wanted = found
+                return found
+        raise ValueError(
+            f"method {self.name} cannot share out {n} features among its parts. Give the paths of the parts one after another, in the order of "
+            "the name: as many as a part's stages=..., and equally many to each part that compares every stage"
+        )
 
     def split(self, outputs):
-        "The features of each part."
-        if self.wanted is None:
-            raise RuntimeError(
-                "a sum of methods shares out the features by what its parts asked for: call method.wants(layers) first"
-            )
-        ends = torch.tensor([0] + self.wanted).cumsum(0).tolist()
-        return [outputs and outputs._replace(features=outputs.features[a:b]) for a, b in zip(ends, ends[1:])]
+        "Return the outputs with the features of each part."
+        if outputs is None:
+            return [None] * len(self.parts)
+        features, parts = outputs.features, []
+        for k in self.shares(len(features)):
+            parts.append(outputs._replace(features=features[:k]))
+            features = features[k:]
+        return parts
 
     def build(self, student, teacher, **kw):
         for m, s, t in zip(self.parts, self.split(student), self.split(teacher)):
@@ -392,7 +469,7 @@ class _FeatureTerm:
     "What FCKA and RCKA share: which feature maps, and their mean similarity."
 
     def wants(self, layers):
-        return [layers.stages[i] for i in self.stages]
+        return stages_at(layers, self.stages, self.name)
 
     def feature_similarity(self, student, teacher, **kw):
         if not student.features or len(student.features) != len(teacher.features):
@@ -475,7 +552,11 @@ class RCKA(_FeatureTerm, Method):
 # %% ../nbs/method/01_losses.ipynb #5c94152b
 @register("rcka_released")
 class RCKAReleased(RCKA):
-    "RCKA in the form and with the weights of the code around the paper: no centring, row-normalised logit Gram matrices with weight 15, a Gram of a Gram of the features with weight 1."
+    """RCKA in the form and with the weights of the code around the paper: no centring, row-normalised logit Gram matrices with weight 15, a Gram of a Gram of the features with weight 1.
+
+    The classification code itself is not public, so this is no reproduction of the paper's results. The released class sums the feature term over all stages;
+    here it is that of the last stage alone, and with `stages` the mean over them (multiply `alpha` by their number for the sum).
+    That feature term is published as another paper's: Saha, Bialkowski, Khalifa, "Distilling representational similarity using centered kernel alignment (CKA)", BMVC 2022."""
 
     def __init__(
         self,
@@ -501,13 +582,7 @@ class DenseMethod(Method):
         self.connectors = None  # made by `build`
 
     def wants(self, layers):
-        if self.stages is None:
-            return list(layers.stages[:4])
-        if not all(-len(layers.stages) <= i < len(layers.stages) for i in self.stages):
-            raise ValueError(
-                f"{self.name} compares stages {tuple(self.stages)}, but the network has {len(layers.stages)}: {', '.join(layers.stages)}"
-            )
-        return [layers.stages[i] for i in self.stages]
+        return list(layers.stages[:4]) if self.stages is None else stages_at(layers, self.stages, self.name)
 
     def pairs(self, student, teacher):
         "Feature maps as the networks gave them, checked; the teacher's carry no gradient."
@@ -578,7 +653,8 @@ class PCKA(DenseMethod):
         single = [i for i, (_, t) in enumerate(self.pairs(student, teacher)) if max(t.shape[-2:]) <= k]
         if single and not self.weights["pcka_inter"]:
             warnings.warn(
-                f"the maps of level {', '.join(map(str, single))} fit into one patch of {k} x {k}, where intra-PCKA has nothing to compare: give a smaller patch_size, other stages, or a weight for inter"
+                f"the maps of level {', '.join(map(str, single))} fit into one patch of {k} x {k}, where intra-PCKA has nothing to compare: give a smaller patch_size, other stages, or a weight for inter",
+                stacklevel=2,
             )
 
     def terms(self, student, teacher, target=None, index=None):

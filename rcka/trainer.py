@@ -32,9 +32,9 @@ from .taps import Taps, layers_of
 __all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'LOOK_EVERY', 'Recipe', 'write_atomic', 'remove_parts', 'claimed', 'FolderBusy',
            'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged', 'last_checkpoint', 'processes', 'join',
            'sum_over_processes', 'together', 'own_rows', 'part', 'first_part', 'Share', 'share', 'gathered',
-           'average_gradients', 'Accuracy', 'evaluate', 'mixed', 'determinism', 'Step', 'head_of', 'Distiller',
-           'as_safetensors', 'as_csv', 'from_first', 'Run', 'NonFiniteLoss', 'Trainer', 'OutOfMemory', 'BatchesFailed',
-           'Stopped', 'fit_together']
+           'average_gradients', 'Accuracy', 'evaluate', 'mixed', 'determinism', 'Step', 'head_of', 'batch_statistics',
+           'Distiller', 'as_safetensors', 'as_csv', 'from_first', 'Run', 'NonFiniteLoss', 'Trainer', 'OutOfMemory',
+           'BatchesFailed', 'Stopped', 'fit_together']
 
 # %% ../nbs/method/06_trainer.ipynb #890160f8
 @dataclass(frozen=True)
@@ -381,7 +381,8 @@ class Step(NamedTuple):
     counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # sums and of how many; an epoch's is 100 * sum / number
 
 # %% ../nbs/method/06_trainer.ipynb #e8d0d102
-ANY_LAYERS = Layers(tuple("stage%d" % i for i in range(6)), tuple("preact%d" % i for i in range(6)), "pooled", "head")
+_STAGES = tuple(f"stage{i}" for i in range(64))  # more than any network has
+ANY_LAYERS = Layers(_STAGES, _STAGES, "pooled", "head")
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
@@ -390,6 +391,20 @@ def head_of(model: nn.Module) -> nn.Module | None:
         return model.get_submodule(layers_of(model).head)
     except (ValueError, AttributeError):
         return None
+
+
+@contextlib.contextmanager
+def batch_statistics(model: nn.Module):
+    "Let batch normalisations use the statistics of the batch inside; their running statistics stay as they are."
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(m.training, m.track_running_stats) for m in norms]
+    try:
+        for m in norms:
+            m.training, m.track_running_stats = True, False
+        yield
+    finally:
+        for m, (training, tracks) in zip(norms, before):
+            m.training, m.track_running_stats = training, tracks
 
 # %% ../nbs/method/06_trainer.ipynb #0c06d4d0
 class Distiller:
@@ -401,7 +416,7 @@ class Distiller:
         self,
         student: nn.Module,  # the network to train
         method: Method | None = None,  # None: the student alone
-        teacher: nn.Module | None = None,  # frozen, in eval mode
+        teacher: nn.Module | None = None,  # frozen, in eval mode; some methods let it use the statistics of the batch
         student_paths=None,  # module paths of the features, instead of what the method wants of a known network
         teacher_paths=None,
     ):
@@ -419,8 +434,7 @@ class Distiller:
 
     def _paths(self, model, paths):
         if paths is not None:
-            self.method.wants(ANY_LAYERS)
-            return list(paths)
+            return list(paths)  # of a sum: those of its parts, in the order of its name
         if not self.method.wants(ANY_LAYERS):
             return []  # a method that wants no features fits any network
         return self.method.wants(layers_of(model))
@@ -436,7 +450,7 @@ class Distiller:
         mode = self.student.training
         self.student.eval()  # batch statistics must not see this batch
         with torch.no_grad():
-            student, teacher = self.student_taps(images), self.teacher_taps(images)
+            student, teacher = self.student_taps(images), self._teacher_outputs(images)
         self.student.train(mode)
         if student.logits.shape != teacher.logits.shape:
             raise ValueError(
@@ -445,15 +459,22 @@ class Distiller:
         self.method.build(student, teacher, head=head_of(self.teacher), targets=targets)
         self.method.to(images.device)
 
+    @torch.no_grad()
+    def _teacher_outputs(self, images: torch.Tensor) -> Outputs:
+        "Return the teacher's outputs."
+        with batch_statistics(self.teacher) if self.method.teacher_batch_stats else contextlib.nullcontext():
+            return self.teacher_taps(images)
+
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "The method's terms, and how many the student got right. `teacher`: its outputs, if they are there already."
-        if self.teacher is not None and teacher is None:
-            with torch.no_grad():
-                teacher = self.teacher_taps(batch.images)
+        "The method's terms, and how many the student got right. `teacher`: its outputs in eval mode, if they are there already."
+        # outputs that were made for several methods are those of eval mode
+        if self.teacher is not None and (teacher is None or self.method.teacher_batch_stats):
+            teacher = self._teacher_outputs(batch.images)
         student, targets, index = self.student_taps(batch.images), batch.targets, batch.index
         if relations != "device":
             student, teacher, targets, index = map(gathered, (student, teacher, targets, index))
-        hits = (student.logits.detach().argmax(1) == targets).sum()
+        classes = targets.argmax(1) if targets.dim() == 2 else targets  # class probabilities: the most probable
+        hits = (student.logits.detach().argmax(1) == classes).sum()
         return Step(
             self.method(student, teacher, targets, index), {"train_top1": (hits, torch.full_like(hits, len(targets)))}
         )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rcka.baselines  # noqa: F401  registers the methods
-from rcka.baselines_features import paper_args
+from rcka.baselines_features import Negatives, paper_args
 from rcka.losses import Layers, Outputs, create_method, list_methods
 
 NAMES = [
@@ -53,7 +53,6 @@ FAMILIES = {
         ([(4, 8, 8), (3, 8, 8), (4, 4, 4), (6, 4, 4), (10, 2, 2)], 20),
         ([(8, 16, 16), (8, 8, 8), (12, 8, 8), (16, 4, 4), (16, 4, 4)], 16),
     ),
-    "fewer stages": (([(4, 8, 8), (6, 4, 4), (8, 2, 2)], 8), ([(8, 16, 16), (8, 16, 16), (12, 8, 8), (16, 4, 4)], 16)),
 }
 TARGETS = torch.arange(SAMPLES) % CLASSES
 
@@ -288,6 +287,12 @@ def test_tokens_where_maps_are_needed_are_named():
 def test_features_that_do_not_come_are_named():
     with pytest.raises(ValueError, match="method.wants"):
         create_method("sp")(Outputs(torch.randn(4, 5)), Outputs(torch.randn(4, 5)), torch.arange(4))
+    for name in ("at", "nst", "vid", "ofd", "fitnet", "sp", "rkd"):  # never the deepest of a longer list
+        student, teacher = (
+            Outputs(torch.randn(4, 5), tuple(torch.randn(4, 6, 4, 4) for _ in range(k))) for k in (3, 4)
+        )
+        with pytest.raises(ValueError, match="3 .*and 4"):
+            create_method(name, SMALL.get(name, {})).pairs(student, teacher)
     with pytest.raises(ValueError, match="layers.preacts"):
         create_method("ofd").wants(Layers(("a", "b")))
 
@@ -333,6 +338,27 @@ def test_crd_contrasts_only_other_classes_and_follows_the_seed():
         method.build(s, t, targets=torch.zeros(9).long())
 
 
+def test_crd_draws_no_negative_twice():
+    targets = torch.arange(40) % 4  # 30 of other classes
+    s, t = (random_outputs(create_method("crd"), f, 4) for f in FAMILIES["resnets"])
+
+    def draws(k, **kw):
+        method = create_method("crd", {"width": 8, **kw})
+        method.build(s, t, targets=targets)
+        torch.manual_seed(0)
+        return method.others(targets, k)
+
+    for k in (1, 12, 30):
+        assert all(len(row.unique()) == k for row in draws(k))
+    others = [(targets != y).nonzero()[:, 0].tolist() for y in targets]
+    assert [row.sort().values.tolist() for row in draws(30)] == others
+    assert draws(31).shape == (40, 31)  # more than there are: some must come twice
+    assert any(len(row.unique()) < 30 for row in draws(30, replacement=True))
+    torch.manual_seed(0)
+    seen = Negatives(targets)(targets[:1].expand(1000), 3).flatten().bincount(minlength=40)[targets != targets[0]]
+    assert (seen / 3000 - 1 / 30).abs().max() < 0.02  # uniform: a standard deviation is 0.003
+
+
 def test_crd_does_not_learn_from_evaluation():
     method, s, t, target, index = make("crd", "resnets")
     before = copy.deepcopy(method.state_dict())
@@ -356,6 +382,22 @@ def test_paper_args():
     assert paper_args("kd", "resnet34", "resnet18", "imagenet") == {"temperature": 1.0, "weight": 0.5, "ce": 0.5}
     assert paper_args("kd+dkd", "wrn_40_2", "wrn_40_1") == {"dkd.beta": 6.0}
     assert paper_args("fcka", "vgg13", "vgg8") == {}
+    ikl = {("vgg13", "vgg8"): (1, 12), ("resnet32x4", "shufflenet_v2"): (3, 12), ("resnet50", "mobilenet_v2"): (1, 12)}
+    for pair, (alpha, beta) in ikl.items():
+        assert paper_args("ikl_kd", *pair) == {"alpha": alpha, "beta": beta}
+    args = paper_args("ikl_kd", "torchvision/resnet50", "mobilenet_v1", "imagenet")
+    assert (args["alpha"], args["beta"]) == (4, 1)
+    assert paper_args("ikl_kd", "torchvision/resnet34", "torchvision/resnet18", "imagenet")["beta"] == 0.5
+    for dataset, want in {"cifar100": (3.5, 3), "imagenet": (1.5, 1)}.items():
+        nkd = create_method("nkd", paper_args("nkd", "resnet34", "resnet18", dataset))
+        assert (nkd.options["gamma"], nkd.options["temperature"]) == want
+
+
+@pytest.mark.parametrize("name", ["kd+ickd_c", "ickd_c+kd"])
+def test_ickd_with_kd_has_the_weights_of_its_authors(name):
+    method = create_method(name, paper_args(name, "resnet32x4", "resnet8x4"))
+    kd, ickd = sorted(method.parts, key=lambda part: part.name != "kd")
+    assert (method.ce, kd.weight, kd.temperature, ickd.weight) == (1, 1, 4, 2.5)
 
 
 @pytest.mark.parametrize("pair", [("resnet20", "resnet8"), ("vgg8", "mobilenet_v2_half")])
