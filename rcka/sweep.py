@@ -130,10 +130,11 @@ def _try(e: Experiment, data):
 # %% ../nbs/method/09_sweep.ipynb #b5744d03
 def notebook_for(dataset: str) -> Path:
     "The benchmark notebook that runs a dataset's experiments."
-    places = [checkout(), Path(rcka.__file__).resolve().parent.parent]
-    folder = next((p / "nbs" / "benchmarks" for p in places if p and (p / "nbs" / "benchmarks").is_dir()), None)
+    package = Path(rcka.__file__).resolve().parent
+    places = [p / "nbs" / "benchmarks" for p in (checkout(), package.parent) if p] + [package / "notebooks"]
+    folder = next((p for p in places if p.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError("the benchmark notebooks are in a checkout of rcka, and this is none: give notebook=")
+        raise FileNotFoundError(f"there are no benchmark notebooks in {' or '.join(map(str, places))}: give notebook=")
     own = folder / f"{dataset.split(':')[0]}.ipynb"
     return (
         own
