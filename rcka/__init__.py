@@ -103,7 +103,6 @@ EXTRAS = {  # what is optional, by the name one imports, and the extra that brin
     "safetensors": "train",
     "sklearn": "train",
     "tqdm": "train",
-    "jupyterlab": "notebook",
     "matplotlib": "notebook",
     "nbformat": "notebook",
     "papermill": "notebook",

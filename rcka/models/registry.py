@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import rcka
 from ..losses import Layers, nearest
 
 # %% auto #0
@@ -158,10 +159,8 @@ def _numpy_scalars() -> list:
 
 
 def _safetensors():
-    try:
+    with rcka.optional_import():
         import safetensors.torch
-    except ImportError:
-        raise ImportError("safetensors files need the package safetensors: pip install 'rcka[train]'") from None
     return safetensors
 
 
