@@ -248,7 +248,7 @@ def _epochs(counts: dict[Path, int]):
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            yield
+            yield bar
         finally:
             over.set()
             watcher.join()
