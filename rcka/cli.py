@@ -66,7 +66,7 @@ def _known(names, known, what: str):
             raise ValueError(nearest(name, known, what))
 
 
-_SAID = {
+_SAID: dict[type, str] = {
     int: "a whole number",
     float: "a number",
     str: "a text",
@@ -88,7 +88,7 @@ def _check_types(values: dict, hints: dict):
         else:
             fits = any(isinstance(value, wider.get(kind, kind)) for kind in kinds)
         if not fits:
-            said = " or ".join(_SAID.get(kind, kind.__name__) for kind in kinds)
+            said = " or ".join(_SAID.get(kind) or kind.__name__ for kind in kinds)
             raise ValueError(f"parameter {name} must be {said}, got {value!r}")
 
 
@@ -173,7 +173,7 @@ def run(
     _known(values, known, f"parameter of {notebook.name}")
     if output and output.is_dir():
         raise ValueError(f"--output is the file of the executed notebook, and {output} is a folder")
-    runs, experiment = runs_root(root).resolve(), None
+    runs, experiment, folder, counts = runs_root(root).resolve(), None, Path(), {}
     if set(Experiment().to_dict()) <= set(known):  # one experiment; digits.ipynb runs several, coco.ipynb other ones
         _check_types({k: v for k, v in values.items() if k in hints}, hints)
         experiment = Experiment.from_parameters(known | values)
@@ -193,12 +193,13 @@ def run(
         with S._environment(RCKA_RUNS=str(runs)), _epochs(counts) if experiment else contextlib.nullcontext():
             S.execute(notebook, output, values, progress=experiment is None and sys.stderr.isatty())
     except (KeyboardInterrupt, Exception) as error:
-        if isinstance(error, KeyboardInterrupt) or getattr(error, "ename", "") == "KeyboardInterrupt":
+        name = getattr(error, "ename", "")  # of what was raised in the notebook
+        if isinstance(error, KeyboardInterrupt) or name == "KeyboardInterrupt":
             print("stopped; the same command goes on from here", file=sys.stderr)
             raise typer.Exit(130) from None
-        if experiment is None and not hasattr(error, "ename"):
+        if experiment is None and not name:
             raise
-        line = S.write_failure(folder, error) if experiment else f"{error.ename}: {error.evalue}"
+        line = S.write_failure(folder, error) if experiment else f"{name}: {getattr(error, 'evalue', '')}"
         more = "; `rcka status --traceback` has the traceback" if experiment else ""
         print(f"error: {line}\nthe notebook as far as it came: {output}{more}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -348,10 +349,10 @@ def sweep(
     )
     if dry_run:
         return
-    common = dict(root=folder, notebook=notebook, retry=retry)
+    common: dict = dict(root=folder, notebook=notebook, retry=retry)
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // workers)
     if executor == "local":
-        where = dict(executor=S.Processes(workers), threads=threads)
+        where: dict = dict(executor=S.Processes(workers), threads=threads)
     else:
         where = dict(
             executor=S.slurm(folder, partition, gpus_per_run, runs_per_gpu, cpus_per_run, hours),
