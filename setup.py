@@ -1,9 +1,12 @@
 """Installs what settings.ini describes; nothing is said twice here."""
 
+import re
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
@@ -21,11 +24,35 @@ extras["slurm"] += extras["notebook"]
 extras["dev"] += extras["slurm"] + extras["segmentation"] + extras["detection"]
 extras["docs"] += extras["dev"]
 
+
+class BuildWithNotebooks(build_py):
+    "The benchmark notebooks travel in the package, so that `rcka run` and `rcka sweep` work without a checkout."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:  # an editable installation runs those of its checkout
+            folder = Path(self.build_lib, "rcka", "notebooks")
+            shutil.rmtree(folder, ignore_errors=True)  # build/ may hold those of an earlier build
+            folder.mkdir(parents=True)
+            for notebook in sorted((here / "nbs" / "benchmarks").glob("*.ipynb")):
+                shutil.copyfile(notebook, folder / notebook.name)
+
+
+def description() -> str:
+    "The README for a package index, which has no files beside it: links and images lead to the repository."
+    base = {"": f"{cfg['git_url']}/blob/{cfg['branch']}/", "!": f"{cfg['git_url']}/raw/{cfg['branch']}/"}
+    link = re.compile(r"(!?)(\[[^\]]*\])\((?![a-z]+:|#)([^)\s]+)\)")
+    return link.sub(
+        lambda found: f"{found[1]}{found[2]}({base[found[1]]}{found[3]})",
+        (here / "README.md").read_text(encoding="utf-8"),
+    )
+
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=description(),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
@@ -33,10 +60,11 @@ setup(
     keywords=cfg["keywords"],
     url=cfg["git_url"],
     packages=find_packages(include=["rcka", "rcka.*"]),
-    package_data={"rcka": ["**/*.csv"]},
+    package_data={"rcka": ["py.typed", "**/*.csv"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
+    cmdclass={"build_py": BuildWithNotebooks},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from . import optional_import
 from .losses import nearest
 from rcka.similarity import (
     Gaussian,
@@ -317,7 +318,8 @@ def _kernel_name(kernel) -> str:
 
 def _frame(accumulator, kernel, paths, titles, **made):
     "The similarities, with the layers' paths; `attrs` says how they were made."
-    import pandas as pd
+    with optional_import():
+        import pandas as pd
 
     _check_finite(accumulator, paths, titles)
     frame = pd.DataFrame(
@@ -352,7 +354,8 @@ def compare(
     the largest batch, samples left out because their batch was too small, layers left out because they have no feature of each image.
     Where a module runs more than once in a forward, its last call counts. A layer that is constant has similarity 0.
     ValueError for a pattern that fits nothing, a budget that is too small, no usable batch, or features that are not finite."""
-    from tqdm import tqdm
+    with optional_import():
+        from tqdm import tqdm
 
     kernels, estimators = [as_kernel(k) for k in _listed(kernel)], _listed(unbiased)
     alone = model_b is None or model_b is model_a and layers_b is None
@@ -446,7 +449,8 @@ def load_comparison(
     path: Path | str,  # of `save_comparison`
 ):  # pandas.DataFrame
     "Read a comparison; a file that is none, or cut short, is an error."
-    import pandas as pd
+    with optional_import():
+        import pandas as pd
 
     text = Path(path).read_text()
     try:
@@ -468,7 +472,8 @@ def load_comparison(
 
 # %% ../nbs/method/10_analysis.ipynb #0278aaca
 def _plt():
-    import matplotlib.pyplot as plt
+    with optional_import():
+        import matplotlib.pyplot as plt
 
     return plt
 
@@ -478,7 +483,8 @@ MARKERS, DASHES = "osD^vP*X<>", ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
 
 def _styles(names) -> dict:
     "Colour, marker and dash for each name."
-    import seaborn as sns
+    with optional_import():
+        import seaborn as sns
 
     palette = sns.color_palette("colorblind", 10)
     return {
@@ -605,7 +611,8 @@ def gram_frame(
     kernel="linear",
 ):  # pandas.DataFrame (n, k n): index the classes, columns (network, sample)
     "The centred Gram matrices of a layer in several networks, of unit norm, samples sorted by class."
-    import pandas as pd
+    with optional_import():
+        import pandas as pd
 
     order, blocks = targets.cpu().argsort(stable=True), {}
     for name, model in networks.items():
@@ -724,7 +731,8 @@ def plot_predicts(
 
 def rank_correlation(x, y) -> float:
     "Spearman's rank correlation; ties share their mean rank; NaN where either side is constant."
-    import pandas as pd
+    with optional_import():
+        import pandas as pd
 
     return float(pd.Series(list(x), dtype=float).rank().corr(pd.Series(list(y), dtype=float).rank()))
 
@@ -761,7 +769,8 @@ def class_relations(
     classes: Sequence[str],  # their names
 ):  # pandas.DataFrame (P, k P): index the classes, columns (network, class)
     "Correlation of every two classes' logits over the images, in several networks."
-    import pandas as pd
+    with optional_import():
+        import pandas as pd
 
     networks, logits = {name: unwrap(m) for name, m in networks.items()}, {name: [] for name in networks}
     with _evaluating(*networks.values()):

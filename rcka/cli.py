@@ -3,18 +3,25 @@
 # %% ../nbs/method/09c_cli.ipynb #58a210cc
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import os
 import signal
 import sys
+import threading
 from collections import Counter
-from pathlib import Path
-from typing import Annotated  # typer reads these as types at run time
+from pathlib import Path  # typer reads this one and the next as types at run time
+from typing import Annotated, get_args, get_origin, get_type_hints
 
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+import rcka
+from . import optional_import
+
+with optional_import():  # torch is imported by the commands that need it: --help does not
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
 
 # %% auto #0
 __all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'methods', 'models', 'datasets', 'run', 'sweep', 'status',
@@ -58,6 +65,41 @@ def _known(names, known, what: str):
         if name not in known:
             raise ValueError(nearest(name, known, what))
 
+
+_SAID: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    tuple: "a list, as [1, 2]",
+    list: "a list, as [1, 2]",
+    dict: "a dict, as {'weight': 4}",
+    type(None): "null",
+}
+
+
+def _check_types(values: dict, hints: dict):
+    "ValueError for a value that is not of the type its parameter has; `hints` are types, as int or float | None."
+    for name, value in values.items():
+        kinds = [get_origin(kind) or kind for kind in get_args(hints[name]) or [hints[name]]]
+        wider = {float: (float, int), tuple: (tuple, list), list: (tuple, list)}
+        if isinstance(value, bool):  # which Python counts among the integers
+            fits = bool in kinds
+        else:
+            fits = any(isinstance(value, wider.get(kind, kind)) for kind in kinds)
+        if not fits:
+            said = " or ".join(_SAID.get(kind) or kind.__name__ for kind in kinds)
+            raise ValueError(f"parameter {name} must be {said}, got {value!r}")
+
+
+def _runs(root: Path | None) -> Path:
+    "The folder of all runs, to be read: one that was given must be there."
+    from rcka.experiments import runs_root
+
+    if root and not root.is_dir():
+        raise ValueError(f"there is no folder {root}: --root is the folder that holds the runs")
+    return runs_root(root)
+
 # %% ../nbs/method/09c_cli.ipynb #1c81fc86
 @app.command()
 def methods():
@@ -73,13 +115,9 @@ def methods():
 @app.command()
 def models():
     "The networks, with their number of parameters for 100 classes."
-    import torch
-
-    from rcka.models import create_model, list_models
-
-    with torch.device("meta"):
-        sizes = {name: sum(p.numel() for p in create_model(name).parameters()) for name in list_models()}
-    _table(("name", "parameters"), [(name, f"{n:,}") for name, n in sizes.items()])
+    with open(Path(rcka.__file__).parent / "models" / "parameters.csv", newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))  # counted beforehand: importing torch alone would take seconds
+    _table(("name", "parameters"), [(row["name"], f"{int(row['parameters']):,}") for row in rows])
 
 
 @app.command()
@@ -123,40 +161,103 @@ def run(
     ] = None,
 ):
     "One papermill run of a benchmark notebook. The kernel listens on IPC sockets, not on TCP."
+    from rcka import sweep as S
     from rcka.experiments import Experiment, _claim, runs_root
-    from rcka.sweep import _environment, execute, notebook_for, parameters
 
     is_path = what.endswith(".ipynb")
-    notebook = Path(what) if is_path else notebook_for(what)
-    if not notebook.exists():
+    notebook = Path(what) if is_path else S.notebook_for(what)
+    if not notebook.is_file():
         raise ValueError(f"there is no notebook {notebook}")
     values = _fields(param) if is_path else {"dataset": what} | _fields(param)
-    known = parameters(notebook)
+    known, hints = S.parameters(notebook), get_type_hints(Experiment)
     _known(values, known, f"parameter of {notebook.name}")
-    runs = runs_root(root).resolve()
-    if {"student", "method"} <= set(known):  # one experiment: its page goes into its folder; digits.ipynb runs several
+    if output and output.is_dir():
+        raise ValueError(f"--output is the file of the executed notebook, and {output} is a folder")
+    runs, experiment, folder, counts = runs_root(root).resolve(), None, Path(), {}
+    if set(Experiment().to_dict()) <= set(known):  # one experiment; digits.ipynb runs several, coco.ipynb other ones
+        _check_types({k: v for k, v in values.items() if k in hints}, hints)
         experiment = Experiment.from_parameters(known | values)
-        _claim(runs / experiment.key, experiment)
-        output = output or runs / experiment.key / "notebook.ipynb"
+        folder = runs / experiment.key
+        if S.state(folder) != "done" and (problems := S.misfits([experiment])):
+            raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
+        _claim(folder, experiment)
+        output = output or folder / "notebook.ipynb"
+        counts = {runs / e.key: e.epochs for e in S.with_teachers([experiment])}
+    else:
+        numbers = {k: float if type(v) is int else type(v) for k, v in known.items() if v is not None}
+        _check_types({k: v for k, v in values.items() if k in numbers and v is not None}, numbers)
     output = output or runs / notebook.name
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"the executed notebook goes to {output}")
-    with _environment(RCKA_RUNS=str(runs)):
-        execute(notebook, output, values, progress=sys.stderr.isatty())
+    try:
+        with S._environment(RCKA_RUNS=str(runs)), _epochs(counts) if experiment else contextlib.nullcontext():
+            S.execute(notebook, output, values, progress=experiment is None and sys.stderr.isatty())
+    except (KeyboardInterrupt, Exception) as error:
+        name = getattr(error, "ename", "")  # of what was raised in the notebook
+        if isinstance(error, KeyboardInterrupt) or name == "KeyboardInterrupt":
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            raise typer.Exit(130) from None
+        if experiment is None and not name:
+            raise
+        line = S.write_failure(folder, error) if experiment else f"{name}: {getattr(error, 'evalue', '')}"
+        more = "; `rcka status --traceback` has the traceback" if experiment else ""
+        print(f"error: {line}\nthe notebook as far as it came: {output}{more}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if experiment:
+        (folder / "failure.json").unlink(missing_ok=True)
+        _came_to(experiment, runs)
+
+
+def _came_to(experiment, runs: Path):
+    "Print the accuracy of teacher and student, and where their weights are."
+    from rcka.experiments import Result
+
+    result = Result.load(runs / experiment.key / "result.json")
+    score = {"top1": "top-1"}.get(result.score, result.score)
+    if result.teacher:
+        own = experiment.teacher_weights or runs / experiment.teachers.key / "last.safetensors"
+        print(f"teacher {experiment.teacher}: {score} {result.teacher[result.score]:.2f} %; weights: {own}")
+    print(
+        f"student {experiment.student}, method {experiment.method}: {score} {result.last[result.score]:.2f} % after the last epoch, "
+        f"{result.best[result.score]:.2f} % after its best (epoch {result.best['epoch']}); "
+        f"weights: {runs / experiment.key / 'last.safetensors'}, best.safetensors beside it"
+    )
 
 # %% ../nbs/method/09c_cli.ipynb #9ded0d42
-def _bar() -> Progress:
+def _bar(counted: str, *more) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs, {task.fields[left]}"),
-        console=console,
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(counted), *more, console=console
     )
 
 
+@contextlib.contextmanager
+def _epochs(counts: dict[Path, int]):
+    "A bar of the epochs behind the runs of these folders, which have so many each: a run and, before it, its teacher's."
+    from rcka.sweep import epochs_done
+
+    over = threading.Event()
+    with _bar("epochs", TimeRemainingColumn()) as bar:
+        task = bar.add_task("run", total=sum(counts.values()))
+
+        def look():
+            bar.update(task, completed=sum(min(epochs_done(folder), n) for folder, n in counts.items()))
+
+        def watch():
+            while not over.wait(0.5):
+                look()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield bar
+        finally:
+            over.set()
+            watcher.join()
+            look()
+
+
 class _Show:
-    "Shows a sweep's tally: the bar counts epochs, the text runs."
+    "Shows a sweep's tally: the bar counts runs that are through, the text says how much time is left."
 
     def __init__(self, bar: Progress, fingerprint: str):
         self.bar, self.task, self.fingerprint = bar, bar.add_task("sweep", total=None, left=""), fingerprint
@@ -189,22 +290,24 @@ def _clock(seconds: float) -> str:
 # %% ../nbs/method/09c_cli.ipynb #03ea9f39
 @app.command()
 def sweep(
-    dataset: Annotated[str, typer.Argument(help="Name of a dataset: see `rcka datasets`.")],
+    dataset: Annotated[str, typer.Argument(help="A dataset of `rcka datasets`, or imagefolder:PATH or imagenet:PATH.")],
     pairs: Annotated[
-        str, typer.Option(help="TEACHER:STUDENT, several with commas; all: those of the published table.")
+        str, typer.Option(help="Networks as TEACHER:STUDENT, several with commas; all: those of the published table.")
     ] = "all",
     methods: Annotated[
-        str, typer.Option(help="Names of methods, with commas; none is the student alone.")
+        str, typer.Option(help="Methods of `rcka methods`, with commas; none is the student alone.")
     ] = "none,kd,rcka",
-    seeds: Annotated[str, typer.Option(help="Whole numbers, with commas.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds of the students, whole numbers with commas.")] = "0,1,2",
     param: Fields = None,
     root: Root = None,
     notebook: NotebookPath = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at the same time on this machine.")] = 1,
-    retry: Annotated[bool, typer.Option(help="Try again what failed before.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and stop.")] = False,
-    executor: Annotated[str, typer.Option(help="local or slurm.")] = "local",
-    partition: Annotated[str | None, typer.Option(help="Slurm: the partition.")] = None,
+    retry: Annotated[bool, typer.Option(help="Whether to run again what failed before.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many runs there would be and what state they are in, and stop.")
+    ] = False,
+    executor: Annotated[str, typer.Option(help="Where to run: local, which is this machine, or slurm.")] = "local",
+    partition: Annotated[str | None, typer.Option(help="Slurm: the partition that jobs are sent to.")] = None,
     gpus_per_run: Annotated[int, typer.Option(min=0, help="Slurm: GPUs of a job.")] = 1,
     runs_per_gpu: Annotated[int, typer.Option(min=1, help="Slurm: runs that share a job and its GPU.")] = 1,
     cpus_per_run: Annotated[int, typer.Option(min=1, help="Slurm: cores for each run.")] = 1,
@@ -214,7 +317,8 @@ def sweep(
 ):
     "Run a set of experiments, their teachers once. Stop it and start it again at any time."
     from rcka import sweep as S
-    from rcka.experiments import Experiment, runs_root
+    from rcka.data import KNOWN
+    from rcka.experiments import TABLES, Experiment, runs_root
 
     fields = _fields(param)
     _known(
@@ -222,8 +326,17 @@ def sweep(
         set(Experiment().to_dict()) - {"dataset", "student", "teacher", "method", "seed"},
         "field of an experiment to set for a whole sweep",
     )
+    _check_types(fields, get_type_hints(Experiment))
     _known([executor], ["local", "slurm"], "executor")
-    runs = S.grid(dataset, pairs, methods, [int(s) for s in seeds.split(",")], **fields)
+    if notebook and not notebook.is_file():
+        raise ValueError(f"there is no notebook {notebook}")
+    if not seeds.replace(",", "").replace(" ", "").isdecimal():
+        raise ValueError(f"--seeds are whole numbers with commas, as 0,1,2; got {seeds!r}")
+    if pairs == "all" and not (TABLES / f"{dataset.partition(':')[0]}.csv").exists():
+        if ":" not in dataset:
+            _known([dataset], KNOWN, "dataset")
+        raise ValueError(f"no pairs are published for {dataset}: give --pairs TEACHER:STUDENT, several with commas")
+    runs = S.grid(dataset, pairs, methods, [int(s) for s in seeds.split(",") if s.strip()], **fields)
     folder = runs_root(root).resolve()
     if problems := S.misfits(runs):
         raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
@@ -236,10 +349,10 @@ def sweep(
     )
     if dry_run:
         return
-    common = dict(root=folder, notebook=notebook, retry=retry)
+    common: dict = dict(root=folder, notebook=notebook, retry=retry)
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // workers)
     if executor == "local":
-        where = dict(executor=S.Processes(workers), threads=threads)
+        where: dict = dict(executor=S.Processes(workers), threads=threads)
     else:
         where = dict(
             executor=S.slurm(folder, partition, gpus_per_run, runs_per_gpu, cpus_per_run, hours),
@@ -249,13 +362,13 @@ def sweep(
         )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops it as Ctrl-C does
     try:
-        with _bar() as bar:
+        with _bar("runs", TextColumn("{task.fields[left]}")) as bar:
             outcomes = S.sweep(
                 runs, watch=_Show(bar, S.fingerprint(notebook or S.notebook_for(dataset))), **common, **where
             )
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130)
+        raise typer.Exit(130) from None
     bad = [o for o in outcomes if o.state not in ("done", "found")]
     print(
         f"{len(outcomes) - len(bad)} of {len(outcomes)} runs are done"
@@ -267,13 +380,13 @@ def sweep(
 @app.command()
 def status(
     root: Root = None,
-    traceback: Annotated[bool, typer.Option("--traceback", help="With the whole traceback of each failure.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Print the whole traceback of each failure.")] = False,
 ):
     "What the runs of a folder have come to, and why some failed."
-    from rcka.experiments import Result, runs_root
+    from rcka.experiments import Result
     from rcka.sweep import epochs_done, state
 
-    folder = runs_root(root)
+    folder = _runs(root)
     found = {p.parent: state(p.parent) for p in sorted(folder.glob("*/experiment.json"))}
     if not found:
         print(f"no runs in {folder}")
@@ -295,13 +408,16 @@ def status(
 @app.command()
 def report(
     root: Root = None,
-    form: Annotated[str, typer.Option("--format", help="terminal, markdown, latex or csv.")] = "terminal",
-    figures: Annotated[Path | None, typer.Option(help="Write the figures to this folder, too.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="How to print the tables: terminal, markdown, latex or csv.")
+    ] = "terminal",
+    figures: Annotated[Path | None, typer.Option(help="Folder to write figures of the tables to, as PNG.")] = None,
 ):
     "Tables of all results in a folder, beside the published numbers."
     from rcka import report as R
 
     _known([form], ["terminal", "markdown", "latex", "csv"], "format")
+    root = _runs(root)
     if form != "terminal":
         print(R.report(root, form, figures), end="")
         return
@@ -320,13 +436,7 @@ def main(args: list[str] | None = None):  # None: those of the command line
     "The `rcka` command."
     try:
         app(args)
-    except (ValueError, FileNotFoundError, ImportError, OSError) as error:
-        if (
-            isinstance(error, OSError)
-            and not isinstance(error, FileNotFoundError)
-            and not any(text in str(error) for text in ("the disk is full", "No space left", "quota"))
-        ):
-            raise
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

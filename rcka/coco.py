@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import optional_import
 from .data import check_epoch, check_whole, seed_of
 from .trainer import own_rows, processes, share
 
@@ -512,10 +513,8 @@ def coco_metrics(
     detections: list[dict],  # of `as_detections`, of all images
 ) -> dict[str, float]:  # the twelve numbers, in per cent; -1 where there are no such objects
     "Average precision and recall as COCO's evaluation has them."
-    try:
+    with optional_import():
         from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as e:
-        raise ImportError("the evaluation of detectors needs faster-coco-eval: pip install 'rcka[detection]'") from e
     known = set(data.ids)
     for d in detections:
         if d["image_id"] not in known:

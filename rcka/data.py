@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import optional_import
 from .losses import nearest
 
 # %% auto #0
@@ -217,12 +218,8 @@ def _with_validation(data: Dataset, fraction: float, seed: int) -> Dataset:
 # %% ../nbs/method/05_data.ipynb #5a1125c3
 def _digits(root: Path, download: bool) -> Dataset:
     "scikit-learn's digits; the first half of each class, in file order, is for training."
-    try:
+    with optional_import():
         from sklearn.datasets import load_digits
-    except ImportError as err:
-        raise ImportError(
-            "the digits come with scikit-learn, which is not installed: pip install scikit-learn, or rcka[train]"
-        ) from err
     found = load_digits()
     images = torch.from_numpy((found.images * 255 / 16).round()).to(torch.uint8)[:, None]  # grey levels 0 to 16
     targets = torch.from_numpy(found.target).long()

@@ -19,15 +19,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 
 import rcka
+from . import optional_import
 from .baselines_features import paper_args
 from .data import Batches, Dataset, checkout, load_dataset
 from .imagenet import FileDataset
 from .losses import create_method, nearest
 from .models import create_model, list_models, load_checkpoint
 from .trainer import Distiller, Recipe, Trainer, evaluate, fit_together, join, processes, together, write_atomic
+
+with optional_import():
+    from filelock import FileLock, Timeout
 
 # %% auto #0
 __all__ = ['IMAGENET', 'RESULT_FORMAT', 'OWN', 'TABLES', 'Parts', 'ExperimentRecord', 'BaseExperiment', 'of_imagenet', 'paper_lr',
@@ -557,7 +560,8 @@ def summary(
     results,  # Results, or a folder of runs
 ):  # pandas.DataFrame, one row for each experiment but for its seed
     "Mean and standard deviation over seeds of the score in per cent (top1, AP, miou), at the last and the best epoch."
-    import pandas as pd
+    with optional_import():
+        import pandas as pd
 
     if isinstance(results, (str, Path)):
         results = [Result.load(p) for p in sorted(Path(results).glob("*/result.json"))]
@@ -592,8 +596,9 @@ def plot_run(
     folder: Path | str,  # of a run
 ):  # a matplotlib Figure: the loss terms, and the score, epoch by epoch
     "What happened along a run, from its metrics.csv."
-    import matplotlib.pyplot as plt
-    import pandas as pd
+    with optional_import():
+        import matplotlib.pyplot as plt
+        import pandas as pd
 
     rows = pd.read_csv(Path(folder) / "metrics.csv")
     experiment = Path(folder) / "experiment.json"

@@ -331,8 +331,19 @@ def register(name: str):
     return add
 
 
+def _import_baselines():
+    "Register the methods of the baselines too. Here and not in `rcka/__init__.py`, so that `import rcka` stays light."
+    given = dict(_METHODS)
+    import rcka.baselines
+    import rcka.baselines_dense
+    import rcka.baselines_features  # noqa: F401
+
+    _METHODS.update(given)  # what a user has registered under a name of theirs stays
+
+
 def list_methods() -> list[str]:
     "Names that `create_method` knows."
+    _import_baselines()
     return sorted(_METHODS)
 
 
@@ -355,6 +366,7 @@ def create_method(
     args: dict | None = None,  # constructor arguments; in a sum say whose: {"fcka.weight": 4}
 ) -> Method:
     "A distillation method by name."
+    _import_baselines()
     parts, args = name.split("+"), dict(args or {})
     own = {part: {} for part in parts}
     if len(own) < len(parts):

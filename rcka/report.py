@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from . import optional_import
 from .experiments import Experiment, Result, published, runs_root
 from .losses import create_method
 
@@ -441,8 +442,9 @@ def as_rows(tables: list[Table]) -> list[dict]:
 
 def show(table: Table):
     "A rich table for the terminal."
-    from rich import box
-    from rich.table import Table as Rich
+    with optional_import():
+        from rich import box
+        from rich.table import Table as Rich
 
     names = ("", "n", "last", "best", "paper", "own", "other", "diff.", "2 sd", "ms")  # fits eighty columns
     out = Rich(
@@ -478,7 +480,8 @@ def _pairs(table: Table) -> dict:
 
 
 def _panels(table: Table, height: float):
-    import matplotlib.pyplot as plt
+    with optional_import():
+        import matplotlib.pyplot as plt
 
     pairs = _pairs(table)
     columns = min(3, len(pairs))
@@ -497,7 +500,8 @@ def _panels(table: Table, height: float):
 
 def _colors(table: Table, names: list[str]) -> list:
     "One colour a method throughout a table."
-    import seaborn as sns
+    with optional_import():
+        import seaborn as sns
 
     order = sorted({r.method for r in table.rows})
     palette = (
@@ -514,7 +518,8 @@ def _title(pair) -> str:
 
 def _tidy(fig):
     "One legend for all panels, below them."
-    import seaborn as sns
+    with optional_import():
+        import seaborn as sns
 
     sns.despine(fig=fig)
     labels = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
@@ -525,7 +530,8 @@ def _tidy(fig):
 # %% ../nbs/method/09b_report.ipynb #9dc09c05
 def plot_scores(table: Table):
     "Draw each seed as a dot, mean and standard deviation, and the published numbers, one panel a pair: a matplotlib Figure."
-    import seaborn as sns
+    with optional_import():
+        import seaborn as sns
 
     fig, axes = _panels(table, 0.42)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):
@@ -627,7 +633,8 @@ def missing(found: Results) -> list[str]:
 
 def save_figures(made: list[Table], folder: Path | str) -> list[Path]:
     "Both figures of each table, as PNG."
-    import matplotlib.pyplot as plt
+    with optional_import():
+        import matplotlib.pyplot as plt
 
     folder, paths = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)

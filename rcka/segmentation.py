@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from . import optional_import
 from .data import check_epoch, data_root, seed_of
 from .experiments import BaseExperiment
 from .losses import Layers, Outputs, create_method, nearest
@@ -490,12 +491,8 @@ def confusion(
     num_classes: int,
 ) -> Tensor:  # int64 (num_classes, num_classes): pixels of the class of the row that were given the class of the column
     "torchmetrics' confusion matrix of the pixels that count."
-    try:
+    with optional_import():
         from torchmetrics.functional.classification import multiclass_confusion_matrix
-    except ImportError as error:
-        raise ImportError(
-            "the score of segmentation comes from torchmetrics: pip install 'rcka[segmentation]'"
-        ) from error
     with determinism(
         False, search=False
     ):  # whole numbers add up to the same in any order; in deterministic mode torchmetrics would take a table of pixels by classes squared

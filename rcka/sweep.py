@@ -21,18 +21,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-import nbformat
-import papermill
 import torch
-from filelock import FileLock, Timeout
 
 import rcka
+from . import optional_import
 from .data import checkout
 from .engine import engine
 from .experiments import Experiment, Result, _claim, of_imagenet, published, runs_root
 from .losses import create_method, nearest
 from .models import list_models
 from .trainer import write_atomic
+
+with optional_import():
+    import nbformat
+    import papermill
+    from filelock import FileLock, Timeout
 
 # %% auto #0
 __all__ = ['FULL', 'grid', 'paper_pairs', 'with_teachers', 'misfits', 'notebook_for', 'parameters', 'fingerprint', 'value_of',
@@ -130,10 +133,11 @@ def _try(e: Experiment, data):
 # %% ../nbs/method/09_sweep.ipynb #b5744d03
 def notebook_for(dataset: str) -> Path:
     "The benchmark notebook that runs a dataset's experiments."
-    places = [checkout(), Path(rcka.__file__).resolve().parent.parent]
-    folder = next((p / "nbs" / "benchmarks" for p in places if p and (p / "nbs" / "benchmarks").is_dir()), None)
+    package = Path(rcka.__file__).resolve().parent
+    places = [p / "nbs" / "benchmarks" for p in (checkout(), package.parent) if p] + [package / "notebooks"]
+    folder = next((p for p in places if p.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError("the benchmark notebooks are in a checkout of rcka, and this is none: give notebook=")
+        raise FileNotFoundError(f"there are no benchmark notebooks in {' or '.join(map(str, places))}: give notebook=")
     own = folder / f"{dataset.split(':')[0]}.ipynb"
     return (
         own
@@ -385,7 +389,8 @@ class Work:
 
     def checkpoint(self, runs):
         "submitit asks for this when Slurm takes the job away: the same again."
-        from submitit.helpers import DelayedSubmission
+        with optional_import():
+            from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, runs)
 
@@ -409,10 +414,8 @@ def slurm(
     hours: float = 24,  # time limit of a job; at the limit it is queued again
 ):
     "Executor that hands jobs to Slurm."
-    try:
+    with optional_import():
         import submitit
-    except ImportError as e:
-        raise ImportError("the Slurm executor needs submitit: pip install 'rcka[slurm]'") from e
     executor = submitit.AutoExecutor(folder=Path(root).resolve() / ".slurm", cluster="slurm")
     executor.update_parameters(
         name="rcka",

@@ -21,12 +21,15 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import nn
-from tqdm import tqdm
 
+from . import optional_import
 from .losses import Alone, Layers, Method, Outputs
 from .taps import Taps, layers_of
+
+with optional_import():
+    from filelock import FileLock, Timeout
+    from tqdm import tqdm
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'LOOK_EVERY', 'Recipe', 'write_atomic', 'remove_parts', 'claimed', 'FolderBusy',
@@ -209,7 +212,8 @@ def processes() -> tuple[int, int]:
 def join(device: str | torch.device | None = None) -> torch.device:
     "Join the processes of `torchrun` or `accelerate launch`, if there are any. Gives this process's device; None takes CUDA where there is one."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from accelerate import PartialState  # here, since it takes seconds to import
+        with optional_import():
+            from accelerate import PartialState  # here, since it takes seconds to import
 
         state = PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available())
         if state.num_processes > 1:
@@ -486,7 +490,8 @@ class Distiller:
 # %% ../nbs/method/06_trainer.ipynb #8f05ab5c
 def as_safetensors(model: nn.Module) -> bytes:
     "All parameters and buffers; `load_weights` reads them."
-    import safetensors.torch
+    with optional_import():
+        import safetensors.torch
 
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
     return safetensors.torch.save(tensors, metadata={"format": "pt"})

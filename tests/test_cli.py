@@ -11,10 +11,13 @@ import typer
 
 from rcka.cli import app, main
 from rcka.experiments import Experiment
+from rcka.models import create_model, save_weights
 from rcka.sweep import fingerprint, state
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sweep_stub import write_stub
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "nbs" / "benchmarks"
 
 
 @pytest.fixture
@@ -88,6 +91,33 @@ def test_lists(says):
         ),
         (["run", "digits", "-p", "studnet=resnet8"], ["studnet", "student"]),
         (["run", "nowhere.ipynb"], ["nowhere.ipynb"]),
+        (["run", "digitss"], ["digitss", "did you mean digits"]),
+        (["run", "digits", "-p", "epochs=abc"], ["epochs must be a whole number", "'abc'"]),
+        (["run", "digits", "-p", "epochs=2.5"], ["epochs must be a whole number", "2.5"]),
+        (["run", "digits", "-p", "lr=high"], ["lr must be a number or null", "'high'"]),
+        (["run", "digits", "-p", "lr_steps=3"], ["lr_steps must be a list", "3"]),
+        (["run", "digits", "-p", "method_args=4"], ["method_args must be a dict", "4"]),
+        (["run", "digits", "-p", "deterministic=1"], ["deterministic must be true or false", "1"]),
+        (["run", "digits", "-p", "epochs=0"], ["epochs", "0"]),
+        (["run", "digits", "-p", "batch_size=-1"], ["batch_size", "-1"]),
+        (["run", "digits", "-p", "train_limit=-5"], ["-5"]),
+        (["run", "digits", "-p", "student=resnet21"], ["resnet21", "resnet20"]),
+        (["run", "digits", "-p", "teacher=None"], ["needs a teacher"]),
+        (["run", "digits", "-p", "method=rcak"], ["rcak", "rcka"]),
+        (["run", "digits", "-p", "teacher_weights=nowhere.pth"], ["nowhere.pth"]),
+        (["run", "imagefolder:nowhere"], ["nowhere"]),
+        (["run", "digits", "-p", "student=torchvision/vit_b_16", "-p", "method=none"], ["vit_b_16", "224"]),
+        (["run", "digits", "--output", "."], ["--output", "folder"]),
+        (["run", BENCHMARKS / "digits.ipynb", "-p", "epochs=abc"], ["epochs must be a number", "'abc'"]),
+        (["run", BENCHMARKS / "coco.ipynb", "-p", "batch_size=abc"], ["batch_size must be a number", "'abc'"]),
+        (["sweep", "imagefolder:mine"], ["imagefolder:mine", "--pairs TEACHER:STUDENT"]),
+        (["sweep", "cifra100"], ["cifra100", "did you mean cifar100"]),
+        (["sweep", "digits", "--pairs", "resnet20:resnet8", "-p", "epochs=abc"], ["epochs must be a whole number"]),
+        (
+            ["sweep", "digits", "--pairs", "resnet20:resnet8", "--notebook", "no.ipynb"],
+            ["there is no notebook no.ipynb"],
+        ),
+        (["sweep", "digits", "--pairs", "resnet14:torchvision/vit_b_16", "--methods", "kd"], ["vit_b_16", "224"]),
         (["report", "--format", "markdwon"], ["markdwon", "markdown"]),
     ],
 )
@@ -150,6 +180,66 @@ def test_run(stub, says, tmp_path):
     )
     assert code == 0 and str(root / e.key / "notebook.ipynb") in out, err
     assert state(root / e.key) == "done" and fingerprint(root / e.key / "notebook.ipynb") == fingerprint(stub)
+    assert "2/2 epochs" in out  # the bar, as it is at the end
+    assert "student resnet8, method none: top-1 50.00 %" in out and str(root / e.key / "last.safetensors") in out
+
+
+def test_run_says_what_came_of_the_teacher(stub, says, tmp_path):
+    "Teacher and student with their accuracy and weights; weights that were given are named."
+    given, root = tmp_path / "teacher.safetensors", tmp_path / "runs"
+    save_weights(create_model("resnet14", 10, 1), given)
+    values = [
+        "student=resnet8",
+        "teacher=resnet14",
+        "method=kd",
+        "method_args={}",
+        "lr=0.05",
+        "teacher_lr=0.05",
+        "epochs=1",
+    ]
+    params = [f"--param={value}" for value in (*values, f"teacher_weights={given}")]
+    code, out, err = says("run", stub, *params, "--root", root)
+    assert code == 0 and f"teacher resnet14: top-1 50.00 %; weights: {given}" in out, err
+    assert "student resnet8, method kd: top-1 50.00 %" in out and "1/1 epochs" in out
+
+
+def test_run_that_fails(stub, says, tmp_path):
+    "One line and where the page is; `rcka status` has the rest."
+    root = tmp_path / "runs"
+    code, out, err = says("run", stub, "-p", "seed=66", "-p", "epochs=1", "--root", root)
+    assert code == 1 and err.startswith("error: ValueError: this seed brings bad luck\n") and "Traceback" not in err
+    assert (
+        str(next(root.glob("*/notebook.ipynb"))) in err
+        and "raise ValueError" in says("status", "--root", root, "--traceback")[1]
+    )
+
+
+def test_run_counts_epochs(tmp_path):
+    "Those of the teacher that is trained first are counted too, and no run counts for more than it has."
+    from rcka.cli import _bar, _epochs
+
+    counts = {tmp_path / "teacher": 2, tmp_path / "student": 3}
+    for folder, rows in zip(counts, (4, 1)):
+        folder.mkdir()
+        (folder / "metrics.csv").write_text("epoch\n" + "1\n" * rows)
+    with _epochs(counts) as bar:
+        assert isinstance(bar, type(_bar("epochs")))
+    (task,) = bar.tasks
+    assert (task.completed, task.total) == (3, 5)
+
+
+@pytest.mark.parametrize("command", ["report", "status"])
+def test_a_folder_of_runs_that_is_not_there(command, says, tmp_path):
+    code, out, err = says(command, "--root", tmp_path / "nope")
+    assert (code, out) == (2, "") and err.startswith(f"error: there is no folder {tmp_path / 'nope'}")
+
+
+def test_a_folder_that_cannot_be_made(says, tmp_path):
+    "What the system refuses is one line, too."
+    (tmp_path / "file").write_text("")
+    small = ("-p", "epochs=1", "-p", "train_limit=50", "-p", "test_limit=50", "-p", "method=none")
+    code, _, err = says("run", "digits", *small, "--root", tmp_path / "file")
+    assert code == 2 and err.startswith("error: ") and str(tmp_path / "file") in err
 
 
 def test_nothing_there(says, tmp_path):

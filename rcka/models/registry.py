@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import rcka
 from ..losses import nearest
 
 # %% auto #0
@@ -174,10 +175,8 @@ def _numpy_scalars() -> list:
 
 
 def _safetensors():
-    try:
+    with rcka.optional_import():
         import safetensors.torch
-    except ImportError:
-        raise ImportError("safetensors files need the package safetensors: pip install 'rcka[train]'") from None
     return safetensors
 
 
