@@ -15,13 +15,14 @@ cfg = parser["DEFAULT"]
 
 extras = {
     name: cfg[f"{name}_requirements"].split()
-    for name in ("train", "notebook", "segmentation", "detection", "slurm", "dev", "docs")
+    for name in ("train", "notebook", "parquet", "segmentation", "detection", "slurm", "dev", "docs")
 }
 extras["notebook"] += extras["train"]
+extras["parquet"] += extras["train"]
 extras["segmentation"] += extras["train"]
 extras["detection"] += extras["train"]
 extras["slurm"] += extras["notebook"]
-extras["dev"] += extras["slurm"] + extras["segmentation"] + extras["detection"]
+extras["dev"] += extras["slurm"] + extras["parquet"] + extras["segmentation"] + extras["detection"]
 extras["docs"] += extras["dev"]
 
 
@@ -60,7 +61,7 @@ setup(
     keywords=cfg["keywords"],
     url=cfg["git_url"],
     packages=find_packages(include=["rcka", "rcka.*"]),
-    package_data={"rcka": ["py.typed", "**/*.csv"]},
+    package_data={"rcka": ["py.typed", "**/*.csv", "weights/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -109,6 +109,7 @@ EXTRAS = {  # what is optional, by the name one imports, and the extra that brin
     "rich": "notebook",
     "seaborn": "notebook",
     "typer": "notebook",
+    "pyarrow": "parquet",
     "torchmetrics": "segmentation",
     "faster_coco_eval": "detection",
     "submitit": "slurm",

@@ -117,7 +117,14 @@ def models():
     "The networks, with their number of parameters for 100 classes."
     with open(Path(rcka.__file__).parent / "models" / "parameters.csv", newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))  # counted beforehand: importing torch alone would take seconds
-    _table(("name", "parameters"), [(row["name"], f"{int(row['parameters']):,}") for row in rows])
+    weights = {}  # names for create_model(..., weights=NAME), by network
+    for path in sorted((Path(rcka.__file__).parent / "weights").glob("*.json")):
+        card = json.loads(path.read_text(encoding="utf-8"))
+        weights.setdefault(card["network"], []).append(f"{card['weights']} ({card['top1']['last']:.1f} %)")
+    _table(
+        ("name", "parameters", "weights that ship with the package (top-1)"),
+        [(row["name"], f"{int(row['parameters']):,}", ", ".join(weights.get(row["name"], []))) for row in rows],
+    )
 
 
 @app.command()
@@ -131,9 +138,9 @@ def datasets(
 
     print(f"under {data_root(root)}")
     _table(
-        ("name", "classes", "image", "there", "how to get it"),
+        ("name", "classes", "image", "found as", "how to get it"),
         [
-            (d.name, str(d.classes), "x".join(map(str, d.shape)), "yes" if d.there else "missing", d.how)
+            (d.name, str(d.classes), "x".join(map(str, d.shape)), d.form or "missing", d.how)
             for d in list_datasets(root)
         ],
     )

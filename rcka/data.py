@@ -759,13 +759,9 @@ def _known_parquet(name: str, root: Path) -> Dataset:
 
 def _read_parquet(paths: list[Path], *columns: str):
     "The two columns of parquet files as one pyarrow table."
-    try:
+    with optional_import():
         import pyarrow
         import pyarrow.parquet as parquet
-    except ImportError:
-        raise ImportError(
-            f"{paths[0]} needs the package pyarrow, which is not installed: pip install pyarrow, or rcka[parquet]"
-        ) from None
     tables = []
     for path in paths:
         try:

@@ -858,7 +858,7 @@ def test_pyarrow_is_optional(tmp_path, small, monkeypatch):
     as_parquet(make_images("cifar10"), "cifar10", tmp_path / "cifar10")
     for name in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pip install pyarrow, or rcka\[parquet\]"):
+    with pytest.raises(ImportError, match=r"needs pyarrow: pip install 'rcka\[parquet\]"):
         load_dataset("cifar10", root=tmp_path)
 
 
