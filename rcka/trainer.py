@@ -554,13 +554,16 @@ def _kept(folder: Path) -> str:
 
 # %% ../nbs/method/06_trainer.ipynb #6c13d935
 def digest(*values) -> str:
-    "Hash of tensors, numbers, strings, and of lists, tuples and dicts of them: 16 hexadecimal digits."
+    "Hash of tensors, bytes, numbers, strings, and of lists, tuples and dicts of them: 16 hexadecimal digits."
     h = hashlib.sha256()
 
     def add(v):
         if isinstance(v, torch.Tensor):
             h.update(f"{v.dtype}{tuple(v.shape)}".encode())
             h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(v, bytes):
+            h.update(f"{len(v)}:".encode())
+            h.update(v)
         elif isinstance(v, (list, tuple, dict)):
             h.update(f"{len(v)}(".encode())
             for x in v.items() if isinstance(v, dict) else v:
@@ -1081,10 +1084,12 @@ def _surely(batches, n: int, save):
 # %% ../nbs/method/06_trainer.ipynb #b3e8fdd0
 @contextlib.contextmanager
 def _signals():
-    "A list that gets the number of a first Ctrl-C or SIGTERM; a second one interrupts at once."
+    "A list that gets the number of a first Ctrl-C or SIGTERM. A second Ctrl-C interrupts at once; a second SIGTERM may be the first one, sent to a group and to its members."
     caught, before = [], {}
 
     def note(signum, frame):
+        if caught and signum == signal.SIGTERM:
+            return
         if caught:
             raise KeyboardInterrupt("stopped in the middle of a step: the last checkpoint counts")
         caught.append(signum)

@@ -119,7 +119,7 @@ def test_bad_result_files(stub, tmp_path, pool):
     sweep(runs, root, pool, stub, every=0.1)
     cut, newer = (root / e.key / "result.json" for e in runs[:2])
     cut.write_text(cut.read_text()[:40])
-    newer.write_text(newer.read_text().replace('"format": 1', '"format": 9'))
+    newer.write_text(newer.read_text().replace('"format": ', '"format": 9'))
     before = cut.read_text(), newer.read_text()
     assert [state(p.parent) for p in (cut, newer)] == ["unreadable"] * 2
     out = {o.key: o for o in sweep(runs, root, pool, stub, every=0.1)}
