@@ -1,18 +1,27 @@
 "What a run is: what decides its result is compared before a folder, a checkpoint or a result is used again."
 
+import inspect
+import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import rcka.trainer as T
+from rcka import losses
 from rcka.data import load_dataset
-from rcka.losses import create_method, list_methods
+from rcka.experiments import Experiment, run, run_together
+from rcka.losses import Method, create_method, list_methods
 from rcka.models import create_model
+from rcka.sweep import grid, sweep
+from rcka.train import kind_of, main
 from rcka.trainer import Distiller, Recipe, Trainer, checkpoints
 
 REPO = Path(__file__).resolve().parents[1]
@@ -135,8 +144,6 @@ def test_identity_of_a_method_outlasts_training(data, tmp_path, name):
 
 @pytest.mark.parametrize("name", [n for n in list_methods() if create_method(n).dense])
 def test_identity_of_a_dense_method_knows_its_arguments(name):
-    import inspect
-
     plain = T.method_identity(create_method(name))
     assert plain == T.method_identity(create_method(name))
     numbers = [
@@ -254,3 +261,260 @@ def test_older_checkpoints_are_refused(data, trained, tmp_path, monkeypatch):
     assert checkpoints(tmp_path)
     with pytest.raises(ValueError, match="format 3 and this version reads 4"):
         trainer(data, tmp_path).fit(progress=False)
+
+
+# experiments: the key
+
+
+GOLDEN = {
+    "classification": (
+        dict(dataset="cifar100", student="resnet8x4", teacher="resnet32x4", method="rcka"),
+        "cifar100-resnet32x4-resnet8x4-rcka-s0-4f353653",
+    ),
+    "detection": (
+        dict(dataset="coco", detector="retinanet", student="resnet50", teacher="resnet101", method="pcka"),
+        "coco-retinanet-resnet101-resnet50-pcka-s0-20773cc2",
+    ),
+    "segmentation": (
+        dict(dataset="cityscapes", student="pspnet/resnet18", teacher="pspnet/resnet101", method="lcka"),
+        "cityscapes-pspnet.resnet101-pspnet.resnet18-lcka-s0-c7c9c610",
+    ),
+}
+
+
+def kind(name):
+    return kind_of(["--kind", name])
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_key(name):
+    """The key of an experiment changes only where somebody means it to: with a default, a field or an argument of its method.
+
+    Old results are then those of another experiment, and are made again: change the literal and say so in CHANGELOG.md."""
+    fields, key = GOLDEN[name]
+    assert kind(name)(**fields).key == key
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_experiments_hold_all_arguments(name):
+    "Those of the method with their values, the same after a round trip through JSON and when they are given one by one."
+    fields, _ = GOLDEN[name]
+    e = kind(name)(**fields)
+    arguments = inspect.signature(type(create_method(e.method))).parameters
+    assert set(e.method_args) == set(arguments)
+    again = kind(name).from_dict(json.loads(json.dumps(e.to_dict())))
+    assert again == e and again.key == e.key
+    some = next(k for k, v in e.method_args.items() if isinstance(v, float))
+    assert replace(e, method_args={some: e.method_args[some]} | e.method_args).key == e.key
+    assert replace(e, method_args=e.method_args | {some: e.method_args[some] + 1}).key != e.key
+
+
+def test_a_changed_default_is_another_experiment(monkeypatch):
+    "As rcka's alpha went from 4 to 16."
+
+    def make(default):
+        class Changing(Method):
+            def __init__(self, alpha: float = default, stages=(-1,)):
+                super().__init__()
+                self.alpha, self.stages = alpha, stages
+
+        monkeypatch.setitem(losses._METHODS, "changing", Changing)
+        return Experiment("digits", "resnet8", "resnet14", "changing")
+
+    old, new = make(4.0), make(16.0)
+    assert old.method_args == {"alpha": 4.0, "stages": [-1]} and new.method_args["alpha"] == 16.0
+    assert old.key != new.key
+    assert Experiment.from_dict(old.to_dict()).key == old.key  # an old result keeps its own
+    assert replace(new, method_args={"alpha": 4}).key == old.key  # 4 and 4.0 are one value
+
+
+def test_arguments_of_a_sum_are_those_of_its_parts():
+    e = Experiment("digits", "resnet8", "resnet14", "kd+fcka", method_args={"fcka.weight": 3})
+    assert e.method_args["fcka.weight"] == 3.0 and e.method_args["kd.temperature"] == 4.0
+    assert e.key == replace(e, method_args={"fcka.weight": 3.0}).key
+    assert (
+        Experiment("digits", "resnet8", "resnet14", "kd", method_args={"kd.temperature": 2}).method_args
+        == Experiment("digits", "resnet8", "resnet14", "kd", method_args={"temperature": 2.0}).method_args
+    )
+
+
+# a teacher without a method
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("classification", dict(dataset="digits", teacher="resnet14")),
+        ("classification", dict(dataset="digits", teacher="resnett14")),
+        ("classification", dict(dataset="digits", teacher_weights="teacher.pth")),
+        ("detection", dict(teacher="resnet101")),
+        ("segmentation", dict(teacher="pspnet/resnet101")),
+    ],
+)
+def test_a_teacher_without_a_method_is_refused(name, fields, tmp_path, capsys):
+    with pytest.raises(ValueError, match="method 'none' trains the student alone: give a method"):
+        kind(name)(**fields)
+    options = [text for k, v in fields.items() for text in (f"--{k}", v)]
+    assert main(["--kind", name, *options, "--root", str(tmp_path)]) == 1
+    assert "trains the student alone" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_grids_and_pages_leave_the_teacher_of_a_student_alone_out():
+    alone, taught = grid("digits", "resnet14:resnet8", "none,kd", [0], teacher_epochs=3, teacher_weights="t.pth")
+    assert alone == Experiment("digits", "resnet8") and taught.teacher_weights == "t.pth"
+    page = dict(dataset="digits", student="resnet8", teacher="resnet14", teacher_epochs=3)
+    assert Experiment.from_parameters(page | {"method": "none"}) == Experiment("digits", "resnet8")
+    assert taught.teachers.teacher is None and taught.teachers.student == "resnet14"
+
+
+# results, and what they were made from
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Forty small images in two classes."
+    g = torch.Generator().manual_seed(0)
+    for part, n in (("train", 12), ("test", 8)):
+        for c in ("cat", "dog"):
+            (tmp_path / "data" / part / c).mkdir(parents=True)
+            for i in range(n):
+                picture(tmp_path / "data" / part / c / f"{i:02}.png", g)
+    return tmp_path / "data"
+
+
+def picture(path, g=None):
+    pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=g or torch.Generator().manual_seed(5))
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def command(folder, tmp_path, *more):
+    fields = ["--dataset", f"imagefolder:{folder}", "--student", "resnet8", "--epochs", "1", "--batch_size", "8"]
+    return main([*fields, "--root", str(tmp_path / "runs"), "--device", "cpu", "--quiet", *more])
+
+
+def delete(folder):
+    (folder / "train" / "cat" / "03.png").unlink()
+
+
+def add(folder):
+    picture(folder / "test" / "dog" / "more.png")
+
+
+def add_a_class(folder):
+    for part in ("train", "test"):
+        (folder / part / "emu").mkdir()
+        picture(folder / part / "emu" / "0.png")
+
+
+def relabel(folder):
+    (folder / "train" / "cat" / "03.png").rename(folder / "train" / "dog" / "03x.png")
+
+
+@pytest.mark.parametrize("change", [delete, add, add_a_class, relabel])
+def test_train_refuses_the_result_of_other_images(folder, tmp_path, capsys, change):
+    "Found and announced while the images are those it was made from; afterwards an error that says what changed."
+    assert command(folder, tmp_path) == 0
+    first = capsys.readouterr()
+    assert "found" not in first.err
+    assert command(folder, tmp_path) == 0
+    second = capsys.readouterr()
+    assert second.out == first.out and re.search(r"found \S+, finished on 20\d\d-", second.err)
+    change(folder)
+    before = {p: p.read_bytes() for p in (tmp_path / "runs").glob("*/*") if p.is_file()}
+    assert command(folder, tmp_path) == 1
+    said = capsys.readouterr()
+    assert not said.out and "files of the dataset: 40 " in said.err and "remove the folder" in said.err
+    assert {p: p.read_bytes() for p in (tmp_path / "runs").glob("*/*") if p.is_file()} == before
+
+
+def test_train_refuses_the_result_of_other_weights(folder, tmp_path, capsys):
+    "Another file behind --teacher_weights; a teacher that was trained again; a file that is gone is not compared."
+    weights = tmp_path / "teacher.pth"
+    options = ["--teacher", "resnet14", "--method", "kd", "--teacher_weights", str(weights)]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(create_model("resnet14", num_classes=2).state_dict(), weights)
+        assert command(folder, tmp_path, *options) == seed
+    assert "teacher_weights: " in capsys.readouterr().err
+    weights.unlink()
+    assert command(folder, tmp_path, *options) == 0
+    assert "found" in capsys.readouterr().err
+
+    options = ["--teacher", "resnet14", "--method", "kd", "--lr", "0.01"]
+    assert command(folder, tmp_path, *options) == 0
+    teacher = next((tmp_path / "runs").glob("data-resnet14-none-*/last.safetensors"))
+    teacher.write_bytes(teacher.read_bytes()[:-4] + b"\0\0\0\0")
+    assert command(folder, tmp_path, *options) == 1
+    assert "the teacher's weights: " in capsys.readouterr().err
+
+
+def test_results_of_shared_runs_and_sweeps_are_compared(folder, tmp_path):
+    runs = [
+        Experiment(f"imagefolder:{folder}", "resnet8", "resnet14", m, epochs=1, batch_size=8, data_seed=0)
+        for m in ("kd", "fcka")
+    ]
+    first = run_together(runs, tmp_path / "runs", "cpu", progress=False)
+    assert all(r.inputs["files of the dataset"].startswith("40 ") and r.inputs["the teacher's weights"] for r in first)
+    assert run_together(runs, tmp_path / "runs", "cpu", progress=False) == first
+    add(folder)
+    with pytest.raises(ValueError, match="files of the dataset: 40 .* then, 41 "):
+        run_together(runs, tmp_path / "runs", "cpu", progress=False)
+    out = sweep(runs, tmp_path / "runs", ThreadPoolExecutor(1), every=0.1)
+    assert len(out) == 3 and all(o.state == "failed" and "41 " in o.error for o in out)
+    assert not list((tmp_path / "runs").glob("*/failure.json"))
+
+
+def test_results_without_all_arguments_are_refused(folder, tmp_path):
+    "Format 1 does not say them, so that today's defaults would be taken for those of then."
+    e = Experiment(f"imagefolder:{folder}", "resnet8", epochs=1, batch_size=8)
+    run(e, tmp_path, device="cpu", progress=False)
+    path = tmp_path / e.key / "result.json"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ValueError, match="result format 1; this version reads format 2"):
+        run(e, tmp_path, device="cpu", progress=False)
+
+
+def test_interrupted_run_of_other_images(folder, tmp_path):
+    "A checkpoint is compared too: nothing goes on with images it did not begin with."
+    e = Experiment(f"imagefolder:{folder}", "resnet8", epochs=2, batch_size=8)
+    run(e, tmp_path, device="cpu", progress=False)
+    (tmp_path / e.key / "result.json").unlink()
+    delete(folder)
+    with pytest.raises(ValueError, match="belongs to another run .training data: content"):
+        run(e, tmp_path, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "coco", "cityscapes"])
+def test_files_of_every_kind(name, tmp_path, monkeypatch):
+    "Their names and sizes, whatever is decoded later; none where there is no dataset."
+    monkeypatch.setenv("RCKA_DATA", str(tmp_path))
+    e = {
+        "imagenet": Experiment("imagenet", "resnet8"),
+        "coco": kind("detection")(dataset="coco", train_split="train", test_split="val"),
+        "cityscapes": kind("segmentation")(),
+    }[name]
+    assert e.files() is None and set(e.data_inputs().values()) == {None}
+    places = {
+        "imagenet": ["train/n01/a.JPEG", "train/n02/b.JPEG", "val/n01/c.JPEG", "test/d.JPEG", "val/n01/.hidden.JPEG"],
+        "coco": [
+            "train/a.jpg",
+            "train/b.jpg",
+            "val/c.jpg",
+            "annotations/instances_train.json",
+            "annotations/instances_val.json",
+        ],
+        "cityscapes": [f"{k}/{p}/x/a_{k}.png" for k in ("leftImg8bit", "gtFine") for p in ("train", "val", "test")],
+    }[name]
+    for place in places:
+        (tmp_path / name / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / place).write_text(place)
+    found = [e.data_inputs()]
+    assert len([f for f in e.files()[1] if Path(f).is_file()]) == {"imagenet": 3, "coco": 5, "cityscapes": 4}[name]
+    (tmp_path / name / places[0]).write_text("longer than it was before")
+    found.append(e.data_inputs())
+    (tmp_path / name / places[0]).unlink()
+    found.append(e.data_inputs())
+    if name == "coco":  # a box that moved: as many bytes as before
+        (tmp_path / name / places[3]).write_text(places[3].upper())
+        found.append(e.data_inputs())
+    assert len({str(f) for f in found}) == len(found)
