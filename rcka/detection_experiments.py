@@ -9,9 +9,9 @@ from pathlib import Path
 from .coco import CocoBatches, CocoData, load_coco
 from .data import data_root
 from .detection import DETECTORS, NORMS, DetectionDistiller, create_detector
-from .experiments import BaseExperiment, Parts
+from .experiments import BaseExperiment, Parts, images_below, resolved_args
 from .losses import create_method, list_methods, nearest
-from .trainer import Recipe
+from .trainer import Recipe, digest
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_args', 'DetectionFields', 'fill_in',
@@ -166,6 +166,7 @@ class DetectionExperiment(DetectionFields):
         fill_in(self)
         check_compared(self)
         self.recipe  # says what is wrong with it
+        self._set("method_args", resolved_args(self.method, self.method_args))
 
     @property
     def recipe(self) -> Recipe:
@@ -180,6 +181,19 @@ class DetectionExperiment(DetectionFields):
     def prepare(self, *args, **kwargs) -> Parts:
         check_start(self)
         return super().prepare(*args, **kwargs)
+
+    def files(self) -> tuple[Path, list] | None:
+        folder = data_root() / self.dataset
+        splits = sorted({self.train_split, self.test_split})
+        notes = [folder / "annotations" / f"instances_{name}.json" for name in splits]
+        files = [*notes, *(f for name in splits for f in images_below(folder / name))]
+        return (folder, files) if all(f.is_file() for f in notes) else None
+
+    def data_inputs(self) -> dict:
+        "What the data is: number of files, a hash of their names and sizes, and one of the annotations."
+        there = self.files()
+        notes = there and digest([f.read_bytes() for f in there[1] if Path(f).suffix == ".json"])
+        return super().data_inputs() | {"annotations": notes}
 
     def split(self, train: bool) -> CocoData:
         "The images with boxes of one split."

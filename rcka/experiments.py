@@ -6,13 +6,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import inspect
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,19 +25,31 @@ import torch
 import rcka
 from . import optional_import
 from .baselines_features import paper_args
-from .data import Batches, Dataset, checkout, load_dataset
+from .data import KNOWN, SUFFIXES, Batches, Dataset, checkout, data_root, load_dataset
 from .imagenet import FileDataset
 from .losses import create_method, nearest
 from .models import create_model, list_models, load_checkpoint
-from .trainer import Distiller, Recipe, Trainer, evaluate, fit_together, join, processes, together, write_atomic
+from rcka.trainer import (
+    Distiller,
+    Recipe,
+    Trainer,
+    cublas_workspace,
+    evaluate,
+    fit_together,
+    join,
+    listing,
+    processes,
+    together,
+    write_atomic,
+)
 
 with optional_import():
     from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['IMAGENET', 'RESULT_FORMAT', 'OWN', 'TABLES', 'Parts', 'ExperimentRecord', 'BaseExperiment', 'of_imagenet', 'paper_lr',
-           'ExperimentFields', 'Experiment', 'Result', 'runs_root', 'run', 'torchvision_teacher', 'run_together',
-           'summary', 'plot_run', 'published']
+__all__ = ['IMAGENET', 'RESULT_FORMAT', 'OWN', 'TABLES', 'Parts', 'resolved_args', 'without_teacher', 'ExperimentRecord',
+           'BaseExperiment', 'of_imagenet', 'paper_lr', 'ExperimentFields', 'images_below', 'Experiment', 'Result',
+           'runs_root', 'run', 'find_result', 'torchvision_teacher', 'run_together', 'summary', 'plot_run', 'published']
 
 # %% ../nbs/method/08_experiments.ipynb #6f71ff4e
 class Parts(NamedTuple):
@@ -47,6 +61,38 @@ class Parts(NamedTuple):
     teacher: torch.nn.Module | None
     scores: dict | None  # the teacher's, in per cent
     data: object = None  # what `load_data` gave
+
+
+def resolved_args(
+    method: str,  # a name of `list_methods()`, or several with a plus
+    args: dict | None = None,  # as for `create_method`
+) -> dict:  # likewise, in the form that JSON gives back
+    "All constructor arguments of a method with their values: those given, and the defaults of the others. ValueError for what `create_method` refuses."
+    args, made = args or {}, create_method(method, args)
+    names, found = method.split("+"), {}
+    for name, part in zip(names, [made] if len(names) == 1 else made.parts):
+        for arg, p in inspect.signature(type(part)).parameters.items():
+            whole = arg if len(names) == 1 else f"{name}.{arg}"
+            given = [args[key] for key in (whole, f"{name}.{arg}") if key in args]
+            if given:  # 16 and 16.0 are one value
+                value = float(given[0]) if isinstance(p.default, float) and type(given[0]) is int else given[0]
+            elif p.default is not p.empty:
+                value = p.default
+            else:
+                continue
+            try:
+                found[whole] = json.loads(json.dumps(value))
+            except TypeError:
+                if given:
+                    raise ValueError(
+                        f"{whole} of method {method!r} must be plain data, to be written as JSON; got {value!r}"
+                    ) from None
+    return found
+
+
+def without_teacher(values: dict) -> dict:
+    "The fields of an experiment but for those about its teacher: for a student alone."
+    return {k: v for k, v in values.items() if not k.startswith("teacher")}
 
 
 class ExperimentRecord:
@@ -68,14 +114,20 @@ class ExperimentRecord:
 
     @classmethod
     def from_parameters(cls, namespace: dict):
-        "From the variables of a notebook's parameters cell: those with the names of fields."
-        return cls(**{f.name: namespace[f.name] for f in fields(cls) if f.name in namespace})
+        "From the variables of a notebook's parameters cell: those with the names of fields. For a student alone, the teacher of the page is left out."
+        values = {f.name: namespace[f.name] for f in fields(cls) if f.name in namespace}
+        return cls(**(without_teacher(values) if values.get("method") == "none" else values))
 
     def _set(self, name: str, value):
         object.__setattr__(self, name, value)  # of a frozen dataclass, while it is made
 
     def _settle(self, such_as: str):
-        "Lists from JSON become tuples; of a student alone, nothing of a teacher is part of what it is."
+        "Lists from JSON become tuples; of a student alone, how a teacher would be trained is not part of what it is. ValueError for a teacher without a method, and the other way round."
+        if self.method == "none" and (self.teacher is not None or self.teacher_weights):
+            name, value = next((n, v) for n in ("teacher", "teacher_weights") if (v := getattr(self, n)))
+            raise ValueError(
+                f"{name} is {value!r}, but method 'none' trains the student alone: give a method, such as rcka, or no teacher"
+            )
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), list):
                 self._set(f.name, tuple(value))
@@ -108,8 +160,12 @@ class ExperimentRecord:
         return self.seed if self.data_seed is None else self.data_seed
 
 # %% ../nbs/method/08_experiments.ipynb #1ba0798e
+def _file_hash(path: Path | str) -> str | None:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else None
+
+
 class BaseExperiment(ExperimentRecord):
-    """A kind is a frozen dataclass with `load_data()`, `batches(data, device, options)`, `network(name, data, start)`, `evaluate(network, test)` and `task(student, method, teacher)`.
+    """A kind is a frozen dataclass with `load_data()`, `files()`, `batches(data, device, options)`, `network(name, data, start)`, `evaluate(network, test)` and `task(student, method, teacher)`.
 
     It has at least the fields dataset, student, teacher, method, method_args, seed, data_seed, epochs, lr, teacher_seed, teacher_epochs, teacher_lr and teacher_weights, and completes them in `__post_init__`."""
 
@@ -121,6 +177,8 @@ class BaseExperiment(ExperimentRecord):
         return replace(
             self,
             student=self.teacher,
+            teacher=None,
+            teacher_weights=None,
             method="none",
             method_args={},
             seed=self.teacher_seed,
@@ -128,6 +186,22 @@ class BaseExperiment(ExperimentRecord):
             lr=self.teacher_lr or self.lr,
             data_seed=None,
         )
+
+    def files(self) -> tuple[Path, list] | None:
+        "The folder and the files that the dataset is read from, whether or not a limit leaves some out; None where they are not there."
+        raise NotImplementedError  # of each kind
+
+    def data_inputs(self) -> dict:
+        "What the data is: number of files, and a hash of their names and sizes. No image is decoded. None where they are not there."
+        there = self.files()
+        return {"files of the dataset": there and f"{len(there[1]):,} ({listing(*there)})"}
+
+    def weight_inputs(self, root: Path) -> dict:
+        "Hashes of the files with weights that a run begins with, its trained teacher's among them. None for one that is not there."
+        paths = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("weights")}
+        if self.teacher and not self.teacher_weights:
+            paths["the teacher's weights"] = root / self.teachers.key / "last.safetensors"
+        return {name: _file_hash(path) for name, path in paths.items() if path}
 
     def given_teacher(self, data) -> torch.nn.Module:
         "The teacher with the weights that the experiment gives."
@@ -142,7 +216,7 @@ class BaseExperiment(ExperimentRecord):
         if self.teacher_weights:
             return self.given_teacher(data).to(device), None
         own = self.teachers
-        result = run(own, root, device=str(device), progress=progress, **options)
+        result, _ = _obtain(own, root, root / own.key, device, progress, options)
         teacher = load_checkpoint(self.network(self.teacher, data, start=False), root / own.key / "last.safetensors")
         return teacher.to(device), {k: v for k, v in result.last.items() if k != "epoch"}
 
@@ -239,9 +313,16 @@ class ExperimentFields(BaseExperiment):
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {self.batch_size}")
         self.recipe  # says what is wrong with it
-        create_method(self.method, self.method_args)  # likewise
+        self._set("method_args", resolved_args(self.method, self.method_args))
 
 # %% ../nbs/method/08_experiments.ipynb #2a4cc122
+def images_below(folder: Path) -> Iterator[str]:
+    "Paths of all images in a folder and those below it, hidden ones aside, sorted; none if there is no such folder."
+    for base, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (os.path.join(base, n) for n in sorted(names) if n[0] != "." and Path(n).suffix.lower() in SUFFIXES)
+
+
 @dataclass(frozen=True)
 class Experiment(ExperimentFields):
     "One run: a student trained on a dataset, alone or by a method from a teacher. Its fields are those of `ExperimentFields`."
@@ -265,6 +346,17 @@ class Experiment(ExperimentFields):
             val_fraction=self.val_fraction,
             **{k: v for k, v in given.items() if v is not None},
         )
+
+    def files(self) -> tuple[Path, list] | None:
+        if self.dataset in KNOWN:
+            base = data_root()
+            files = [base / name for name in KNOWN[self.dataset].files]
+            return (base, files) if all(f.is_file() for f in files) else None
+        kind, _, path = self.dataset.partition(":")
+        path = Path(path or kind).expanduser()
+        base = next((p for p in (data_root() / path, Path.cwd() / path) if (p / "train").is_dir()), None)
+        parts = ("train", self.evaluate_on or "val") if kind == "imagenet" else ("train", "test", "val")
+        return base and (base, [f for part in sorted(set(parts)) for f in images_below(base / part)])
 
     def batches(self, data: Dataset | FileDataset, device, options: dict) -> tuple[Batches, Batches]:
         "Training and test batches."
@@ -291,14 +383,14 @@ class Experiment(ExperimentFields):
         return torchvision_teacher(self, data)
 
 # %% ../nbs/method/08_experiments.ipynb #d07f4ba6
-RESULT_FORMAT = 1
+RESULT_FORMAT = 2  # 1 did not have all arguments of the method
 
 
 @dataclass(frozen=True)
 class Result:
     "What a run left: everything a table needs, and enough to run it again."
 
-    experiment: dict  # the Experiment's fields
+    experiment: dict  # the Experiment's fields, all arguments of the method among them
     last: dict  # epoch and scores (top1, top5) of the last epoch, in per cent
     best: dict  # the same of the best epoch by its score (test top-1)
     train: dict  # the last epoch's mean of every loss term, and the training accuracy
@@ -315,6 +407,9 @@ class Result:
     company: int = (
         1  # how many runs shared the process and the teacher's forward pass; `seconds` is the time of all of them
     )
+    inputs: dict = field(
+        default_factory=dict
+    )  # hashes of the data and the given weights, see `data_inputs` and `weight_inputs`
     format: int = RESULT_FORMAT
 
     @property
@@ -386,34 +481,44 @@ def run(
     "Run an experiment, or find what it left. Launched in several processes, each takes its part of every batch and the first one writes."
     root = runs_root(root)
     folder = Path(folder) if folder else root / experiment.key
-    device = join(device)
+    if experiment.deterministic and device != "cpu":
+        cublas_workspace()  # before CUDA starts
+    result, found = _obtain(experiment, root, folder, join(device), progress, options)
+    if found:
+        _announce(folder, result)
+    return result
+
+
+def _obtain(experiment, root, folder, device, progress, options) -> tuple[Result, bool]:
+    "The result, and whether it was there."
     first = processes()[0] == 0
     if first:
         _claim(folder, experiment)
     together()
-    if (folder / "result.json").exists():
-        return Result.load(folder / "result.json")
+    if result := find_result(experiment, folder, root):
+        return result, True
     with _alone(folder) if first else contextlib.nullcontext():
         return _run(experiment, root, folder, device, progress, options)
 
 
-def _run(experiment, root, folder, device, progress, options) -> Result:
+def _run(experiment, root, folder, device, progress, options) -> tuple[Result, bool]:
     if processes()[0] == 0:
         _claim(folder, experiment)  # again, now that nobody else can
     together()
-    if (folder / "result.json").exists():
-        return Result.load(folder / "result.json")
+    if result := find_result(experiment, folder, root):
+        return result, True
     parts = experiment.prepare(root, device, progress, options)
+    inputs = experiment.data_inputs() | experiment.weight_inputs(root) if processes()[0] == 0 else {}
     trainer = Trainer(parts.task, parts.train, parts.test, experiment.recipe, folder, **_of_trainer(options))
     trainer.fit(progress)
-    return _finish(experiment, trainer, parts.scores)
+    return _finish(experiment, trainer, parts.scores, inputs), False
 
 
 def _of_trainer(options: dict) -> dict:
     return {k: v for k, v in options.items() if k != "workers"}
 
 
-def _finish(experiment, trainer: Trainer, teacher: dict | None, company: int = 1) -> Result:
+def _finish(experiment, trainer: Trainer, teacher: dict | None, inputs: dict, company: int = 1) -> Result:
     "Write the result of a run that is done."
     last, told = trainer.history[-1], [*trainer.names, *trainer.counted]
     scores = lambda row: {k: v for k, v in row.items() if k not in ("lr", *told)}
@@ -431,6 +536,7 @@ def _finish(experiment, trainer: Trainer, teacher: dict | None, company: int = 1
         _commit(),
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
         company,
+        inputs,
     )
     if processes()[0] == 0:
         result.save(trainer.folder / "result.json")
@@ -438,6 +544,31 @@ def _finish(experiment, trainer: Trainer, teacher: dict | None, company: int = 1
     return result
 
 # %% ../nbs/method/08_experiments.ipynb #23c68f63
+def find_result(
+    experiment: BaseExperiment,
+    folder: Path,  # of its run
+    root: Path,  # of all runs
+    data: dict | None = None,  # `experiment.data_inputs()`, if it is known already
+) -> Result | None:  # None where there is none
+    "The result that a run left. ValueError if its data or weights have changed since; what is not there any more is not compared."
+    if not (folder / "result.json").exists():
+        return None
+    result = Result.load(folder / "result.json")
+    here = (experiment.data_inputs() if data is None else data) | experiment.weight_inputs(root)
+    differ = [f"{k}: {v} then, {here[k]} now" for k, v in result.inputs.items() if v and here.get(k) and v != here[k]]
+    if differ:
+        raise ValueError(
+            f"{folder} has a result of {result.finished}, but what it was made from has changed ({'; '.join(differ)}). Nothing was touched. "
+            "Put back what has changed, or remove the folder (or give another one) to train again"
+        )
+    return result
+
+
+def _announce(folder: Path, result: Result):
+    if processes()[0] == 0:
+        print(f"found {folder.name}, finished on {result.finished}: nothing was trained", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def _alone(folder: Path):
     "Hold the lock of a run's folder; wait for whoever has it. However a process ends, its lock goes with it."
@@ -520,14 +651,16 @@ def run_together(
             held.enter_context(_alone(folder))
         parts, trainers = None, {}
         for folder, e in folders.items():
-            if (folder / "result.json").exists():
+            if result := find_result(e, folder, root):
+                _announce(folder, result)
                 continue
             parts = e.prepare(root, device, progress, options, beside=parts)
             trainers[folder] = Trainer(parts.task, parts.train, parts.test, e.recipe, folder, **_of_trainer(options))
+        inputs = {folder: folders[folder].data_inputs() | folders[folder].weight_inputs(root) for folder in trainers}
         if trainers:
             fit_together(list(trainers.values()), progress)
         for folder, trainer in trainers.items():
-            _finish(folders[folder], trainer, parts.scores, len(trainers))
+            _finish(folders[folder], trainer, parts.scores, inputs[folder], len(trainers))
     return [Result.load(root / e.key / "result.json") for e in experiments]
 
 

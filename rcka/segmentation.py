@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from . import optional_import
 from .data import check_epoch, data_root, seed_of
-from .experiments import BaseExperiment
-from .losses import Layers, Outputs, create_method, nearest
+from .experiments import BaseExperiment, images_below, resolved_args
+from .losses import Layers, Outputs, nearest
 from .taps import as_logits, layers_of
 from rcka.trainer import (
     Distiller,
@@ -662,11 +662,22 @@ class SegmentationExperiment(BaseExperiment):
                 f"batch_size must be at least 2, for batch normalisation of pooled maps; got {self.batch_size}"
             )
         self.recipe  # says what is wrong with it
-        create_method(self.method, self.method_args)  # likewise
+        self._set("method_args", resolved_args(self.method, self.method_args))
 
     def load_data(self) -> Scenes:
         scenes = load_scenes(self.dataset)
         return replace(scenes, train=scenes.train[: self.train_limit], val=scenes.val[: self.test_limit])
+
+    def files(self) -> tuple[Path, list] | None:
+        kind, _, path = self.dataset.partition(":")
+        folder = data_root() / Path(path or kind).expanduser()
+        files = [
+            f
+            for kind in ("leftImg8bit", "gtFine")
+            for part in ("train", "val")
+            for f in images_below(folder / kind / part)
+        ]
+        return (folder, [*files, folder / "classes.txt"]) if files else None
 
     def batches(self, data: Scenes, device, options: dict) -> tuple[SceneBatches, SceneBatches]:
         "Training and test batches."

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -27,10 +28,10 @@ import rcka
 from . import optional_import
 from .data import checkout
 from .engine import engine
-from .experiments import Experiment, Result, _claim, of_imagenet, published, runs_root
+from .experiments import Experiment, Result, _claim, find_result, of_imagenet, published, runs_root, without_teacher
 from .losses import create_method, nearest
 from .models import list_models
-from .trainer import write_atomic
+from .trainer import _kept, write_atomic
 
 with optional_import():
     import nbformat
@@ -38,9 +39,9 @@ with optional_import():
     from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['FULL', 'grid', 'paper_pairs', 'with_teachers', 'misfits', 'notebook_for', 'parameters', 'fingerprint', 'value_of',
-           'execute', 'Outcome', 'write_failure', 'work', 'state', 'epochs_done', 'Processes', 'Work', 'slurm', 'Tally',
-           'DiskFull', 'sweep']
+__all__ = ['PATIENCE', 'FULL', 'grid', 'paper_pairs', 'with_teachers', 'misfits', 'notebook_for', 'parameters', 'fingerprint',
+           'value_of', 'execute', 'Outcome', 'write_failure', 'work', 'state', 'epochs_done', 'Processes', 'Work',
+           'slurm', 'Tally', 'DiskFull', 'sweep']
 
 # %% ../nbs/method/09_sweep.ipynb #a60dbc75
 def grid(
@@ -55,7 +56,9 @@ def grid(
     listed = lambda v: [x.strip() for x in v.split(",") if x.strip()] if isinstance(v, str) else list(v)
     pairs = paper_pairs(dataset) if pairs == "all" else [_pair(p) for p in listed(pairs)]
     runs = [
-        Experiment.paper(dataset, None if method == "none" else teacher, student, method, seed, **fields)
+        Experiment.paper(dataset, None, student, method, seed, **without_teacher(fields))
+        if method == "none"
+        else Experiment.paper(dataset, teacher, student, method, seed, **fields)
         for teacher, student in pairs
         for method in listed(methods)
         for seed in seeds
@@ -196,7 +199,7 @@ class Outcome(NamedTuple):
     "What became of one experiment of a sweep."
 
     key: str
-    state: str  # "done", "found" (was done before), "failed", "busy" (another process is at it), "blocked" (its teacher failed)
+    state: str  # "done", "found" (was done before), "failed", "busy" (another process is at it), "blocked" (its teacher failed), "stopped" (asked to stop, with its state saved)
     seconds: float = 0.0
     error: str = ""  # one line
     fingerprint: str = ""  # of the notebook it was made with
@@ -256,8 +259,7 @@ def work(
     )
     try:
         with FileLock(folder / ".sweep.lock", timeout=0):
-            if (folder / "result.json").exists():
-                Result.load(folder / "result.json")
+            if find_result(e, folder, Path(root)):
                 return outcome("found")
             with _environment(RCKA_RUNS=str(Path(root).resolve()), OMP_NUM_THREADS=threads):
                 execute(notebook, folder / "notebook.ipynb", e.to_dict())
@@ -267,6 +269,8 @@ def work(
     except Timeout:
         return outcome("busy")
     except Exception as error:
+        if _stopping or getattr(error, "ename", "") == "Stopped":  # no failure of the run
+            return outcome("stopped", _kept(folder))
         return outcome("failed", write_failure(folder, error))
 
 # %% ../nbs/method/09_sweep.ipynb #f0d950e5
@@ -304,6 +308,8 @@ def epochs_done(folder: Path | str) -> int:
         return 0
 
 # %% ../nbs/method/09_sweep.ipynb #7d80ad3d
+PATIENCE = 30.0  # seconds that runs have to save their state when they are asked to stop
+_stopping: list[int] = []  # of this process: not empty once it was asked to stop
 _context = multiprocessing.get_context(
     "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 )
@@ -343,11 +349,18 @@ class Processes(Executor):
         return value
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False):
-        "With `cancel_futures`, running calls are killed too."
+        "With `cancel_futures`, running calls are stopped: asked by SIGTERM, so that a run saves its state, and killed after `PATIENCE`."
         self._threads.shutdown(wait=False, cancel_futures=cancel_futures)
         if cancel_futures:
             for process in list(self._running):
-                process.kill()
+                process.terminate()
+            end = time.monotonic() + PATIENCE + 5
+            try:
+                while self._running and time.monotonic() < end:
+                    time.sleep(0.05)
+            finally:  # a second Ctrl-C does not wait
+                for process in list(self._running):
+                    process.kill()
         self._threads.shutdown(wait=wait)
 
     def __exit__(self, kind, *_):
@@ -358,13 +371,37 @@ def _child(pipe, environment, fn, args, kwargs):
     os.environ.update(environment)  # the fork server's may be older
     with contextlib.suppress(AttributeError, OSError):
         os.setpgid(0, 0)  # Ctrl-C in the terminal is for the sweep, which then ends us
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, lambda signum, frame: _stopping.append(signum))
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     call = threading.Thread(
         target=_answer, args=(pipe, fn, args, kwargs), daemon=True
     )  # not the main thread, where papermill would catch signals
     call.start()
-    call.join()
+    while call.is_alive() and not _stopping and parent.is_alive():
+        call.join(0.1)
+    if call.is_alive():
+        _stopping.append(signal.SIGTERM)
+        _stop_kernels(call)
+
+
+def _stop_kernels(call: threading.Thread):
+    "Ask the kernels of this process to stop, and wait for the call that drives them. After `PATIENCE` all end at once."
+    import psutil  # comes with accelerate
+
+    end, asked = time.monotonic() + PATIENCE, set()
+    while call.is_alive() and time.monotonic() < end:
+        for kernel in psutil.Process().children():
+            if kernel.pid not in asked:
+                asked.add(kernel.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    kernel.terminate()
+        call.join(0.2)
+    if call.is_alive():
+        for kernel in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                kernel.kill()
+        os._exit(1)
 
 
 def _answer(pipe, fn, args, kwargs):
@@ -382,7 +419,9 @@ class Work:
         if threading.current_thread() is not threading.main_thread() and len(runs) == 1:
             return [work(*runs[0])]
         with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # preempted: go at once, the files are whole at any time
+            signal.signal(
+                signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum)
+            )  # preempted: the runs save first
         with Processes(len(runs)) as side_by_side:
             futures = [side_by_side.submit(work, *args) for args in runs]
             return [_outcome(f, *args[:2], patience=2) for f, args in zip(futures, runs)]
@@ -456,6 +495,7 @@ class _Sweep:
             for k, e in self.experiments.items()
         }
         self.outcomes, self.news, self.flights, self.elsewhere = {}, [], [], set()
+        self.data = {}  # what the files of a dataset are now
         self.waiting = list(self.experiments)
         for key, e in self.experiments.items():
             try:
@@ -468,6 +508,18 @@ class _Sweep:
         self.epochs = {k: epochs_done(root / k) for k in self.experiments}
         self.start, self.epochs_before = time.monotonic(), sum(self.epochs.values())
 
+    def found(self, key: str) -> Outcome:
+        "Of a run that is done: whether its result is that of today's data and weights."
+        e = self.experiments[key]
+        files = (e.dataset, e.evaluate_on)
+        try:
+            if files not in self.data:
+                self.data[files] = e.data_inputs()
+            find_result(e, self.root / key, self.root, self.data[files])
+        except ValueError as error:
+            return Outcome(key, "failed", error=str(error))
+        return Outcome(key, "found", fingerprint=_made_with(self.root / key))
+
     def settle(self, outcome: Outcome):
         if outcome.key in self.waiting:
             self.waiting.remove(outcome.key)
@@ -479,12 +531,12 @@ class _Sweep:
         ready = []
         for key in list(self.waiting):
             if state(self.root / key) == "done":
-                self.settle(Outcome(key, "found", fingerprint=_made_with(self.root / key)))
+                self.settle(self.found(key))
                 continue
             own = self.experiments[key].teachers
             teacher = self.outcomes.get(own.key) if own and own.key in self.experiments else None
-            if teacher and teacher.state in ("failed", "blocked"):
-                self.settle(Outcome(key, "blocked", error=f"its teacher failed: {own.key}"))
+            if teacher and teacher.state not in ("done", "found"):
+                self.settle(Outcome(key, "blocked", error=f"its teacher {teacher.state}: {own.key}"))
             elif teacher or not own or own.key not in self.experiments:
                 ready.append(key)
         for keys in (ready[i : i + self.runs_per_job] for i in range(0, len(ready), self.runs_per_job)):
@@ -515,7 +567,7 @@ class _Sweep:
             self.epochs[key] = epochs_done(self.root / key)
         for key, outcome in self.outcomes.items():
             self.epochs[key] = self.experiments[key].epochs if outcome.state in ("done", "found") else 0
-        lost = {k for k, o in self.outcomes.items() if o.state in ("failed", "blocked")}
+        lost = {k for k, o in self.outcomes.items() if o.state not in ("done", "found")}
         whole, done = sum(e.epochs for k, e in self.experiments.items() if k not in lost), sum(self.epochs.values())
         found = sum(self.experiments[k].epochs for k, o in self.outcomes.items() if o.state == "found")
         pace = max(0, done - max(self.epochs_before, found)) / (time.monotonic() - self.start)
@@ -552,11 +604,13 @@ def sweep(
                 return list(this.outcomes.values())
             time.sleep(every)
             this.collect()
-    except BaseException:  # stopped: nothing goes on behind the user's back
-        for future, _ in this.flights:
-            future.cancel()
+    except BaseException as error:  # stopped: nothing goes on behind the user's back
+        under_way = [k for future, keys in this.flights if not future.cancel() for k in keys]
         if isinstance(executor, Processes):
             executor.shutdown(cancel_futures=True)
+            for key in under_way if isinstance(error, KeyboardInterrupt) else []:
+                done = state(this.root / key) == "done"
+                print(f"{key}: {'done' if done else _kept(this.root / key)}", file=sys.stderr)
         raise
     finally:
         if own:

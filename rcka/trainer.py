@@ -15,6 +15,8 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import optional_import
+from .data import seed_of
 from .losses import Alone, Layers, Method, Outputs
 from .taps import Taps, layers_of
 
@@ -35,8 +38,9 @@ with optional_import():
 __all__ = ['CHECKPOINT_FORMAT', 'ANY_LAYERS', 'LOOK_EVERY', 'Recipe', 'write_atomic', 'remove_parts', 'claimed', 'FolderBusy',
            'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged', 'last_checkpoint', 'processes', 'join',
            'sum_over_processes', 'together', 'own_rows', 'part', 'first_part', 'Share', 'share', 'gathered',
-           'average_gradients', 'Accuracy', 'evaluate', 'mixed', 'determinism', 'Step', 'head_of', 'batch_statistics',
-           'Distiller', 'as_safetensors', 'as_csv', 'from_first', 'Run', 'NonFiniteLoss', 'Trainer', 'OutOfMemory',
+           'average_gradients', 'Accuracy', 'evaluate', 'mixed', 'cublas_workspace', 'determinism', 'Step', 'head_of',
+           'batch_statistics', 'Distiller', 'as_safetensors', 'as_csv', 'from_first', 'digest', 'listing',
+           'data_identity', 'method_identity', 'weights_digest', 'Run', 'NonFiniteLoss', 'Trainer', 'OutOfMemory',
            'BatchesFailed', 'Stopped', 'fit_together']
 
 # %% ../nbs/method/06_trainer.ipynb #890160f8
@@ -55,7 +59,9 @@ class Recipe:
     warmup_steps: int = 0  # so many first steps in which the rate grows in a straight line
     precision: str = "fp32"  # "fp32", "bf16", or "fp16" (with loss scaling)
     deterministic: bool = False  # refuse kernels whose result can vary; slower on a GPU
-    seed: int = 0  # of everything random
+    seed: int = (
+        0  # of connectors and of what a method draws; initial weights and the order of the data have seeds of their own
+    )
     relations: str | None = (
         None  # on several devices a method sees the whole batch, "global", or each its part, "device"; None: "global"
     )
@@ -145,7 +151,7 @@ class FolderBusy(RuntimeError):
     "Another process is at work in the folder."
 
 # %% ../nbs/method/06_trainer.ipynb #564b4772
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 _NAME = re.compile(r"checkpoint-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
 
 
@@ -357,9 +363,16 @@ def mixed(device: str, precision: str):
     return torch.autocast(device, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # what deterministic kernels need; read once, when CUDA starts
+def cublas_workspace():
+    "Set the cuBLAS workspace that deterministic matrix products on a GPU need, unless the environment says one. It is read once, so a warning says if CUDA runs already."
+    if not torch.cuda.is_available() or "CUBLAS_WORKSPACE_CONFIG" in os.environ:
+        return
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if torch.cuda.is_initialized():
+        warnings.warn(
+            "CUDA was started before deterministic=True was asked for. If PyTorch refuses a matrix product now, set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment and start again",
+            stacklevel=2,
+        )
 
 
 @contextlib.contextmanager
@@ -522,6 +535,12 @@ def _random_state(device: torch.device) -> dict:
     )
 
 
+def _seeded(seed: int, device: torch.device) -> dict:
+    "The random state that a run begins with."
+    state = lambda d: torch.Generator(d).manual_seed(seed_of("trainer", seed)).get_state()
+    return {"cpu": state("cpu")} | ({"cuda": state(device)} if device.type == "cuda" else {})
+
+
 def _set_random(state: dict, device: torch.device) -> dict:
     "Gives the state before."
     before = _random_state(device)
@@ -547,7 +566,8 @@ def _checkpoint_for_all(folder: Path) -> dict | None:
 
 
 def _differences(there: dict, here: dict) -> str:
-    return "; ".join(f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v)
+    names = [k for k in {**there, **here} if there.get(k) != here.get(k)]
+    return "; ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in names)
 
 
 def _kept(folder: Path) -> str:
@@ -558,11 +578,135 @@ def _kept(folder: Path) -> str:
     epoch, step, _ = _NAME.fullmatch(found[-1].name).groups()
     return f"{folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
 
+# %% ../nbs/method/06_trainer.ipynb #6c13d935
+def digest(*values) -> str:
+    "Hash of tensors, bytes, numbers, strings, and of lists, tuples and dicts of them: 16 hexadecimal digits."
+    h = hashlib.sha256()
+
+    def add(v):
+        if isinstance(v, torch.Tensor):
+            h.update(f"{v.dtype}{tuple(v.shape)}".encode())
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(v, bytes):
+            h.update(f"{len(v)}:".encode())
+            h.update(v)
+        elif isinstance(v, (list, tuple, dict)):
+            h.update(f"{len(v)}(".encode())
+            for x in v.items() if isinstance(v, dict) else v:
+                add(x)
+        else:
+            h.update(f"{v!r},".encode())
+
+    add(values)
+    return h.hexdigest()[:16]
+
+
+def listing(folder: Path | str, files: Iterable[Path | str]) -> str:
+    "Hash of the names below a folder, and the sizes, of files. -1 is the size of one that is not there."
+
+    def sizes(paths):
+        found = []
+        for path in map(str, paths):
+            name = path.removeprefix(f"{folder}{os.sep}")
+            try:
+                found.append((name, os.stat(path).st_size))
+            except OSError:
+                found.append((name, -1))
+        return found
+
+    files = list(files)
+    with ThreadPoolExecutor(16) as pool:  # a file system on a network answers many at once
+        return digest([part for part in pool.map(sizes, (files[i : i + 1000] for i in range(0, len(files), 1000)))])
+
+
+def data_identity(batches, train: bool) -> dict:
+    """What of batches decides a result: a hash of the images and targets, and how they are drawn.
+
+    Tensors are hashed; of images in files, names and sizes. Batches of another kind may say it themselves: `identity()` returns a dict of plain values. Without it their targets and their number count."""
+    if hasattr(batches, "identity"):
+        return batches.identity()
+    images, data, reader, targets = (getattr(batches, name, None) for name in ("images", "data", "reader", "targets"))
+    if isinstance(images, torch.Tensor):
+        content = [images, targets]
+    elif hasattr(images, "names"):  # rcka.imagenet.Files
+        content = [listing(images.folder, map(images.path, range(len(images)))), targets]
+    elif hasattr(data, "found"):  # rcka.coco.CocoData
+        content = [listing(data.folder, (data.folder / name for name in data.files)), data.found, data.classes]
+    elif hasattr(reader, "pairs"):  # rcka.segmentation.SceneReader
+        content = [listing(reader.pairs[0][0].parents[3], (path for pair in reader.pairs for path in pair))]
+    else:
+        content = [len(batches), targets]
+    drawn = ("batch_size", "seed", "pad", "flip", "crop", "scales", "negatives") if train else ()
+    settings = {
+        name: getattr(batches, name, None)
+        for name in (*drawn, "size", "max_size", "skip_broken", "mean", "std", "dtype")
+    }
+    return {"content": digest(content)} | {name: _plain(v) for name, v in settings.items() if v is not None}
+
+
+def _plain(value):
+    "As in a checkpoint and in JSON."
+    if isinstance(value, torch.Tensor):
+        return value.flatten().tolist()
+    return list(value) if isinstance(value, tuple) else value if isinstance(value, (bool, int, float)) else str(value)
+
+
+def method_identity(method: Method) -> dict:
+    "Classes and settings of a method and its parts: every attribute that is a number, a string, or a list, tuple or dict of them."
+    plain = lambda v: (
+        all(map(plain, v.values() if isinstance(v, dict) else v))
+        if isinstance(v, (list, tuple, dict))
+        else isinstance(v, (bool, int, float, str, type(None)))
+    )
+    method.set_epoch(0)  # a method that warms up is to look the same whenever it is asked
+    found = {}
+    for name, part in method.named_modules():
+        if isinstance(part, Method):
+            found[name or "class"] = type(part).__name__
+            found[f"{name}.ce" if name else "ce"] = part.ce
+        own = {k: v for k, v in vars(part).items() if k[0] != "_" and k != "training" and plain(v)}
+        found |= {f"{name}.{k}" if name else k: repr(v) for k, v in own.items()}
+    return found
+
+
+def weights_digest(model: nn.Module) -> str:
+    "Hash of a network's parameters and buffers, with their names."
+    return digest(model.state_dict())
+
+
+def _identity(task, train, test) -> dict:
+    "What decides the result of a run besides its recipe, as the first process sees it."
+    found = [None]
+    if processes()[0] == 0:
+        layout = {k: tuple(v.shape) for k, v in task.student.state_dict().items()}
+        paths = {
+            f"features of the {who}": list(taps.paths)
+            for who in ("student", "teacher")
+            if (taps := getattr(task, f"{who}_taps", None))
+        }
+        groups = {
+            "method": method_identity(task.method),
+            "training data": data_identity(train, True),
+            "test data": data_identity(test, False),
+        }
+        found[0] = {
+            "task": type(task).__name__,
+            "student": f"{sum(p.numel() for p in task.student.parameters()):,} parameters, layout {digest(layout)}",
+            "teacher": "none" if task.teacher is None else f"weights {weights_digest(task.teacher)}",
+            **paths,
+            **{f"{group}: {k}": v for group, values in groups.items() for k, v in values.items()},
+        }
+    if processes()[1] > 1:
+        dist.broadcast_object_list(found, 0)
+    return found[0]
+
 # %% ../nbs/method/06_trainer.ipynb #0f58d372
 class Run:
     "What a run is between two steps, and how it lives in its folder."
 
-    def __init__(self, folder, recipe, device, parts, setting, keep, score):
+    identity: dict = {}  # what decides the result besides the recipe: plain values by name
+
+    def __init__(self, folder, recipe, device, parts, setting, keep, score, random):
         self.folder, self.recipe, self.device, self.parts, self.setting, self.keep, self.score = (
             Path(folder),
             recipe,
@@ -577,7 +721,7 @@ class Run:
         self.values = []  # of this epoch: a row a step, on the device; after the terms a sum and a number for each count
         self.history = []  # a dict an epoch
         self.seconds, self.since = 0.0, 0.0  # of work, over all parts of the run; the clock when it was last read
-        self.random = _random_state(self.device)
+        self.random = random
 
     def note(self, loss, terms: dict, counts: dict):
         "The values of a step."
@@ -611,6 +755,7 @@ class Run:
     def _state(self) -> dict:
         return {name: part.state_dict() for name, part in self.parts.items()} | {
             "recipe": asdict(self.recipe),
+            "identity": self.identity,
             "setting": self.setting,
             "random": self.random,
             "epoch": self.epoch,
@@ -627,6 +772,8 @@ class Run:
         if state := _checkpoint_for_all(self.folder):
             if d := _differences(state["recipe"], asdict(self.recipe)):
                 raise ValueError(f"{self.folder} belongs to another recipe ({d}). Use another folder")
+            if d := _differences(state["identity"], self.identity):
+                raise ValueError(f"{self.folder} belongs to another run ({d}). Use another folder")
             if d := _differences(state["setting"], self.setting):
                 warnings.warn(
                     f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run"
@@ -761,7 +908,13 @@ class Trainer(Run):
         networks = [n for n in (student, task.teacher) if n is not None]
         for network in networks if channels_last else []:
             network.to(memory_format=torch.channels_last)
-        task.prepare(train)
+        if recipe.deterministic and device.type == "cuda":
+            cublas_workspace()
+        outside = _set_random(_seeded(recipe.seed, device), device)
+        try:
+            task.prepare(train)
+        finally:
+            random = _set_random(outside, device)
         for network in networks if compile else []:
             network.compile()
         if recipe.relations == "device":
@@ -779,7 +932,13 @@ class Trainer(Run):
             _setting(device) | {"channels_last": channels_last, "compile": compile},
             keep,
             task.score,
+            random,
         )
+
+    def resume(self):
+        "Take up the newest checkpoint of the folder, if there is one. ValueError if it is of a run with another task, teacher, method, student or data."
+        self.identity = _identity(self.task, self.train, self.test)
+        super().resume()
 
     def fit(self, progress: bool = True) -> list[dict]:
         "Train to the last epoch, from where the folder left off. Gives the history, one dict an epoch."
@@ -951,10 +1110,12 @@ def _surely(batches, n: int, save):
 # %% ../nbs/method/06_trainer.ipynb #b3e8fdd0
 @contextlib.contextmanager
 def _signals():
-    "A list that gets the number of a first Ctrl-C or SIGTERM; a second one interrupts at once."
+    "A list that gets the number of a first Ctrl-C or SIGTERM. A second Ctrl-C interrupts at once; a second SIGTERM may be the first one, sent to a group and to its members."
     caught, before = [], {}
 
     def note(signum, frame):
+        if caught and signum == signal.SIGTERM:
+            return
         if caught:
             raise KeyboardInterrupt("stopped in the middle of a step: the last checkpoint counts")
         caught.append(signum)

@@ -3,7 +3,7 @@ Seeds decide what happens: 0 to 9 succeed, 66 raises, 77 kills its kernel, 88 fi
 
 import nbformat
 
-from rcka.experiments import Experiment
+from rcka.experiments import RESULT_FORMAT, Experiment
 
 RUN = """
 import json, os, signal, time
@@ -25,9 +25,9 @@ with FileLock(folder / ".lock"):
         with open(folder / "epochs", "a") as f: f.write(f"{epoch}\\\\n")
     score = {"epoch": epochs, "top1": 50.0 + seed, "top5": 90.0}
     result = {"experiment": wanted, "last": score, "best": score, "train": {}, "teacher": score if teacher else None, "parameters": 1, "seconds": 1.0,
-              "images_per_second": 64.0, "device": "none", "versions": {}, "commit": None, "finished": "2026-01-01T00:00:00+00:00", "format": 1}
+              "images_per_second": 64.0, "device": "none", "versions": {}, "commit": None, "finished": "2026-01-01T00:00:00+00:00", "format": RESULT_FORMAT}
     (folder / "result.json").write_text(json.dumps(result))
-""".replace("\\\\n", "\\n")
+""".replace("\\\\n", "\\n").replace("RESULT_FORMAT", str(RESULT_FORMAT))
 
 
 def write_stub(path, more: str = ""):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from rcka.sweep import (
     with_teachers,
     work,
 )
+from rcka.trainer import last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sweep_stub import write_stub
@@ -119,7 +121,7 @@ def test_bad_result_files(stub, tmp_path, pool):
     sweep(runs, root, pool, stub, every=0.1)
     cut, newer = (root / e.key / "result.json" for e in runs[:2])
     cut.write_text(cut.read_text()[:40])
-    newer.write_text(newer.read_text().replace('"format": 1', '"format": 9'))
+    newer.write_text(newer.read_text().replace('"format": ', '"format": 9'))
     before = cut.read_text(), newer.read_text()
     assert [state(p.parent) for p in (cut, newer)] == ["unreadable"] * 2
     out = {o.key: o for o in sweep(runs, root, pool, stub, every=0.1)}
@@ -217,6 +219,101 @@ def test_other_executors(executor, stub, tmp_path):
         "done": 1,
         "failed": 1,
     }
+
+
+def a_real_sweep(root):
+    "`rcka sweep` of one long run, in a session of its own like a terminal."
+    command = [
+        sys.executable,
+        "-c",
+        "from rcka.cli import main; main()",
+        "sweep",
+        "digits",
+        "--pairs",
+        "resnet14:resnet8",
+    ]
+    fields = ["epochs=2000", "batch_size=32", "train_limit=64", "test_limit=40", "schedule=cosine"]
+    options = ["--methods", "none", "--seeds", "0", "--root", root, *(text for f in fields for text in ("-p", f))]
+    repo = Path(__file__).resolve().parents[1]
+    env = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *map(str, options)],
+        env=env,
+        cwd=repo,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kernels_of(root):
+    "Processes whose environment has this folder of runs."
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"RCKA_RUNS={root}".encode() in path.read_bytes().split(b"\0"):
+                found.append(path.parent.name)
+        except OSError:
+            pass
+    return [pid for pid in found if alive(pid)]
+
+
+def rows(root):
+    return sum(len(lines(path)) - 1 for path in root.glob("*/metrics.csv"))
+
+
+def stopped(root, signum, epochs):
+    "Start the sweep, stop it once it has so many epochs; what it says, and the last checkpoint."
+    p = a_real_sweep(root)
+    until(lambda: rows(root) >= epochs or p.poll() is not None, 300)
+    assert p.poll() is None, p.communicate()
+    os.killpg(p.pid, signum)
+    out, err = p.communicate(timeout=100)
+    assert p.returncode == 130, (out, err)
+    (run,) = root.iterdir()
+    return err, last_checkpoint(run), run
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_stopped_sweep_keeps_every_epoch(tmp_path):
+    "Ctrl-C, then SIGTERM, long before a checkpoint is due: every epoch is kept, what is said of it is true, and the same command goes on."
+    root, epochs = tmp_path / "runs", 0
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        err, kept, run = stopped(root, signum, epochs + 5)
+        assert kept["epoch"] == rows(root) >= epochs + 5
+        epochs = kept["epoch"]
+        assert f"keeps the state after {epochs} epochs and {kept['step']} steps" in err
+        assert not (run / "failure.json").exists() and not kernels_of(root)
+        assert [row["epoch"] for row in kept["history"]] == list(range(1, epochs + 1))
+
+
+DEAF = """
+import subprocess, sys, time
+from rcka import sweep
+sweep.PATIENCE = 1.0
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(999)"
+kernel = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+kernel.stdout.readline()
+print(kernel.pid, flush=True)
+class Call:
+    is_alive, join = (lambda self: True), (lambda self, seconds: time.sleep(seconds))
+sweep._stop_kernels(Call())
+"""
+
+
+def test_a_run_that_does_not_answer_is_killed():
+    "A kernel that ignores SIGTERM gets PATIENCE and no more."
+    repo = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", DEAF],
+        env={**os.environ, "PYTHONPATH": repo},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1, done.stderr
+    until(lambda: not alive(done.stdout.strip()), 10)
 
 
 SOCKETS = """

@@ -1,0 +1,520 @@
+"What a run is: what decides its result is compared before a folder, a checkpoint or a result is used again."
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import rcka.trainer as T
+from rcka import losses
+from rcka.data import load_dataset
+from rcka.experiments import Experiment, run, run_together
+from rcka.losses import Method, create_method, list_methods
+from rcka.models import create_model
+from rcka.sweep import grid, sweep
+from rcka.train import kind_of, main
+from rcka.trainer import Distiller, Recipe, Trainer, checkpoints
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_dataset("digits", limit=96, test_limit=60)
+
+
+def network(seed, name="resnet8"):
+    torch.manual_seed(seed)
+    return create_model(name, num_classes=10, in_channels=1)
+
+
+def trainer(
+    data, folder, method="rcka", args=None, teacher=0, student="resnet8", recipe=None, batches=None, paths=None, **how
+):
+    return Trainer(
+        Distiller(
+            network(1, student),
+            create_method(method, args),
+            None if teacher is None else network(teacher),
+            *(paths or ()),
+        ),
+        data.batches(32, **(batches or {})),
+        data.batches(train=False),
+        recipe or Recipe(epochs=1, lr=0.01),
+        folder,
+        **how,
+    )
+
+
+# a folder of the trainer
+
+
+def other_test(data):
+    images = data.test_images.clone()
+    images[3, 0, 0, 0] += 1
+    return replace(data, test_images=images)
+
+
+def other_targets(data):
+    targets = data.train_targets.clone()
+    targets[0] = (targets[0] + 1) % 10
+    return replace(data, train_targets=targets)
+
+
+OTHERS = {
+    "method": (dict(method="kd"), None, "method: class: 'RCKA' there, 'KD' here"),
+    "argument": (dict(args={"alpha": 4}), None, r"method: fcka.weight: '16.0' there, '4' here"),
+    "nested argument": (dict(args={"temperature": 2.0}), None, r"lcka.options: .*'temperature': 2.0"),
+    "another teacher": (dict(teacher=5), None, "teacher: 'weights .*' there, 'weights .*' here"),
+    "no teacher": (dict(method="none", teacher=None), None, "teacher: 'weights .*' there, 'none' here"),
+    "student": (dict(student="resnet14"), None, "student: '.* parameters"),
+    "features": (dict(paths=(["conv1"], ["conv1"])), None, "features of the student"),
+    "test images": ({}, other_test, "test data: content"),
+    "training targets": ({}, other_targets, "training data: content"),
+    "order of the data": (dict(batches={"seed": 3}), None, "training data: seed: 0 there, 3 here"),
+    "augmentation": (dict(batches={"pad": 2}), None, "training data: pad: 1 there, 2 here"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    trainer(data, folder).fit(progress=False)
+    return folder
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_folder_of_another_run_is_refused(data, trained, what):
+    "The history of a run is nobody else's, and the error says what differs."
+    given, changed, said = OTHERS[what]
+    before = {p.name: p.read_bytes() for p in trained.iterdir()}
+    with pytest.raises(ValueError, match=f"belongs to another run .*{said}.*Use another folder"):
+        trainer(changed(data) if changed else data, trained, **given).fit(progress=False)
+    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+
+
+def test_alone_is_not_distilled(data, tmp_path):
+    "The other way round: a folder where a student was trained alone."
+    trainer(data, tmp_path, "none", teacher=None).fit(progress=False)
+    with pytest.raises(ValueError, match="teacher: 'none' there, 'weights"):
+        trainer(data, tmp_path).fit(progress=False)
+
+
+def test_the_same_run_is_found(data, trained):
+    "Equal objects, made again: the history is read and nothing is trained."
+    again = trainer(data, trained)
+    again.train_step = None
+    assert len(again.fit(progress=False)) == 1
+    assert again.epoch == 1
+
+
+def test_memory_layout_and_initial_weights_are_no_identity(data, trained):
+    with pytest.warns(UserWarning, match="another setting"):
+        assert trainer(data, trained, channels_last=True).fit(progress=False)
+
+
+def small(name):
+    return {"crd": {"negatives": 16, "width": 8}, "dpk": {}}.get(name, {})
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_identity_of_a_method_outlasts_training(data, tmp_path, name):
+    "What counts as a setting does not change while a method learns, or a run would not find its own checkpoint."
+    if name != "none" and create_method(name).dense:
+        pytest.skip("of dense methods: see the next test")
+    t = trainer(data, tmp_path, name, small(name), teacher=None if name == "none" else 0)
+    t.resume()
+    before = dict(t.identity)
+    t.begin_epoch()
+    for batch in t.train.epoch(0):
+        t.train_step(batch)
+    t.task.method.set_epoch(7)
+    t.resume()
+    assert t.identity == before
+
+
+@pytest.mark.parametrize("name", [n for n in list_methods() if create_method(n).dense])
+def test_identity_of_a_dense_method_knows_its_arguments(name):
+    plain = T.method_identity(create_method(name))
+    assert plain == T.method_identity(create_method(name))
+    numbers = [
+        (k, p.default)
+        for k, p in inspect.signature(type(create_method(name))).parameters.items()
+        if isinstance(p.default, float) and p.default > 0
+    ]
+    for k, default in numbers:
+        assert T.method_identity(create_method(name, {k: default / 2})) != plain, k
+
+
+def test_identity_of_a_sum_names_the_part():
+    a, b = (T.method_identity(create_method("kd+fcka", {"fcka.weight": w})) for w in (1.0, 2.0))
+    assert {k for k in a if a[k] != b[k]} == {"parts.1.weight"}
+
+
+# data in files
+
+
+def test_files_are_compared_by_name_and_size(tmp_path):
+    "An image that is gone, one that is larger, one that has another name."
+    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    files = sorted(tmp_path.glob("*/*"))
+    found = [T.listing(tmp_path, files), T.listing(tmp_path, files[:2])]
+    (tmp_path / "a" / "2.jpg").write_bytes(b"longer than before")
+    found.append(T.listing(tmp_path, files))
+    (tmp_path / "a" / "2.jpg").rename(tmp_path / "b" / "2.jpg")
+    found.append(T.listing(tmp_path, sorted(tmp_path.glob("*/*"))))
+    assert len(set(found)) == 4
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert T.listing(moved, sorted(moved.glob("*/*"))) == found[-1], "where the folder lies does not matter"
+
+
+def test_other_batches(data):
+    "A loader of one's own is compared by its targets and its length, or by what it says."
+
+    class Own:
+        targets = torch.tensor([1, 2])
+
+        def __len__(self):
+            return 3
+
+    class Says(Own):
+        def identity(self):
+            return {"version": 7}
+
+    other = Own()
+    other.targets = torch.tensor([2, 1])
+    assert T.data_identity(Own(), True) == T.data_identity(Own(), True) != T.data_identity(other, True)
+    assert T.data_identity(Says(), True) == {"version": 7}
+
+
+# random numbers
+
+
+def connectors(data, folder, seed, outside):
+    t = trainer(data, folder, "crd", small("crd"), recipe=Recipe(epochs=1, lr=0.01, seed=seed))
+    torch.manual_seed(outside)
+    t = Trainer(t.task, t.train, t.test, t.recipe, folder)
+    return torch.cat([p.detach().flatten() for p in t.task.method.parameters()]), t.fit(progress=False)[0]["crd"]
+
+
+def test_recipe_seed_decides_what_is_random(data, tmp_path):
+    "Connectors and random negatives follow from the recipe's seed, whatever was drawn before."
+    a, b, c = (
+        connectors(data, tmp_path / str(i), seed, outside) for i, (seed, outside) in enumerate([(0, 1), (0, 2), (3, 1)])
+    )
+    assert torch.equal(a[0], b[0]) and a[1] == b[1]
+    assert not torch.equal(a[0], c[0])
+
+
+def test_making_a_trainer_draws_nothing_outside(data, tmp_path):
+    t = trainer(data, tmp_path, "crd", small("crd"))
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    Trainer(t.task, t.train, t.test, t.recipe, tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# determinism
+
+
+def test_import_leaves_the_environment_alone():
+    "The workspace of cuBLAS is a global setting: only deterministic=True asks for it."
+    env = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"} | {"PYTHONPATH": str(REPO)}
+    code = "import os, rcka.trainer, rcka.experiments; print('CUBLAS_WORKSPACE_CONFIG' in os.environ)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_workspace_is_set_when_asked_for(monkeypatch, recwarn, running):
+    "Before CUDA starts in silence; after that with a warning that says what to do."
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: running)
+    T.cublas_workspace()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    said = [str(w.message) for w in recwarn]
+    assert bool(said) == running and all("CUBLAS_WORKSPACE_CONFIG=:4096:8" in s for s in said)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    T.cublas_workspace()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_older_checkpoints_are_refused(data, trained, tmp_path, monkeypatch):
+    "They do not say what they were made with."
+    with monkeypatch.context() as m:
+        m.setattr(T, "CHECKPOINT_FORMAT", 3)
+        trainer(data, tmp_path).fit(progress=False)
+    assert checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="format 3 and this version reads 4"):
+        trainer(data, tmp_path).fit(progress=False)
+
+
+# experiments: the key
+
+
+GOLDEN = {
+    "classification": (
+        dict(dataset="cifar100", student="resnet8x4", teacher="resnet32x4", method="rcka"),
+        "cifar100-resnet32x4-resnet8x4-rcka-s0-4f353653",
+    ),
+    "detection": (
+        dict(dataset="coco", detector="retinanet", student="resnet50", teacher="resnet101", method="pcka"),
+        "coco-retinanet-resnet101-resnet50-pcka-s0-20773cc2",
+    ),
+    "segmentation": (
+        dict(dataset="cityscapes", student="pspnet/resnet18", teacher="pspnet/resnet101", method="lcka"),
+        "cityscapes-pspnet.resnet101-pspnet.resnet18-lcka-s0-c7c9c610",
+    ),
+}
+
+
+def kind(name):
+    return kind_of(["--kind", name])
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_key(name):
+    """The key of an experiment changes only where somebody means it to: with a default, a field or an argument of its method.
+
+    Old results are then those of another experiment, and are made again: change the literal and say so in CHANGELOG.md."""
+    fields, key = GOLDEN[name]
+    assert kind(name)(**fields).key == key
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_experiments_hold_all_arguments(name):
+    "Those of the method with their values, the same after a round trip through JSON and when they are given one by one."
+    fields, _ = GOLDEN[name]
+    e = kind(name)(**fields)
+    arguments = inspect.signature(type(create_method(e.method))).parameters
+    assert set(e.method_args) == set(arguments)
+    again = kind(name).from_dict(json.loads(json.dumps(e.to_dict())))
+    assert again == e and again.key == e.key
+    some = next(k for k, v in e.method_args.items() if isinstance(v, float))
+    assert replace(e, method_args={some: e.method_args[some]} | e.method_args).key == e.key
+    assert replace(e, method_args=e.method_args | {some: e.method_args[some] + 1}).key != e.key
+
+
+def test_a_changed_default_is_another_experiment(monkeypatch):
+    "As rcka's alpha went from 4 to 16."
+
+    def make(default):
+        class Changing(Method):
+            def __init__(self, alpha: float = default, stages=(-1,)):
+                super().__init__()
+                self.alpha, self.stages = alpha, stages
+
+        monkeypatch.setitem(losses._METHODS, "changing", Changing)
+        return Experiment("digits", "resnet8", "resnet14", "changing")
+
+    old, new = make(4.0), make(16.0)
+    assert old.method_args == {"alpha": 4.0, "stages": [-1]} and new.method_args["alpha"] == 16.0
+    assert old.key != new.key
+    assert Experiment.from_dict(old.to_dict()).key == old.key  # an old result keeps its own
+    assert replace(new, method_args={"alpha": 4}).key == old.key  # 4 and 4.0 are one value
+
+
+def test_arguments_of_a_sum_are_those_of_its_parts():
+    e = Experiment("digits", "resnet8", "resnet14", "kd+fcka", method_args={"fcka.weight": 3})
+    assert e.method_args["fcka.weight"] == 3.0 and e.method_args["kd.temperature"] == 4.0
+    assert e.key == replace(e, method_args={"fcka.weight": 3.0}).key
+    assert (
+        Experiment("digits", "resnet8", "resnet14", "kd", method_args={"kd.temperature": 2}).method_args
+        == Experiment("digits", "resnet8", "resnet14", "kd", method_args={"temperature": 2.0}).method_args
+    )
+
+
+# a teacher without a method
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("classification", dict(dataset="digits", teacher="resnet14")),
+        ("classification", dict(dataset="digits", teacher="resnett14")),
+        ("classification", dict(dataset="digits", teacher_weights="teacher.pth")),
+        ("detection", dict(teacher="resnet101")),
+        ("segmentation", dict(teacher="pspnet/resnet101")),
+    ],
+)
+def test_a_teacher_without_a_method_is_refused(name, fields, tmp_path, capsys):
+    with pytest.raises(ValueError, match="method 'none' trains the student alone: give a method"):
+        kind(name)(**fields)
+    options = [text for k, v in fields.items() for text in (f"--{k}", v)]
+    assert main(["--kind", name, *options, "--root", str(tmp_path)]) == 1
+    assert "trains the student alone" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_grids_and_pages_leave_the_teacher_of_a_student_alone_out():
+    alone, taught = grid("digits", "resnet14:resnet8", "none,kd", [0], teacher_epochs=3, teacher_weights="t.pth")
+    assert alone == Experiment("digits", "resnet8") and taught.teacher_weights == "t.pth"
+    page = dict(dataset="digits", student="resnet8", teacher="resnet14", teacher_epochs=3)
+    assert Experiment.from_parameters(page | {"method": "none"}) == Experiment("digits", "resnet8")
+    assert taught.teachers.teacher is None and taught.teachers.student == "resnet14"
+
+
+# results, and what they were made from
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Forty small images in two classes."
+    g = torch.Generator().manual_seed(0)
+    for part, n in (("train", 12), ("test", 8)):
+        for c in ("cat", "dog"):
+            (tmp_path / "data" / part / c).mkdir(parents=True)
+            for i in range(n):
+                picture(tmp_path / "data" / part / c / f"{i:02}.png", g)
+    return tmp_path / "data"
+
+
+def picture(path, g=None):
+    pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=g or torch.Generator().manual_seed(5))
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def command(folder, tmp_path, *more):
+    fields = ["--dataset", f"imagefolder:{folder}", "--student", "resnet8", "--epochs", "1", "--batch_size", "8"]
+    return main([*fields, "--root", str(tmp_path / "runs"), "--device", "cpu", "--quiet", *more])
+
+
+def delete(folder):
+    (folder / "train" / "cat" / "03.png").unlink()
+
+
+def add(folder):
+    picture(folder / "test" / "dog" / "more.png")
+
+
+def add_a_class(folder):
+    for part in ("train", "test"):
+        (folder / part / "emu").mkdir()
+        picture(folder / part / "emu" / "0.png")
+
+
+def relabel(folder):
+    (folder / "train" / "cat" / "03.png").rename(folder / "train" / "dog" / "03x.png")
+
+
+@pytest.mark.parametrize("change", [delete, add, add_a_class, relabel])
+def test_train_refuses_the_result_of_other_images(folder, tmp_path, capsys, change):
+    "Found and announced while the images are those it was made from; afterwards an error that says what changed."
+    assert command(folder, tmp_path) == 0
+    first = capsys.readouterr()
+    assert "found" not in first.err
+    assert command(folder, tmp_path) == 0
+    second = capsys.readouterr()
+    assert second.out == first.out and re.search(r"found \S+, finished on 20\d\d-", second.err)
+    change(folder)
+    before = {p: p.read_bytes() for p in (tmp_path / "runs").glob("*/*") if p.is_file()}
+    assert command(folder, tmp_path) == 1
+    said = capsys.readouterr()
+    assert not said.out and "files of the dataset: 40 " in said.err and "remove the folder" in said.err
+    assert {p: p.read_bytes() for p in (tmp_path / "runs").glob("*/*") if p.is_file()} == before
+
+
+def test_train_refuses_the_result_of_other_weights(folder, tmp_path, capsys):
+    "Another file behind --teacher_weights; a teacher that was trained again; a file that is gone is not compared."
+    weights = tmp_path / "teacher.pth"
+    options = ["--teacher", "resnet14", "--method", "kd", "--teacher_weights", str(weights)]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(create_model("resnet14", num_classes=2).state_dict(), weights)
+        assert command(folder, tmp_path, *options) == seed
+    assert "teacher_weights: " in capsys.readouterr().err
+    weights.unlink()
+    assert command(folder, tmp_path, *options) == 0
+    assert "found" in capsys.readouterr().err
+
+    options = ["--teacher", "resnet14", "--method", "kd", "--lr", "0.01"]
+    assert command(folder, tmp_path, *options) == 0
+    teacher = next((tmp_path / "runs").glob("data-resnet14-none-*/last.safetensors"))
+    teacher.write_bytes(teacher.read_bytes()[:-4] + b"\0\0\0\0")
+    assert command(folder, tmp_path, *options) == 1
+    assert "the teacher's weights: " in capsys.readouterr().err
+
+
+def test_results_of_shared_runs_and_sweeps_are_compared(folder, tmp_path):
+    runs = [
+        Experiment(f"imagefolder:{folder}", "resnet8", "resnet14", m, epochs=1, batch_size=8, data_seed=0)
+        for m in ("kd", "fcka")
+    ]
+    first = run_together(runs, tmp_path / "runs", "cpu", progress=False)
+    assert all(r.inputs["files of the dataset"].startswith("40 ") and r.inputs["the teacher's weights"] for r in first)
+    assert run_together(runs, tmp_path / "runs", "cpu", progress=False) == first
+    add(folder)
+    with pytest.raises(ValueError, match="files of the dataset: 40 .* then, 41 "):
+        run_together(runs, tmp_path / "runs", "cpu", progress=False)
+    out = sweep(runs, tmp_path / "runs", ThreadPoolExecutor(1), every=0.1)
+    assert len(out) == 3 and all(o.state == "failed" and "41 " in o.error for o in out)
+    assert not list((tmp_path / "runs").glob("*/failure.json"))
+
+
+def test_results_without_all_arguments_are_refused(folder, tmp_path):
+    "Format 1 does not say them, so that today's defaults would be taken for those of then."
+    e = Experiment(f"imagefolder:{folder}", "resnet8", epochs=1, batch_size=8)
+    run(e, tmp_path, device="cpu", progress=False)
+    path = tmp_path / e.key / "result.json"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ValueError, match="result format 1; this version reads format 2"):
+        run(e, tmp_path, device="cpu", progress=False)
+
+
+def test_interrupted_run_of_other_images(folder, tmp_path):
+    "A checkpoint is compared too: nothing goes on with images it did not begin with."
+    e = Experiment(f"imagefolder:{folder}", "resnet8", epochs=2, batch_size=8)
+    run(e, tmp_path, device="cpu", progress=False)
+    (tmp_path / e.key / "result.json").unlink()
+    delete(folder)
+    with pytest.raises(ValueError, match="belongs to another run .training data: content"):
+        run(e, tmp_path, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "coco", "cityscapes"])
+def test_files_of_every_kind(name, tmp_path, monkeypatch):
+    "Their names and sizes, whatever is decoded later; none where there is no dataset."
+    monkeypatch.setenv("RCKA_DATA", str(tmp_path))
+    e = {
+        "imagenet": Experiment("imagenet", "resnet8"),
+        "coco": kind("detection")(dataset="coco", train_split="train", test_split="val"),
+        "cityscapes": kind("segmentation")(),
+    }[name]
+    assert e.files() is None and set(e.data_inputs().values()) == {None}
+    places = {
+        "imagenet": ["train/n01/a.JPEG", "train/n02/b.JPEG", "val/n01/c.JPEG", "test/d.JPEG", "val/n01/.hidden.JPEG"],
+        "coco": [
+            "train/a.jpg",
+            "train/b.jpg",
+            "val/c.jpg",
+            "annotations/instances_train.json",
+            "annotations/instances_val.json",
+        ],
+        "cityscapes": [f"{k}/{p}/x/a_{k}.png" for k in ("leftImg8bit", "gtFine") for p in ("train", "val", "test")],
+    }[name]
+    for place in places:
+        (tmp_path / name / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / place).write_text(place)
+    found = [e.data_inputs()]
+    assert len([f for f in e.files()[1] if Path(f).is_file()]) == {"imagenet": 3, "coco": 5, "cityscapes": 4}[name]
+    (tmp_path / name / places[0]).write_text("longer than it was before")
+    found.append(e.data_inputs())
+    (tmp_path / name / places[0]).unlink()
+    found.append(e.data_inputs())
+    if name == "coco":  # a box that moved: as many bytes as before
+        (tmp_path / name / places[3]).write_text(places[3].upper())
+        found.append(e.data_inputs())
+    assert len({str(f) for f in found}) == len(found)
