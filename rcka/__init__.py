@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 import rcka.baselines  # their methods go by name
 import rcka.baselines_dense
 import rcka.baselines_features
+import rcka.baselines_features_recent  # and those on logits
 from rcka.losses import (
     FCKA,
     LCKA,
