@@ -9,6 +9,7 @@ import rcka.baselines  # their methods go by name
 import rcka.baselines_dense
 import rcka.baselines_features
 import rcka.baselines_features_recent  # and those on logits
+import rcka.candidates
 from rcka.losses import (
     FCKA,
     LCKA,

@@ -23,6 +23,7 @@ EPOCHS = {
     "crd": 6,
     "pkt": 6,
     "vid": 6,
+    "kernel_cka": 8,
     "mlkd": 8,
     "rld": 8,
 }  # these rise before they fall (CRD contrasts with a memory that begins as noise), or fall slowly
@@ -33,6 +34,8 @@ SHORT = {
     "reviewkd": {"warmup": 1},
     "crd": {"negatives": 256},
     "cka_places": {"stages": (-1,)},
+    "cka_angle": {"stages": (-1,)},
+    "procrustes": {"stages": (-1,)},
 }
 
 
@@ -85,11 +88,24 @@ TOKENS, POOLED, MAP = (
 FEATURES = {  # student's path: teacher's path
     **{name: {} for name in ("none", "kd", "dkd", "dist", "ikl_kd", "nkd", "lcka")},
     **{name: {} for name in ("lskd", "standardized", "ttm", "wttm", "normkd", "rld", "mlkd", "skd", "wkd_l")},
-    **{name: {TOKENS: "layer3"} for name in ("fcka", "rcka", "rcka_released", "sp", "ofa")},
-    **{name: {POOLED: "fc:input"} for name in ("cc", "rkd", "pkt", "crd", "itrd", "srd")},
+    **{name: {TOKENS: "layer3"} for name in ("fcka", "rcka", "rcka_released", "sp", "ofa", "kernel_cka")},
+    **{name: {POOLED: "fc:input"} for name in ("cc", "rkd", "pkt", "crd", "itrd", "srd", "label_cka")},
     **{
         name: {MAP: "layer3"}
-        for name in ("fitnet", "at", "nst", "vid", "ofd", "ickd_c", "mgd", "dpk", "wkd_f", "cka_places")
+        for name in (
+            "fitnet",
+            "at",
+            "nst",
+            "vid",
+            "ofd",
+            "ickd_c",
+            "mgd",
+            "dpk",
+            "wkd_f",
+            "cka_places",
+            "cka_angle",
+            "procrustes",
+        )
     },
     "srrl": {MAP: "layer3", POOLED: "fc:input"},
     "reviewkd": {MAP: "layer3", MAP + "[...]": "layer3.1.relu2:input", POOLED: "fc:input"},

@@ -30,11 +30,13 @@ from rcka.baselines_logits_recent import (
     ttm_loss,
     wkd_logit_losses,
 )
-from rcka.losses import Layers, Outputs, create_method, list_methods
+from rcka.candidates import angle, kernel_cka, label_alignment, place_procrustes
+from rcka.losses import Layers, Outputs, create_method, fcka, list_methods
 from rcka.similarity import cka
 
 LOGITS = ["lskd", "standardized", "ttm", "wttm", "normkd", "rld", "mlkd", "skd", "wkd_l"]
-FEATURES = ["cka_places", "wkd_f", "itrd", "srd", "ofa"]
+CANDIDATES = ["cka_angle", "procrustes", "label_cka", "kernel_cka"]  # ours
+FEATURES = ["cka_places", "wkd_f", "itrd", "srd", "ofa", *CANDIDATES]
 NAMES = LOGITS + FEATURES
 BUILT = ["wkd_l", "wkd_f", "itrd", "srd", "ofa"]  # need `build` before use
 CLASSES = 6
@@ -192,6 +194,35 @@ def naive_places(s, t):
     return (k * l).sum() / (k.norm() * l.norm())
 
 
+def naive_procrustes(s, t):
+    "1 - half the squared distance after the best rotation."
+    x, y = (z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) for z in (s, t))
+    x, y = ((z - z.mean(0)) / (z - z.mean(0)).norm() for z in (x, y))
+    u, _, v = torch.linalg.svd((x.T @ y).detach(), full_matrices=False)  # the best rotations, constants by optimality
+    return 1 - 0.5 * (x.square().sum() + y.square().sum() - 2 * ((x @ u) * (y @ v.T)).sum())
+
+
+def naive_gaussian(s, t):
+    "The widths are constants."
+    h, grams = torch.eye(len(s), dtype=s.dtype) - 1 / len(s), []
+    for z in (s, t):
+        d2 = torch.stack([torch.stack([(a - b).square().sum() for b in z]) for a in z])
+        width = torch.stack([d2[i, j].detach() for i in range(len(z)) for j in range(i)]).median()
+        grams.append(h @ (-d2 / (2 * width)).exp() @ h)
+    k, l = grams
+    return (k * l).sum() / (k.norm() * l.norm())
+
+
+def naive_linear(x, y):
+    h = torch.eye(len(x), dtype=x.dtype) - 1 / len(x)
+    k, l = (h @ z @ z.T @ h for z in (x, y))
+    return (k * l).sum() / (k.norm() * l.norm())
+
+
+def naive_label(x):
+    return naive_linear(x, torch.stack([1.0 * (Y == c) for c in range(CLASSES)], 1).to(x.dtype))
+
+
 def naive_cat(s, t, normalize):
     "4 x 4 and 2 x 2 maps down to 2 x 2."
     s = torch.stack([s[:, :, i : i + 2, j : j + 2].mean((2, 3)) for i in (0, 2) for j in (0, 2)], 2)
@@ -220,6 +251,11 @@ FORMULAS = {
     "srd": (lambda s, t: srd_loss(s, t, 4.0), lambda s, t: naive_srd(s, t, 4.0, 1e-4), [(8, 5)] * 2),
     "ofa": (lambda s, t: ofa_loss(s, t, Y, 1.4, 2.0), lambda s, t: naive_ofa(s, t, Y, 1.4, 2.0), [(8, 6)] * 2),
     "cka_places": (place_cka, naive_places, [(3, 5, 4, 4), (3, 7, 4, 4)]),
+    "cka_angle": (lambda s, t: angle(place_cka(s, t)), lambda s, t: naive_places(s, t).arccos() * 2 / math.pi, [(3, 5, 4, 4), (3, 7, 4, 4)]),
+    "procrustes": (place_procrustes, naive_procrustes, [(3, 5, 4, 4), (3, 7, 4, 4)]),
+    "label_cka": (lambda s: label_alignment(s, Y, CLASSES), naive_label, [(8, 5)]),
+    "kernel_cka gaussian": (kernel_cka, naive_gaussian, [(8, 5), (8, 7)]),
+    "kernel_cka cosine": (lambda s, t: kernel_cka(s, t, "cosine"), lambda s, t: naive_linear(F.normalize(s), F.normalize(t)), [(8, 5), (8, 7)]),
     "cat": (lambda s, t: cat_loss(s, t), lambda s, t: naive_cat(s, t, False), [(3, 6, 4, 4), (3, 6, 2, 2)]),
     "cat normalised": (lambda s, t: cat_loss(s, t, normalize=True), lambda s, t: naive_cat(s, t, True), [(3, 6, 4, 4), (3, 6, 2, 2)]),
 }  # fmt: skip
@@ -491,9 +527,51 @@ def test_weights_by_stage():
         method.wants(Layers(("a", "b")))
 
 
-def test_fcka_takes_several_stages():
-    from rcka.losses import fcka
+def test_the_angle_at_its_ends():
+    s = torch.tensor([1.0, 1.0 - 1e-9, -1.0, 0.0, 0.5], requires_grad=True)
+    value = angle(s)
+    value.sum().backward()
+    torch.testing.assert_close(value, torch.tensor([0.0, 0.0, 2.0, 1.0, 2 / 3]))
+    assert s.grad.isfinite().all()
 
+
+def test_the_gradient_of_the_angle_keeps_its_length_near_the_optimum():
+    torch.manual_seed(0)
+    y, noise = torch.randn(2, 6, 5, 4, 4, dtype=torch.float64)
+    lengths = []
+    for share in (1e-2, 1e-4):
+        x = (y + share * noise).requires_grad_()
+        lengths += [torch.autograd.grad(f(place_cka(x, y)), x)[0].norm() for f in (angle, lambda s: 1 - s)]
+    assert lengths[2] > 0.9 * lengths[0] and lengths[3] < 0.02 * lengths[1]
+
+
+def test_candidates_know_their_optima():
+    torch.manual_seed(0)
+    y = torch.randn(4, 7, 8, 8, dtype=torch.float64)
+    rotated = 2 * torch.einsum("ncij,cd->ndij", y, torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64))[0]) + 1
+    for similarity in (place_procrustes, kernel_cka, place_cka):
+        assert abs(1 - similarity(rotated, y)) < 1e-10
+    assert abs(1 - kernel_cka(y * torch.rand(4, 1, 1, 1), y, "cosine")) < 1e-10
+    simplex = torch.eye(CLASSES, dtype=torch.float64)[Y]
+    assert abs(1 - label_alignment(3 * simplex - 1, Y, CLASSES)) < 1e-12
+    assert label_alignment(simplex, Y, CLASSES) > label_alignment(simplex.roll(1, 0), Y, CLASSES) + 0.1
+    # the nuclear norm lies between the Frobenius norm and the root of the rank times it
+    x = torch.randn(4, 7, 8, 8, dtype=torch.float64)
+    assert 0 < place_procrustes(x, y) < 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+def test_procrustes_of_constant_channels_is_zero_without_a_gradient(value):
+    torch.manual_seed(0)
+    constant = torch.full((4, 5, 6, 7), value) * torch.rand(1, 5, 1, 1)
+    for x, y in [(constant, torch.randn(4, 3, 6, 7)), (torch.randn(4, 3, 6, 7), constant)]:
+        x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+        got = place_procrustes(x, y)
+        got.backward()
+        assert got == 0 and (x.grad == 0).all() and (y.grad == 0).all()
+
+
+def test_fcka_takes_several_stages():
     method, s, t, _ = make("fcka", args={"stages": (-3, -2, -1), "weight": 6.0})
     each = [1 - fcka(a, b) for a, b in zip(s.features, t.features)]
     torch.testing.assert_close(method.terms(s, t)["fcka"], 6 * sum(each) / 3)
@@ -506,9 +584,11 @@ def test_all_are_registered_and_none_is_untested():
     assert set(NAMES) <= set(list_methods())
     import rcka.baselines_features_recent as features
     import rcka.baselines_logits_recent as logits
+    import rcka.candidates as candidates
     from rcka.losses import _METHODS
 
-    ours = {name for name, cls in _METHODS.items() if cls.__module__ in (features.__name__, logits.__name__)}
+    modules = {m.__name__ for m in (features, logits, candidates)}
+    ours = {name for name, cls in _METHODS.items() if cls.__module__ in modules}
     assert ours == set(NAMES)
 
 
@@ -527,7 +607,8 @@ def test_terms_are_named_finite_and_reach_what_is_trained(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_in_float64(name):
-    method, s, t, target = make(name, n=5)
+    # the width of the Gaussian kernel is held constant, which differences do not know
+    method, s, t, target = make(name, n=5, args={"kernel": "cosine"} if name == "kernel_cka" else None)
     method.eval()
     inputs = [*leaves(s), *method.parameters()]
     f = lambda *_: total(method.terms(s, t, target))
@@ -594,6 +675,8 @@ def test_logits_of_any_size_never_give_nan(name, size):
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_tiny_batches(name, n):
+    if n == 1 and name in ("label_cka", "kernel_cka"):
+        pytest.skip("CKA of one sample is refused, as by fcka")
     method, s, t, target = make(name, dtype=torch.float32)
     method.eval()  # batch normalisation cannot train on one vector
     few = lambda o: Outputs(o.logits[:n], tuple(f[:n] for f in o.features))
@@ -707,6 +790,21 @@ def test_maps_are_asked_for():
         sdd_loss(torch.randn(2, 3, 2, 2), torch.randn(2, 3, 4, 4), Y[:2])
     with pytest.raises(ValueError, match="must begin with 1"):
         sdd_loss(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), Y[:2], scales=(2, 4))
+
+
+def test_options_of_the_candidates_are_checked():
+    with pytest.raises(ValueError, match="over must be 'places' or 'samples', got 'rows'"):
+        create_method("cka_angle", {"over": "rows"})
+    for make_one in (
+        lambda: create_method("kernel_cka", {"kernel": "linear"}),
+        lambda: kernel_cka(torch.randn(4, 3), torch.randn(4, 3), "linear"),
+    ):
+        with pytest.raises(ValueError, match="for the linear one use fcka"):
+            make_one()
+    flattened = create_method("cka_angle", {"over": "samples", "stages": (-1,), "weight": 1.0})
+    s, t = outputs(flattened, STUDENT), outputs(flattened, TEACHER)
+    expected = fcka(s.features[0], t.features[0]).arccos() * 2 / math.pi
+    torch.testing.assert_close(flattened.terms(s, t)["cka_angle"], expected)
 
 
 def test_vectors_of_two_widths_are_refused():
