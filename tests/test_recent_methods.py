@@ -825,6 +825,7 @@ def test_what_skd_and_wkd_cannot_do_is_said():
     given = create_method("wkd_l", {"costs": COSTS})
     given.build(s, t)
     assert torch.equal(given.costs, COSTS)
+    assert not list(method.buffers())  # processes that each see a part of the batch refuse a method with a memory
 
 
 def test_ofa_reads_tokens_and_maps():
