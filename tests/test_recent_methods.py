@@ -822,6 +822,10 @@ def test_what_skd_and_wkd_cannot_do_is_said():
             create_method("wkd_l").build(s, t, head=head)
     with pytest.raises(ValueError, match="costs of 5 classes"):
         create_method("wkd_l").build(s, t, head=nn.Linear(3, 5))
+    for wrong in ({"iterations": 0}, {"regularization": 0.0}):
+        p = torch.full((2, CLASSES), 1 / CLASSES, dtype=torch.float64)
+        with pytest.raises(ValueError, match="at least one iteration and a positive regularization"):
+            transport_cost(p, p, COSTS, **wrong)
     given = create_method("wkd_l", {"costs": COSTS})
     given.build(s, t)
     assert torch.equal(given.costs, COSTS)
