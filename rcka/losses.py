@@ -336,7 +336,10 @@ def _import_baselines():
     given = dict(_METHODS)
     import rcka.baselines
     import rcka.baselines_dense
-    import rcka.baselines_features  # noqa: F401
+    import rcka.baselines_features
+    import rcka.baselines_features_recent
+    import rcka.baselines_logits_recent
+    import rcka.candidates  # noqa: F401
 
     _METHODS.update(given)  # what a user has registered under a name of theirs stays
 

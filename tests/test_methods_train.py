@@ -23,8 +23,20 @@ EPOCHS = {
     "crd": 6,
     "pkt": 6,
     "vid": 6,
+    "kernel_cka": 8,
+    "mlkd": 8,
+    "rld": 8,
 }  # these rise before they fall (CRD contrasts with a memory that begins as noise), or fall slowly
-SHORT = {"dkd": {"warmup": 1}, "ikl_kd": {"warmup": 1}, "reviewkd": {"warmup": 1}, "crd": {"negatives": 256}}
+SHORT = {
+    "dkd": {"warmup": 1},
+    "ikl_kd": {"warmup": 1},
+    "rld": {"warmup": 1},
+    "reviewkd": {"warmup": 1},
+    "crd": {"negatives": 256},
+    "cka_places": {"stages": (-1,)},
+    "cka_angle": {"stages": (-1,)},
+    "procrustes": {"stages": (-1,)},
+}
 
 
 @pytest.fixture(scope="session")
@@ -75,9 +87,26 @@ TOKENS, POOLED, MAP = (
 )  # (n, 17, 32), (n, 32), (n, 32, 4, 4)
 FEATURES = {  # student's path: teacher's path
     **{name: {} for name in ("none", "kd", "dkd", "dist", "ikl_kd", "nkd", "lcka")},
-    **{name: {TOKENS: "layer3"} for name in ("fcka", "rcka", "rcka_released", "sp")},
-    **{name: {POOLED: "fc:input"} for name in ("cc", "rkd", "pkt", "crd")},
-    **{name: {MAP: "layer3"} for name in ("fitnet", "at", "nst", "vid", "ofd", "ickd_c", "mgd", "dpk")},
+    **{name: {} for name in ("lskd", "standardized", "ttm", "wttm", "normkd", "rld", "mlkd", "skd", "wkd_l")},
+    **{name: {TOKENS: "layer3"} for name in ("fcka", "rcka", "rcka_released", "sp", "ofa", "kernel_cka")},
+    **{name: {POOLED: "fc:input"} for name in ("cc", "rkd", "pkt", "crd", "itrd", "srd", "label_cka")},
+    **{
+        name: {MAP: "layer3"}
+        for name in (
+            "fitnet",
+            "at",
+            "nst",
+            "vid",
+            "ofd",
+            "ickd_c",
+            "mgd",
+            "dpk",
+            "wkd_f",
+            "cka_places",
+            "cka_angle",
+            "procrustes",
+        )
+    },
     "srrl": {MAP: "layer3", POOLED: "fc:input"},
     "reviewkd": {MAP: "layer3", MAP + "[...]": "layer3.1.relu2:input", POOLED: "fc:input"},
 }

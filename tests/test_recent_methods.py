@@ -1,0 +1,853 @@
+"The methods published since 2022: each against its formula written naively in float64, against an oracle where there is one, and on odd inputs."
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rcka.baselines import correlation, kd_loss
+from rcka.baselines_features_recent import (
+    cat_loss,
+    itrd_correlation,
+    itrd_mutual,
+    ofa_loss,
+    place_cka,
+    srd_loss,
+    wkd_feature_loss,
+)
+from rcka.baselines_logits_recent import (
+    class_costs,
+    mlkd_losses,
+    normkd_loss,
+    rld_loss,
+    sdd_loss,
+    skd_direction,
+    standardize,
+    transport_cost,
+    ttm_loss,
+    wkd_logit_losses,
+)
+from rcka.candidates import angle, kernel_cka, label_alignment, place_procrustes
+from rcka.losses import Layers, Outputs, create_method, fcka, list_methods
+from rcka.similarity import cka
+
+LOGITS = ["lskd", "standardized", "ttm", "wttm", "normkd", "rld", "mlkd", "skd", "wkd_l"]
+CANDIDATES = ["cka_angle", "procrustes", "label_cka", "kernel_cka"]  # ours
+FEATURES = ["cka_places", "wkd_f", "itrd", "srd", "ofa", *CANDIDATES]
+NAMES = LOGITS + FEATURES
+BUILT = ["wkd_l", "wkd_f", "itrd", "srd", "ofa"]  # need `build` before use
+CLASSES = 6
+STUDENT = ([(4, 8, 8), (4, 8, 8), (6, 4, 4), (8, 2, 2)], 8)  # stem and stages, pooled width
+TEACHER = ([(8, 8, 8), (8, 8, 8), (12, 4, 4), (16, 2, 2)], 16)
+NAMED = Layers(tuple(f"stage{i}" for i in range(4)), tuple(f"pre{i}" for i in range(4)), "pooled", "fc")
+
+
+def outputs(method, family, n=8, dtype=torch.float64, grad=False, fill=None):
+    shapes, pooled = family
+    sizes = {"pooled": (pooled,)} | {f"stage{i}": shape for i, shape in enumerate(shapes)}
+    make = (lambda *s: torch.randn(*s, dtype=dtype)) if fill is None else (lambda *s: torch.full(s, fill, dtype=dtype))
+    features = tuple(make(n, *sizes[p]).requires_grad_(grad) for p in method.wants(NAMED))
+    return Outputs(make(n, CLASSES).requires_grad_(grad), features)
+
+
+def make(name, n=8, dtype=torch.float64, args=None, **kw):
+    "A built method with a batch."
+    torch.manual_seed(0)
+    method = create_method(name, args)
+    s, t = outputs(method, STUDENT, n, dtype, grad=True, **kw), outputs(method, TEACHER, n, dtype, **kw)
+    method.build(s, t, head=nn.Linear(16, CLASSES, dtype=dtype), targets=torch.arange(20) % CLASSES)
+    return method, s, t, torch.arange(n) % CLASSES
+
+
+def leaves(outputs):
+    return [x for x in (outputs.logits, *outputs.features) if x.requires_grad]
+
+
+def total(terms):
+    return sum(v for k, v in terms.items() if k != "ce")
+
+
+# the formulas, one sample, class or channel at a time
+
+
+def naive_kl(p, q):
+    return sum(a * (a / b).log() for a, b in zip(p, q))
+
+
+def naive_kd(s, t, tau):
+    return tau**2 * sum(naive_kl((b / tau).softmax(0), (a / tau).softmax(0)) for a, b in zip(s, t)) / len(s)
+
+
+def naive_z(z):
+    return torch.stack([(row - row.mean()) / row.std() for row in z])
+
+
+def naive_ttm(s, t, gamma, weighted):
+    loss = 0
+    for a, b in zip(s, t):
+        u = sum(x**gamma for x in b.softmax(0))
+        loss = loss + (u if weighted else 1) * naive_kl(b.softmax(0) ** gamma / u, a.softmax(0)) / len(s)
+    return loss
+
+
+def naive_normkd(s, t, tau):
+    return sum(naive_kd((a / a.std())[None], (b / b.std())[None], tau) * b.std() ** 2 for a, b in zip(s, t)) / len(s)
+
+
+def naive_rld(s, t, target, alpha, beta, tau, tau1):
+    loss = 0
+    for a, b, y in zip(s, t, target):
+        q, p = (a / tau1).softmax(0)[y], (b / tau1).softmax(0).max()
+        loss = loss + alpha * tau1**2 * naive_kl((p, 1 - p), (q, 1 - q))
+        less = [j for j in range(len(b)) if b[j] < b[y]]
+        if less:
+            loss = loss + beta * tau**2 * naive_kl((b[less] / tau).softmax(0), (a[less] / tau).softmax(0))
+    return loss / len(s)
+
+
+def naive_mlkd(s, t, taus):
+    instance = batch = classes = 0
+    for tau in taus:
+        a, b = (s / tau).softmax(1), (t / tau).softmax(1)
+        instance = instance + naive_kd(s, t, tau)
+        batch = batch + sum((x @ y - u @ v) ** 2 for x, u in zip(a, b) for y, v in zip(a, b)) / len(s)
+        classes = classes + sum((x @ y - u @ v) ** 2 for x, u in zip(a.T, b.T) for y, v in zip(a.T, b.T)) / s.shape[1]
+    return instance, batch, classes
+
+
+def naive_skd(s, t, lam, divide):
+    n, p = s.shape
+    u, v = F.normalize(s), F.normalize(t)
+    d = (u @ u.T - v @ v.T) / (p if divide else 1)
+    inverse = torch.linalg.inv(torch.cov(d.T) + lam * torch.eye(n, dtype=s.dtype))
+    return sum((row @ inverse @ row).sqrt() for row in d) / n
+
+
+def naive_wkd(s, t, target, costs, tau, lam, iterations):
+    true = others = 0
+    for a, b, y in zip(s, t, target):
+        true = true - b.softmax(0)[y] * a.log_softmax(0)[y] / len(s)
+        keep = [j for j in range(len(a)) if j != y]
+        c = costs[keep][:, keep]
+        k, p, q = (-c / lam).exp(), (a[keep] / tau).softmax(0), (b[keep] / tau).softmax(0)
+        u = torch.ones_like(p) / len(p)
+        for _ in range(iterations):
+            v = q / (k.T @ u)
+            u = p / (k @ v)
+        others = others + (torch.diag(u) @ k @ torch.diag(v) * c).sum() / len(s)
+    return true, others
+
+
+def naive_sdd(s, t, target, tau):
+    "Cells of a 4 x 4 map: the whole, its quarters, its places."
+    boxes = [(i, i + k, j, j + k) for k in (4, 2, 1) for i in range(0, 4, k) for j in range(0, 4, k)]
+    loss = 0
+    for a, b, y in zip(s, t, target):
+        whole = b.mean((1, 2)).argmax() == y
+        for i, k, j, l in boxes:
+            u, v = (x[:, i:k, j:l].mean((1, 2)) for x in (a, b))
+            weight = 1 if (v.argmax() == y) == whole else 2
+            loss = loss + weight * naive_kd(u[None], v[None], tau) / (len(s) * len(boxes))
+    return loss
+
+
+def naive_wkd_f(s, t, ratio, eps):
+    loss = 0
+    for a, b in zip(s, t):
+        for x, y in zip(a.flatten(1), b.flatten(1)):
+            loss = loss + ratio * (x.mean() - y.mean()) ** 2 + ((x.var() + eps).sqrt() - (y.var() + eps).sqrt()) ** 2
+    return loss / len(s)
+
+
+def naive_itrd(s, t, alpha):
+    n, std = len(s), lambda z: (z - z.mean(0)) / z.std(0)
+    correlations = [(x * y).sum() / n for x, y in zip(std(s).T, std(t).T)]
+    return math.log2(math.e) * sum((c - 1).abs() ** (2 * alpha) for c in correlations).log()
+
+
+def naive_mutual(s, t):
+    g, h = (F.normalize(z) @ F.normalize(z).T for z in (s, t))
+    return (g / g.trace()).pow(2).sum() - (g * h / (g * h).trace()).pow(2).sum()
+
+
+def naive_srd(s, t, power, eps):
+    bn = lambda z: (z - z.mean(0)) / (z.var(0, correction=0) + eps).sqrt()
+    return sum((x - y).abs() ** power for x, y in zip(bn(s).flatten(), bn(t).flatten())).log()
+
+
+def naive_ofa(s, t, target, eps, tau):
+    loss = 0
+    for a, b, y in zip(s, t, target):
+        p, q = (b / tau).softmax(0), (a / tau).softmax(0)
+        loss = loss - sum(((p[j] + (j == y)) ** eps - 1.0 * (j == y)) * q[j].log() for j in range(len(a))) / len(s)
+    return loss
+
+
+def naive_places(s, t):
+    "CKA by the nhw x nhw Gram matrices."
+    x, y = (z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) for z in (s, t))
+    h = torch.eye(len(x), dtype=x.dtype) - 1 / len(x)
+    k, l = (h @ z @ z.T @ h for z in (x, y))
+    return (k * l).sum() / (k.norm() * l.norm())
+
+
+def naive_procrustes(s, t):
+    "1 - half the squared distance after the best rotation."
+    x, y = (z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) for z in (s, t))
+    x, y = ((z - z.mean(0)) / (z - z.mean(0)).norm() for z in (x, y))
+    u, _, v = torch.linalg.svd((x.T @ y).detach(), full_matrices=False)  # the best rotations, constants by optimality
+    return 1 - 0.5 * (x.square().sum() + y.square().sum() - 2 * ((x @ u) * (y @ v.T)).sum())
+
+
+def naive_gaussian(s, t):
+    "The widths are constants."
+    h, grams = torch.eye(len(s), dtype=s.dtype) - 1 / len(s), []
+    for z in (s, t):
+        d2 = torch.stack([torch.stack([(a - b).square().sum() for b in z]) for a in z])
+        width = torch.stack([d2[i, j].detach() for i in range(len(z)) for j in range(i)]).median()
+        grams.append(h @ (-d2 / (2 * width)).exp() @ h)
+    k, l = grams
+    return (k * l).sum() / (k.norm() * l.norm())
+
+
+def naive_linear(x, y):
+    h = torch.eye(len(x), dtype=x.dtype) - 1 / len(x)
+    k, l = (h @ z @ z.T @ h for z in (x, y))
+    return (k * l).sum() / (k.norm() * l.norm())
+
+
+def naive_label(x):
+    return naive_linear(x, torch.stack([1.0 * (Y == c) for c in range(CLASSES)], 1).to(x.dtype))
+
+
+def naive_cat(s, t, normalize):
+    "4 x 4 and 2 x 2 maps down to 2 x 2."
+    s = torch.stack([s[:, :, i : i + 2, j : j + 2].mean((2, 3)) for i in (0, 2) for j in (0, 2)], 2)
+    t = t.flatten(2)
+    if normalize:
+        s, t = (x / x.norm(dim=2, keepdim=True) for x in (s, t))
+    return (s - t).pow(2).mean()
+
+
+Y = torch.arange(8) % CLASSES
+COSTS = class_costs(torch.randn(CLASSES, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+FORMULAS = {
+    "standardize": (standardize, naive_z, [(8, 6)]),
+    "lskd": (lambda s, t: kd_loss(standardize(s), standardize(t), 2.0), lambda s, t: naive_kd(naive_z(s), naive_z(t), 2.0), [(8, 6)] * 2),
+    "ttm": (lambda s, t: ttm_loss(s, t, 0.3), lambda s, t: naive_ttm(s, t, 0.3, False), [(8, 6)] * 2),
+    "wttm": (lambda s, t: ttm_loss(s, t, 0.3, True), lambda s, t: naive_ttm(s, t, 0.3, True), [(8, 6)] * 2),
+    "normkd": (lambda s, t: normkd_loss(s, t.detach(), 1.5), lambda s, t: naive_normkd(s, t.detach(), 1.5), [(8, 6)] * 2),
+    "rld": (lambda s, t: rld_loss(s, t, Y, 2.0, 3.0, 4.0, 1.5), lambda s, t: naive_rld(s, t, Y, 2.0, 3.0, 4.0, 1.5), [(8, 6)] * 2),
+    **{f"mlkd {i}": (lambda s, t, i=i: mlkd_losses(s, t, (2.0, 5.0))[i], lambda s, t, i=i: naive_mlkd(s, t, (2.0, 5.0))[i], [(8, 6)] * 2) for i in range(3)},
+    **{f"skd {d}": (lambda s, t, d=d: skd_direction(s, t, 0.1, d), lambda s, t, d=d: naive_skd(s, t, 0.1, d), [(8, 6)] * 2) for d in (True, False)},
+    **{f"wkd_l {i}": (lambda s, t, i=i: wkd_logit_losses(s, t, Y, COSTS, 2.0)[i], lambda s, t, i=i: naive_wkd(s, t, Y, COSTS, 2.0, 0.05, 10)[i], [(8, 6)] * 2) for i in range(2)},
+    "sdd": (lambda s, t: sdd_loss(s, t, Y[:3]), lambda s, t: naive_sdd(s, t, Y[:3], 4.0), [(3, 6, 4, 4)] * 2),
+    "wkd_f": (lambda s, t: wkd_feature_loss(s, t, 3.0), lambda s, t: naive_wkd_f(s, t, 3.0, 1e-5), [(3, 5, 4, 4), (3, 5, 2, 3)]),
+    "itrd correlation": (lambda s, t: itrd_correlation(s, t, 1.5), lambda s, t: naive_itrd(s, t, 1.5), [(8, 5)] * 2),
+    "itrd mutual": (itrd_mutual, naive_mutual, [(8, 5), (8, 7)]),
+    "srd": (lambda s, t: srd_loss(s, t, 4.0), lambda s, t: naive_srd(s, t, 4.0, 1e-4), [(8, 5)] * 2),
+    "ofa": (lambda s, t: ofa_loss(s, t, Y, 1.4, 2.0), lambda s, t: naive_ofa(s, t, Y, 1.4, 2.0), [(8, 6)] * 2),
+    "cka_places": (place_cka, naive_places, [(3, 5, 4, 4), (3, 7, 4, 4)]),
+    "cka_angle": (lambda s, t: angle(place_cka(s, t)), lambda s, t: naive_places(s, t).arccos() * 2 / math.pi, [(3, 5, 4, 4), (3, 7, 4, 4)]),
+    "procrustes": (place_procrustes, naive_procrustes, [(3, 5, 4, 4), (3, 7, 4, 4)]),
+    "label_cka": (lambda s: label_alignment(s, Y, CLASSES), naive_label, [(8, 5)]),
+    "kernel_cka gaussian": (kernel_cka, naive_gaussian, [(8, 5), (8, 7)]),
+    "kernel_cka cosine": (lambda s, t: kernel_cka(s, t, "cosine"), lambda s, t: naive_linear(F.normalize(s), F.normalize(t)), [(8, 5), (8, 7)]),
+    "cat": (lambda s, t: cat_loss(s, t), lambda s, t: naive_cat(s, t, False), [(3, 6, 4, 4), (3, 6, 2, 2)]),
+    "cat normalised": (lambda s, t: cat_loss(s, t, normalize=True), lambda s, t: naive_cat(s, t, True), [(3, 6, 4, 4), (3, 6, 2, 2)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", FORMULAS)
+def test_value_and_gradient_against_the_formula(name, seed):
+    loss, naive, shapes = FORMULAS[name]
+    torch.manual_seed(seed)
+    inputs = [torch.randn(*shape, dtype=torch.float64) + 1 for shape in shapes]
+    results = []
+    for f in (loss, naive):
+        x = [z.clone().requires_grad_() for z in inputs]
+        value = f(*x)
+        direction = torch.ones_like(value) if value.dim() == 0 else inputs[0].sin()
+        results.append((value, torch.autograd.grad((value * direction).sum(), x, allow_unused=True)))
+    (value, grads), (expected, expected_grads) = results
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
+    assert expected_grads[0].abs().sum() > 0
+    for got, want in zip(grads, expected_grads):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10)
+
+
+# oracles
+
+
+def io(**kw):
+    return {k: {"output": v} for k, v in kw.items()}
+
+
+def test_lskd_against_torchdistill():
+    oracle = pytest.importorskip("torchdistill.losses.mid_level").LogitStdKDLoss
+    method, s, t, target = make("lskd")
+    oracle = oracle("z", "output", "z", "output", temperature=2.0, alpha=0.1, beta=9.0)
+    expected = oracle(io(z=s.logits), io(z=t.logits), target)
+    torch.testing.assert_close(sum(method(s, t, target).values()), expected, rtol=1e-5, atol=1e-6)  # it adds 1e-7
+
+
+def test_skd_against_torchdistill(monkeypatch):
+    levels = pytest.importorskip("torchdistill.losses.mid_level")
+    if not hasattr(levels, "SKDDirectionLoss"):
+        pytest.skip("an older torchdistill")
+    method, s, t, _ = make("skd", dtype=torch.float32, args={"divide": False})
+    s, t = (Outputs(x.logits.detach()) for x in (s, t))
+    args = ("z", "output", "z", "output")
+    terms = method.terms(s, t)
+    expected = levels.SKDDirectionLoss(*args, mode="paper")(io(z=s.logits), io(z=t.logits))
+    torch.testing.assert_close(terms["skd_direction"], 0.45 * expected)
+    expected = levels.SKDInstanceLoss(*args, mode="paper")(io(z=s.logits), io(z=t.logits))
+    torch.testing.assert_close(terms["skd_instance"], 0.45 * 16 * expected)
+
+
+def test_srd_against_torchdistill():
+    levels = pytest.importorskip("torchdistill.losses.mid_level")
+    if not hasattr(levels, "SRDLoss"):
+        pytest.skip("an older torchdistill")
+    method, s, t, _ = make("srd")
+    bn = lambda z: F.batch_norm(z, None, None, training=True, eps=1e-4)
+    oracle = levels.SRDLoss("f", "output", "f", "output", "z", "output", "z", "output", exponent=4.0)
+    projected = bn(method.connectors[0](s.features[0]))
+    expected = oracle(io(f=projected, z=s.logits), io(f=bn(t.features[0]), z=t.logits))
+    torch.testing.assert_close(total(method.terms(s, t)), expected)
+
+
+def test_transport_cost_is_that_of_the_best_plan_where_the_entropy_counts_little():
+    linprog = pytest.importorskip("scipy.optimize").linprog
+    torch.manual_seed(0)
+    p, q = (torch.rand(2, 3, 5, dtype=torch.float64)).softmax(-1)
+    costs = class_costs(torch.randn(5, 3, dtype=torch.float64))
+    got = transport_cost(p, q, costs, regularization=0.01, iterations=2000)
+    marginals = torch.cat([torch.eye(5).repeat_interleave(5, 1), torch.eye(5).repeat(1, 5)])
+    for a, b, cost in zip(p, q, got):
+        best = linprog(costs.flatten().numpy(), A_eq=marginals.numpy(), b_eq=torch.cat([a, b]).numpy()).fun
+        assert (
+            best - 1e-6 <= cost <= best + 0.01 * math.log(25)
+        )  # the entropy of a plan of 25 entries bounds what it costs
+
+
+# what must hold of the losses
+
+
+def test_standardised_logits_are_blind_to_scale_and_shift():
+    _, s, t, _ = make("lskd")
+    method = create_method("lskd")
+    base = method.terms(s, t)["lskd"]
+    moved = Outputs(3 * t.logits - 2)
+    torch.testing.assert_close(method.terms(s, moved)["lskd"], base)
+    assert abs(method.terms(moved, t)["lskd"]) < 1e-12
+
+
+@pytest.mark.parametrize("inner", ["kd", "dkd", "dist", "nkd", "rld", "mlkd", "kd+dist"])
+def test_any_method_on_logits_can_be_standardised(inner):
+    _, s, t, target = make("kd")
+    wrapped, plain = create_method("standardized", {"method": inner}), create_method(inner)
+    assert wrapped.wants(NAMED) == plain.wants(NAMED) == []
+    got = wrapped(s, t, target)
+    expected = plain(Outputs(standardize(s.logits)), Outputs(standardize(t.logits)), target)
+    torch.testing.assert_close(got["ce"], wrapped.ce * F.cross_entropy(s.logits.float(), target))
+    assert wrapped.ce == plain.ce
+    for key, value in got.items():
+        if key != "ce":
+            torch.testing.assert_close(value, expected[key.removesuffix("_standardized")])
+
+
+def test_standardised_passes_on_epochs_features_and_connectors():
+    method = create_method("standardized", {"method": "dkd", "args": {"warmup": 10}})
+    method.set_epoch(4)
+    assert method.inner.warm == 0.5
+    method = create_method("standardized", {"method": "kd+wkd_f"})
+    s, t = outputs(method, STUDENT), outputs(method, TEACHER)
+    assert method.wants(NAMED) == ["stage3"]
+    method.build(s, t)
+    assert list(method.parameters()) and set(method.terms(s, t)) == {"kd_standardized", "wkd_f_standardized"}
+
+
+SAME = ["lskd", "standardized", "normkd", "mlkd", "skd"]  # 0 where student and teacher agree
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_zero_where_student_and_teacher_agree(name):
+    method, _, t, target = make(name)
+    same = t._replace(logits=t.logits.clone().requires_grad_())
+    loss = total(method.terms(same, t, target))
+    loss.backward()
+    assert abs(loss) < 1e-10 and same.logits.grad.abs().max() < 1e-7
+
+
+def test_optima_of_the_others():
+    torch.manual_seed(0)
+    t = 2 * torch.randn(8, CLASSES, dtype=torch.float64)
+    right = t.argmax(1)
+    assert abs(ttm_loss(0.2 * t, t, 0.2)) < 1e-12 and abs(ttm_loss(0.2 * t, t, 0.2, weighted=True)) < 1e-12
+    assert abs(rld_loss(t, t, right)) < 1e-12 and rld_loss(t, t, (right + 1) % CLASSES) > 0.1
+    maps = torch.randn(3, 5, 4, 4, dtype=torch.float64)
+    assert abs(wkd_feature_loss(maps, maps)) < 1e-15 and abs(sdd_loss(maps, maps, Y[:3])) < 1e-12
+    assert abs(1 - place_cka(maps, maps)) < 1e-12 and cat_loss(maps, maps) == 0
+    z = t.clone().requires_grad_()  # soft cross-entropy with the teacher
+    ofa_loss(z, t, right).backward()
+    assert z.grad.abs().max() < 1e-12
+    z = t.clone().requires_grad_()  # a larger epsilon wants more of the true class
+    ofa_loss(z, t, right, epsilon=1.5).backward()
+    assert (z.grad.gather(1, right[:, None]) < 0).all()
+
+
+def test_rld_never_teaches_a_wrong_class():
+    "The gradient of the masked part is on classes that the teacher ranks below the true one."
+    torch.manual_seed(0)
+    s, t = (
+        torch.randn(8, CLASSES, dtype=torch.float64, requires_grad=True),
+        torch.randn(8, CLASSES, dtype=torch.float64),
+    )
+    rld_loss(s, t, Y, alpha=0.0).backward()
+    above = t >= t.gather(1, Y[:, None])
+    assert (s.grad[above] == 0).all() and (s.grad[~above] != 0).any()
+
+
+def test_a_teacher_that_ranks_the_true_class_last_or_knows_ties():
+    s = torch.randn(2, 4, requires_grad=True)
+    t = torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0]])
+    loss = rld_loss(s, t, torch.tensor([0, 2]))
+    loss.backward()
+    assert loss.isfinite() and s.grad.isfinite().all()
+
+
+def test_decay_is_half_a_cosine():
+    for name in ("wkd_l", "wkd_f"):
+        method = create_method(name, {"decay": (150, 240)})
+        for epoch, share in [(0, 1), (150, 1), (195, 0.5), (240, 0), (300, 0)]:
+            method.set_epoch(epoch)
+            assert method.share == pytest.approx(share)
+        constant = create_method(name)
+        constant.set_epoch(200)
+        assert constant.share == 1
+
+
+def test_warm_up_of_rld():
+    method, s, t, target = make("rld")
+    full = method.terms(s, t, target)["rld"]
+    method.set_epoch(9)
+    torch.testing.assert_close(method.terms(s, t, target)["rld"], 0.5 * full)
+
+
+# CKA over places
+
+
+def test_place_cka_is_cka_of_the_places_for_every_memory_format_and_size():
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 5, 8, 6, dtype=torch.float64), torch.randn(4, 7, 8, 6, dtype=torch.float64).relu() + 3
+    rows = lambda z: z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+    expected = cka(rows(x), rows(y))
+    for formats in [
+        (torch.contiguous_format,) * 2,
+        (torch.channels_last,) * 2,
+        (torch.channels_last, torch.contiguous_format),
+    ]:
+        a, b = (z.clone(memory_format=f).requires_grad_() for z, f in zip((x, y), formats))
+        got = place_cka(a, b)
+        torch.testing.assert_close(got, expected)
+        got.backward()
+        assert a.grad.sum((0, 2, 3)).abs().max() < 1e-12  # blind to a shift of each channel
+    big = x.repeat_interleave(2, 2).repeat_interleave(2, 3)  # averaged down to the other's size
+    torch.testing.assert_close(place_cka(big, y), expected)
+    torch.testing.assert_close(place_cka(y, big), expected)
+
+
+def test_place_cka_knows_one_rotation_and_places():
+    torch.manual_seed(0)
+    y = torch.randn(4, 7, 8, 8, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64))[0]
+    torch.testing.assert_close(
+        place_cka(2 * torch.einsum("ncij,cd->ndij", y, rotation) + 1, y), torch.ones(()).double()
+    )
+    assert place_cka(y.flip(2), y) < 0.3  # other places
+    assert place_cka(y.flip(0), y) < 0.3  # other samples
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6, 1e12])
+def test_place_cka_of_values_of_any_size(scale):
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 5, 4, 4), torch.randn(4, 7, 4, 4)
+    expected = place_cka(x, y)
+    a = (scale * x).requires_grad_()
+    got = place_cka(a, y)
+    got.backward()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert a.grad.isfinite().all() and a.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e6])
+def test_place_cka_of_constant_channels_is_zero_without_a_gradient(value):
+    torch.manual_seed(0)
+    constant = torch.full((4, 5, 6, 7), value) * torch.rand(1, 5, 1, 1)
+    for x, y in [(constant, torch.randn(4, 3, 6, 7)), (torch.randn(4, 3, 6, 7), constant), (constant, constant)]:
+        x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+        got = place_cka(x, y)
+        got.backward()
+        assert got == 0 and (x.grad == 0).all() and (y.grad == 0).all()
+
+
+def test_place_cka_loses_no_digits_to_a_large_mean():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 5, 8, 8, dtype=torch.float64), torch.randn(8, 7, 8, 8, dtype=torch.float64)
+    expected = place_cka(x, y)
+    torch.testing.assert_close(
+        place_cka((x + 1000).float(), (y - 1000).float()).double(), expected, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_place_cka_refuses_a_second_derivative():
+    x, y = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    (grad,) = torch.autograd.grad(place_cka(x, y), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+def test_weights_by_stage():
+    method, s, t, _ = make("cka_places", args={"weight": 10.0})
+    each = [1 - place_cka(a, b) for a, b in zip(s.features, t.features)]
+    torch.testing.assert_close(method.terms(s, t)["cka_places"], 10 * sum(each) / 3)
+    weighted = create_method("cka_places", {"weight": 10.0, "stage_weights": (1, 0, 3)})
+    torch.testing.assert_close(weighted.terms(s, t)["cka_places"], 10 * (each[0] + 3 * each[2]) / 4)
+    for wrong in [(1, 2), (0, 0, 0), (1, -1, 1)]:
+        with pytest.raises(ValueError, match="stage_weights"):
+            create_method("cka_places", {"stage_weights": wrong})
+    with pytest.raises(ValueError, match="3 stages, got 2"):
+        method.terms(s._replace(features=s.features[:2]), t._replace(features=t.features[:2]))
+    with pytest.raises(ValueError, match="network has 2"):
+        method.wants(Layers(("a", "b")))
+
+
+def test_the_angle_at_its_ends():
+    s = torch.tensor([1.0, 1.0 - 1e-9, -1.0, 0.0, 0.5], requires_grad=True)
+    value = angle(s)
+    value.sum().backward()
+    torch.testing.assert_close(value, torch.tensor([0.0, 0.0, 2.0, 1.0, 2 / 3]))
+    assert s.grad.isfinite().all()
+
+
+def test_the_gradient_of_the_angle_keeps_its_length_near_the_optimum():
+    torch.manual_seed(0)
+    y, noise = torch.randn(2, 6, 5, 4, 4, dtype=torch.float64)
+    lengths = []
+    for share in (1e-2, 1e-4):
+        x = (y + share * noise).requires_grad_()
+        lengths += [torch.autograd.grad(f(place_cka(x, y)), x)[0].norm() for f in (angle, lambda s: 1 - s)]
+    assert lengths[2] > 0.9 * lengths[0] and lengths[3] < 0.02 * lengths[1]
+
+
+def test_candidates_know_their_optima():
+    torch.manual_seed(0)
+    y = torch.randn(4, 7, 8, 8, dtype=torch.float64)
+    rotated = 2 * torch.einsum("ncij,cd->ndij", y, torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64))[0]) + 1
+    for similarity in (place_procrustes, kernel_cka, place_cka):
+        assert abs(1 - similarity(rotated, y)) < 1e-10
+    assert abs(1 - kernel_cka(y * torch.rand(4, 1, 1, 1), y, "cosine")) < 1e-10
+    simplex = torch.eye(CLASSES, dtype=torch.float64)[Y]
+    assert abs(1 - label_alignment(3 * simplex - 1, Y, CLASSES)) < 1e-12
+    assert label_alignment(simplex, Y, CLASSES) > label_alignment(simplex.roll(1, 0), Y, CLASSES) + 0.1
+    # the nuclear norm lies between the Frobenius norm and the root of the rank times it
+    x = torch.randn(4, 7, 8, 8, dtype=torch.float64)
+    assert 0 < place_procrustes(x, y) < 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+def test_procrustes_of_constant_channels_is_zero_without_a_gradient(value):
+    torch.manual_seed(0)
+    constant = torch.full((4, 5, 6, 7), value) * torch.rand(1, 5, 1, 1)
+    for x, y in [(constant, torch.randn(4, 3, 6, 7)), (torch.randn(4, 3, 6, 7), constant)]:
+        x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+        got = place_procrustes(x, y)
+        got.backward()
+        assert got == 0 and (x.grad == 0).all() and (y.grad == 0).all()
+
+
+def test_fcka_takes_several_stages():
+    method, s, t, _ = make("fcka", args={"stages": (-3, -2, -1), "weight": 6.0})
+    each = [1 - fcka(a, b) for a, b in zip(s.features, t.features)]
+    torch.testing.assert_close(method.terms(s, t)["fcka"], 6 * sum(each) / 3)
+
+
+# every method: odd inputs, precision, state, training
+
+
+def test_all_are_registered_and_none_is_untested():
+    assert set(NAMES) <= set(list_methods())
+    import rcka.baselines_features_recent as features
+    import rcka.baselines_logits_recent as logits
+    import rcka.candidates as candidates
+    from rcka.losses import _METHODS
+
+    modules = {m.__name__ for m in (features, logits, candidates)}
+    ours = {name for name, cls in _METHODS.items() if cls.__module__ in modules}
+    assert ours == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_terms_are_named_finite_and_reach_what_is_trained(name):
+    method, s, t, target = make(name, dtype=torch.float32)
+    terms = method(s, t, target)
+    assert all(v.dim() == 0 and v.isfinite() and v.dtype == torch.float32 for v in terms.values())
+    assert all(key == "ce" or key.startswith(name) or name == "standardized" for key in terms)
+    total(terms).backward()
+    wanted = [s.logits] if name in LOGITS else s.features
+    assert all(x.grad is not None and x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in wanted)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
+    assert not any(x.requires_grad for x in (t.logits, *t.features))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_in_float64(name):
+    # the width of the Gaussian kernel is held constant, which differences do not know
+    method, s, t, target = make(name, n=5, args={"kernel": "cosine"} if name == "kernel_cka" else None)
+    method.eval()
+    inputs = [*leaves(s), *method.parameters()]
+    f = lambda *_: total(method.terms(s, t, target))
+    assert f().dtype == torch.float64
+    assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_autocast(name):
+    method, s, t, target = make(name, dtype=torch.float32)
+    method.eval()
+    expected = method.terms(s, t, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = method.terms(s, t, target)
+    total(terms).backward()
+    for key, value in terms.items():
+        assert value.dtype == torch.float32
+        # connectors run in bfloat16, and the logarithms of itrd and srd may be near zero
+        torch.testing.assert_close(value, expected[key], rtol=0.05, atol=0.1)
+    assert all(x.grad is None or x.grad.isfinite().all() for x in leaves(s))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_inputs(name, dtype):
+    method, s, t, target = make(name, dtype=torch.float32)
+    method.eval()
+    half = lambda o: Outputs(
+        o.logits.detach().to(dtype).requires_grad_(), tuple(f.detach().to(dtype).requires_grad_() for f in o.features)
+    )
+    s, t = half(s), half(t)
+    wide = lambda o: Outputs(o.logits.float(), tuple(f.float() for f in o.features))
+    low, high = method.terms(s, t, target), method.terms(wide(s), wide(t), target)
+    for key in low:
+        torch.testing.assert_close(low[key], high[key])
+    total(low).backward()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in leaves(s))
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.5, -2.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_constant_inputs_never_give_nan(name, fill):
+    method, s, t, target = make(name, dtype=torch.float32)
+    for ours, theirs in [(fill, None), (None, fill), (fill, fill)]:
+        s = outputs(method, STUDENT, dtype=torch.float32, grad=True, fill=ours)
+        t = outputs(method, TEACHER, dtype=torch.float32, fill=theirs)
+        loss = total(method.terms(s, t, target))
+        loss.backward()
+        assert loss.isfinite() and all(x.grad is None or x.grad.isfinite().all() for x in leaves(s))
+        assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("size", [1e-3, 30.0, 300.0])
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_of_any_size_never_give_nan(name, size):
+    "Probabilities underflow to zero at the larger sizes."
+    method, s, t, target = make(name, dtype=torch.float32)
+    s, t = Outputs((size * s.logits.detach()).requires_grad_()), Outputs(size * t.logits)
+    loss = total(method.terms(s, t, target))
+    loss.backward()
+    assert loss.isfinite() and s.logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_batches(name, n):
+    if n == 1 and name in ("label_cka", "kernel_cka"):
+        pytest.skip("CKA of one sample is refused, as by fcka")
+    method, s, t, target = make(name, dtype=torch.float32)
+    method.eval()  # batch normalisation cannot train on one vector
+    few = lambda o: Outputs(o.logits[:n], tuple(f[:n] for f in o.features))
+    loss = total(method.terms(few(s), few(t), target[:n]))
+    loss.backward()
+    assert loss.isfinite() and all(x.grad is None or x.grad.isfinite().all() for x in leaves(s))
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_those_with_parts_of_their_own_must_be_built(name):
+    method = create_method(name)
+    s, t = outputs(method, STUDENT), outputs(method, TEACHER)
+    with pytest.raises(RuntimeError, match="method.build"):
+        method(s, t, Y)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(BUILT)))
+def test_the_others_need_no_build_and_keep_nothing(name):
+    method = create_method(name)
+    s, t = outputs(method, STUDENT), outputs(method, TEACHER)
+    assert all(v.isfinite() for v in method(s, t, Y).values()) and not method.state_dict()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_resumes(name):
+    method, s, t, target = make(name)
+    other = make(name)[0]
+    for p in other.parameters():
+        nn.init.constant_(p, 0.1)
+    other.load_state_dict(copy.deepcopy(method.state_dict()))
+    for key, value in method.terms(s, t, target).items():
+        torch.testing.assert_close(other.terms(s, t, target)[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_falls(name):
+    method, s, t, target = make(name)
+    opt = torch.optim.Adam([*method.parameters(), *leaves(s)], lr=0.02)
+    path = []
+    for _ in range(40):
+        loss = total(method.terms(s, t, target))
+        path.append(loss.item())
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert path[-1] < path[0] - 0.02 * abs(path[0])
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "standardized"])
+def test_adds_up_with_fcka(name):
+    both = create_method(f"{name}+fcka")
+    s, t = outputs(both, STUDENT), outputs(both, TEACHER)
+    both.build(s, t, head=nn.Linear(16, CLASSES).double(), targets=Y)
+    terms = both(s, t, Y)
+    assert "fcka" in terms and len(terms) > 2 and all(v.isfinite() for v in terms.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_on_a_small_network(name):
+    "A step of the student on images lowers the loss on them; the teacher stays as it is."
+    from rcka.models import create_model
+    from rcka.taps import Taps, layers_of
+
+    torch.manual_seed(0)
+    student, teacher = create_model("resnet8", CLASSES), create_model("resnet14", CLASSES).eval().requires_grad_(False)
+    images, target = torch.randn(12, 3, 32, 32), torch.arange(12) % CLASSES
+    method = create_method(name, {"warmup": 1} if name == "rld" else None)
+    ours, theirs = (Taps(net, method.wants(layers_of(net))) for net in (student, teacher))
+    head = teacher.get_submodule(layers_of(teacher).head)
+    before = copy.deepcopy(teacher.state_dict())
+    method.build(ours(images), theirs(images), head=head, targets=target)
+    opt = torch.optim.SGD([*student.parameters(), *method.parameters()], lr=1e-3)
+    losses = []
+    for _ in range(2):
+        terms = method(ours(images), theirs(images), target)
+        loss = sum(terms.values())
+        losses.append(loss.item())
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*student.parameters(), *method.parameters()], 1.0)
+        opt.step()
+    assert losses[1] < losses[0]
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+# refusals
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_other_shapes_and_integers_are_refused(name):
+    method, s, t, target = make(name)
+    with pytest.raises(ValueError, match=r"(8, 6).*(8, 4)"):
+        method.terms(s, Outputs(t.logits[:, :4]), target)
+    with pytest.raises(TypeError, match="float"):
+        method.terms(Outputs(s.logits.long()), t, target)
+
+
+def test_maps_are_asked_for():
+    tokens = Outputs(torch.randn(4, 6), (torch.randn(4, 9, 6),) * 3)
+    with pytest.raises(ValueError, match=r"\(4, 9, 6\) of the student"):
+        create_method("cka_places").terms(tokens, tokens)
+    with pytest.raises(ValueError, match="batches differ"):
+        place_cka(torch.randn(4, 3, 2, 2), torch.randn(5, 3, 2, 2))
+    with pytest.raises(TypeError, match="dtype"):
+        place_cka(torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2).double())
+    with pytest.raises(ValueError, match="channels differ: 3 of the student and 4"):
+        wkd_feature_loss(torch.randn(2, 3, 4, 4), torch.randn(2, 4, 4, 4))
+    with pytest.raises(ValueError, match="classes differ"):
+        cat_loss(torch.randn(2, 3, 4, 4), torch.randn(2, 4, 4, 4))
+    with pytest.raises(ValueError, match="at least 4 places"):
+        sdd_loss(torch.randn(2, 3, 2, 2), torch.randn(2, 3, 4, 4), Y[:2])
+    with pytest.raises(ValueError, match="must begin with 1"):
+        sdd_loss(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), Y[:2], scales=(2, 4))
+
+
+def test_options_of_the_candidates_are_checked():
+    with pytest.raises(ValueError, match="over must be 'places' or 'samples', got 'rows'"):
+        create_method("cka_angle", {"over": "rows"})
+    for make_one in (
+        lambda: create_method("kernel_cka", {"kernel": "linear"}),
+        lambda: kernel_cka(torch.randn(4, 3), torch.randn(4, 3), "linear"),
+    ):
+        with pytest.raises(ValueError, match="for the linear one use fcka"):
+            make_one()
+    flattened = create_method("cka_angle", {"over": "samples", "stages": (-1,), "weight": 1.0})
+    s, t = outputs(flattened, STUDENT), outputs(flattened, TEACHER)
+    expected = fcka(s.features[0], t.features[0]).arccos() * 2 / math.pi
+    torch.testing.assert_close(flattened.terms(s, t)["cka_angle"], expected)
+
+
+def test_vectors_of_two_widths_are_refused():
+    for loss in (itrd_correlation, srd_loss):
+        with pytest.raises(ValueError, match=r"widths differ: \(4, 3\).*\(4, 5\)"):
+            loss(torch.randn(4, 3), torch.randn(4, 5))
+
+
+def test_what_skd_and_wkd_cannot_do_is_said():
+    with pytest.raises(ValueError, match="tikhonov must be positive"):
+        skd_direction(torch.randn(4, 3), torch.randn(4, 3), tikhonov=0.0)
+    method, s, t, _ = make("wkd_l")
+    for head in (None, nn.Conv2d(3, CLASSES, 1)):
+        with pytest.raises(ValueError, match="head=that module"):
+            create_method("wkd_l").build(s, t, head=head)
+    with pytest.raises(ValueError, match="costs of 5 classes"):
+        create_method("wkd_l").build(s, t, head=nn.Linear(3, 5))
+    for wrong in ({"iterations": 0}, {"regularization": 0.0}):
+        p = torch.full((2, CLASSES), 1 / CLASSES, dtype=torch.float64)
+        with pytest.raises(ValueError, match="at least one iteration and a positive regularization"):
+            transport_cost(p, p, COSTS, **wrong)
+    given = create_method("wkd_l", {"costs": COSTS})
+    given.build(s, t)
+    assert torch.equal(given.costs, COSTS)
+    assert not list(method.buffers())  # processes that each see a part of the batch refuse a method with a memory
+
+
+def test_ofa_reads_tokens_and_maps():
+    torch.manual_seed(0)
+    method = create_method("ofa")
+    s = Outputs(torch.randn(4, CLASSES), (torch.randn(4, 9, 16), torch.randn(4, 9, 16), torch.randn(4, 9, 16)))
+    t = Outputs(torch.randn(4, CLASSES), (torch.randn(4, 8, 8, 8), torch.randn(4, 12, 4, 4), torch.randn(4, 16, 2, 2)))
+    for ours, theirs in [(s, t), (t, s)]:
+        method.build(ours, theirs)
+        assert all(v.isfinite() for v in method(ours, theirs, Y[:4]).values())
+
+
+def test_itrd_uses_the_embedding_for_relations_only_where_widths_differ():
+    torch.manual_seed(0)
+    method = create_method("itrd")
+    s, t = (Outputs(torch.randn(8, CLASSES), (torch.randn(8, 5),)) for _ in range(2))
+    method.build(s, t)
+    torch.testing.assert_close(method.terms(s, t)["itrd_mutual"], itrd_mutual(s.features[0], t.features[0]))
+    embedded = method.connectors[0](s.features[0])
+    expected = (1 - correlation(embedded, t.features[0], 0) * 7 / 8).pow(2.02).sum().log2()
+    torch.testing.assert_close(method.terms(s, t)["itrd_correlation"], 2 * expected)
