@@ -92,16 +92,16 @@ def record_exhibit(
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, json.dumps(record, indent=1) + "\n")
 
-# %% ../nbs/method/10b_exhibits.ipynb #dd175568
+# %% ../nbs/method/10b_exhibits.ipynb #e81dee27
 def out_of_date(record: dict) -> list[str]:
     "Return what differs between the methods of a record and the same methods today, a line for each; empty if nothing does."
     problems = []
     for made in record["methods"]:
         asked = {k: v for k, v in made.items() if k != "arguments"}
         then, now = made["arguments"], resolved_arguments(**asked)
-        for key in sorted(then.keys() | now.keys()):
-            if then.get(key) != now.get(key):
-                problems.append(f"{made['method']}: {key} was {then.get(key)!r}, is {now.get(key)!r} today")
+        for key, value in then.items():
+            if key not in now or now[key] != value:
+                problems.append(f"{made['method']}: {key} was {value!r}, is {now.get(key, 'no argument')!r} today")
     return problems
 
 # %% ../nbs/method/10b_exhibits.ipynb #31699307
