@@ -110,7 +110,9 @@ def test_exhibits_are_made_again_from_their_records(tmp_path, monkeypatch):
         dict(cell_type="code", source=s, metadata={"tags": t}, outputs=[], execution_count=None, id=f"c{i}")
         for i, (s, t) in enumerate(cells)
     ]
-    page = dict(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
+    page = dict(
+        cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    )
     (tmp_path / "nbs" / "a.ipynb").write_text(json.dumps(page | {"nbformat": 4, "nbformat_minor": 5}))
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "a.txt").write_text("old")
