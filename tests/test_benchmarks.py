@@ -175,7 +175,7 @@ def test_cityscapes(tmp_path, monkeypatch):
 def test_coco(tmp_path, monkeypatch):
     "On drawn rectangles in its layout."
     pytest.importorskip("faster_coco_eval")
-    assert parameters("coco") == {f.name for f in fields(DetectionExperiment)} | HOW | {"workers"}
+    assert parameters("coco") == {f.name for f in fields(DetectionExperiment)} | HOW | {"workers", "figures"}
     for split, n in (("train2017", 6), ("val2017", 4)):
         draw_rectangles(tmp_path / "rectangles", n, split)
     network = "mobilenet_v3_small"
