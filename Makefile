@@ -1,4 +1,5 @@
-# make demo   a teacher, and students alone, with KD and with RCKA, on scikit-learn's digits
+# make demo   a teacher, and students with few labels, alone and distilled, on scikit-learn's digits
+# make figures   writes figures/ again, as recorded there: minutes; those of other data when named, as EXHIBITS=coco
 # make test   everything that can be checked offline
 # make docs   a static site from the executed notebooks, in _docs/
 # Each makes .venv first if it is not there; nothing but Python 3.10 or newer is needed.
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := PYTHONPATH=$(CURDIR) PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test docs export clean
+.PHONY: demo figures test docs export clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,7 +25,11 @@ help:
 demo: .venv/.installed
 	@mkdir -p runs
 	$(RUN) papermill --engine rcka --no-progress-bar --log-output -k python3 nbs/benchmarks/digits.ipynb runs/digits.ipynb
-	@echo "The executed notebook is runs/digits.ipynb, the figure figures/digits.png."
+	@echo "The executed notebook is runs/digits.ipynb, the figure runs/figures/digits.png."
+
+EXHIBITS ?= digits digits-resnet56 bounds analysis-digits what-works
+figures: .venv/.installed
+	$(RUN) OMP_NUM_THREADS=1 python -m rcka.exhibits $(EXHIBITS)
 
 test: .venv/.installed
 	@$(RUN) tests/notebooks_in_step

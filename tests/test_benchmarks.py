@@ -91,10 +91,13 @@ def test_imagenet(tmp_path, monkeypatch):
 
 
 def test_digits(tmp_path, monkeypatch):
-    text = execute("digits", tmp_path, monkeypatch, **small, teacher_epochs=1, seeds=[0, 1])
-    assert "last std" in text and "teacher resnet14" in text
-    assert (tmp_path / "figures" / "digits.png").stat().st_size > 5000
-    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 1 + 3 * 2
+    text = execute("digits", tmp_path, monkeypatch, **small, teacher_epochs=1, seeds=[0, 1], methods=["kd", "rcka"])
+    assert "student alone" in text and "teacher resnet14" in text and "closed (%)" in text
+    assert (tmp_path / "runs" / "figures" / "digits.png").stat().st_size > 5000
+    results = [Result.load(p).experiment for p in (tmp_path / "runs").glob("*/result.json")]
+    assert len(results) == 1 + 3 * 2
+    limits = {e["student"]: e["train_limit"] for e in results}
+    assert limits == {"resnet14": None, "resnet8": 120}  # the teacher has more labels than its students
 
 
 def test_bounds(tmp_path, monkeypatch):
@@ -112,7 +115,7 @@ def test_analysis(tmp_path, monkeypatch):
         probe=200,
     )
     assert "similarity of logits" in text
-    made = {p.name for p in (tmp_path / "figures" / "analysis").iterdir()}
+    made = {p.name for p in (tmp_path / "runs" / "figures" / "analysis").iterdir()}
     assert {
         "digits-none.csv",
         "digits-rcka.csv",
@@ -172,7 +175,7 @@ def test_cityscapes(tmp_path, monkeypatch):
 def test_coco(tmp_path, monkeypatch):
     "On drawn rectangles in its layout."
     pytest.importorskip("faster_coco_eval")
-    assert parameters("coco") == {f.name for f in fields(DetectionExperiment)} | HOW | {"workers"}
+    assert parameters("coco") == {f.name for f in fields(DetectionExperiment)} | HOW | {"workers", "figures"}
     for split, n in (("train2017", 6), ("val2017", 4)):
         draw_rectangles(tmp_path / "rectangles", n, split)
     network = "mobilenet_v3_small"
@@ -193,7 +196,7 @@ def test_coco(tmp_path, monkeypatch):
     )
     assert "trained on (6)" in text and "others (4)" in text and "level0" in text
     assert {Result.load(p).experiment["method"] for p in (tmp_path / "runs").glob("*/result.json")} == {"none", "pcka"}
-    assert {"coco_along_training.png", "coco_boxes.jpg"} <= {p.name for p in (tmp_path / "figures").iterdir()}
+    assert {"coco_along_training.png", "coco_boxes.jpg"} <= {p.name for p in (tmp_path / "runs" / "figures").iterdir()}
 
 
 def test_study(tmp_path, monkeypatch):
@@ -223,7 +226,7 @@ def test_study(tmp_path, monkeypatch):
         progress_bar=False,
         kernel_name="python3",
     )
-    rows = (tmp_path / "figures" / "tiny.csv").read_text().splitlines()
+    rows = (tmp_path / "figures" / "study" / "tiny.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * len(losses) and {r.split(",")[0] for r in rows[1:]} == set(losses)
-    assert "fcka-u,fcka-c,2" in (tmp_path / "figures" / "tiny-gradients.csv").read_text()
-    assert '"epochs": 2' in (tmp_path / "figures" / "tiny.json").read_text()
+    assert "fcka-u,fcka-c,2" in (tmp_path / "figures" / "study" / "tiny-gradients.csv").read_text()
+    assert '"epochs": 2' in (tmp_path / "figures" / "study" / "tiny.json").read_text()
