@@ -131,7 +131,7 @@ def test_dtype_and_memory_format():
     assert torch.equal(half, make().bfloat16())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.cuda
 def test_cuda_sees_the_same_epoch():
     x, t = random_set(70, c=3)
     one, two = (list(Batches(x, t, 16, (0.5,) * 3, (0.2,) * 3, device=d).epoch(1)) for d in ("cpu", "cuda"))
@@ -584,14 +584,16 @@ def real(name):
     return load_dataset(name, download=False)
 
 
-def test_fashion_mnist():
+@pytest.mark.real_data
+def test_fashion_mnist(real_data):
     d = real("fashion_mnist")
     assert repr(d) == "Dataset(fashion_mnist: 60000 training and 10000 test images of 1x28x28 in 10 classes)"
     assert (d.mean, d.std) == D.measure(d.train_images) and d.train_targets.bincount().tolist() == [6000] * 10
 
 
+@pytest.mark.real_data
 @pytest.mark.parametrize("name", ["cifar10", "imagefolder:cifar10-jpeg"])
-def test_cifar10(name):
+def test_cifar10(name, real_data):
     d = real(name)
     assert repr(d) == f"Dataset({name}: 50000 training and 10000 test images of 3x32x32 in 10 classes)"
     assert d.train_targets.bincount().tolist() == [5000] * 10 and d.pad == 4 and d.flip

@@ -16,10 +16,7 @@ from rcka.losses import create_method
 from rcka.models import create_model
 from rcka.trainer import Distiller, Recipe, Trainer, checkpoints, fit_together, last_checkpoint
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +259,7 @@ def test_random_numbers_outside_are_left_alone(data, tmp_path):
 # speed
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_no_host_synchronisation_in_a_step(data, tmp_path, precision):
     t = trainer(data, tmp_path, device="cuda", recipe={"precision": precision})

@@ -113,13 +113,7 @@ def unbroken(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
-    ],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_random_kills(unbroken, tmp_path, device):
     expected, seconds = unbroken(device)
     chance, kills, round_ = random.Random(0), 0, 0
