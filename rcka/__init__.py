@@ -34,10 +34,14 @@ _LATER = {  # imported when asked for: these need more than torch, or take longe
 
 
 def __getattr__(name):
-    if name not in _LATER: raise AttributeError(f"module 'rcka' has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module 'rcka' has no attribute {name!r}")
     from importlib import import_module
-    try: return getattr(import_module(_LATER[name]), name)
-    except ModuleNotFoundError as e: raise ImportError(f"rcka.{name} needs {e.name}, which comes with: pip install 'rcka[train]'") from e
+
+    try:
+        return getattr(import_module(_LATER[name]), name)
+    except ModuleNotFoundError as e:
+        raise ImportError(f"rcka.{name} needs {e.name}, which comes with: pip install 'rcka[train]'") from e
 
 
 def __dir__(): return sorted([*globals(), *_LATER])

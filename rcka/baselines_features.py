@@ -291,7 +291,7 @@ def crd_loss(
     scores = (
         (as_real(anchor, "anchor") @ memory.mT).gather(1, index) / temperature
     ).exp()  # one product with the whole memory is cheaper than n (1 + K) gathered rows
-    n, k, c = len(index), index.shape[1] - 1, (index.shape[1] - 1) / len(memory)
+    n, c = len(index), (index.shape[1] - 1) / len(memory)
     z = torch.where(z > 0, z, scores.detach().mean() * len(memory))
     p = scores / z
     positive, negative = p[:, 0], p[:, 1:]

@@ -255,7 +255,7 @@ def sweep(
             )
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130)
+        raise typer.Exit(130) from None
     bad = [o for o in outcomes if o.state not in ("done", "found")]
     print(
         f"{len(outcomes) - len(bad)} of {len(outcomes)} runs are done"

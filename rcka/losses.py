@@ -578,7 +578,8 @@ class PCKA(DenseMethod):
         single = [i for i, (_, t) in enumerate(self.pairs(student, teacher)) if max(t.shape[-2:]) <= k]
         if single and not self.weights["pcka_inter"]:
             warnings.warn(
-                f"the maps of level {', '.join(map(str, single))} fit into one patch of {k} x {k}, where intra-PCKA has nothing to compare: give a smaller patch_size, other stages, or a weight for inter"
+                f"the maps of level {', '.join(map(str, single))} fit into one patch of {k} x {k}, where intra-PCKA has nothing to compare: give a smaller patch_size, other stages, or a weight for inter",
+                stacklevel=2,
             )
 
     def terms(self, student, teacher, target=None, index=None):

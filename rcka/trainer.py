@@ -381,7 +381,7 @@ class Step(NamedTuple):
     counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # sums and of how many; an epoch's is 100 * sum / number
 
 # %% ../nbs/method/06_trainer.ipynb #e8d0d102
-ANY_LAYERS = Layers(tuple("stage%d" % i for i in range(6)), tuple("preact%d" % i for i in range(6)), "pooled", "head")
+ANY_LAYERS = Layers(tuple(f"stage{i}" for i in range(6)), tuple(f"preact{i}" for i in range(6)), "pooled", "head")
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
@@ -603,7 +603,8 @@ class Run:
                 raise ValueError(f"{self.folder} belongs to another recipe ({d}). Use another folder")
             if d := _differences(state["setting"], self.setting):
                 warnings.warn(
-                    f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run"
+                    f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run",
+                    stacklevel=2,
                 )
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])

@@ -40,7 +40,7 @@ from rcka.similarity import Gaussian, center, cka, gram
 from rcka.taps import Taps
 
 pytest.importorskip("matplotlib").use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import pyplot as plt  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

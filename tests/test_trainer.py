@@ -39,7 +39,7 @@ def trainer(
     train=None,
     test=None,
     epochs=3,
-    recipe={},
+    recipe=None,
     **kwargs,
 ):
     train, test = train or data.batches(32, device=device), test or data.batches(train=False, device=device)
@@ -48,7 +48,7 @@ def trainer(
         Distiller(network(seed).to(device), create_method(method), teacher),
         train,
         test,
-        Recipe(epochs=epochs, schedule="onecycle", **recipe),
+        Recipe(epochs=epochs, schedule="onecycle", **(recipe or {})),
         folder,
         **kwargs,
     )
