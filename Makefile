@@ -15,7 +15,7 @@ ALONE := env -u RCKA_DATA -u RCKA_RUNS OMP_NUM_THREADS=1
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 # uv comes by pip into the environment itself, so that nothing outside .venv is touched; what is compiled now is not compiled by every process the tests start
 .venv/.installed: settings.ini setup.py
