@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
