@@ -16,18 +16,6 @@ from rcka.losses import DenseMethod, Outputs, create_method, list_methods
 from rcka.models import create_model, list_models
 from rcka.trainer import Distiller, evaluate
 
-
-def fakes_work():
-    "Whether this torch makes parameters on a device that is not there: a build without CUDA does not, and 2.4 asks for the driver."
-    try:
-        with FakeTensorMode():
-            nn.Parameter(torch.zeros(2, device="cuda"))
-    except (RuntimeError, AssertionError):
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not fakes_work(), reason="this torch has no fake CUDA device")
 DENSE = [n for n in list_methods() if isinstance(create_method(n), DenseMethod)]
 LOGITS = [n for n in list_methods() if n.startswith("dense_")]  # of detectors and segmentation networks
 CLASSIFICATION = sorted({*list_methods()} - {*DENSE} - {*LOGITS})
@@ -48,6 +36,19 @@ def moved(module, *args, **kwargs):
             if b is not None:
                 m._buffers[name] = b.to(device)
     return module
+
+
+def fakes_work():
+    "Whether this torch moves a module to a device that is not there: a build without CUDA does not, and 2.4 asks for the driver."
+    try:
+        with FakeTensorMode():
+            moved(nn.Linear(2, 2), "cuda")(torch.zeros(2, 2, device="cuda"))
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not fakes_work(), reason="this torch has no fake CUDA device")
 
 
 class AnyNegatives(rcka.baselines_features.Negatives):
