@@ -1,18 +1,22 @@
 # make demo   a teacher, and students with few labels, alone and distilled, on scikit-learn's digits
 # make figures   writes figures/ again, as recorded there: minutes; those of other data when named, as EXHIBITS=coco
-# make test   everything that can be checked offline
+# make check  ruff, pyright, notebooks in step with modules, the fast tests: under two minutes
+# make test   everything that can be checked offline, with no data but what the repository and scikit-learn carry
+# make test-oldest   the tests with the lowest versions that settings.ini allows, in .venv-oldest
+# make coverage      which lines of the package the tests run
 # make docs   a static site from the executed notebooks, in _docs/
 # Each makes .venv first if it is not there; nothing but Python 3.10 or newer is needed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := PYTHONPATH=$(CURDIR) PATH="$(CURDIR)/$(BIN):$$PATH"
+ALONE := env -u RCKA_DATA -u RCKA_RUNS OMP_NUM_THREADS=1
 
-.PHONY: demo figures test docs export clean
+.PHONY: demo figures lint check test test-oldest coverage docs export clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 # uv comes by pip into the environment itself, so that nothing outside .venv is touched; what is compiled now is not compiled by every process the tests start
 .venv/.installed: settings.ini setup.py
@@ -31,10 +35,28 @@ EXHIBITS ?= digits digits-resnet56 bounds analysis-digits what-works
 figures: .venv/.installed
 	$(RUN) OMP_NUM_THREADS=1 python -m rcka.exhibits $(EXHIBITS)
 
+lint: .venv/.installed
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) pyright
+	@$(RUN) tests/notebooks_in_step
+
+check: lint
+	$(RUN) $(ALONE) pytest -q -n 2 -m "not slow and not real_data" tests
+
 test: .venv/.installed
 	@$(RUN) tests/notebooks_in_step
-	$(RUN) OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing --do_print
-	$(RUN) OMP_NUM_THREADS=1 pytest -q -n 2 tests
+	$(RUN) $(ALONE) nbdev_test --n_workers 2 --timing --do_print
+	$(RUN) $(ALONE) pytest -q -n 2 -m "not real_data" tests
+
+test-oldest: OLDEST := .venv-oldest/bin
+test-oldest: .venv/.installed
+	@test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
+	VIRTUAL_ENV=$(CURDIR)/.venv-oldest $(BIN)/uv pip install -q --compile-bytecode --resolution lowest-direct -e '.[dev]'
+	PYTHONPATH=$(CURDIR) PATH="$(CURDIR)/$(OLDEST):$$PATH" $(ALONE) pytest -q -n 2 -m "not real_data" tests
+
+coverage: .venv/.installed
+	$(RUN) $(ALONE) pytest -q -n 2 -m "not slow and not real_data" --cov rcka --cov-report term:skip-covered tests
 
 docs: .venv/.installed
 	$(RUN) docs/build
@@ -45,4 +67,4 @@ export: .venv/.installed
 	$(RUN) nbdev_clean
 
 clean:
-	rm -rf _docs _docs.tmp build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf _docs _docs.tmp build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage

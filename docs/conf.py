@@ -1,4 +1,5 @@
 "Sphinx settings. `docs/build` stages the notebooks and calls Sphinx; nothing here needs a network when built or when read."
+
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path

@@ -183,7 +183,7 @@ def create_detector(
         weights=backbone_weights,
         trainable_layers=trainable_layers,
     )
-    classes, anchors = num_classes + 1, None
+    classes = num_classes + 1
     if name == "faster_rcnn":
         detector = FasterRCNN(body((4, 8, 16, 32)), classes, **options)
         _fix_scales(detector.roi_heads.box_roi_pool, (4, 8, 16, 32))

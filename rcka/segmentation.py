@@ -141,7 +141,7 @@ def read_scene(
     import numpy as np
     from PIL import Image
 
-    (image, mask), opened = pair, []
+    image, mask = pair
     try:
         with Image.open(image) as im:
             rgb = np.asarray(im.convert("RGB"))
@@ -171,11 +171,11 @@ def window(
     "Crops of scaled images; zero and IGNORED outside of the image."
     size, device = images.shape[-2:], images.device
     places = []  # (B, h) and (B, w): where the crop's rows and columns are, in pixels of the image, edges at 0 and H
-    for axis, (n, full, share) in enumerate(zip(crop, size, corner)):
+    for axis, (n, full, where) in enumerate(zip(crop, size, corner)):
         i = torch.arange(n, device=device).expand(len(scale), n)
         if axis == 1:
             i = torch.where(flip[:, None], n - 1 - i, i)
-        places.append((i + 0.5 + (share * (scale * full - n).clamp_min(0).floor()).round()[:, None]) / scale[:, None])
+        places.append((i + 0.5 + (where * (scale * full - n).clamp_min(0).floor()).round()[:, None]) / scale[:, None])
     inside = (places[0] < size[0])[:, :, None] & (places[1] < size[1])[:, None, :]
     y, x = (2 * place / full - 1 for place, full in zip(places, size))
     grid = torch.stack([x[:, None, :].expand(inside.shape), y[:, :, None].expand(inside.shape)], -1)

@@ -776,7 +776,8 @@ class Run:
                 raise ValueError(f"{self.folder} belongs to another run ({d}). Use another folder")
             if d := _differences(state["setting"], self.setting):
                 warnings.warn(
-                    f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run"
+                    f"{self.folder} goes on in another setting ({d}): right, but not to the bits of an unbroken run",
+                    stacklevel=2,
                 )
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])

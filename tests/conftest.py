@@ -1,45 +1,42 @@
-"Real images for tests that train: a few hundred of cifar10-jpeg, or the digits of scikit-learn where it is not at hand."
+"What all tests share: no data of the shell's, and a few images of digits."
 
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from rcka.data import data_root, load_dataset
+from rcka.data import load_dataset
 
-REPO = Path(__file__).parent.parent
-
-
-def place(folder, name, data):
-    "Image NNNN of a part and class into `folder`, as a link or as bytes."
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(data, bytes):
-        path.write_bytes(data)
-    else:
-        os.symlink(data, path)
+REAL = os.environ.get("RCKA_DATA")  # the folder of real images, for tests marked real_data alone
 
 
-def wanted(name, train=20, test=10):
-    part, number = name.split("/")[0], Path(name).stem
-    return number.isdigit() and int(number) < {"train": train, "test": test}.get(part, 0)
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def repository_alone():
+    "No test depends on what lies beside the checkout or in the environment of the shell."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RCKA_DATA", raising=False)
+        patch.delenv("RCKA_RUNS", raising=False)
+        yield
+
+
+@pytest.fixture
+def real_data(monkeypatch):
+    "The folder of real images, which the package finds, too. Tests that take it are marked real_data."
+    if not REAL:
+        pytest.skip("set RCKA_DATA to the folder of real images")
+    monkeypatch.setenv("RCKA_DATA", REAL)
+    return Path(REAL)
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    "200 training and 100 test images in ten classes, as `load_dataset` gives them."
-    folder, real = tmp_path_factory.mktemp("data") / "few", data_root() / "cifar10-jpeg"
-    archive = REPO.parent / "shared" / "data" / "cifar10-jpeg.tar.xz"  # where .ci/run looks too
-    if real.is_dir():
-        for path in real.glob("*/*/00??.jpg"):
-            if wanted(name := str(path.relative_to(real))):
-                place(folder, name, path.resolve())
-    elif archive.is_file():
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile() and wanted(member.name):
-                    place(folder, member.name, tar.extractfile(member).read())
-    else:
-        return load_dataset("digits", limit=200, test_limit=100)
-    return load_dataset(f"imagefolder:{folder}", root=folder.parent)
+def images():
+    "200 training and 100 test digits, as `load_dataset` gives them."
+    return load_dataset("digits", limit=200, test_limit=100)

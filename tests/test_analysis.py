@@ -40,7 +40,7 @@ from rcka.similarity import Gaussian, center, cka, gram
 from rcka.taps import Taps
 
 pytest.importorskip("matplotlib").use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import pyplot as plt  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -302,7 +302,7 @@ def test_wrapped_and_half_precision_networks(pair):
     assert np.abs(low - want).values.max() < 0.05
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_devices_may_differ(pair):
     want = compare(*pair, [IMAGES], "layer?.?")
     got = compare(copy.deepcopy(pair[0]).cuda(), pair[1], [IMAGES], "layer?.?")

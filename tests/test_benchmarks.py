@@ -13,6 +13,8 @@ from rcka.detection_experiments import DetectionExperiment
 from rcka.experiments import Experiment, Result, run
 from rcka.segmentation import SegmentationExperiment
 
+pytestmark = pytest.mark.slow
+
 benchmarks = Path(__file__).parent.parent / "nbs" / "benchmarks"
 HOW = {"device", "channels_last"}  # to run it: arguments of `run`
 small = dict(

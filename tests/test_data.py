@@ -132,7 +132,7 @@ def test_dtype_and_memory_format():
     assert torch.equal(half, make().bfloat16())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.cuda
 def test_cuda_sees_the_same_epoch():
     x, t = random_set(70, c=3)
     one, two = (list(Batches(x, t, 16, (0.5,) * 3, (0.2,) * 3, device=d).epoch(1)) for d in ("cpu", "cuda"))
@@ -866,15 +866,13 @@ def test_pyarrow_is_optional(tmp_path, small, monkeypatch):
 
 
 def real(name):
-    if not os.environ.get("RCKA_DATA"):
-        pytest.skip("real images are tested where RCKA_DATA says they are")
     if not {i.name: i.there for i in list_datasets()}.get(name):
         pytest.skip(f"{name} is not under {data_root()}")
     return load_dataset(name, download=False)
 
 
 @pytest.mark.real_data
-def test_fashion_mnist():
+def test_fashion_mnist(real_data):
     d = real("fashion_mnist")
     assert repr(d) == "Dataset(fashion_mnist: 60000 training and 10000 test images of 1x28x28 in 10 classes)"
     assert (d.mean, d.std) == D.measure(d.train_images) and d.train_targets.bincount().tolist() == [6000] * 10
@@ -882,7 +880,7 @@ def test_fashion_mnist():
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", ["cifar10", "imagefolder:cifar10-jpeg"])
-def test_cifar10(name):
+def test_cifar10(name, real_data):
     d = real(name)
     assert repr(d) == f"Dataset({name}: 50000 training and 10000 test images of 3x32x32 in 10 classes)"
     assert d.train_targets.bincount().tolist() == [5000] * 10 and d.pad == 4 and d.flip
@@ -892,7 +890,7 @@ def test_cifar10(name):
 
 
 @pytest.mark.real_data
-def test_cifar100():
+def test_cifar100(real_data):
     d = real("cifar100")
     assert repr(d) == "Dataset(cifar100: 50000 training and 10000 test images of 3x32x32 in 100 classes)"
     assert d.train_targets.bincount().tolist() == [500] * 100 and d.test_targets.bincount().tolist() == [100] * 100

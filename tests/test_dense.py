@@ -385,7 +385,7 @@ def test_the_teacher_needs_no_gradient_and_gets_none():
 def test_state_resumes():
     s, t = pyramid(4), pyramid(6, seed=50)
     for name in MAPS:
-        values = []
+        values, state = [], None
         for seed in (0, 1):
             torch.manual_seed(seed)
             method = create_method(name)
@@ -431,7 +431,7 @@ def test_fgd_weights_by_hand():
 
 
 def test_fgd_attention_has_mean_one_and_follows_the_teacher():
-    s, t = maps(2, 5, 8, 12), maps(2, 5, 8, 12, seed=1)
+    t = maps(2, 5, 8, 12, seed=1)
     weights = box_weights([TARGET[0]["boxes"], TARGET[1]["boxes"]], (96, 160), (8, 12))
     assert all(x == 0 for x in fgd_focal(t, t, *weights, 1, 1, 0.5))
     hot = t.clone()

@@ -17,7 +17,6 @@ from PIL import Image
 pytest.importorskip("faster_coco_eval")
 
 from rcka.coco import METRICS, BrokenImage, as_detections, coco_metrics, draw_rectangles, load_coco, read_image
-from rcka.data import data_root
 from rcka.detection import (
     DETECTORS,
     DetectionDistiller,
@@ -133,9 +132,11 @@ def test_evaluation_is_the_official_one(tmp_path, seed):
     )
 
 
-@pytest.mark.skipif(not (data_root() / "coco128" / "annotations").is_dir(), reason="coco128 is not in the data folder")
-def test_evaluation_on_real_images():
-    root = data_root() / "coco128"
+@pytest.mark.real_data
+def test_evaluation_on_real_images(real_data):
+    root = real_data / "coco128"
+    if not root.is_dir():
+        pytest.skip(f"no {root}")
     data = load_coco(root / "val2017", root / "annotations" / "instances_val2017.json")
     assert len(data) == 128 and data.num_classes == 80 and data.categories[-1] == 90
     data = data.take(range(30))

@@ -593,9 +593,7 @@ def test_the_weights_in_the_package_are_whole():
 
 
 @pytest.mark.real_data
-def test_the_weights_in_the_package_score_what_their_cards_say():
-    if not os.environ.get("RCKA_DATA"):
-        pytest.skip("real images are tested where RCKA_DATA says they are")
+def test_the_weights_in_the_package_score_what_their_cards_say(real_data):
     if not list_weights():
         pytest.skip("no weights are in the package")
     for w in list_weights():

@@ -119,8 +119,8 @@ def test_train_ids_are_taken_first(tmp_path):
 
 
 def test_own_classes(tmp_path):
-    for part in ("train", "val"):
-        draw(tmp_path, part, 2, form="labelTrainIds")
+    for split in ("train", "val"):
+        draw(tmp_path, split, 2, form="labelTrainIds")
     (tmp_path / "classes.txt").write_text("\n".join(f"c{i}" for i in range(27)) + "\n")
     scenes = load_scenes(f"cityscapes:{tmp_path}")
     assert scenes.num_classes == 27 and scenes.classes[26] == "c26"
@@ -195,8 +195,8 @@ def test_images_of_other_kinds(tmp_path):
     root = broken(tmp_path)
     ids = Image.fromarray(np.full(SIZE, 26, np.uint8)).copy()
     ids.putpalette([9] * 768)
-    for part in ("train", "val"):
-        save(root, part, f"{part}1", Image.new("L", SIZE[::-1], 128), ids)
+    for split in ("train", "val"):
+        save(root, split, f"{split}1", Image.new("L", SIZE[::-1], 128), ids)
     rgb, mask = read_scene(load_scenes(f"cityscapes:{root}").train[1])
     assert (rgb == 128).all() and rgb.shape == (*SIZE, 3) and (mask == 13).all()
 
@@ -576,10 +576,10 @@ def test_experiments_that_cannot_be(bad, error):
 def test_boxes(tmp_path):
     "A small box lies on a larger one; images without a box of the classes are left out; images are cut to one size."
     boxes = [(1, 5, [10, 10, 20, 20]), (1, 2, [0, 0, 60, 40]), (2, 2, [5, 5, 10, 10]), (3, 8, [0, 0, 9, 9])]
-    for part in ("train", "val"):
-        (tmp_path / f"{part}2017").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / f"{split}2017").mkdir()
         for i, size in ((1, (60, 40)), (2, (50, 80)), (3, (30, 30))):
-            Image.new("RGB", size, (i, 0, 0)).save(tmp_path / f"{part}2017" / f"{i:03}.jpg")
+            Image.new("RGB", size, (i, 0, 0)).save(tmp_path / f"{split}2017" / f"{i:03}.jpg")
         told = {
             "images": [
                 {"id": i, "file_name": f"{i:03}.jpg", "width": w, "height": h}
@@ -589,7 +589,7 @@ def test_boxes(tmp_path):
             "categories": [{"id": 2, "name": "bed"}, {"id": 5, "name": "cat"}, {"id": 8, "name": "cup"}],
         }
         (tmp_path / "annotations").mkdir(exist_ok=True)
-        (tmp_path / "annotations" / f"instances_{part}2017.json").write_text(json.dumps(told))
+        (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(told))
     scenes = load_scenes(f"cityscapes:{scenes_from_boxes(tmp_path, tmp_path / 'out', ['bed', 'cat'], (40, 60))}")
     assert scenes.classes == ("background", "bed", "cat") and len(scenes.train) == 2 and scenes.size == (40, 60)
     mask = read_scene(scenes.train[0], 3)[1]

@@ -78,7 +78,7 @@ def test_streaming_merges_in_any_shape(problem, data):
 @given(problems(), st.data(), st.sampled_from(["linear", "gaussian", Gaussian(2.0), "polynomial"]), st.booleans())
 def test_minibatch_is_the_sum_over_batches_in_any_order_and_merge(problem, data, kernel, unbiased):
     n, a, b = problem
-    if kernel == "polynomial":
+    if kernel != "linear":  # far apart, all samples are equally unlike for a Gaussian kernel, and CKA is 0 / 0
         a, b = ([t / t.abs().max() for t in s] for s in (a, b))
     batches = [([x[i] for x in a], [y[i] for y in b]) for i in torch.arange(n).split(cuts(data.draw, n, 4))]
     accs = [MinibatchCKA(kernel, unbiased).update(*batch) for batch in batches]

@@ -19,6 +19,8 @@ from rcka.sweep import grid, slurm, sweep
 sys.path.insert(0, str(Path(__file__).parent))
 from sweep_stub import write_stub
 
+pytestmark = pytest.mark.slow
+
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
@@ -113,13 +115,7 @@ def unbroken(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
-    ],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_random_kills(unbroken, tmp_path, device):
     expected, seconds = unbroken(device)
     chance, kills, round_ = random.Random(0), 0, 0

@@ -15,6 +15,8 @@ from rcka.data import Batches
 from rcka.losses import Layers, create_method
 from rcka.trainer import Distiller, Recipe, Trainer, average_gradients, join, part, processes
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
