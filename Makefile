@@ -33,7 +33,7 @@ demo: .venv/.installed
 
 EXHIBITS ?= digits digits-resnet56 bounds analysis-digits what-works
 figures: .venv/.installed
-	$(RUN) OMP_NUM_THREADS=1 python -m rcka.exhibits $(EXHIBITS)
+	$(RUN) OMP_NUM_THREADS=1 python -m rcka.experiments.exhibits $(EXHIBITS)
 
 lint: .venv/.installed
 	$(RUN) ruff check

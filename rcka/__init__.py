@@ -1,131 +1,48 @@
 """Knowledge distillation by centred kernel alignment.
 
 Losses for a loop of your own: `fcka`, `lcka`, `pcka`; as methods: `RCKA`, `PCKA`, `create_method`; features of any network: `Taps`.
-Needs torch and torchvision alone. The trainer (`rcka.trainer`, `rcka.experiments`) and the command `rcka` need more: see `EXTRAS`."""
+These need torch and torchvision alone. The trainer (`rcka.train`, `rcka.experiments`) and the command `rcka` need more: see `EXTRAS`."""
 
 __version__ = "0.1.0"
 
-from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from rcka.extras import EXTRAS, optional_import
+
 if TYPE_CHECKING:  # at run time each name is imported when it is first asked for: `rcka --help` must not wait for torch
+    from rcka.core import FeaturePaths, Outputs
     from rcka.data import list_datasets, load_dataset
-    from rcka.experiments import Experiment, Result, published, run, summary
-    from rcka.losses import (
-        FCKA,
-        LCKA,
-        PCKA,
-        RCKA,
-        Layers,
-        Method,
-        Outputs,
-        create_method,
-        fcka,
-        lcka,
-        list_methods,
-        pcka,
-        register,
-    )
+    from rcka.experiments import Experiment, Result, published, run, run_many, summary
+    from rcka.features import Taps, feature_paths
+    from rcka.methods import FCKA, LCKA, PCKA, RCKA, Method, create_method, fcka, lcka, list_methods, pcka, register
     from rcka.models import create_model, list_models, load_checkpoint, save_weights
     from rcka.similarity import Gaussian, Linear, Polynomial, center, cka, gram, hsic, mmd2
-    from rcka.taps import Taps, layers_of
+    from rcka.train import Callback, Distiller, TrainConfig, Trainer
 
-__all__ = [
-    "EXTRAS",
-    "optional_import",
-    # losses
-    "FCKA",
-    "LCKA",
-    "PCKA",
-    "RCKA",
-    "Layers",
-    "Method",
-    "Outputs",
-    "create_method",
-    "fcka",
-    "lcka",
-    "list_methods",
-    "pcka",
-    "register",
-    # models
-    "create_model",
-    "list_models",
-    "load_checkpoint",
-    "save_weights",
-    # similarity
-    "Gaussian",
-    "Linear",
-    "Polynomial",
-    "center",
-    "cka",
-    "gram",
-    "hsic",
-    "mmd2",
-    # taps
-    "Taps",
-    "layers_of",
-    # data
-    "list_datasets",
-    "load_dataset",
-    # experiments, which need rcka[train]
-    "Experiment",
-    "Result",
-    "published",
-    "run",
-    "summary",
-]
+_HOMES = {  # the public names, by the module that has them
+    "core": ("FeaturePaths", "Outputs"),
+    "methods": ("FCKA", "LCKA", "PCKA", "RCKA", "Method", "create_method", "fcka", "lcka", "list_methods", "pcka", "register"),
+    "models": ("create_model", "list_models", "load_checkpoint", "save_weights"),
+    "similarity": ("Gaussian", "Linear", "Polynomial", "center", "cka", "gram", "hsic", "mmd2"),
+    "features": ("Taps", "feature_paths"),
+    "data": ("list_datasets", "load_dataset"),
+    "train": ("Callback", "Distiller", "TrainConfig", "Trainer"),
+    "experiments": ("Experiment", "Result", "published", "run", "run_many", "summary"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-# where the names above are looked for, in this order; and the modules that `import rcka` is enough for
-_HOMES = ("losses", "models", "similarity", "taps", "data", "experiments")
-_MODULES = ("losses", "models", "similarity", "taps", "baselines", "baselines_dense", "baselines_features")
+__all__ = ["EXTRAS", "optional_import", *_HOME_OF]  # noqa: PLE0604
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
+    if name in _HOMES:
         return import_module(f"rcka.{name}")
-    if name in __all__:
-        for home in _HOMES:
-            if hasattr(module := import_module(f"rcka.{home}"), name):
-                globals()[name] = getattr(module, name)
-                return globals()[name]
+    if name in _HOME_OF:
+        globals()[name] = getattr(import_module(f"rcka.{_HOME_OF[name]}"), name)
+        return globals()[name]
     raise AttributeError(f"module 'rcka' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted({*globals(), *__all__, *_MODULES})
-
-
-EXTRAS = {  # what is optional, by the name one imports, and the extra that brings it
-    "accelerate": "train",
-    "filelock": "train",
-    "pandas": "train",
-    "safetensors": "train",
-    "sklearn": "train",
-    "tqdm": "train",
-    "matplotlib": "notebook",
-    "nbformat": "notebook",
-    "papermill": "notebook",
-    "rich": "notebook",
-    "seaborn": "notebook",
-    "typer": "notebook",
-    "pyarrow": "parquet",
-    "torchmetrics": "segmentation",
-    "faster_coco_eval": "detection",
-    "submitit": "slurm",
-}
-
-
-@contextmanager
-def optional_import():
-    "Around imports of optional packages: where one is missing, ImportError says what to install."
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in EXTRAS:
-            raise
-        raise ImportError(
-            f"this part of rcka needs {missing}: pip install 'rcka[{EXTRAS[missing]}] @ git+https://github.com/rcka/rcka'",
-            name=error.name,
-        ) from None
+    return sorted({*globals(), *_HOME_OF, *_HOMES})

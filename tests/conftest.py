@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcka.data import load_dataset
+from rcka.data.datasets import load_dataset
 
 REAL = os.environ.get("RCKA_DATA")  # the folder of real images, for tests marked real_data alone
 

@@ -3,7 +3,8 @@ Seeds decide what happens: 0 to 9 succeed, 66 raises, 77 kills its kernel, 88 fi
 
 import nbformat
 
-from rcka.experiments import RESULT_FORMAT, Experiment
+from rcka.experiments.experiment import Experiment
+from rcka.experiments.result import RESULT_FORMAT
 
 RUN = """
 import json, os, signal, time

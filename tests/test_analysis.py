@@ -17,13 +17,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 import rcka
-from rcka.analysis import (
-    choose_layers,
+from rcka.analysis.compare import choose_layers, compare, load_comparison, memory_needed, relations, save_comparison
+from rcka.analysis.plots import (
     class_relations,
-    compare,
     gram_frame,
-    load_comparison,
-    memory_needed,
     plot_along,
     plot_before_after,
     plot_class_relations,
@@ -32,12 +29,10 @@ from rcka.analysis import (
     plot_predicts,
     plot_similarity,
     rank_correlation,
-    relations,
-    save_comparison,
     save_figure,
 )
-from rcka.similarity import Gaussian, center, cka, gram
-from rcka.taps import Taps
+from rcka.features import Taps
+from rcka.similarity.measures import Gaussian, center, cka, gram
 
 pytest.importorskip("matplotlib").use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -374,7 +369,7 @@ def test_a_budget_too_small_says_what_would_do(pair):
 
 @given(st.integers(4, 400), st.integers(7, 60))
 def test_parts_are_neither_too_large_nor_too_small(n, most):
-    from rcka.analysis import _parts
+    from rcka.analysis.compare import _parts
 
     sizes = [len(p) for p in _parts(torch.zeros(n, 1), most)]
     assert sum(sizes) == n and max(sizes) <= max(most, 4) and min(sizes) >= min(n, 4)
@@ -445,7 +440,8 @@ def test_ten_lines_in_a_strangers_project(tmp_path):
     import torch
     import torchvision
 
-    from rcka.analysis import compare, plot_similarity, save_comparison, save_figure
+    from rcka.analysis.compare import compare, save_comparison
+    from rcka.analysis.plots import plot_similarity, save_figure
 
     one = torchvision.models.resnet18(weights=None)  # your networks, on any device
     other = torchvision.models.mobilenet_v3_small(weights=None)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import rcka.baselines  # noqa: F401  registers the methods
-from rcka.baselines_features import Negatives, paper_args
-from rcka.losses import Layers, Outputs, create_method, list_methods
+from rcka.core import FeaturePaths, Outputs
+from rcka.methods.base import create_method, list_methods
+from rcka.methods.features import Negatives, paper_args
 
 NAMES = [
     "kd",
@@ -57,14 +57,14 @@ FAMILIES = {
 TARGETS = torch.arange(SAMPLES) % CLASSES
 
 
-def layers_of(shapes):
+def feature_paths(shapes):
     names = tuple(f"stage{i}" for i in range(len(shapes)))
-    return Layers(names, tuple("pre_" + n for n in names), "pooled", "fc")
+    return FeaturePaths(names, tuple("pre_" + n for n in names), "pooled", "fc")
 
 
 def random_outputs(method, family, n, dtype=torch.float32, grad=False, fill=None):
     shapes, pooled = family
-    layers = layers_of(shapes)
+    layers = feature_paths(shapes)
     sizes = {"pooled": (pooled,)}
     for name, pre, shape in zip(layers.stages, layers.preacts, shapes):
         sizes[name] = sizes[pre] = shape
@@ -205,7 +205,9 @@ def test_sums_with_kd(name):
     torch.manual_seed(0)
     method, s, t, target, index = make(name, "resnets")
     both = create_method(f"kd+{name}", {f"{name}.{k}": v for k, v in SMALL.get(name, {}).items()})
-    assert both.wants(layers_of(FAMILIES["resnets"][0][0])) == method.wants(layers_of(FAMILIES["resnets"][0][0]))
+    assert both.wants(feature_paths(FAMILIES["resnets"][0][0])) == method.wants(
+        feature_paths(FAMILIES["resnets"][0][0])
+    )
     both.build(s, t, head=nn.Linear(16, CLASSES), targets=TARGETS)
     terms = both(s, t, target, index)
     assert {"ce", "kd"} < set(terms) and all(v.isfinite() for v in terms.values())
@@ -294,7 +296,7 @@ def test_features_that_do_not_come_are_named():
         with pytest.raises(ValueError, match="3 .*and 4"):
             create_method(name, SMALL.get(name, {})).pairs(student, teacher)
     with pytest.raises(ValueError, match="layers.preacts"):
-        create_method("ofd").wants(Layers(("a", "b")))
+        create_method("ofd").wants(FeaturePaths(("a", "b")))
 
 
 def test_crd_against_torchdistill():
@@ -402,12 +404,12 @@ def test_ickd_with_kd_has_the_weights_of_its_authors(name):
 
 @pytest.mark.parametrize("pair", [("resnet20", "resnet8"), ("vgg8", "mobilenet_v2_half")])
 def test_on_the_networks_of_the_zoo(pair):
-    from rcka.models import create_model, list_models
+    from rcka.models.registry import create_model, list_models
 
     if not set(pair) <= set(list_models()):
         pytest.skip("the zoo does not have both yet")
-    from rcka.taps import Taps
-    from rcka.taps import layers_of as layers_in
+    from rcka.features import Taps
+    from rcka.features import feature_paths as layers_in
 
     torch.manual_seed(0)
     teacher, student = (create_model(name, num_classes=CLASSES) for name in pair)

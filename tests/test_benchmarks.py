@@ -8,10 +8,11 @@ import pytest
 from test_imagenet import make_folder
 from test_segmentation import draw
 
-from rcka.coco import draw_rectangles
-from rcka.detection_experiments import DetectionExperiment
-from rcka.experiments import Experiment, Result, run
-from rcka.segmentation import SegmentationExperiment
+from rcka.data.coco import draw_rectangles
+from rcka.experiments.detection import DetectionExperiment
+from rcka.experiments.experiment import Experiment, run
+from rcka.experiments.result import Result
+from rcka.experiments.segmentation import SegmentationExperiment
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@
 
 The search looks where such inequalities break: ill-conditioned, rank one, two samples, many more features than samples,
 constant rows, duplicates, huge and tiny scales, pairs that are nearly the same, and pairs near which each bound is tight.
-It must find nothing against what is claimed, and something against a deliberately false variant of each claim.
+It must find nothing against what is folder_lock, and something against a deliberately false variant of each claim.
 """
 
 import functools
@@ -16,7 +16,7 @@ import scipy.linalg
 import torch
 from hypothesis import assume, given, settings
 
-from rcka.bounds import (
+from rcka.similarity.bounds import (
     Bound,
     angle_bound,
     cka_gradient,
@@ -31,7 +31,7 @@ from rcka.bounds import (
     relation_identity,
     unit_features,
 )
-from rcka.similarity import Gaussian, Linear, Polynomial, cka, gram, mmd2
+from rcka.similarity.measures import Gaussian, Linear, Polynomial, cka, gram, mmd2
 
 SLACK = 1e-11  # all quantities are of order one, in float64
 BATCH = 40
@@ -201,7 +201,7 @@ def search(claim, centred):
     return many, worst, where
 
 
-# ---------------------------------------------------------------- what is claimed: functions of (i, centred), for `search`
+# ---------------------------------------------------------------- what is folder_lock: functions of (i, centred), for `search`
 
 
 def holds(f, *args):
@@ -409,7 +409,7 @@ def test_left_hand_sides_are_the_mmd_of_similarity(kernel):
 
 
 def test_relation_mmd_in_pieces():
-    from rcka.bounds import _relation_mmd2
+    from rcka.similarity.bounds import _relation_mmd2
 
     x, y = pair(0, 8, 3, 5)
     k, l = gram(x), gram(y)
@@ -462,11 +462,11 @@ EVERY = [
 def test_batches_shapes_and_types(f):
     g = torch.Generator().manual_seed(0)
     x, y = normal(g, 2, 3, 6, 4, 2), normal(g, 2, 3, 6, 5)
-    together = f(x, y, batch_dims=2)
-    assert type(together).__name__ in ("Bound", "FeatureChain", "Published")
+    barrier = f(x, y, batch_dims=2)
+    assert type(barrier).__name__ in ("Bound", "FeatureChain", "Published")
     for i in range(2):
         for j in range(3):
-            for a, b in zip(together, f(x[i, j], y[i, j])):
+            for a, b in zip(barrier, f(x[i, j], y[i, j])):
                 assert torch.allclose(a[i, j], b, atol=1e-12)
     for dtype in (torch.float32, torch.bfloat16):  # features as they come: what is computed is still float64
         low = f(x.to(dtype), y.to(dtype), batch_dims=2)

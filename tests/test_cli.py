@@ -10,9 +10,9 @@ import pytest
 import typer
 
 from rcka.cli import app, main
-from rcka.experiments import Experiment
-from rcka.models import create_model, save_weights
-from rcka.sweep import fingerprint, state
+from rcka.experiments.experiment import Experiment
+from rcka.experiments.sweep import fingerprint, state
+from rcka.models.registry import create_model, save_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sweep_stub import write_stub

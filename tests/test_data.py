@@ -24,7 +24,9 @@ from PIL import Image
 from torchvision import datasets
 
 from rcka import data as D
-from rcka.data import Batches, Dataset, balanced_slice, crop_flip, data_root, list_datasets, load_dataset
+from rcka.data.datasets import list_datasets, load_dataset
+from rcka.data.memory import Batches, Dataset, balanced_slice, crop_flip
+from rcka.files import data_root
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -647,7 +649,7 @@ def test_imagenet_has_no_validation_part_in_memory(tmp_path):
 
 
 def test_an_experiment_hands_it_on():
-    from rcka.experiments import Experiment
+    from rcka.experiments.experiment import Experiment
 
     of = lambda **kw: Experiment("digits", "resnet8", train_limit=50, **kw)
     d = of(val_fraction=0.1).load_data()

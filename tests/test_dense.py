@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import rcka.baselines_dense  # noqa: F401  registers the methods
-from rcka.baselines_dense import box_weights, dense_dist_loss, dense_kd_loss, fgd_focal, pkd_loss
-from rcka.losses import Layers, Outputs, create_method, intra_inter, lcka, pcka
+from rcka.core import FeaturePaths, Outputs
+from rcka.methods.base import create_method
+from rcka.methods.cka import intra_inter, lcka, pcka
+from rcka.methods.dense import box_weights, dense_dist_loss, dense_kd_loss, fgd_focal, pkd_loss
 
 DENSE = ["pcka", "mimic", "pkd", "fgd", "dense_kd", "dense_dist"]
 MAPS = ["pcka", "mimic", "pkd", "fgd"]
@@ -354,7 +355,7 @@ def test_widths_that_differ_need_build():
 
 
 def test_pcka_weights_levels_and_sums():
-    layers = Layers(tuple(f"fpn[{i}]" for i in range(5)))
+    layers = FeaturePaths(tuple(f"fpn[{i}]" for i in range(5)))
     assert create_method("pcka").wants(layers) == list(layers.stages[:4])
     assert create_method("pcka", dict(stages=(0, -1))).wants(layers) == ["fpn[0]", "fpn[4]"]
     assert create_method("fgd").wants(layers) == list(layers.stages)
@@ -488,7 +489,7 @@ def test_rows_and_maps_of_logits_agree(loss, form):
 
 
 def test_fgd_relation_is_the_context_block_written_out():
-    from rcka.baselines_dense import ContextBlock, fgd_global
+    from rcka.methods.dense import ContextBlock, fgd_global
 
     torch.manual_seed(0)
     blocks = [ContextBlock(6).double() for _ in "st"]
@@ -549,7 +550,7 @@ def test_pkd_of_a_constant_channel_that_is_resized():
 
 
 def test_gram_takes_any_gradient():
-    from rcka.losses import _Gram
+    from rcka.methods.cka import _Gram
 
     x, w = maps(2, 3, 4).requires_grad_(), maps(2, 3, 3, seed=1)  # no symmetric weights
     assert torch.autograd.gradcheck(lambda x: (w * _Gram.apply(x)).sum(), x) and torch.autograd.gradgradcheck(

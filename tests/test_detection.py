@@ -16,22 +16,18 @@ from PIL import Image
 
 pytest.importorskip("faster_coco_eval")
 
-from rcka.coco import METRICS, BrokenImage, as_detections, coco_metrics, draw_rectangles, load_coco, read_image
-from rcka.detection import (
-    DETECTORS,
-    DetectionDistiller,
-    Trunk,
-    class_logits,
-    create_detector,
-    detect,
-    detector_layers,
-    input_size,
-)
-from rcka.detection_experiments import DetectionExperiment, detection_args
-from rcka.experiments import Result, run
-from rcka.losses import create_method, pcka
-from rcka.taps import Taps
-from rcka.trainer import Recipe, Trainer, join, part, processes
+from rcka.data.coco import BrokenImage, draw_rectangles, load_coco, read_image
+from rcka.distributed import init_distributed, rank, shard
+from rcka.experiments.detection import DetectionExperiment, detection_args
+from rcka.experiments.experiment import run
+from rcka.experiments.result import Result
+from rcka.features import Taps
+from rcka.methods.base import create_method
+from rcka.methods.cka import pcka
+from rcka.models.detectors import DETECTORS, Trunk, class_logits, create_detector, detector_paths
+from rcka.train.config import TrainConfig
+from rcka.train.detection import METRICS, DetectionDistiller, as_detections, coco_metrics, detect, input_size
+from rcka.train.learner import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +308,7 @@ def test_class_logits_are_those_of_the_head(drawn):
     batch = next(drawn.batches(4, size=64, max_size=96).epoch(0))
     for name in ("retinanet", "fcos"):
         detector = small(name).eval()
-        with torch.no_grad(), Taps(detector, [detector_layers(detector).head], logits=lambda x: x) as taps:
+        with torch.no_grad(), Taps(detector, [detector_paths(detector).head], logits=lambda x: x) as taps:
             expected = taps(batch.images).features[0]
             maps = Trunk(detector)(batch.images)
             assert torch.equal(class_logits(detector, maps), expected)
@@ -337,7 +333,7 @@ def test_resume_to_the_same_weights(drawn, tmp_path):
             task,
             drawn.batches(3, size=(40, 50), max_size=80),
             drawn.batches(8, train=False, size=50, max_size=80),
-            Recipe(epochs=2, lr=1e-3, warmup_steps=4),
+            TrainConfig(epochs=2, lr=1e-3, warmup_steps=4),
             tmp_path / folder,
             checkpoint_seconds=0,
         )
@@ -371,7 +367,7 @@ def test_mixed_precision(drawn, tmp_path, precision):
         task,
         drawn.batches(4, size=64, max_size=96),
         drawn.batches(8, train=False, size=64, max_size=96),
-        Recipe(epochs=3, lr=5e-3, precision=precision),
+        TrainConfig(epochs=3, lr=5e-3, precision=precision),
         tmp_path,
     ).fit(progress=False)
     assert (
@@ -428,7 +424,7 @@ def test_a_detector_fits_what_it_sees(drawn):
     torch.manual_seed(0)
     task, recipe = (
         DetectionDistiller(small("fcos", backbone="resnet18").train()),
-        Recipe(epochs=30, lr=0.02, schedule="onecycle"),
+        TrainConfig(epochs=30, lr=0.02, schedule="onecycle"),
     )
     optimizer = torch.optim.SGD(task.student.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=1e-4)
     train, test = (
@@ -454,14 +450,15 @@ def test_each_process_decodes_its_part(drawn, monkeypatch, world):
     whole, tested = list(make(True).epoch(1)), list(make(False).epoch(0))
     equal = lambda a, b: len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
     for rank in range(world):
-        monkeypatch.setattr("rcka.trainer.processes", lambda: (rank, world))
+        monkeypatch.setattr("rcka.distributed.rank", lambda: rank)
+        monkeypatch.setattr("rcka.distributed.world_size", lambda: world)
         for b, mine in zip(whole, make(True).epoch(1), strict=True):
             each = len(b.targets) // world
             assert len(mine.targets) == len(b.targets) and len(mine.images.rows) == each
             if not each:
-                assert part(mine) is None
+                assert shard(mine) is None
                 continue
-            own, rows = part(mine), slice(rank * each, (rank + 1) * each)
+            own, rows = shard(mine), slice(rank * each, (rank + 1) * each)
             assert (
                 equal(own.images, b.images[rows])
                 and torch.equal(own.index, b.index[rows])
@@ -480,25 +477,27 @@ def test_a_first_batch_that_is_too_small_for_all_is_passed_over(tmp_path, monkey
         for seed in range(20)
         if len(next((b := data.batches(8, size=48, max_size=72, seed=seed)).epoch(0)).targets) == 3
     )
-    monkeypatch.setattr("rcka.trainer.processes", lambda: (1, 4))
+    monkeypatch.setattr("rcka.distributed.rank", lambda: 1)
+    monkeypatch.setattr("rcka.distributed.world_size", lambda: 4)
     task().prepare(train)
-    monkeypatch.setattr("rcka.trainer.processes", lambda: (1, 9))
+    monkeypatch.setattr("rcka.distributed.rank", lambda: 1)
+    monkeypatch.setattr("rcka.distributed.world_size", lambda: 9)
     with pytest.raises(ValueError, match="no training batch is enough for 9 processes"):
         task().prepare(train)
 
 
 def in_processes(folder):
-    "What one of several processes does: train, and evaluate together."
-    join("cpu")
+    "What one of several processes does: train, and evaluate barrier."
+    init_distributed("cpu")
     data = load_coco(folder / "train2017", folder / "annotations" / "instances_train2017.json")
     torch.manual_seed(0)
     task = DetectionDistiller(small("fcos"), create_method("pcka", {"patch_size": 4}), small("fcos"))
     test = data.batches(3, train=False, size=48, max_size=72)  # the last batch has two images
-    trainer = Trainer(task, data.batches(4, size=48, max_size=72), test, Recipe(epochs=1, lr=0.01), folder / "run")
+    trainer = Trainer(task, data.batches(4, size=48, max_size=72), test, TrainConfig(epochs=1, lr=0.01), folder / "run")
     history = trainer.fit(progress=False)
     torch.save(
         {"weights": task.student.state_dict(), "scores": {k: history[-1][k] for k in METRICS}},
-        folder / f"rank{processes()[0]}.pt",
+        folder / f"rank{rank()}.pt",
     )
     with pytest.raises(ValueError, match="relations='global' is not for detectors"):
         task(next(test.epoch(0)), relations="global")

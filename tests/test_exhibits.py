@@ -7,9 +7,16 @@ from pathlib import Path
 import papermill
 import pytest
 
-from rcka.exhibits import NOT_RECORDED, out_of_date, read_manifests, record_exhibit, remake, resolved_arguments
-from rcka.losses import create_method, list_methods
-from rcka.sweep import parameters
+from rcka.experiments.exhibits import (
+    NOT_RECORDED,
+    out_of_date,
+    read_manifests,
+    record_exhibit,
+    remake,
+    resolved_arguments,
+)
+from rcka.experiments.sweep import parameters
+from rcka.methods.base import create_method, list_methods
 
 root = Path(__file__).parent.parent
 figures = root / "figures"
@@ -40,7 +47,7 @@ def test_record_is_complete(name):
 
 @named
 def test_exhibit_is_what_would_be_made_today(name):
-    assert not out_of_date(records[name]), f"python -m rcka.exhibits {name}"
+    assert not out_of_date(records[name]), f"python -m rcka.experiments.exhibits {name}"
 
 
 def test_a_changed_default_is_found():

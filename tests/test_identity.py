@@ -14,15 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-import rcka.trainer as T
+import rcka.train.learner as T
 from rcka import losses
-from rcka.data import load_dataset
-from rcka.experiments import Experiment, run, run_together
-from rcka.losses import Method, create_method, list_methods
-from rcka.models import create_model
-from rcka.sweep import grid, sweep
-from rcka.train import kind_of, main
-from rcka.trainer import Distiller, Recipe, Trainer, checkpoints
+from rcka.data.datasets import load_dataset
+from rcka.experiments.experiment import Experiment, run, run_many
+from rcka.experiments.launch import kind_of, main
+from rcka.experiments.sweep import grid, sweep
+from rcka.methods.base import Method, create_method, list_methods
+from rcka.models.registry import create_model
+from rcka.train.checkpoint import checkpoints
+from rcka.train.classification import Distiller
+from rcka.train.config import TrainConfig
+from rcka.train.learner import Trainer
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -49,7 +52,7 @@ def trainer(
         ),
         data.batches(32, **(batches or {})),
         data.batches(train=False),
-        recipe or Recipe(epochs=1, lr=0.01),
+        recipe or TrainConfig(epochs=1, lr=0.01),
         folder,
         **how,
     )
@@ -202,7 +205,7 @@ def test_other_batches(data):
 
 
 def connectors(data, folder, seed, outside):
-    t = trainer(data, folder, "crd", small("crd"), recipe=Recipe(epochs=1, lr=0.01, seed=seed))
+    t = trainer(data, folder, "crd", small("crd"), recipe=TrainConfig(epochs=1, lr=0.01, seed=seed))
     torch.manual_seed(outside)
     t = Trainer(t.task, t.train, t.test, t.recipe, folder)
     return torch.cat([p.detach().flatten() for p in t.task.method.parameters()]), t.fit(progress=False)[0]["crd"]
@@ -453,12 +456,12 @@ def test_results_of_shared_runs_and_sweeps_are_compared(folder, tmp_path):
         Experiment(f"imagefolder:{folder}", "resnet8", "resnet14", m, epochs=1, batch_size=8, data_seed=0)
         for m in ("kd", "fcka")
     ]
-    first = run_together(runs, tmp_path / "runs", "cpu", progress=False)
+    first = run_many(runs, tmp_path / "runs", "cpu", progress=False)
     assert all(r.inputs["files of the dataset"].startswith("40 ") and r.inputs["the teacher's weights"] for r in first)
-    assert run_together(runs, tmp_path / "runs", "cpu", progress=False) == first
+    assert run_many(runs, tmp_path / "runs", "cpu", progress=False) == first
     add(folder)
     with pytest.raises(ValueError, match="files of the dataset: 40 .* then, 41 "):
-        run_together(runs, tmp_path / "runs", "cpu", progress=False)
+        run_many(runs, tmp_path / "runs", "cpu", progress=False)
     out = sweep(runs, tmp_path / "runs", ThreadPoolExecutor(1), every=0.1)
     assert len(out) == 3 and all(o.state == "failed" and "41 " in o.error for o in out)
     assert not list((tmp_path / "runs").glob("*/failure.json"))

@@ -19,14 +19,17 @@ from torchvision import datasets, models
 from torchvision.transforms import v2
 
 from rcka import create_method, imagenet
-from rcka.baselines_features import paper_args
-from rcka.data import list_datasets, load_dataset, main
-from rcka.experiments import Experiment, run
-from rcka.imagenet import Decoder, FileBatches, chance, decode, list_files, load_imagenet
-from rcka.losses import Layers
-from rcka.models import create_model
-from rcka.train import parse
-from rcka.trainer import BatchesFailed, Distiller, Recipe, Trainer, join, part, processes
+from rcka.core import BatchesFailed, FeaturePaths
+from rcka.data.datasets import list_datasets, load_dataset, main
+from rcka.data.imagenet import Decoder, FileBatches, chance, decode, list_files, load_imagenet
+from rcka.distributed import init_distributed, rank, shard
+from rcka.experiments.experiment import Experiment, run
+from rcka.experiments.launch import parse
+from rcka.methods.features import paper_args
+from rcka.models.registry import create_model
+from rcka.train.classification import Distiller
+from rcka.train.config import TrainConfig
+from rcka.train.learner import Trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The image decoding and encoding:DeprecationWarning", "ignore:This DataLoader will create:UserWarning"
@@ -219,12 +222,13 @@ def test_each_process_decodes_its_part(folder, monkeypatch, world):
     "Training batches in blocks as `part` cuts them, evaluation in turns as `evaluate` does."
     whole, tested = list(batches(folder).epoch(0)), list(batches(folder, train=False).epoch(0))
     for rank in range(world):
-        monkeypatch.setattr("rcka.trainer.processes", lambda: (rank, world))
+        monkeypatch.setattr("rcka.distributed.rank", lambda: rank)
+        monkeypatch.setattr("rcka.distributed.world_size", lambda: world)
         for b, mine in zip(whole, batches(folder).epoch(0), strict=True):
             each = len(b.targets) // world
             assert len(mine.targets) == len(b.targets) and len(mine.images.rows) == each
-            assert same([part(mine)], [type(b)(*(t[rank * each : (rank + 1) * each] for t in b))])
-            with pytest.raises(RuntimeError, match="rcka.trainer.part"):
+            assert same([shard(mine)], [type(b)(*(t[rank * each : (rank + 1) * each] for t in b))])
+            with pytest.raises(RuntimeError, match="rcka.distributed.part"):
                 mine.images[:]
         for b, mine in zip(tested, batches(folder, train=False).epoch(0), strict=True):
             assert all(torch.equal(t[rank::world], m[rank::world]) for t, m in zip(b, mine, strict=True))
@@ -233,7 +237,7 @@ def test_each_process_decodes_its_part(folder, monkeypatch, world):
 
 def test_a_worker_that_dies_is_said_and_replaced(folder, tmp_path):
     train, test = batches(folder, workers=2, batch_size=4), batches(folder, train=False)
-    trainer = Trainer(Distiller(Net()), train, test, Recipe(epochs=1), tmp_path)
+    trainer = Trainer(Distiller(Net()), train, test, TrainConfig(epochs=1), tmp_path)
     step = trainer.train_step
 
     def deadly(*args):
@@ -434,7 +438,7 @@ def test_the_papers_protocol():
 class Net(nn.Sequential):
     "Without batch normalisation, which sees its own device's images only."
 
-    layers = Layers(("0", "2"), ("0", "2"), "4:input", "4")
+    layers = FeaturePaths(("0", "2"), ("0", "2"), "4:input", "4")
 
     def __init__(self, seed=1):
         torch.manual_seed(seed)
@@ -445,7 +449,7 @@ def trained(folder, run_folder, workers):
     student, teacher, how = Net().double(), Net(2).double(), dict(workers=workers, dtype=torch.float64)
     train, test = batches(folder, **how), batches(folder, train=False, batch_size=5, **how)
     history = Trainer(
-        Distiller(student, create_method("kd+fcka"), teacher), train, test, Recipe(epochs=2, lr=0.05), run_folder
+        Distiller(student, create_method("kd+fcka"), teacher), train, test, TrainConfig(epochs=2, lr=0.05), run_folder
     ).fit(progress=False)
     return history, torch.cat([p.detach().flatten() for p in student.parameters()])
 
@@ -491,6 +495,6 @@ def test_two_processes_train_as_one(folder, tmp_path):
 
 
 if __name__ == "__main__":
-    join("cpu")
+    init_distributed("cpu")
     history, weights = trained(Path(sys.argv[1]), Path(sys.argv[2]) / "two", 1)
-    torch.save({"history": history, "weights": weights}, Path(sys.argv[2]) / f"{processes()[0]}.pt")
+    torch.save({"history": history, "weights": weights}, Path(sys.argv[2]) / f"{rank()}.pt")

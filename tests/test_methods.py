@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import rcka.baselines_dense  # noqa: F401  registers the methods
-import rcka.baselines_features  # noqa: F401
-from rcka.data import Batch
-from rcka.losses import Layers, Method, Outputs, create_method, list_methods
-from rcka.trainer import Distiller
+from rcka.core import Batch, FeaturePaths, Outputs
+from rcka.methods.base import Method, create_method, list_methods
+from rcka.train.classification import Distiller
 
 CLASSES, SAMPLES, N = 5, 20, 6
 SMALL = {
@@ -38,7 +36,7 @@ def features_of(name, stages, width, generator):
     for i in range(stages):
         shapes[f"stage{i}"] = shapes[f"pre{i}"] = (width, 4, 4)
     names = tuple(f"stage{i}" for i in range(stages))
-    wanted = create(name).wants(Layers(names, tuple(f"pre{i}" for i in range(stages)), "pooled", "fc"))
+    wanted = create(name).wants(FeaturePaths(names, tuple(f"pre{i}" for i in range(stages)), "pooled", "fc"))
     return tuple(torch.randn(N, *shapes[path], generator=generator) for path in wanted)
 
 
@@ -73,7 +71,7 @@ def test_sums_in_both_orders_by_paths_of_ones_own(first, stages):
 
 def test_dense_methods_share_out_features_too():
     names = tuple(map(str, range(5)))
-    layers = Layers(names, names, "pooled", "head")
+    layers = FeaturePaths(names, names, "pooled", "head")
     for pair in itertools.permutations(list_methods(), 2):
         wanted = [len(create(name).wants(layers)) for name in pair]
         assert create("+".join(pair)).shares(sum(wanted)) == wanted, pair
@@ -144,7 +142,7 @@ def test_a_distiller_shares_out_paths(name, paths):
 @pytest.mark.parametrize("name", ["fcka", "rcka", "rcka_released", "sp", "at", "pcka"])
 @pytest.mark.parametrize("stages", [(4,), (-1, -5)])
 def test_a_stage_that_is_not_there_is_named(name, stages):
-    layers = Layers(("stem", "layer1", "layer2", "layer3"))
+    layers = FeaturePaths(("stem", "layer1", "layer2", "layer3"))
     with pytest.raises(ValueError) as error:
         create_method(name, {"stages": stages}).wants(layers)
     for part in (name, f"stages={stages}", "has 4 stages", "stem, layer1, layer2, layer3"):

@@ -12,11 +12,14 @@ import torch
 from torchvision.models import VisionTransformer
 
 import rcka
-from rcka.data import Dataset, load_dataset
-from rcka.losses import DenseMethod, create_method, list_methods
-from rcka.models import create_model
-from rcka.taps import layers_of
-from rcka.trainer import Distiller, Recipe, Trainer, fit_together
+from rcka.data.datasets import load_dataset
+from rcka.data.memory import Dataset
+from rcka.features import feature_paths
+from rcka.methods.base import DenseMethod, create_method, list_methods
+from rcka.models.registry import create_model
+from rcka.train.classification import Distiller
+from rcka.train.config import TrainConfig
+from rcka.train.learner import Trainer, fit_many
 
 REPO = Path(__file__).parent.parent
 METHODS = [
@@ -201,7 +204,7 @@ def test_tokens_where_a_map_is_needed(name, images, teacher):
 
 def test_the_stages_of_a_vit_are_known(images, teacher):
     "So a method that asks for the last stage, or the pooled vector, needs no paths."
-    assert layers_of(vit(images)).stages[-1] == TOKENS
+    assert feature_paths(vit(images)).stages[-1] == TOKENS
     for name in ("rcka", "rkd"):
         given, found = (
             by_paths(name, images, teacher, FEATURES[name]),
@@ -237,7 +240,7 @@ def test_a_run_is_finite(name, teacher, tmp_path):
     images = load_dataset("digits", limit=80, test_limit=50)
     student = network("resnet8", images, 2)
     distiller = Distiller(student, create_method(name, SHORT.get(name)), copy.deepcopy(teacher).float())
-    recipe = Recipe(epochs=2, lr=0.01)
+    recipe = TrainConfig(epochs=2, lr=0.01)
     rows = Trainer(distiller, images.batches(40), images.batches(train=False), recipe, tmp_path).fit(progress=False)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert all(t.isfinite().all() for m in (student, distiller.method) for t in m.state_dict().values())
@@ -249,12 +252,12 @@ def test_a_teacher_that_knows_more_helps_where_labels_are_few(tmp_path):
     every, few = load_dataset("digits"), load_dataset("digits", limit=200)
     test = every.batches(train=False)
     teacher = network("resnet14", every, 0)
-    recipe = Recipe(epochs=10, schedule="onecycle")
+    recipe = TrainConfig(epochs=10, schedule="onecycle")
     rows = Trainer(Distiller(teacher), every.batches(64), test, recipe, tmp_path / "teacher").fit(progress=False)
     assert rows[-1]["top1"] > 90
     methods, top1 = ("none", "kd", "rcka"), []
     for seed in (1, 2, 3):
-        train, recipe = few.batches(32, seed=seed), Recipe(epochs=30, schedule="onecycle")
+        train, recipe = few.batches(32, seed=seed), TrainConfig(epochs=30, schedule="onecycle")
         students = [
             Trainer(
                 Distiller(network("resnet8", few, seed), create_method(name), teacher),
@@ -265,7 +268,7 @@ def test_a_teacher_that_knows_more_helps_where_labels_are_few(tmp_path):
             )
             for name in methods
         ]
-        top1.append([rows[-1]["top1"] for rows in fit_together(students, progress=False)])
+        top1.append([rows[-1]["top1"] for rows in fit_many(students, progress=False)])
     alone, kd, rcka_ = map(mean, zip(*top1))
     assert min(map(min, top1)) > 60 and kd > alone and rcka_ > alone, top1
 

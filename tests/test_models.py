@@ -15,19 +15,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rcka.data import data_root, load_dataset
-from rcka.losses import fcka
-from rcka.models import (
+from rcka.data.datasets import load_dataset
+from rcka.features import Taps, feature_paths, find_module
+from rcka.files import data_root
+from rcka.methods.cka import fcka
+from rcka.models import registry
+from rcka.models.registry import (
     create_model,
     export_weights,
     list_models,
     list_weights,
     load_checkpoint,
     load_weights,
-    registry,
     save_weights,
 )
-from rcka.taps import Taps, find_module, layers_of
 
 PUBLISHED = {  # the field's networks: parameters with 100 classes
     "resnet8": 83892,
@@ -68,7 +69,7 @@ def test_every_network_is_there():
 def test_a_step_of_training(name):
     torch.manual_seed(0)
     model = create_model(name, num_classes=7, in_channels=1)
-    layers = layers_of(model)
+    layers = feature_paths(model)
     size = (36, 40) if name == "mobilenet_v1" else (20, 24)
     logits, features = Taps(model, [*layers.stages, *layers.preacts, layers.pooled])(torch.randn(4, 1, *size))
     n = len(layers.stages)
@@ -142,7 +143,7 @@ TORCHVISION = {
 def test_layers_of_torchvision(name):
     torch.manual_seed(0)
     model = create_model(f"torchvision/{name}", 10, in_channels=1).eval()
-    layers = layers_of(model)
+    layers = feature_paths(model)
     assert len(layers.stages) == TORCHVISION[name] and len(layers.preacts) in (0, len(layers.stages))
     paths = [*layers.stages, *layers.preacts, layers.pooled]
     with torch.no_grad():
@@ -169,7 +170,7 @@ def test_layers_of_torchvision(name):
 def test_layers_of_timm(name):
     pytest.importorskip("timm")
     model = create_model(f"timm/{name}", 10).eval()
-    layers = layers_of(model)
+    layers = feature_paths(model)
     with torch.no_grad():
         logits, features = Taps(model, [*layers.stages, layers.pooled])(torch.randn(2, 3, 224, 224))
     assert len(layers.stages) == 5
@@ -194,7 +195,7 @@ def test_a_transformer_beside_a_residual_network():
     vit, resnet = create_model("torchvision/vit_b_16", 10), create_model("torchvision/resnet18", 10)
     x = torch.randn(4, 3, 224, 224)
     with torch.no_grad():
-        a, b = (Taps(m, layers_of(m).stages[-1:])(x).features[0] for m in (vit, resnet))
+        a, b = (Taps(m, feature_paths(m).stages[-1:])(x).features[0] for m in (vit, resnet))
     assert a.shape == (4, 197, 768) and b.shape == (4, 512, 7, 7) and 0 < fcka(a, b) <= 1
 
 
@@ -432,7 +433,7 @@ def test_safetensors_is_optional(monkeypatch, tmp_path):
 def run_of_digits(tmp_path_factory):
     "The folder of a short run on digits, and its data."
     pytest.importorskip("accelerate")
-    from rcka.experiments import Experiment, run
+    from rcka.experiments.experiment import Experiment, run
 
     folder = tmp_path_factory.mktemp("runs") / "digits"
     experiment = Experiment("digits", "resnet8", epochs=2, batch_size=32, lr=0.1, train_limit=200, test_limit=100)

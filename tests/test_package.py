@@ -107,7 +107,7 @@ print({"kd", "fitnet", "dense_kd", "rcka"} <= set(list_methods()), type(create_m
 
 def test_models_are_counted():
     "The table behind `rcka models` has the networks there are, in their order, with their parameters."
-    from rcka.models import create_model, list_models
+    from rcka.models.registry import create_model, list_models
 
     with open(root / "rcka" / "models" / "parameters.csv", newline="") as f:
         table = {row["name"]: int(row["parameters"]) for row in csv.DictReader(f)}
@@ -180,11 +180,11 @@ def _install(extra):
 
 def _missing_in_use():
     import rcka
-    from rcka.data import load_dataset
-    from rcka.experiments import plot_run, summary
-    from rcka.report import _colors
-    from rcka.segmentation import confusion
-    from rcka.sweep import slurm
+    from rcka.data.datasets import load_dataset
+    from rcka.experiments.report import _colors
+    from rcka.experiments.result import plot_run, summary
+    from rcka.experiments.sweep import slurm
+    from rcka.train.segmentation import confusion
 
     return {
         "pandas": ("train", lambda: summary([])),

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-import rcka.baselines_features
-from rcka.data import Batch, Batches
-from rcka.losses import DenseMethod, Outputs, create_method, list_methods
-from rcka.models import create_model, list_models
-from rcka.trainer import Distiller, evaluate
+from rcka.core import Batch, Outputs
+from rcka.data.memory import Batches
+from rcka.methods.base import DenseMethod, create_method, list_methods
+from rcka.models.registry import create_model, list_models
+from rcka.train.classification import Distiller, evaluate
 
 DENSE = [n for n in list_methods() if isinstance(create_method(n), DenseMethod)]
 LOGITS = [n for n in list_methods() if n.startswith("dense_")]  # of detectors and segmentation networks

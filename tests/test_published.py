@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from rcka.experiments import TABLES, published
+from rcka.experiments.result import TABLES, published
 
 TABLE = {"cifar100": 1, "imagenet": 2, "coco": 3, "cityscapes": 11}
 SCORE = {"cifar100": "top1", "imagenet": "top1", "coco": "AP", "cityscapes": "miou", "best": "top1"}

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rcka.baselines import correlation, kd_loss
-from rcka.baselines_features_recent import (
+from rcka.core import FeaturePaths, Outputs
+from rcka.methods.base import create_method, list_methods
+from rcka.methods.candidates import angle, kernel_cka, label_alignment, place_procrustes
+from rcka.methods.cka import fcka
+from rcka.methods.features_recent import (
     cat_loss,
     itrd_correlation,
     itrd_mutual,
@@ -18,7 +21,8 @@ from rcka.baselines_features_recent import (
     srd_loss,
     wkd_feature_loss,
 )
-from rcka.baselines_logits_recent import (
+from rcka.methods.logits import correlation, kd_loss
+from rcka.methods.logits_recent import (
     class_costs,
     mlkd_losses,
     normkd_loss,
@@ -30,9 +34,7 @@ from rcka.baselines_logits_recent import (
     ttm_loss,
     wkd_logit_losses,
 )
-from rcka.candidates import angle, kernel_cka, label_alignment, place_procrustes
-from rcka.losses import Layers, Outputs, create_method, fcka, list_methods
-from rcka.similarity import cka
+from rcka.similarity.measures import cka
 
 LOGITS = ["lskd", "standardized", "ttm", "wttm", "normkd", "rld", "mlkd", "skd", "wkd_l"]
 CANDIDATES = ["cka_angle", "procrustes", "label_cka", "kernel_cka"]  # ours
@@ -42,7 +44,7 @@ BUILT = ["wkd_l", "wkd_f", "itrd", "srd", "ofa"]  # need `build` before use
 CLASSES = 6
 STUDENT = ([(4, 8, 8), (4, 8, 8), (6, 4, 4), (8, 2, 2)], 8)  # stem and stages, pooled width
 TEACHER = ([(8, 8, 8), (8, 8, 8), (12, 4, 4), (16, 2, 2)], 16)
-NAMED = Layers(tuple(f"stage{i}" for i in range(4)), tuple(f"pre{i}" for i in range(4)), "pooled", "fc")
+NAMED = FeaturePaths(tuple(f"stage{i}" for i in range(4)), tuple(f"pre{i}" for i in range(4)), "pooled", "fc")
 
 
 def outputs(method, family, n=8, dtype=torch.float64, grad=False, fill=None):
@@ -524,7 +526,7 @@ def test_weights_by_stage():
     with pytest.raises(ValueError, match="3 stages, got 2"):
         method.terms(s._replace(features=s.features[:2]), t._replace(features=t.features[:2]))
     with pytest.raises(ValueError, match="network has 2"):
-        method.wants(Layers(("a", "b")))
+        method.wants(FeaturePaths(("a", "b")))
 
 
 def test_the_angle_at_its_ends():
@@ -582,13 +584,13 @@ def test_fcka_takes_several_stages():
 
 def test_all_are_registered_and_none_is_untested():
     assert set(NAMES) <= set(list_methods())
-    import rcka.baselines_features_recent as features
-    import rcka.baselines_logits_recent as logits
-    import rcka.candidates as candidates
-    from rcka.losses import _METHODS
+    import rcka.methods.candidates as candidates
+    import rcka.methods.features_recent as features
+    import rcka.methods.logits_recent as logits
+    from rcka.methods.base import METHODS
 
     modules = {m.__name__ for m in (features, logits, candidates)}
-    ours = {name for name, cls in _METHODS.items() if cls.__module__ in modules}
+    ours = {name for name, cls in METHODS.items() if cls.__module__ in modules}
     assert ours == set(NAMES)
 
 
@@ -737,15 +739,15 @@ def test_adds_up_with_fcka(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_step_on_a_small_network(name):
     "A step of the student on images lowers the loss on them; the teacher stays as it is."
-    from rcka.models import create_model
-    from rcka.taps import Taps, layers_of
+    from rcka.features import Taps, feature_paths
+    from rcka.models.registry import create_model
 
     torch.manual_seed(0)
     student, teacher = create_model("resnet8", CLASSES), create_model("resnet14", CLASSES).eval().requires_grad_(False)
     images, target = torch.randn(12, 3, 32, 32), torch.arange(12) % CLASSES
     method = create_method(name, {"warmup": 1} if name == "rld" else None)
-    ours, theirs = (Taps(net, method.wants(layers_of(net))) for net in (student, teacher))
-    head = teacher.get_submodule(layers_of(teacher).head)
+    ours, theirs = (Taps(net, method.wants(feature_paths(net))) for net in (student, teacher))
+    head = teacher.get_submodule(feature_paths(teacher).head)
     before = copy.deepcopy(teacher.state_dict())
     method.build(ours(images), theirs(images), head=head, targets=target)
     opt = torch.optim.SGD([*student.parameters(), *method.parameters()], lr=1e-3)

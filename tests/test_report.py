@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rcka.experiments import Experiment, Result, published
-from rcka.report import (
+from rcka.experiments.experiment import Experiment
+from rcka.experiments.report import (
     HEADER,
     PublishedCell,
     as_rows,
@@ -24,6 +24,7 @@ from rcka.report import (
     tables,
     whose_weights,
 )
+from rcka.experiments.result import Result, published
 
 
 def made_up(method, seed=0, teacher="resnet110", student="resnet20", top1=72.0, **changes):
@@ -82,7 +83,7 @@ def test_whose_weights(method, args, said):
 
 
 def test_a_method_of_ones_own_is_not_called_published():
-    from rcka.losses import _METHODS, Method, register
+    from rcka.methods.base import METHODS, Method, register
 
     @register("test_own")
     class Own(Method):
@@ -92,7 +93,7 @@ def test_a_method_of_ones_own_is_not_called_published():
     try:
         assert whose_weights(Experiment("cifar100", "resnet20", "resnet110", "test_own")) == "own method"
     finally:
-        del _METHODS["test_own"]
+        del METHODS["test_own"]
 
 
 def test_given_arguments_are_in_brackets_and_have_no_published_number():

@@ -14,26 +14,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rcka.experiments import run
-from rcka.losses import Layers, create_method
-from rcka.segmentation import (
-    IGNORED,
-    SceneBatch,
-    SegmentationDistiller,
-    SegmentationExperiment,
-    confusion,
-    create_segmenter,
-    evaluate_segmentation,
-    iou,
-    label_table,
-    load_scenes,
-    pixel_ce,
-    read_scene,
-    scenes_from_boxes,
-    segmenter_layers,
-    window,
-)
-from rcka.trainer import Recipe, Trainer, average_gradients, checkpoints, part, processes
+from rcka.core import FeaturePaths
+from rcka.data.scenes import IGNORED, SceneBatch, label_table, load_scenes, read_scene, scenes_from_boxes, window
+from rcka.distributed import average_gradients, rank, shard
+from rcka.experiments.experiment import run
+from rcka.experiments.segmentation import SegmentationExperiment
+from rcka.methods.base import create_method
+from rcka.models.segmenters import create_segmenter, segmenter_paths
+from rcka.train.checkpoint import checkpoints
+from rcka.train.config import TrainConfig
+from rcka.train.learner import Trainer
+from rcka.train.segmentation import SegmentationDistiller, confusion, evaluate_segmentation, iou, pixel_ce
 
 SIZE, COLOURS = (24, 40), {7: (90, 90, 90), 23: (120, 160, 190), 26: (150, 40, 40)}
 
@@ -83,7 +74,7 @@ class Tiny(nn.Module):
         )
         self.body = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU())
         self.score = nn.Conv2d(width, classes, 1)
-        self.layers = Layers(("stem", "body"), head="score")
+        self.layers = FeaturePaths(("stem", "body"), head="score")
 
     def forward(self, x):
         return {"out": nn.functional.interpolate(self.score(self.body(self.stem(x))), x.shape[-2:], mode="bilinear")}
@@ -298,7 +289,7 @@ def test_evaluation_batches_are_whole_images_in_order(scenes):
 )
 def test_networks(architecture, backbone):
     model = create_segmenter(architecture, backbone, 7)
-    layers, x = segmenter_layers(model), torch.randn(2, 3, 32, 48)
+    layers, x = segmenter_paths(model), torch.randn(2, 3, 32, 48)
     distiller = SegmentationDistiller(model, create_method("fcka"), create_segmenter("pspnet", "resnet18", 7))
     assert distiller.student_taps.paths == (layers.stages[-1], "classifier")
     out = model(x)["out"]
@@ -317,9 +308,7 @@ def test_torchvisions_networks_are_known():
             create_segmenter(architecture, "resnet50", 7).eval(),
         )
         ours.load_state_dict(theirs.state_dict())
-        assert (
-            segmenter_layers(theirs).head == "classifier" and segmenter_layers(theirs).stages[-1] == "backbone.layer4"
-        )
+        assert segmenter_paths(theirs).head == "classifier" and segmenter_paths(theirs).stages[-1] == "backbone.layer4"
         with torch.no_grad():
             assert torch.equal(ours(x := torch.randn(1, 3, 33, 40))["out"], theirs(x)["out"])
 
@@ -332,7 +321,7 @@ def test_unknown_networks():
     with pytest.raises(ValueError, match="num_classes"):
         create_segmenter("fcn", "resnet18", 1)
     with pytest.raises(ValueError, match="head is the module that gives the logits"):
-        segmenter_layers(nn.Conv2d(3, 3, 1))
+        segmenter_paths(nn.Conv2d(3, 3, 1))
 
 
 # the loss
@@ -492,7 +481,7 @@ def trainer(scenes, folder, seed=1):
         task,
         scenes.batches(4, crop=(16, 24)),
         scenes.batches(2, train=False),
-        Recipe(epochs=3, lr=0.05, schedule="poly"),
+        TrainConfig(epochs=3, lr=0.05, schedule="poly"),
         folder,
         checkpoint_seconds=0,
     )
@@ -608,12 +597,12 @@ def gradient_and_score(path):
     batch = batch_of()
     batch = batch._replace(targets=batch.targets.clamp_max(4))  # as many pixels count in each part
     task = SegmentationDistiller(Tiny(5, seed=1).eval(), create_method("rcka"), Tiny(5, seed=2))
-    sum(task(part(batch)).terms.values()).backward()
+    sum(task(shard(batch)).terms.values()).backward()
     average_gradients(list(task.student.parameters()))
     scores = evaluate_segmentation(
         task.student, type("Test", (), {"num_classes": 5, "epoch": lambda self, e: iter([batch])})()
     )
-    if processes()[0] == 0:
+    if rank() == 0:
         torch.save((torch.cat([p.grad.flatten() for p in task.student.parameters()]), scores), path)
 
 
@@ -630,7 +619,7 @@ def test_each_process_decodes_its_part(scenes, monkeypatch, world, memory):
         for b, mine in zip(whole[:2], make(True).epoch(1), strict=True):
             each = len(b.targets) // world
             assert len(mine.targets) == len(b.targets) and len(mine.images.rows) == each
-            assert equal(part(mine), [t[rank * each : (rank + 1) * each] for t in b])
+            assert equal(shard(mine), [t[rank * each : (rank + 1) * each] for t in b])
         for b, mine in zip(tested, make(False).epoch(0), strict=True):
             assert equal([m[rank::world] for m in mine], [t[rank::world] for t in b])
     monkeypatch.setattr("rcka.segmentation.processes", lambda: (0, 5))
@@ -643,7 +632,7 @@ def test_two_processes_are_one(tmp_path):
     gradient_and_score(tmp_path / "one.pt")
     script = tmp_path / "two.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom rcka.trainer import join; join('cpu')\nfrom test_segmentation import gradient_and_score; gradient_and_score({str(tmp_path / 'two.pt')!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom rcka.trainer import join; init_distributed('cpu')\nfrom test_segmentation import gradient_and_score; gradient_and_score({str(tmp_path / 'two.pt')!r})\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcka.similarity import Gaussian, cka, hsic
-from rcka.streaming import MinibatchCKA, StreamingCKA, chance_cka, effective_width
+from rcka.similarity.measures import Gaussian, cka, hsic
+from rcka.similarity.streaming import MinibatchCKA, StreamingCKA, chance_cka, effective_width
 
 settings.register_profile("rcka", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("rcka")
@@ -187,10 +187,10 @@ def worker(rank, port, path):
         acc = make_acc()
         for i in mine:
             acc.update([x[i] for x in a], [y[i] for y in b])
-        gathered = [None, None]
-        dist.all_gather_object(gathered, acc)
+        all_gather = [None, None]
+        dist.all_gather_object(all_gather, acc)
         if rank == 0:
-            torch.save(sum(gathered, start=make_acc()).compute(), f"{path}/{make_acc.__name__}.pt")
+            torch.save(sum(all_gather, start=make_acc()).compute(), f"{path}/{make_acc.__name__}.pt")
     dist.destroy_process_group()
 
 

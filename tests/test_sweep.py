@@ -13,21 +13,21 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from rcka.experiments import Experiment, run
-from rcka.sweep import (
+from rcka.experiments.experiment import Experiment, run
+from rcka.experiments.sweep import (
     DiskFull,
     Processes,
     _context,
     execute,
     fingerprint,
     grid,
-    misfits,
     state,
     sweep,
+    validate,
     with_teachers,
     work,
 )
-from rcka.trainer import last_checkpoint
+from rcka.train.checkpoint import last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sweep_stub import write_stub
@@ -355,7 +355,7 @@ def test_two_notebooks_side_by_side(tmp_path, pool):
 
 def test_misfits():
     small = dict(seeds=[0], train_limit=100, test_limit=100)
-    problems = misfits(
+    problems = validate(
         [
             *grid("digits", "wrn_16_2:vgg8,resnet14:resnet8", "kd,at", **small),
             *grid("imagefolder:nowhere", "resnet14:resnet8", "kd", [0]),

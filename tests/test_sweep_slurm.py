@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rcka.experiments import Experiment
-from rcka.sweep import grid, slurm, sweep
+from rcka.experiments.experiment import Experiment
+from rcka.experiments.sweep import grid, slurm, sweep
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sweep_stub import write_stub

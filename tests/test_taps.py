@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rcka.taps import Taps, as_logits, find_module, layers_of
+from rcka.features import Taps, as_logits, feature_paths, find_module
 
 KINDS = {
     "conv": lambda inplace: nn.Conv2d(4, 4, 3, padding=1),
@@ -250,4 +250,4 @@ def test_paths_that_are_not_there():
     ):
         find_module(model, "layer3")
     with pytest.raises(ValueError, match="do not know the stages of a Sequential"):
-        layers_of(model)
+        feature_paths(model)

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import rcka.trainer as T
-from rcka.data import load_dataset
-from rcka.experiments import Experiment
-from rcka.losses import create_method
-from rcka.models import create_model
-from rcka.trainer import Distiller, Recipe, Trainer, checkpoints, fit_together, last_checkpoint
+import rcka.train.learner as T
+from rcka.data.datasets import load_dataset
+from rcka.experiments.experiment import Experiment
+from rcka.methods.base import create_method
+from rcka.models.registry import create_model
+from rcka.train.checkpoint import checkpoints, last_checkpoint
+from rcka.train.classification import Distiller
+from rcka.train.config import TrainConfig
+from rcka.train.learner import Trainer, fit_many
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -48,7 +51,7 @@ def trainer(
         Distiller(network(seed).to(device), create_method(method), teacher),
         train,
         test,
-        Recipe(epochs=epochs, schedule="onecycle", **(recipe or {})),
+        TrainConfig(epochs=epochs, schedule="onecycle", **(recipe or {})),
         folder,
         **kwargs,
     )
@@ -214,7 +217,7 @@ def test_compile_keeps_the_loss_curve(data, tmp_path, device):
 
 
 def test_company_gets_the_same_bits(data, tmp_path):
-    "Three students with methods that draw random numbers and keep memory, together and alone; killed and resumed at different steps."
+    "Three students with methods that draw random numbers and keep memory, barrier and alone; killed and resumed at different steps."
     train, test, teacher = data.batches(32), data.batches(train=False), network(0)
     methods = ["crd+rcka", "kd", "at+fcka"]
     make = lambda where, i: trainer(
@@ -240,11 +243,11 @@ def test_company_gets_the_same_bits(data, tmp_path):
 
     broken[1].train_step = stop
     with pytest.raises(KeyboardInterrupt):
-        fit_together(broken, progress=False)
+        fit_many(broken, progress=False)
     for old in checkpoints(broken[2].folder):
         old.unlink()  # the third begins again, the others wait for it
     again = [make("together", i) for i in range(3)]
-    assert fit_together(again, progress=False) == expected
+    assert fit_many(again, progress=False) == expected
     for a, b in zip(alone, again):
         assert same(a.task.student, b.task.student)
 

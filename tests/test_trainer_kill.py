@@ -1,7 +1,7 @@
 """rcka.trainer: runs killed with SIGKILL at any moment, any number of times, end with the bits of an unbroken run.
 
 Real processes, forked from a server that has imported everything, so that a kill costs no start-up. The method is CRD and RCKA
-together: connectors, a memory bank on both sides, random negatives, and the Gram terms."""
+barrier: connectors, a memory bank on both sides, random negatives, and the Gram terms."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ processes.set_forkserver_preload(
 def job(root, device="cpu", method="crd+rcka", checkpoint_seconds=0.0, sabotage=None):
     "Teacher and student, in this process."
     torch.set_num_threads(1)
-    from rcka.experiments import Experiment, run
+    from rcka.experiments.experiment import Experiment, run
 
     if sabotage:
         SABOTAGE[sabotage]()
@@ -63,7 +63,7 @@ def start(*args, **kwargs):
 
 def what_is_left(root):
     "Every byte that counts: weights, metrics, results without dates and timings, the tensors of the last checkpoint."
-    from rcka.trainer import last_checkpoint
+    from rcka.train.checkpoint import last_checkpoint
 
     left = {}
     for folder in sorted(Path(root).iterdir()):
@@ -165,7 +165,7 @@ def die_at(module, name, call, after=False):
 
 def half_written():
     "The 20th file gets half of its bytes."
-    import rcka.trainer as T
+    import rcka.train.learner as T
 
     calls, real = [], os.fdopen
 
@@ -189,7 +189,7 @@ def half_written():
 
 
 def _targets():
-    import rcka.trainer as T
+    import rcka.train.learner as T
 
     return {
         "before fsync": die_at(T.os, "fsync", 25),

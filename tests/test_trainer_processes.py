@@ -11,9 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from rcka.data import Batches
-from rcka.losses import Layers, create_method
-from rcka.trainer import Distiller, Recipe, Trainer, average_gradients, join, part, processes
+from rcka.core import FeaturePaths
+from rcka.data.memory import Batches
+from rcka.distributed import average_gradients, init_distributed, shard
+from rcka.methods.base import create_method
+from rcka.train.classification import Distiller
+from rcka.train.config import TrainConfig
+from rcka.train.learner import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +49,7 @@ def launch(*args, n=2, wait=True):
 class Net(nn.Sequential):
     "Without batch normalisation, which sees its own device's images only."
 
-    layers = Layers(("0", "2", "4"), ("0", "2", "4"), "6", "7")
+    layers = FeaturePaths(("0", "2", "4"), ("0", "2", "4"), "6", "7")
 
     def __init__(self, width, seed):
         torch.manual_seed(seed)
@@ -85,7 +89,7 @@ def gradients(method, relations):
     distiller.method.double()
     parameters = [*distiller.student.parameters(), *distiller.method.parameters()]
     torch.manual_seed(6)
-    terms, _ = distiller(part(batch), None, relations)
+    terms, _ = distiller(shard(batch), None, relations)
     sum(terms.values()).backward()
     average_gradients(parameters)
     return torch.cat([p.grad.flatten() for p in parameters]), {k: v.item() for k, v in terms.items()}
@@ -99,7 +103,7 @@ def whole_run(folder, method, relations=None):
         Distiller(student, create_method(method), Net(6, 2)),
         train,
         test,
-        Recipe(epochs=3, lr=0.01, relations=relations),
+        TrainConfig(epochs=3, lr=0.01, relations=relations),
         folder,
         checkpoint_seconds=0,
     )
@@ -109,7 +113,7 @@ def whole_run(folder, method, relations=None):
 
 
 def in_processes(folder):
-    join("cpu")
+    init_distributed("cpu")
     rank, world = processes()
     assert world == 2
     found = {

@@ -1,0 +1,6 @@
+"Data sets, in memory and from files, as batches. Written by hand; the modules are exported from nbs/method."
+
+from .datasets import list_datasets, load_dataset
+from .memory import Batches, Dataset
+
+__all__ = ["Batches", "Dataset", "list_datasets", "load_dataset"]

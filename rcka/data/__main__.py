@@ -1,0 +1,7 @@
+"`python -m rcka.data`: list the data sets, or fetch and check one."
+
+import sys
+
+from .datasets import main
+
+sys.exit(main())

@@ -1,0 +1,7 @@
+"Distillation methods under one interface, by name. Written by hand; the modules are exported from nbs/method."
+
+from . import candidates, dense, features, features_recent, logits, logits_recent, relations  # noqa: F401  importing a module registers its methods
+from .base import Method, Sum, create_method, list_methods, register
+from .cka import FCKA, LCKA, PCKA, RCKA, fcka, lcka, pcka
+
+__all__ = ["FCKA", "LCKA", "PCKA", "RCKA", "Method", "Sum", "create_method", "fcka", "lcka", "list_methods", "pcka", "register"]
