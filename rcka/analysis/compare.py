@@ -37,7 +37,7 @@ __all__ = ['BLOCK', 'COMPARISON_FORMAT', 'relations', 'choose_layers', 'LayerRel
            'to_device', 'evaluating', 'compare', 'save_comparison', 'load_comparison']
 
 # %% ../../nbs/method/09_compare.ipynb #2f01d209
-BLOCK = 1 << 18  # how many feature values of one layer are looked at barrier
+BLOCK = 1 << 18  # how many feature values of one layer are processed at once
 
 
 def _blocks(
@@ -82,7 +82,7 @@ def _product(x: Tensor, shift: bool, size: Tensor | None, scratch: Tensor) -> tu
 def relations(
     x: Tensor,  # (n, ...): features of n samples
     kernel="linear",  # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
-    block: int = BLOCK,  # feature values looked at barrier; a kernel of your own gets the features whole
+    block: int = BLOCK,  # feature values processed at once; a kernel of your own gets the features whole
 ) -> Tensor:  # (n, n) in float64
     "The Gram matrix up to what centring removes, summed over blocks of columns: memory for `block` values, whatever the width."
     kernel = as_kernel(kernel)
@@ -200,7 +200,7 @@ class LayerRelations(Taps):
 def memory_needed(
     n: int,  # images in a batch
     grams: int,  # layers on both sides, times kernels
-    block: int = BLOCK,  # feature values looked at barrier
+    block: int = BLOCK,  # feature values processed at once
 ) -> int:  # bytes
     "What `compare` holds beyond the networks' own forward pass."
     return 32 * grams * n**2 + 8 * block
@@ -286,7 +286,7 @@ def _usable(model, wanted, images) -> tuple[list[str], list[str]]:
 
 # %% ../../nbs/method/09_compare.ipynb #eb75073a
 class _FromRelations(MinibatchCKA):
-    "Is given Gram matrices (n, n) instead of features, and centres those of all layers barrier."
+    "Is given Gram matrices (n, n) instead of features, and centres those of all layers at once."
 
     def _stack(self, layers, dtype):
         k = torch.stack(layers)
