@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
 
-from rcka import data as D
-from rcka.data.datasets import list_datasets, load_dataset
-from rcka.data.memory import Batches, Dataset, balanced_slice, crop_flip
+from rcka.core import seed_of
+from rcka.data.datasets import KNOWN, list_datasets, load_dataset, main
+from rcka.data.memory import Batches, Dataset, balanced_slice, channel_stats, crop_flip, draw_epoch, validation_split
 from rcka.files import data_root
 
 REPO = Path(__file__).resolve().parents[1]
@@ -105,7 +105,7 @@ def test_whole_batch_is_that_of_torchvisions_pil_transforms():
     "Pad, crop and flip a PIL image, ToTensor, Normalize: equal to the bit, at the offsets that were drawn."
     images, targets = random_set(20, c=3, h=8, w=8)
     mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-    draws = D._draw(20, 4, True, 3, 5)
+    draws = draw_epoch(20, 4, True, 3, 5)
     got = next(Batches(images, targets, 20, mean, std, seed=3).epoch(5))
     assert torch.equal(got.index, draws.order)
     finish = T.Compose([T.ToTensor(), T.Normalize(mean, std)])
@@ -117,13 +117,13 @@ def test_whole_batch_is_that_of_torchvisions_pil_transforms():
 
 def test_chance_is_fair():
     "Every offset and both sides about equally often; not the same in every epoch."
-    d = D._draw(20_000, 2, True, 0, 0)
+    d = draw_epoch(20_000, 2, True, 0, 0)
     for row in d.offsets:
         assert (row.bincount(minlength=5) / 20_000 - 0.2).abs().max() < 0.02
     assert abs(d.flips.double().mean() - 0.5) < 0.02
     assert abs(torch.corrcoef(torch.stack([d.offsets[0], d.offsets[1], d.flips]).double()).triu(1)).max() < 0.03
-    assert not D._draw(100, 2, False, 0, 0).flips.any()
-    assert not torch.equal(d.offsets, D._draw(20_000, 2, True, 0, 1).offsets)
+    assert not draw_epoch(100, 2, False, 0, 0).flips.any()
+    assert not torch.equal(d.offsets, draw_epoch(20_000, 2, True, 0, 1).offsets)
 
 
 def test_dtype_and_memory_format():
@@ -313,7 +313,7 @@ def test_cache_is_used_and_made_anew_when_the_folder_changes(tmp_path, monkeypat
     first = load_dataset("imagefolder:f", root=tmp_path)
     assert len(files(tmp_path)) == 1
     with monkeypatch.context() as m:
-        m.setattr(D, "decode_images", lambda *a: pytest.fail("decoded again"))
+        m.setattr("rcka.data.folder.decode_images", lambda *a: pytest.fail("decoded again"))
         again = load_dataset("imagefolder:f", root=tmp_path)
     assert same(
         [first.train_images, first.test_images, first.train_targets],
@@ -344,7 +344,7 @@ def test_a_broken_cache_is_made_again(tmp_path, harm):
     elif harm == "pickle":
         cache.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     else:
-        torch.save({"train": torch.zeros(1)}, cache)
+        torch.save({"images": torch.zeros(1)}, cache)
     with pytest.warns(UserWarning, match="cannot be read"):
         again = load_dataset("imagefolder:f", root=tmp_path)
     assert torch.equal(first.train_images, again.train_images) and not (tmp_path / "sprung").exists()
@@ -373,12 +373,11 @@ def test_a_root_that_cannot_be_written_to_goes_without(tmp_path):
 def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     make_folder(tmp_path / "f")
 
-    def broken(obj, path):
-        Path(path).write_bytes(b"half")
+    def broken(source, target):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(torch, "save", broken)
+        m.setattr(os, "replace", broken)  # the file is written under another name, then renamed
         load_dataset("imagefolder:f", root=tmp_path)
     assert files(tmp_path) == []
 
@@ -571,7 +570,7 @@ def test_fashion_mnist_files_of_a_wrong_size_are_not_there(tmp_path, monkeypatch
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    for f in D.KNOWN["fashion_mnist"].files:
+    for f in KNOWN["fashion_mnist"].files:
         (tmp_path / f).write_bytes(b"half")
     assert not {i.name: i.there for i in list_datasets(tmp_path)}["fashion_mnist"]
     with pytest.raises(FileNotFoundError, match="http://127.0.0.1:9/"):
@@ -584,30 +583,30 @@ def test_fashion_mnist_files_of_a_wrong_size_are_not_there(tmp_path, monkeypatch
 def test_validation_images_are_chosen_by_the_rule_and_nothing_else():
     "The rule that runs rely on, written out once more."
     t = torch.tensor([0, 1, 2] * 15 + [1] * 5)
-    g, want = torch.Generator().manual_seed(D.seed_of("validation", 3)), []
+    g, want = torch.Generator().manual_seed(seed_of("validation", 3)), []
     for c, n in ((0, 3), (1, 4), (2, 3)):  # round(0.2 * 15), round(0.2 * 20)
         members = [i for i, x in enumerate(t.tolist()) if x == c]
         want += [members[i] for i in torch.randperm(len(members), generator=g)[:n].tolist()]
     torch.manual_seed(5)  # nothing else has a say
-    assert D.validation_split(t, 0.2, 3).nonzero()[:, 0].tolist() == sorted(want)
+    assert validation_split(t, 0.2, 3).nonzero()[:, 0].tolist() == sorted(want)
 
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(5, 40), classes=st.integers(1, 6), fraction=st.floats(0.15, 0.85), seed=st.integers(0, 99))
 def test_validation_part_is_balanced_and_disjoint(n, classes, fraction, seed):
     t = torch.arange(n * classes) % classes
-    chosen = D.validation_split(t, fraction, seed)
+    chosen = validation_split(t, fraction, seed)
     assert t[chosen].bincount(minlength=classes).tolist() == [round(fraction * n)] * classes
     # which members of a class are chosen does not depend on the order across classes
     order = torch.argsort(t, stable=True)
-    assert torch.equal(D.validation_split(t[order], fraction, seed), chosen[order])
+    assert torch.equal(validation_split(t[order], fraction, seed), chosen[order])
 
 
 def test_a_dataset_with_a_validation_part():
     whole, d = load_dataset("digits"), load_dataset("digits", val_fraction=0.1)
     assert (whole.evaluated_on, d.evaluated_on) == ("test", "validation")
     assert repr(d) == "Dataset(digits: 806 training and 90 validation images of 1x8x8 in 10 classes)"
-    chosen = D.validation_split(whole.train_targets, 0.1, 0)
+    chosen = validation_split(whole.train_targets, 0.1, 0)
     assert torch.equal(d.test_images, whole.train_images[chosen])
     assert torch.equal(d.test_targets, whole.train_targets[chosen])
     assert torch.equal(d.train_images, whole.train_images[~chosen])
@@ -665,13 +664,13 @@ def test_an_experiment_hands_it_on():
 def small(monkeypatch):
     "CIFAR-10 is complete with 3 training and 2 test images in each class, CIFAR-100 with 2 and 1."
     for name, counts in (("cifar10", (3, 2)), ("cifar100", (2, 1))):
-        monkeypatch.setitem(D.KNOWN, name, D.KNOWN[name]._replace(per_class=counts))
+        monkeypatch.setitem(KNOWN, name, KNOWN[name]._replace(per_class=counts))
 
 
 def make_images(name, size=(32, 32)):
     "PNG bytes of random images by part, class and number."
     rng = np.random.default_rng(1)
-    known, found = D.KNOWN[name], {}
+    known, found = KNOWN[name], {}
     for part, n in zip(("train", "test"), known.per_class):
         for c in known.names:
             for i in range(n):
@@ -691,9 +690,9 @@ def as_parquet(images, name, folder, columns=None, shards=1, image=lambda png: {
     "The files of the hub; the classes take turns, as in no folder."
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     folder.mkdir(parents=True)
-    first, second = columns or D.KNOWN[name].columns
+    first, second = columns or KNOWN[name].columns
     for part in ("train", "test"):
-        rows = sorted((i, D.KNOWN[name].names.index(c), png) for (p, c, i), png in images.items() if p == part)
+        rows = sorted((i, KNOWN[name].names.index(c), png) for (p, c, i), png in images.items() if p == part)
         for k in range(shards):
             mine = rows[k * len(rows) // shards : (k + 1) * len(rows) // shards]
             table = {first: [image(png) for *_, png in mine], second: [c for _, c, _ in mine]}
@@ -707,7 +706,7 @@ def by_class(images, targets):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_is_the_same_from_a_folder_and_from_parquet(tmp_path, small, name):
-    images, known = make_images(name), D.KNOWN[name]
+    images, known = make_images(name), KNOWN[name]
     as_folder(images, tmp_path / "a" / name)
     as_parquet(images, name, tmp_path / "b" / name)
     a, b = (load_dataset(name, root=tmp_path / root, download=False) for root in "ab")
@@ -737,10 +736,10 @@ def test_cifar_is_the_same_from_a_folder_and_from_parquet(tmp_path, small, name)
 def test_class_names_are_those_of_the_labels():
     "The official order is the alphabet's, so folders and labels agree."
     for name in ("cifar10", "cifar100"):
-        known = D.KNOWN[name]
+        known = KNOWN[name]
         assert len(set(known.names)) == known.classes and known.names == tuple(sorted(known.names))
     picks = {0: "apple", 9: "bottle", 26: "crab", 58: "pickup_truck", 78: "snake", 99: "worm"}
-    assert {i: D.KNOWN["cifar100"].names[i] for i in picks} == picks
+    assert {i: KNOWN["cifar100"].names[i] for i in picks} == picks
 
 
 @pytest.mark.parametrize("form", ["folder", "parquet"])
@@ -751,7 +750,7 @@ def test_cifar_is_decoded_once(tmp_path, small, monkeypatch, form):
     else:
         as_parquet(images, "cifar10", tmp_path / "cifar10", shards=2)
     first = load_dataset("cifar10", root=tmp_path)
-    monkeypatch.setattr(D, "decode_images", lambda *a: pytest.fail("decoded again"))
+    monkeypatch.setattr("rcka.data.datasets.decode_images", lambda *a: pytest.fail("decoded again"))
     again = load_dataset("cifar10", root=tmp_path)
     assert same([first.train_images, first.test_images], [again.train_images, again.test_images])
     assert same([first.train_targets, first.test_targets], [again.train_targets, again.test_targets])
@@ -877,7 +876,7 @@ def real(name):
 def test_fashion_mnist(real_data):
     d = real("fashion_mnist")
     assert repr(d) == "Dataset(fashion_mnist: 60000 training and 10000 test images of 1x28x28 in 10 classes)"
-    assert (d.mean, d.std) == D.measure(d.train_images) and d.train_targets.bincount().tolist() == [6000] * 10
+    assert (d.mean, d.std) == channel_stats(d.train_images) and d.train_targets.bincount().tolist() == [6000] * 10
 
 
 @pytest.mark.real_data
@@ -886,9 +885,7 @@ def test_cifar10(name, real_data):
     d = real(name)
     assert repr(d) == f"Dataset({name}: 50000 training and 10000 test images of 3x32x32 in 10 classes)"
     assert d.train_targets.bincount().tolist() == [5000] * 10 and d.pad == 4 and d.flip
-    assert np.allclose(d.mean, D.KNOWN["cifar10"].mean, atol=3e-3) and np.allclose(
-        d.std, D.KNOWN["cifar10"].std, atol=3e-3
-    )
+    assert np.allclose(d.mean, KNOWN["cifar10"].mean, atol=3e-3) and np.allclose(d.std, KNOWN["cifar10"].std, atol=3e-3)
 
 
 @pytest.mark.real_data
@@ -896,8 +893,8 @@ def test_cifar100(real_data):
     d = real("cifar100")
     assert repr(d) == "Dataset(cifar100: 50000 training and 10000 test images of 3x32x32 in 100 classes)"
     assert d.train_targets.bincount().tolist() == [500] * 100 and d.test_targets.bincount().tolist() == [100] * 100
-    assert d.classes == D.KNOWN["cifar100"].names
-    mean, std = D.measure(d.train_images)
+    assert d.classes == KNOWN["cifar100"].names
+    mean, std = channel_stats(d.train_images)
     assert np.allclose(mean, d.mean, atol=1e-3) and np.allclose(std, d.std, atol=1e-3)
 
 
@@ -917,11 +914,11 @@ def shell(*args, cwd=REPO, **env):
 
 def test_commands(tmp_path, capsys):
     make_folder(tmp_path / "pets")
-    assert D.main(["--root", str(tmp_path)]) == 0
+    assert main(["--root", str(tmp_path)]) == 0
     listed = capsys.readouterr()
     assert not listed.err and "imagefolder:pets" in listed.out and str(tmp_path) in listed.out
     assert "found as" in listed.out and "image folder" in listed.out
-    assert D.main(["imagefolder:pets", "--root", str(tmp_path), "--size", "4"]) == 0
+    assert main(["imagefolder:pets", "--root", str(tmp_path), "--size", "4"]) == 0
     done = capsys.readouterr()
     assert not done.err and "6 training and 6 test images of 3x4x4" in done.out
 

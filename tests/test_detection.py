@@ -449,8 +449,8 @@ def test_each_process_decodes_its_part(drawn, monkeypatch, world):
     make = lambda train: drawn.batches(4, train, size=(48, 64), max_size=96, seed=3, workers=1)
     whole, tested = list(make(True).epoch(1)), list(make(False).epoch(0))
     equal = lambda a, b: len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
-    for rank in range(world):
-        monkeypatch.setattr("rcka.distributed.rank", lambda: rank)
+    for r in range(world):
+        monkeypatch.setattr("rcka.distributed.rank", lambda: r)
         monkeypatch.setattr("rcka.distributed.world_size", lambda: world)
         for b, mine in zip(whole, make(True).epoch(1), strict=True):
             each = len(b.targets) // world
@@ -458,14 +458,14 @@ def test_each_process_decodes_its_part(drawn, monkeypatch, world):
             if not each:
                 assert shard(mine) is None
                 continue
-            own, rows = shard(mine), slice(rank * each, (rank + 1) * each)
+            own, rows = shard(mine), slice(r * each, (r + 1) * each)
             assert (
                 equal(own.images, b.images[rows])
                 and torch.equal(own.index, b.index[rows])
                 and equal([t["boxes"] for t in own.targets], [t["boxes"] for t in b.targets[rows]])
             )
         for b, mine in zip(tested, make(False).epoch(0), strict=True):
-            assert equal(mine.images[rank::world], b.images[rank::world])
+            assert equal(mine.images[r::world], b.images[r::world])
 
 
 def test_a_first_batch_that_is_too_small_for_all_is_passed_over(tmp_path, monkeypatch):
@@ -487,7 +487,7 @@ def test_a_first_batch_that_is_too_small_for_all_is_passed_over(tmp_path, monkey
 
 
 def in_processes(folder):
-    "What one of several processes does: train, and evaluate barrier."
+    "What one of several processes does: train, and evaluate together."
     init_distributed("cpu")
     data = load_coco(folder / "train2017", folder / "annotations" / "instances_train2017.json")
     torch.manual_seed(0)

@@ -18,8 +18,9 @@ from torch import nn
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
-from rcka import create_method, imagenet
+from rcka import create_method
 from rcka.core import BatchesFailed, FeaturePaths
+from rcka.data import imagenet
 from rcka.data.datasets import list_datasets, load_dataset, main
 from rcka.data.imagenet import Decoder, FileBatches, chance, decode, list_files, load_imagenet
 from rcka.distributed import init_distributed, rank, shard
@@ -219,19 +220,19 @@ def test_evaluation_is_in_order_and_whole(folder):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_each_process_decodes_its_part(folder, monkeypatch, world):
-    "Training batches in blocks as `part` cuts them, evaluation in turns as `evaluate` does."
+    "Training batches in blocks as `shard` cuts them, evaluation in turns as `evaluate` does."
     whole, tested = list(batches(folder).epoch(0)), list(batches(folder, train=False).epoch(0))
-    for rank in range(world):
-        monkeypatch.setattr("rcka.distributed.rank", lambda: rank)
+    for r in range(world):
+        monkeypatch.setattr("rcka.distributed.rank", lambda: r)
         monkeypatch.setattr("rcka.distributed.world_size", lambda: world)
         for b, mine in zip(whole, batches(folder).epoch(0), strict=True):
             each = len(b.targets) // world
             assert len(mine.targets) == len(b.targets) and len(mine.images.rows) == each
-            assert same([shard(mine)], [type(b)(*(t[rank * each : (rank + 1) * each] for t in b))])
-            with pytest.raises(RuntimeError, match="rcka.distributed.part"):
+            assert same([shard(mine)], [type(b)(*(t[r * each : (r + 1) * each] for t in b))])
+            with pytest.raises(RuntimeError, match="rcka.distributed"):
                 mine.images[:]
         for b, mine in zip(tested, batches(folder, train=False).epoch(0), strict=True):
-            assert all(torch.equal(t[rank::world], m[rank::world]) for t, m in zip(b, mine, strict=True))
+            assert all(torch.equal(t[r::world], m[r::world]) for t, m in zip(b, mine, strict=True))
     monkeypatch.undo()
 
 
@@ -487,8 +488,8 @@ def test_two_processes_train_as_one(folder, tmp_path):
         history, weights = trained(folder, tmp_path / "one", 0)
     finally:
         imagenet.FileBatches = original
-    for rank in range(2):
-        there = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    for r in range(2):
+        there = torch.load(tmp_path / f"{r}.pt", weights_only=False)
         torch.testing.assert_close(there["weights"], weights, rtol=1e-6, atol=1e-9)
         for a, b in zip(there["history"], history, strict=True):
             assert a == pytest.approx(b, rel=1e-6)

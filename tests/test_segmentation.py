@@ -612,17 +612,18 @@ def test_each_process_decodes_its_part(scenes, monkeypatch, world, memory):
     make = lambda train: scenes.batches(4, train, crop=(16, 24), seed=3, memory=memory)
     whole, tested = list(make(True).epoch(1)), list(make(False).epoch(0))
     equal = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    for rank in range(world):
-        for where in ("trainer", "segmentation"):
-            monkeypatch.setattr(f"rcka.{where}.processes", lambda: (rank, world))
+    for r in range(world):
+        monkeypatch.setattr("rcka.distributed.rank", lambda: r)
+        for module in ("rcka.distributed", "rcka.data.scenes"):
+            monkeypatch.setattr(f"{module}.world_size", lambda: world)
         assert len(make(True)) == 2 and make(True).samples == 8
         for b, mine in zip(whole[:2], make(True).epoch(1), strict=True):
             each = len(b.targets) // world
             assert len(mine.targets) == len(b.targets) and len(mine.images.rows) == each
-            assert equal(shard(mine), [t[rank * each : (rank + 1) * each] for t in b])
+            assert equal(shard(mine), [t[r * each : (r + 1) * each] for t in b])
         for b, mine in zip(tested, make(False).epoch(0), strict=True):
-            assert equal([m[rank::world] for m in mine], [t[rank::world] for t in b])
-    monkeypatch.setattr("rcka.segmentation.processes", lambda: (0, 5))
+            assert equal([m[r::world] for m in mine], [t[r::world] for t in b])
+    monkeypatch.setattr("rcka.data.scenes.world_size", lambda: 5)
     with pytest.raises(ValueError, match="batch_size must be at least 10 for 5 processes"):
         make(True)
 
@@ -632,7 +633,9 @@ def test_two_processes_are_one(tmp_path):
     gradient_and_score(tmp_path / "one.pt")
     script = tmp_path / "two.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom rcka.trainer import join; init_distributed('cpu')\nfrom test_segmentation import gradient_and_score; gradient_and_score({str(tmp_path / 'two.pt')!r})\n"
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from rcka.distributed import init_distributed\ninit_distributed('cpu')\n"
+        f"from test_segmentation import gradient_and_score\ngradient_and_score({str(tmp_path / 'two.pt')!r})\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],

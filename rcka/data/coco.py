@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import check_epoch, check_whole, seed_of
+from .memory import identity_of, listing
 from ..distributed import as_shard, shard_rows
 
 # %% auto #0
 __all__ = ['Boxes', 'BrokenImage', 'read_image', 'CocoData', 'load_coco', 'draw_rectangles', 'DetectionBatch', 'resized',
-           'prepare_image', 'CocoPlan', 'CocoBatches', 'show_boxes']
+           'prepare_image', 'CocoBatches', 'show_boxes']
 
 # %% ../../nbs/method/05d_coco.ipynb #27cc5dfc
 class Boxes(NamedTuple):
@@ -161,7 +162,7 @@ class CocoData:
         return replace(self, **{name: pick(getattr(self, name)) for name in ("files", "ids", "sizes", "found", "raw")})
 
     def batches(self, batch_size: int, train: bool = True, **kwargs) -> CocoBatches:
-        "Batches of these images; see `CocoPlan` and `CocoBatches`."
+        "Batches of these images; see `CocoBatches`."
         return CocoBatches(self, batch_size, train, **kwargs)
 
 # %% ../../nbs/method/05d_coco.ipynb #5186be08
@@ -329,8 +330,10 @@ def prepare_image(
     return image.float().div_(255), boxes
 
 # %% ../../nbs/method/05d_coco.ipynb #c7111d9b
-class CocoPlan:
-    "Which images make the batches of an epoch, how large and whether mirrored."
+class CocoBatches:
+    """Batches of images with boxes.
+
+    `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`. An incomplete last batch is kept."""
 
     def __init__(
         self,
@@ -340,11 +343,13 @@ class CocoPlan:
         size: int | tuple[int, int] = (
             640,
             800,
-        ),  # shorter side in pixels; a range to draw from in training, whose end counts in evaluation
+        ),  # shorter side in pixels; training draws from a range, evaluation takes its end
         max_size: int = 1333,  # longer side, at most
         flip: bool = True,  # training: mirror every second image, at random
         negatives: bool = False,  # training: take images without boxes too
         seed: int = 0,
+        workers: int = 0,  # threads that decode ahead; 0: none, each batch when it is asked for
+        device: str | torch.device = "cpu",
     ):
         low, high = size if isinstance(size, (tuple, list)) else (size, size)
         check_whole(1, batch_size=batch_size, size=low, max_size=max_size)
@@ -352,14 +357,10 @@ class CocoPlan:
             raise ValueError(
                 f"size must be a number, or a range (low, high), of at most max_size; got {size} and {max_size}"
             )
-        self.data, self.batch_size, self.train, self.size, self.max_size = (
-            data,
-            batch_size,
-            train,
-            (low, high),
-            max_size,
-        )
-        self.flip, self.seed = flip and train, seed
+        check_whole(0, workers=workers)
+        self.data, self.batch_size, self.train = data, batch_size, train
+        self.size, self.max_size = (low, high), max_size
+        self.flip, self.seed, self.workers, self.device = flip and train, seed, workers, torch.device(device)
         usable = [_has_area(f.boxes) & ~f.crowd for f in data.found]
         self.targets = [
             {"boxes": f.boxes[u], "labels": f.labels[u]} for f, u in zip(data.found, usable)
@@ -401,21 +402,6 @@ class CocoPlan:
             for b in order
         ]
 
-# %% ../../nbs/method/05d_coco.ipynb #7b058944
-class CocoBatches(CocoPlan):
-    "Batches of images with boxes. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
-
-    def __init__(
-        self,
-        *args,  # of `CocoPlan`
-        workers: int = 0,  # threads that decode ahead; 0: none, each batch when it is asked for
-        device: str | torch.device = "cpu",
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        check_whole(0, workers=workers)
-        self.workers, self.device = workers, torch.device(device)
-
     def epoch(
         self,
         e: int = 0,  # which epoch: with the seed, all that chance depends on
@@ -449,7 +435,14 @@ class CocoBatches(CocoPlan):
             torch.tensor(index, dtype=torch.int64, device=self.device),
         )
 
+    def identity(self) -> dict:
+        "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
+        data = self.data
+        content = [listing(data.folder, (data.folder / name for name in data.files)), data.found, data.classes]
+        drawn = {"batch_size": self.batch_size, "seed": self.seed, "flip": self.flip} if self.train else {}
+        return identity_of(content, **drawn, size=self.size, max_size=self.max_size)
 
+# %% ../../nbs/method/05d_coco.ipynb #7b058944
 def _ahead(pool: ThreadPoolExecutor | None, one, plan: list[list]) -> Iterator[list]:
     "The batches of a plan, the next two under way in the pool."
     if pool is None:

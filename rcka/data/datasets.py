@@ -289,22 +289,22 @@ def _known_parquet(name: str, root: Path) -> Dataset:
     ]
     _check_complete(name, tuple(counts), tuple(f"{paths[0]}" for paths in files.values()))
 
-    seen = repr((1, [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for paths in files.values() for p in paths]))
+    seen = repr((2, [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for paths in files.values() for p in paths]))
     cache = root / ".cache" / f"{name}-{hashlib.blake2b(seen.encode(), digest_size=8).hexdigest()}.pt"
-    lengths = list(map(len, targets))
-    found = read_cache(cache, lengths)
+    lengths = [len(t) for t in targets]
+    found = read_cache(cache, sum(lengths))
     if found is None:
         encoded = [
             EncodedImages(f"image {i} of {paths[0].name}", image)
             for paths, table in zip(files.values(), tables)
             for i, image in enumerate(_image_bytes(table[known.columns[0]], paths[0]))
         ]
-        images = decode_images(encoded).split(lengths)
-        parts = dict(zip(("train", "test"), images))
-        write_cache(cache, parts | {k: torch.tensor(getattr(known, k), dtype=torch.float64) for k in ("mean", "std")})
+        images = decode_images(encoded)
+        write_cache(cache, images, known.mean, known.std)
     else:
-        images = found[:2]
-    data = Dataset(name, images[0], targets[0], images[1], targets[1], known.names, known.mean, known.std)
+        images = found[0]
+    train, test = images.split(lengths)
+    data = Dataset(name, train, targets[0], test, targets[1], known.names, known.mean, known.std)
     return _as_known(name, data, folder)
 
 

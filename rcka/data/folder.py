@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .memory import Dataset, channel_stats
+from ..files import write_atomic
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'walk_images', 'class_folders', 'some_names', 'find_image_folder', 'EncodedImages', 'first_size',
@@ -203,8 +204,8 @@ def load_image_folder(path: str, root: Path, size: int | tuple[int, int] | None)
             )
         )
     size = _as_size(size)
-    seen = repr(
-        (1, size, [[(os.path.relpath(p, folders[0].parent), *s) for p, *s in part] for part in (*train, *test)])
+    seen = repr(  # 2: the format of the cache
+        (2, size, [[(os.path.relpath(p, folders[0].parent), *s) for p, *s in part] for part in (*train, *test)])
     )
     cache = (
         root
@@ -212,21 +213,15 @@ def load_image_folder(path: str, root: Path, size: int | tuple[int, int] | None)
         / f"{folders[0].parent.resolve().name}-{hashlib.blake2b(seen.encode(), digest_size=8).hexdigest()}.pt"
     )
     counts = [[len(found) for found in part] for part in (train, test)]
-    images = read_cache(cache, list(map(sum, counts)))
-    if images is None:
-        images = decode_images([p for part in (*train, *test) for p, *_ in part], size).split(list(map(sum, counts)))
-        mean, std = channel_stats(images[0])
-        write_cache(
-            cache,
-            {
-                "train": images[0],
-                "test": images[1],
-                "mean": torch.tensor(mean, dtype=torch.float64),
-                "std": torch.tensor(std, dtype=torch.float64),
-            },
-        )
+    lengths = [sum(of_part) for of_part in counts]
+    found = read_cache(cache, sum(lengths))
+    if found is None:
+        images = decode_images([p for part in (*train, *test) for p, *_ in part], size)
+        mean, std = channel_stats(images[: lengths[0]])
+        write_cache(cache, images, mean, std)
     else:
-        *images, mean, std = images
+        images, mean, std = found
+    images = images.split(lengths)
     targets = [torch.repeat_interleave(torch.arange(len(c)), torch.tensor(c)) for c in counts]
     return Dataset(
         f"imagefolder:{path}",
@@ -250,32 +245,28 @@ def _as_size(size) -> tuple[int, int] | None:
     return pair
 
 
-def read_cache(path: Path, counts: list[int]) -> tuple | None:
-    "What `write_cache` wrote, or None."
+def read_cache(
+    path: Path,
+    n: int,  # number of images it must hold
+) -> tuple[Tensor, tuple[float, ...], tuple[float, ...]] | None:  # uint8 (n, 3, H, W), mean and std by channel
+    "Read what `write_cache` wrote; None, with a warning, for a file that is damaged or of other images."
     if not path.is_file():
         return None
     try:
         found = torch.load(path, weights_only=True)
-        for part, n in zip(("train", "test"), counts):
-            if found[part].dtype != torch.uint8 or found[part].dim() != 4 or len(found[part]) != n:
-                raise ValueError(f"{part} images do not fit")
-        return found["train"], found["test"], tuple(found["mean"].tolist()), tuple(found["std"].tolist())
-    except Exception as err:  # whatever is wrong with it, the images are still there
-        warnings.warn(
-            f"the cache {path} cannot be read ({type(err).__name__}: {' '.join(str(err).split())[:100]}); decoding the images again",
-            stacklevel=2,
-        )
+        images = found["images"]
+        if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != n:
+            raise ValueError("the images do not fit")
+        return images, tuple(found["mean"]), tuple(found["std"])
+    except Exception as err:  # whatever is wrong with the cache, the images themselves are still there
+        reason = f"{type(err).__name__}: {' '.join(str(err).split())[:100]}"
+        warnings.warn(f"the cache {path} cannot be read ({reason}); decoding the images again", stacklevel=2)
 
 
-def write_cache(path: Path, tensors: dict[str, Tensor]):
-    "Write under another name, then rename: nobody ever sees half a file."
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+def write_cache(path: Path, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]):
+    "Keep decoded images, atomically; without a word where the disk is full or read-only, for a cache is a convenience."
+    with contextlib.suppress(OSError, RuntimeError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({k: t.clone() for k, t in tensors.items()}, part)  # clone: a slice would drag its whole tensor along
-        os.replace(part, path)
-    except (OSError, RuntimeError):
-        pass  # read-only or full: the cache is a convenience
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)  # what Ctrl-C or a full disk left
+        content = io.BytesIO()
+        torch.save({"images": images, "mean": mean, "std": std}, content)
+        write_atomic(path, content.getbuffer())

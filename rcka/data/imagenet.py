@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..core import Batch, BatchesFailed, check_enough, check_whole, seed_of
 from .folder import SUFFIXES, class_folders, open_image, some_names
-from .memory import Batches, balanced_slice, draw_epoch
+from .memory import Batches, balanced_slice, draw_epoch, identity_of, listing
 from ..distributed import as_shard, shard_rows
 from ..files import data_root
 
@@ -293,6 +293,13 @@ class FileBatches(Batches):
     def _to_device(self, images: Tensor, index: list[int]) -> Batch:
         index = torch.tensor(index, dtype=torch.int64).to(self.device)
         return Batch(self.normalize(images.to(self.device, non_blocking=True)), self.targets[index], index)
+
+    def identity(self) -> dict:
+        "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
+        files = listing(self.images.folder, map(self.images.path, range(len(self.images))))
+        drawn = {"batch_size": self.batch_size, "seed": self.seed} if self.train else {}
+        kept = {name: getattr(self, name) for name in ("size", "skip_broken", "mean", "std", "dtype")}
+        return identity_of([files, self.targets], **drawn, **kept)
 
 # %% ../../nbs/method/05c_imagenet.ipynb #f12cc4c8
 @dataclass(frozen=True, eq=False, repr=False)

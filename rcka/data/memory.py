@@ -3,9 +3,13 @@
 # %% ../../nbs/method/05_data.ipynb #88ebb830
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +20,7 @@ from ..core import Batch, check_enough, check_epoch, check_whole, seed_of
 
 # %% auto #0
 __all__ = ['Dataset', 'balanced_slice', 'limited', 'validation_split', 'with_validation', 'channel_stats', 'draw_epoch',
-           'crop_flip', 'Batches']
+           'crop_flip', 'digest', 'listing', 'identity_of', 'Batches']
 
 # %% ../../nbs/method/05_data.ipynb #2c4ed4bd
 def _check_images(images: Tensor, targets: Tensor, name: str, num_classes: int | None = None):
@@ -226,6 +230,63 @@ def crop_flip(
     where = (rows[:, :, None] + cols[:, None, :]).view(b, 1, h * w).expand(b, c, h * w)
     return F.pad(images, (pad,) * 4).view(b, c, -1).gather(2, where).view(b, c, h, w)
 
+# %% ../../nbs/method/05_data.ipynb #d1a7c0df
+def digest(*values) -> str:
+    "Return the hash of tensors, bytes, numbers, strings, and lists, tuples and dicts of them: 16 hexadecimal digits."
+    h = hashlib.sha256()
+
+    def add(v):
+        if isinstance(v, Tensor):
+            h.update(f"{v.dtype}{tuple(v.shape)}".encode())
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(v, bytes):
+            h.update(f"{len(v)}:".encode())
+            h.update(v)
+        elif isinstance(v, (list, tuple, dict)):
+            h.update(f"{len(v)}(".encode())
+            for x in v.items() if isinstance(v, dict) else v:
+                add(x)
+        else:
+            h.update(f"{v!r},".encode())
+
+    add(values)
+    return h.hexdigest()[:16]
+
+
+def listing(folder: Path | str, files: Iterable[Path | str]) -> str:
+    "Return the hash of the names below a folder, and the sizes, of files; -1 is the size of a missing one."
+
+    def sizes(paths):
+        found = []
+        for path in map(str, paths):
+            name = path.removeprefix(f"{folder}{os.sep}")
+            try:
+                found.append((name, os.stat(path).st_size))
+            except OSError:
+                found.append((name, -1))
+        return found
+
+    files = list(files)
+    with ThreadPoolExecutor(16) as pool:  # a network file system answers many requests at once
+        return digest([part for part in pool.map(sizes, (files[i : i + 1000] for i in range(0, len(files), 1000)))])
+
+
+def identity_of(
+    content: list,  # what `digest` takes: tensors, or a `listing`
+    **settings,  # that decide the batches, as plain values; those that are None are left out
+) -> dict:
+    "Return what of batches decides a result, as plain values by name: the hash of the content, and the settings."
+    return {"content": digest(content)} | {name: _plain(v) for name, v in settings.items() if v is not None}
+
+
+def _plain(value):
+    "Return a value as checkpoints and JSON can hold it."
+    if isinstance(value, Tensor):
+        return value.flatten().tolist()
+    if isinstance(value, tuple):
+        return list(value)
+    return value if isinstance(value, (bool, int, float)) else str(value)
+
 # %% ../../nbs/method/05_data.ipynb #f9b48083
 class Batches:
     "A dataset on the device, in batches. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
@@ -293,3 +354,10 @@ class Batches:
         "From uint8 (B, C, H, W) to the same of `dtype`: as torchvision's ToTensor and Normalize, to the bit."
         images = images.float().div_(255).sub_(self.mean).div_(self.std)
         return images.to(self.dtype).contiguous(memory_format=self.memory_format)
+
+    def identity(self) -> dict:
+        "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
+        drawn = {"batch_size": self.batch_size, "seed": self.seed, "pad": self.pad, "flip": self.flip}
+        return identity_of(
+            [self.images, self.targets], **(drawn if self.train else {}), mean=self.mean, std=self.std, dtype=self.dtype
+        )

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import check_epoch, nearest, seed_of
+from .memory import identity_of, listing
 from ..distributed import as_shard, shard_rows, world_size
 from ..files import data_root
 
@@ -297,6 +298,13 @@ class SceneBatches:
             if self.train:
                 images, masks = window(images, masks, *(t[..., now.to(device)] for t in chance), self.crop)
             yield as_shard(SceneBatch(images, masks.long(), order[now].to(device)), len(step), self.train)
+
+    def identity(self) -> dict:
+        "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
+        pairs = self.reader.pairs
+        content = [listing(pairs[0][0].parents[3], (path for pair in pairs for path in pair))]
+        names = ("batch_size", "seed", "flip", "crop", "scales") if self.train else ()
+        return identity_of(content, **{name: getattr(self, name) for name in (*names, "mean", "std")})
 
 # %% ../../nbs/method/05e_scenes.ipynb #f46c2563
 @dataclass(frozen=True, eq=False, repr=False)

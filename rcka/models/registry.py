@@ -10,7 +10,6 @@ import os
 import pickle
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -21,11 +20,13 @@ from torch import Tensor, nn
 
 from ..core import nearest
 from ..extras import optional_import
+from ..features import unwrap
+from ..files import write_atomic
 
 # %% auto #0
 __all__ = ['NETWORKS', 'NESTED', 'ALIASES', 'OPTION_A', 'WEIGHTS', 'CARD', 'LARGEST', 'LARGEST_SUM', 'check_images',
-           'init_weights', 'network', 'list_models', 'create_model', 'unwrapped', 'load_checkpoint', 'save_weights',
-           'load_weights', 'PretrainedWeights', 'list_weights', 'export_weights']
+           'init_weights', 'network', 'list_models', 'create_model', 'load_checkpoint', 'save_weights', 'load_weights',
+           'PretrainedWeights', 'list_weights', 'export_weights']
 
 # %% ../../nbs/method/04_models.ipynb #63a06061
 def check_images(
@@ -245,11 +246,6 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
     model.load_state_dict(fitted, strict=False)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    "The network inside a torch.compile wrapper."
-    return getattr(model, "_orig_mod", model)
-
-
 def load_checkpoint(
     model: nn.Module,  # the network to fill
     path: str | os.PathLike,  # a .pth / .pt of torch.save, or .safetensors
@@ -259,7 +255,7 @@ def load_checkpoint(
 
     ValueError, with the keys and shapes that do not fit, leaves the model as it was. `num_batches_tracked` may be missing."""
     path = Path(path)
-    _fit(unwrapped(model), _weights(_read(path), path), path, ALIASES)
+    _fit(unwrap(model), _weights(_read(path), path), path, ALIASES)
     return model
 
 # %% ../../nbs/method/04_models.ipynb #f9a954c2
@@ -268,24 +264,20 @@ def save_weights(
     path: str | os.PathLike,  # where to, usually .safetensors; an older file is replaced in one step
 ):
     "Write all parameters and buffers as safetensors, atomically."
-    _write_safetensors(_tensors(model), Path(path))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, _as_bytes(_tensors(model)))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    "All parameters and buffers, in memory of their own."
-    return {
-        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for k, v in unwrapped(model).state_dict().items()
-    }
+    "Return copies of all parameters and buffers, in memory of their own."
+    state = unwrap(model).state_dict()
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
 
-def _write_safetensors(tensors: dict[str, Tensor], path: Path):
-    save = _safetensors().torch.save_file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        part = Path(folder) / "part.safetensors"
-        save(tensors, part, metadata={"format": "pt"})
-        os.replace(part, path)
+def _as_bytes(tensors: dict[str, Tensor]) -> bytes:
+    "Return the content of a safetensors file."
+    return _safetensors().torch.save(tensors, metadata={"format": "pt"})
 
 
 def load_weights(
@@ -296,7 +288,7 @@ def load_weights(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
-    _fit(unwrapped(model), _read_safetensors(path), path)
+    _fit(unwrap(model), _read_safetensors(path), path)
     return model
 
 # %% ../../nbs/method/04_models.ipynb #13a6741a
@@ -425,11 +417,9 @@ def export_weights(
     load_weights(model, run_folder / "last.safetensors")
     stem = folder / f"{network}-{weights}"
     tensors, dtype = _small(_tensors(model), stem.name)
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "w.safetensors"
-        _write_safetensors(tensors, file)
-        content, digest = file.read_bytes(), _sha256(file)
-        top1 = _top1(load_weights(model, file), data)
+    content = _as_bytes(tensors)
+    _fit(model, _safetensors().torch.load(content), stem.with_suffix(".safetensors"))
+    top1 = _top1(model, data)
     if abs(top1 - log[-1]["top1"]) > 0.5:
         raise ValueError(
             f"{run_folder / 'last.safetensors'} scores {top1:.2f} % on the {data.evaluated_on} images of {data.name}, but the last epoch in its log "
@@ -462,12 +452,13 @@ def export_weights(
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": dtype,
         "bytes": len(content),
-        "sha256": digest,
+        "sha256": hashlib.sha256(content).hexdigest(),
         "licence": licence,
         "versions": run["versions"],
         "log": log,
     }
-    _write_safetensors(tensors, stem.with_suffix(".safetensors"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(stem.with_suffix(".safetensors"), content)
     _write_card(card, stem.with_suffix(".json"))
     return _read_card(stem.with_suffix(".json"))
 
@@ -500,7 +491,7 @@ def _described(folder: Path) -> dict:
     found["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "rcka": rcka.__version__}
     if checkpoints := sorted(folder.glob("checkpoint-*.pt")):
         content = _read(checkpoints[-1])
-        found["recipe"] = {k: v for k, v in content["recipe"].items() if v is not None and k != "seed"}
+        found["recipe"] = {k: v for k, v in content["config"].items() if v is not None and k != "seed"}
         found["versions"]["torch"] = content["setting"]["torch"]
     return found
 
@@ -545,7 +536,4 @@ def _write_card(card: dict, path: Path):
     entries = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in card.items() if k != "log"]
     entries.append(f'"log": [\n  {rows}\n ]')
     text = "{\n " + ",\n ".join(entries) + "\n}\n"
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        part = Path(scratch) / "card.json"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+    write_atomic(path, text)

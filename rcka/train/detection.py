@@ -22,171 +22,8 @@ from .classification import Step
 from .config import autocast
 
 # %% auto #0
-__all__ = ['ANY_LEVELS', 'METRICS', 'DetectorPair', 'input_size', 'detect', 'DetectionDistiller', 'as_detections', 'ground_truth',
-           'coco_metrics', 'from_all']
-
-# %% ../../nbs/method/06f_detection.ipynb #19730cf1
-ANY_LEVELS = FeaturePaths(tuple(f"level{i}" for i in range(5)), head="head")
-
-
-class DetectorPair:
-    "Student and teacher with the taps a method needs."
-
-    def __init__(
-        self,
-        student: nn.Module,  # as torchvision's: gives losses in train mode, detections in eval mode
-        method: Method | None = None,  # None: the student alone
-        teacher: nn.Module | None = None,  # frozen, in eval mode
-        student_paths=None,  # of the features, instead of what the method wants of the pyramid
-        teacher_paths=None,
-        watch: int
-        | None = None,  # patch size at which the similarity of each level is noted along training; None: it is not
-    ):
-        self.student, self.method, self.teacher, self.watch = student, method or Vanilla(), teacher, watch
-        self.logits = teacher is not None and any(getattr(m, "wants_logits", False) for m in self.method.modules())
-        paths = [] if teacher is None else self._paths(student, student_paths)
-        self.levels, self.proposals = len(paths), None
-        self.student_taps = Taps(
-            student, [*paths, *([detector_paths(student).head] if self.logits else [])], logits=as_is
-        )
-        if teacher is None:
-            return
-        teacher.eval().requires_grad_(False)
-        self.teacher_taps = trunk_taps(teacher, self._paths(teacher, teacher_paths))
-        theirs = list(self.teacher_taps.paths)
-        if len(theirs) != len(paths):
-            raise ValueError(
-                f"a method compares feature maps in pairs, but the student gives {len(paths)} {paths} and the teacher {len(theirs)} {theirs}"
-            )
-        if self.logits:
-            self._check_heads()
-
-    def _paths(self, detector, paths) -> list[str]:
-        if paths is None:
-            return self.method.wants(detector_paths(detector)) if self.method.wants(ANY_LEVELS) else []
-        self.method.wants(ANY_LEVELS)
-        return list(paths)
-
-    def _check_heads(self):
-        name, ours, theirs = self.method.name, *(detector_paths(d).head for d in (self.student, self.teacher))
-        if not ours or ours != theirs:
-            raise ValueError(
-                f"method {name!r} compares class logits, and the two detectors must be of one kind: the student has them at {ours or 'no known place'}, the teacher at {theirs or 'no known place'}"
-            )
-        if not isinstance(self.teacher_taps.model, Trunk):
-            raise ValueError(
-                f"method {name!r} compares class logits, which is for torchvision's detectors; for others choose one that compares features"
-            )
-        if "roi_heads" in ours:
-            self.student.roi_heads.box_roi_pool.register_forward_pre_hook(self._note)
-
-    def _note(self, module, args):
-        self.proposals = args[1:]
-
-    def teach(self, images: list[Tensor]) -> Outputs:
-        "The teacher's maps: all of them in place of logits, and those that are compared."
-        with torch.no_grad():
-            return self.teacher_taps(images)
-
-    def teacher_logits(self, maps: Mapping[str, Tensor], ours: Tensor) -> Tensor:
-        "The teacher's class logits, where the student has its own; of the same shape."
-        with torch.no_grad():
-            theirs = class_logits(self.teacher, maps, self.proposals)
-        self.proposals = None
-        if theirs.shape == ours.shape:
-            return theirs
-        raise ValueError(
-            "class logits can be compared where teacher and student know the same classes at the same places; "
-            f"the teacher gives {tuple(theirs.shape)}, the student {tuple(ours.shape)}"
-        )
-
-# %% ../../nbs/method/06f_detection.ipynb #45d0520c
-def input_size(detector: nn.Module, images: list[Tensor]) -> tuple[int, int]:
-    "Height and width of the batch that the network sees, padding included."
-    step = getattr(getattr(detector, "transform", None), "size_divisible", 1)
-    return tuple(step * math.ceil(max(x.shape[d] for x in images) / step) for d in (1, 2))
-
-
-@torch.no_grad()
-def detect(
-    detector: nn.Module,
-    batches,  # CocoBatches with train=False
-    precision: str = "fp32",
-    before=lambda: None,  # called before each batch
-) -> list[dict]:  # in the layout of COCO's result files, boxes in the originals' pixels
-    "What a detector finds in all images; several processes share the work. Its mode is put back afterwards."
-    mode, own, world, found = detector.training, rank(), world_size(), []
-    detector.eval()
-    for batch in batches.epoch(0):
-        before()
-        images, index = batch.images[own::world], batch.index[own::world].tolist()
-        if not images:
-            continue
-        with autocast(images[0].device.type, precision):
-            results = detector(images)
-        for image, i, result in zip(images, index, results):
-            found += as_detections(batches.data, i, result, (image.shape[2], image.shape[1]))
-    detector.train(mode)
-    return from_all(found)
-
-# %% ../../nbs/method/06f_detection.ipynb #ea10672b
-class DetectionDistiller(DetectorPair):
-    "A detector that learns, perhaps from another one, by a method between them: a task for `Trainer`."
-
-    score = "AP"
-    fixed_shapes = False  # batches differ in size: no search for the fastest kernel of each
-
-    def prepare(self, train):
-        "Show the method one batch, so that it can make its connectors."
-        if not self.levels:
-            return
-        mode, images = self.student.training, first_shard(train).images[:2]
-        self.student.eval()  # batch statistics must not see this batch
-        with torch.no_grad(), trunk_taps(self.student, self.student_taps.paths[: self.levels]) as taps:
-            self.method.build(Outputs(None, taps(images).features), Outputs(None, self.teach(images).features))
-        self.student.train(mode)
-        self.method.to(images[0].device)
-
-    def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "The student's losses and the method's weighted terms. `teacher`: what `teach` gives, if it is there already."
-        if relations == "global" and world_size() > 1:
-            raise ValueError(
-                "relations='global' is not for detectors, whose batches differ in size from process to process; relations='device' compares within each"
-            )
-        if self.teacher is not None and teacher is None:
-            teacher = self.teach(batch.images)
-        losses, found = self.student_taps(batch.images, batch.targets)
-        if not isinstance(losses, Mapping):
-            raise TypeError(f"the student must give a dict of losses in train mode, got {type(losses).__name__}")
-        terms = {name: self.method.ce * loss for name, loss in losses.items()}
-        if self.teacher is None:
-            return Step(terms)
-        ours = found[-1] if self.logits else None
-        theirs = (
-            self.teacher_logits(teacher.logits, ours).flatten(0, -2) if self.logits else None
-        )  # (places of all images, classes)
-        student, teacher = (
-            Outputs(ours.flatten(0, -2) if self.logits else None, found[: self.levels]),
-            Outputs(theirs, teacher.features),
-        )
-        size = input_size(self.student, batch.images)
-        terms |= self.method.terms(student, teacher, [t | {"input_size": size} for t in batch.targets], batch.index)
-        return Step(terms, self.similarities(student, teacher) if self.watch else {})
-
-    @torch.no_grad()
-    def similarities(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, Tensor]]:
-        "Centred intra-PCKA of each level, for the history: {'level0': (sum, number), ...}."
-        pairs = (
-            self.method.maps(student, teacher)
-            if hasattr(self.method, "maps")
-            else zip(student.features, teacher.features)
-        )
-        found = [pcka(s, t, self.watch, center=True, inter=False).intra for s, t in pairs]
-        return {f"level{i}": (x, torch.ones_like(x)) for i, x in enumerate(found)}
-
-    def evaluate(self, batches, precision: str = "fp32", before=lambda: None) -> dict[str, float]:
-        "The twelve numbers of COCO's evaluation, in per cent."
-        return coco_metrics(batches.data, detect(self.student, batches, precision, before))
+__all__ = ['METRICS', 'ANY_LEVELS', 'as_detections', 'ground_truth', 'coco_metrics', 'gather_lists', 'input_size', 'detect',
+           'DetectionDistiller']
 
 # %% ../../nbs/method/06f_detection.ipynb #0bec97f1
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -265,10 +102,171 @@ def _nothing_found(truth: dict) -> dict[str, float]:
     return {name: 0.0 if there.get(name[-1], True) else -1.0 for name in METRICS}
 
 # %% ../../nbs/method/06f_detection.ipynb #fbc80f4e
-def from_all(items: list) -> list:
-    "The items of every process."
+def gather_lists(items: list) -> list:
+    "Return the items of every process, in the order of their ranks."
     if world_size() == 1:
         return items
     parts = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+# %% ../../nbs/method/06f_detection.ipynb #45d0520c
+def input_size(detector: nn.Module, images: list[Tensor]) -> tuple[int, int]:
+    "Height and width of the batch that the network sees, padding included."
+    step = getattr(getattr(detector, "transform", None), "size_divisible", 1)
+    return tuple(step * math.ceil(max(x.shape[d] for x in images) / step) for d in (1, 2))
+
+
+@torch.no_grad()
+def detect(
+    detector: nn.Module,
+    batches,  # CocoBatches with train=False
+    precision: str = "fp32",
+    before=lambda: None,  # called before each batch
+) -> list[dict]:  # in the layout of COCO's result files, boxes in the originals' pixels
+    "What a detector finds in all images; several processes share the work. Its mode is put back afterwards."
+    mode, own, world, found = detector.training, rank(), world_size(), []
+    detector.eval()
+    for batch in batches.epoch(0):
+        before()
+        images, index = batch.images[own::world], batch.index[own::world].tolist()
+        if not images:
+            continue
+        with autocast(images[0].device.type, precision):
+            results = detector(images)
+        for image, i, result in zip(images, index, results):
+            found += as_detections(batches.data, i, result, (image.shape[2], image.shape[1]))
+    detector.train(mode)
+    return gather_lists(found)
+
+# %% ../../nbs/method/06f_detection.ipynb #19730cf1
+ANY_LEVELS = FeaturePaths(tuple(f"level{i}" for i in range(5)), head="head")
+
+
+class DetectionDistiller:
+    """Train a detector, perhaps from another one, by a method between them: a task for `Trainer`.
+
+    Raises ValueError where student and teacher give different numbers of features, or where a method compares class
+    logits and the two are of different kinds."""
+
+    score = "AP"
+    fixed_shapes = False  # batches differ in size: no search for the fastest kernel of each
+
+    def __init__(
+        self,
+        student: nn.Module,  # as torchvision's: gives losses in train mode, detections in eval mode
+        method: Method | None = None,  # None: the student alone
+        teacher: nn.Module | None = None,  # frozen, in eval mode
+        student_paths=None,  # of the features, instead of what the method wants of the pyramid
+        teacher_paths=None,
+        watch: int | None = None,  # patch size at which the history has the similarity of each level; None: not at all
+    ):
+        self.student, self.method, self.teacher, self.watch = student, method or Vanilla(), teacher, watch
+        self.logits = teacher is not None and any(getattr(m, "wants_logits", False) for m in self.method.modules())
+        paths = [] if teacher is None else self._paths(student, student_paths)
+        self.levels, self.proposals = len(paths), None
+        self.student_taps = Taps(
+            student, [*paths, *([detector_paths(student).head] if self.logits else [])], logits=as_is
+        )
+        if teacher is None:
+            return
+        teacher.eval().requires_grad_(False)
+        self.teacher_taps = trunk_taps(teacher, self._paths(teacher, teacher_paths))
+        theirs = list(self.teacher_taps.paths)
+        if len(theirs) != len(paths):
+            raise ValueError(
+                f"a method compares feature maps in pairs, but the student gives {len(paths)} {paths} and the teacher {len(theirs)} {theirs}"
+            )
+        if self.logits:
+            self._check_heads()
+
+    def _paths(self, detector, paths) -> list[str]:
+        if paths is None:
+            return self.method.wants(detector_paths(detector)) if self.method.wants(ANY_LEVELS) else []
+        self.method.wants(ANY_LEVELS)
+        return list(paths)
+
+    def _check_heads(self):
+        name, ours, theirs = self.method.name, *(detector_paths(d).head for d in (self.student, self.teacher))
+        if not ours or ours != theirs:
+            raise ValueError(
+                f"method {name!r} compares class logits, and the two detectors must be of one kind: the student has them at {ours or 'no known place'}, the teacher at {theirs or 'no known place'}"
+            )
+        if not isinstance(self.teacher_taps.model, Trunk):
+            raise ValueError(
+                f"method {name!r} compares class logits, which is for torchvision's detectors; for others choose one that compares features"
+            )
+        if "roi_heads" in ours:
+            self.student.roi_heads.box_roi_pool.register_forward_pre_hook(self._note)
+
+    def _note(self, module, args):
+        self.proposals = args[1:]
+
+    def teach(self, images: list[Tensor]) -> Outputs:
+        "The teacher's maps: all of them in place of logits, and those that are compared."
+        with torch.no_grad():
+            return self.teacher_taps(images)
+
+    def teacher_logits(self, maps: Mapping[str, Tensor], ours: Tensor) -> Tensor:
+        "The teacher's class logits, where the student has its own; of the same shape."
+        with torch.no_grad():
+            theirs = class_logits(self.teacher, maps, self.proposals)
+        self.proposals = None
+        if theirs.shape == ours.shape:
+            return theirs
+        raise ValueError(
+            "class logits can be compared where teacher and student know the same classes at the same places; "
+            f"the teacher gives {tuple(theirs.shape)}, the student {tuple(ours.shape)}"
+        )
+
+    def prepare(self, train):
+        "Show the method one batch, so that it can make its connectors."
+        if not self.levels:
+            return
+        mode, images = self.student.training, first_shard(train).images[:2]
+        self.student.eval()  # batch statistics must not see this batch
+        with torch.no_grad(), trunk_taps(self.student, self.student_taps.paths[: self.levels]) as taps:
+            self.method.build(Outputs(None, taps(images).features), Outputs(None, self.teach(images).features))
+        self.student.train(mode)
+        self.method.to(images[0].device)
+
+    def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
+        "The student's losses and the method's weighted terms. `teacher`: what `teach` gives, if it is there already."
+        if relations == "global" and world_size() > 1:
+            raise ValueError(
+                "relations='global' is not for detectors, whose batches differ in size from process to process; relations='device' compares within each"
+            )
+        if self.teacher is not None and teacher is None:
+            teacher = self.teach(batch.images)
+        losses, found = self.student_taps(batch.images, batch.targets)
+        if not isinstance(losses, Mapping):
+            raise TypeError(f"the student must give a dict of losses in train mode, got {type(losses).__name__}")
+        terms = {name: self.method.ce * loss for name, loss in losses.items()}
+        if self.teacher is None:
+            return Step(terms)
+        ours = found[-1] if self.logits else None
+        theirs = (
+            self.teacher_logits(teacher.logits, ours).flatten(0, -2) if self.logits else None
+        )  # (places of all images, classes)
+        student, teacher = (
+            Outputs(ours.flatten(0, -2) if self.logits else None, found[: self.levels]),
+            Outputs(theirs, teacher.features),
+        )
+        size = input_size(self.student, batch.images)
+        terms |= self.method.terms(student, teacher, [t | {"input_size": size} for t in batch.targets], batch.index)
+        return Step(terms, self.similarities(student, teacher) if self.watch else {})
+
+    @torch.no_grad()
+    def similarities(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, Tensor]]:
+        "Centred intra-PCKA of each level, for the history: {'level0': (sum, number), ...}."
+        pairs = (
+            self.method.maps(student, teacher)
+            if hasattr(self.method, "maps")
+            else zip(student.features, teacher.features)
+        )
+        found = [pcka(s, t, self.watch, center=True, inter=False).intra for s, t in pairs]
+        return {f"level{i}": (x, torch.ones_like(x)) for i, x in enumerate(found)}
+
+    def evaluate(self, batches, precision: str = "fp32", before=lambda: None) -> dict[str, float]:
+        "The twelve numbers of COCO's evaluation, in per cent."
+        return coco_metrics(batches.data, detect(self.student, batches, precision, before))
