@@ -7,15 +7,16 @@ import difflib
 import hashlib
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # %% auto #0
 __all__ = ['Outputs', 'FeaturePaths', 'Batch', 'nearest', 'check_whole', 'check_enough', 'check_epoch', 'BatchesFailed',
-           'seed_of']
+           'seed_of', 'LoaderBatches', 'as_batches']
 
 # %% ../nbs/method/01_core.ipynb #02c3fcb2
 class Outputs(NamedTuple):
-    "What a network gives for a batch."
+    "What a network returns for a batch."
 
     logits: Tensor  # (n, classes)
     features: tuple[Tensor, ...] = ()  # one (n, ...) tensor per path that was asked for, in that order
@@ -35,12 +36,15 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, C, H, W) normalised, of the chosen dtype
     targets: Tensor  # int64 (B,)
-    index: Tensor  # int64 (B,): which images of the dataset these are
+    index: Tensor | None  # int64 (B,): which images of the dataset these are; None where that is unknown
 
 # %% ../nbs/method/01_core.ipynb #74a747fb
 def nearest(name: str, names, what: str, most: int = 60) -> str:
-    "An error message for an unknown name: the near ones, whatever their case, dashes and wildcards, and `most` of those there are."
-    plain = lambda text: text.lower().replace("-", "_").translate({ord(c): None for c in "*?"})
+    "Return the error message for an unknown name: the names close to it, then the first `most` of the known ones."
+
+    def plain(text):
+        return text.lower().replace("-", "_").replace("*", "").replace("?", "")
+
     names = {plain(n): n for n in reversed(list(names))}
     near = [names[n] for n in difflib.get_close_matches(plain(str(name)), names, n=3, cutoff=0.4)]
     known = list(names.values())[::-1]
@@ -53,14 +57,14 @@ def nearest(name: str, names, what: str, most: int = 60) -> str:
 
 # %% ../nbs/method/01_core.ipynb #1edab2c5
 def check_whole(least: int, **values):
-    "Refuse what is no whole number of at least so many."
+    "Raise ValueError for a value that is not a whole number of at least `least`."
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
 
 
 def check_enough(n: int, batch_size: int, smallest: int):
-    "Refuse too few images for a training batch."
+    "Raise ValueError where `n` images are too few for a training batch."
     if n < min(batch_size, smallest):
         raise ValueError(
             f"{n} image(s) make no training batch: at least {smallest} are needed, or a smaller batch_size"
@@ -68,7 +72,7 @@ def check_enough(n: int, batch_size: int, smallest: int):
 
 
 def check_epoch(e: int, start: int, steps: int):
-    "Refuse an epoch, or a step to begin at, that there is not."
+    "Raise ValueError for a negative epoch, or for a first step outside the epoch."
     if not e >= 0:
         raise ValueError(f"e must be an epoch, 0 or more; got {e}")
     if not 0 <= start <= steps:
@@ -80,5 +84,61 @@ class BatchesFailed(RuntimeError):
 
 # %% ../nbs/method/01_core.ipynb #ea6302d8
 def seed_of(*key) -> int:
-    "A seed for torch that depends on all of the key, and on their order: seed 1, epoch 0 is not seed 0, epoch 1."
+    "Return a seed for torch that depends on every part of the key and on their order."
     return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
+
+# %% ../nbs/method/01_core.ipynb #8efea238
+class LoaderBatches:
+    """Give a `DataLoader` of (images, targets) the interface of batches: on the device, epoch by epoch.
+
+    Random numbers that the loader and its dataset draw come from a state of their own, seeded by the epoch; a loader with
+    a `generator` uses that one."""
+
+    exact = False  # an epoch cannot begin at a later batch
+
+    def __init__(self, loader, device: torch.device):
+        self.loader, self.device, self.batch_size = loader, device, getattr(loader, "batch_size", None)
+
+    def __len__(self):
+        return len(self.loader)
+
+    @property
+    def targets(self) -> Tensor | None:
+        "The targets of the whole dataset where it has them, as `targets` (torchvision) or as the second of its `tensors`."
+        dataset = getattr(self.loader, "dataset", None)
+        if hasattr(dataset, "targets"):
+            return torch.as_tensor(dataset.targets)
+        return dataset.tensors[1] if hasattr(dataset, "tensors") else None
+
+    def epoch(self, e: int, start: int = 0):
+        "Yield the batches of an epoch. Raises ValueError for a `start` in the middle."
+        if start not in (0, len(self)):
+            raise ValueError(f"a plain DataLoader begins an epoch at its first batch; got start={start}")
+        if start:
+            return
+        state, batches = torch.Generator().manual_seed(seed_of("loader", e)).get_state(), None
+        while True:
+            outside = torch.get_rng_state()
+            torch.set_rng_state(state)
+            try:
+                if batches is None:
+                    batches = iter(self.loader)
+                found = next(batches, None)
+            finally:
+                state = torch.get_rng_state()
+                torch.set_rng_state(outside)
+            if found is None:
+                return
+            images, targets = found
+            yield Batch(images.to(self.device), targets.to(self.device), None)
+
+
+def as_batches(batches, device: torch.device):
+    "Return batches as they are if they have `epoch`, and a `DataLoader` as `LoaderBatches`. Raises TypeError for others."
+    if hasattr(batches, "epoch"):
+        return batches
+    if not (hasattr(batches, "__len__") and hasattr(batches, "__iter__")):
+        raise TypeError(
+            f"batches must have `epoch(e, start)`, or a length and an iterator of (images, targets); got {type(batches).__name__}"
+        )
+    return LoaderBatches(batches, device)

@@ -27,7 +27,9 @@ def world_size() -> int:
 
 
 def init_distributed(device: str | torch.device | None = None) -> torch.device:
-    "Join the processes of `torchrun` or `accelerate launch`, if there are any. Gives this process's device; None takes CUDA where there is one."
+    """Join the processes of `torchrun` or `accelerate launch`, if there are any, and return this process's device.
+
+    In one process that is `device`; None takes CUDA where it is available."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with optional_import():
             from accelerate import PartialState  # here, since it takes seconds to import
@@ -39,34 +41,38 @@ def init_distributed(device: str | torch.device | None = None) -> torch.device:
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    "In place."
+    "Add a tensor up over all processes, in place, and return it."
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def barrier():
-    "Wait until every process has come this far."
+    "Wait until every process has reached this line."
     if world_size() > 1:
         dist.barrier()
 
 # %% ../nbs/method/01c_distributed.ipynb #48d3cdd9
 def shard_rows(n: int, train: bool) -> slice:
-    "Which rows of a batch of `n` are this process's."
+    "Return which rows of a batch of `n` are this process's."
     own, world = rank(), world_size()
     return slice(own * (n // world), (own + 1) * (n // world)) if train else slice(own, None, world)
 
 
 def shard(batch):
-    "This process's part of a training batch, of one size in all processes; what does not divide is left out. None if there is not enough for all."
+    """Return this process's rows of a training batch, as many in every process; the remainder is left out.
+
+    None where the batch has fewer rows than there are processes."""
     if world_size() == 1:
         return batch
     own = shard_rows(len(batch.targets), True)
-    return type(batch)(*(t[own] for t in batch)) if own.stop > own.start else None
+    if own.stop == own.start:
+        return None
+    return type(batch)(*(None if t is None else t[own] for t in batch))
 
 
 def first_shard(train):
-    "This process's part of the first training batch that is enough for all."
+    "Return this process's shard of the first training batch that has rows for all. Raises ValueError if there is none."
     for batch in train.epoch(0):
         if (own := shard(batch)) is not None:
             return own
@@ -88,17 +94,18 @@ class Shard:
         if isinstance(wanted, slice) and range(self.n)[wanted] == range(self.n)[self.own]:
             return self.rows
         raise RuntimeError(
-            f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, and was asked for {wanted}; take them by rcka.distributed.part"
+            f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, and was asked for {wanted}; "
+            "take them by rcka.distributed.shard"
         )
 
 
 def as_shard(batch, n: int, train: bool):
-    "This process's rows as a batch of `n`; in one process they are the batch."
+    "Return this process's rows as a batch of length `n`; in one process they are the batch."
     return batch if world_size() == 1 else type(batch)(*(Shard(rows, shard_rows(n, train), n) for rows in batch))
 
 # %% ../nbs/method/01c_distributed.ipynb #a2256317
-class _Gather(torch.autograd.Function):
-    "(n, ...) of each process to (W n, ...), in their order; backward adds up."
+class _Gather(torch.autograd.Function):  # torch.distributed.nn.functional.all_gather does the same and is deprecated
+    "(n, ...) of each process to (W n, ...), in the order of ranks; backward adds up over processes."
 
     @staticmethod
     def forward(ctx, x):
@@ -116,7 +123,9 @@ class _Gather(torch.autograd.Function):
 
 
 def all_gather(x):
-    "A tensor or `Outputs` of every process, along the samples, with gradients. The same thing where there is one process."
+    """Concatenate a tensor, or `Outputs`, of all processes along the samples, with gradients.
+
+    Shape (n, ...) in each of W processes becomes (W n, ...) in all. In one process, and for None, the argument itself."""
     if world_size() == 1 or x is None:
         return x
     if isinstance(x, Outputs):
@@ -125,7 +134,7 @@ def all_gather(x):
 
 
 def average_gradients(parameters):
-    "The mean over all processes of each gradient, in one message."
+    "Replace each gradient by its mean over all processes, in one message."
     if world_size() == 1:
         return
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -135,7 +144,7 @@ def average_gradients(parameters):
 
 # %% ../nbs/method/01c_distributed.ipynb #32a6779b
 def broadcast(tensors):
-    "The first process's values in all."
+    "Overwrite tensors in every process with the first process's values."
     if world_size() > 1:
         for t in tensors:
             dist.broadcast(t, 0)

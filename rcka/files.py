@@ -24,7 +24,7 @@ __all__ = ['write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safe
 
 # %% ../nbs/method/01b_files.ipynb #09dd4027
 def write_atomic(path: Path | str, data: bytes | str):
-    "Write a file so that a reader sees the old content or the new, never a part, even after a power cut."
+    "Write a file atomically: a reader sees the old content or the new, also after a power cut. Raises OSError."
     path = Path(path)
     fd, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -53,7 +53,9 @@ def remove_parts(folder: Path | str):
 
 @contextlib.contextmanager
 def folder_lock(folder: Path | str):
-    "Hold a folder for this process: made if need be, writable, and nobody else's while the context lasts."
+    """Lock a folder for this process while the context lasts; make it if it is missing.
+
+    Raises `FolderBusy` where another process holds it, OSError where it cannot be written."""
     folder = Path(folder)
     lock = FileLock(folder / ".trainer.lock")
     try:
@@ -64,7 +66,8 @@ def folder_lock(folder: Path | str):
     except OSError as e:
         raise OSError(
             e.errno,
-            f"cannot write to the folder of the run ({e.strerror}); nothing was changed. Make it writable, or give another",
+            f"cannot write to the folder of the run ({e.strerror}); nothing was changed. "
+            "Make it writable, or give another",
             str(folder),
         ) from None
     try:
@@ -77,9 +80,9 @@ def folder_lock(folder: Path | str):
 class FolderBusy(RuntimeError):
     "Another process is at work in the folder."
 
-# %% ../nbs/method/01b_files.ipynb #163d7d50
+# %% ../nbs/method/01b_files.ipynb #960d7b4a
 def as_safetensors(model: nn.Module) -> bytes:
-    "All parameters and buffers; `load_weights` reads them."
+    "Return all parameters and buffers of a network in the safetensors format; `load_weights` reads them."
     with optional_import():
         import safetensors.torch
 
@@ -88,7 +91,7 @@ def as_safetensors(model: nn.Module) -> bytes:
 
 
 def as_csv(rows: list[dict]) -> str:
-    "Rows as CSV text; the columns are those of all rows, in order of appearance."
+    "Return rows as CSV text; the columns are those of all rows, in order of appearance."
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
     writer.writeheader()
@@ -99,7 +102,7 @@ def as_csv(rows: list[dict]) -> str:
 def data_root(
     root: str | Path | None = None,  # a folder; None looks in RCKA_DATA, then for the checkout, then takes ./data
 ) -> Path:  # the folder that holds the datasets; it need not be there yet
-    "The folder with the datasets."
+    "Return the folder of the datasets."
     root = root or os.environ.get("RCKA_DATA")
     if root:
         return Path(root).expanduser()
@@ -107,13 +110,13 @@ def data_root(
 
 
 def checkout() -> Path | None:
-    "The checkout of this package that the working directory lies in, if any."
+    "Return the checkout of this package that the working directory lies in, if any."
     here = Path.cwd()
     return next((folder for folder in [here, *here.parents] if _is_checkout(folder)), None)
 
 
 def _is_checkout(folder: Path) -> bool:
-    "Whether `folder` has the settings.ini of this package."
+    "Return whether `folder` has the settings.ini of this package."
     settings = configparser.ConfigParser(interpolation=None)
     try:
         settings.read(folder / "settings.ini", encoding="utf-8")

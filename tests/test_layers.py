@@ -18,7 +18,7 @@ LAYERS = [  # from the bottom up; what stands on one line may import within its 
     ("cli",),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
-ENTRY_POINTS = {"rcka", "rcka.train.__main__"}  # they name what users ask for, so they look up
+ENTRY_POINTS = {"rcka", "rcka.__main__", "rcka.train.__main__"}  # they name what users ask for, so they look up
 
 
 def module_name(path: Path) -> str:

@@ -1,4 +1,4 @@
-"rcka.trainer: full disks, read-only folders, precisions, fast paths against plain ones, company."
+"The trainer: full disks, read-only folders, precisions, fast paths against plain ones, groups of runs."
 
 import errno
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import rcka.train.learner as T
 from rcka.data.datasets import load_dataset
 from rcka.experiments.experiment import Experiment
 from rcka.methods.base import create_method
@@ -42,7 +41,7 @@ def trainer(
     train=None,
     test=None,
     epochs=3,
-    recipe=None,
+    config=None,
     **kwargs,
 ):
     train, test = train or data.batches(32, device=device), test or data.batches(train=False, device=device)
@@ -51,7 +50,7 @@ def trainer(
         Distiller(network(seed).to(device), create_method(method), teacher),
         train,
         test,
-        TrainConfig(epochs=epochs, schedule="onecycle", **(recipe or {})),
+        TrainConfig(epochs=epochs, schedule="onecycle", **(config or {})),
         folder,
         **kwargs,
     )
@@ -132,7 +131,7 @@ def test_disk_errors_without_a_disk(data, tmp_path, monkeypatch, code):
             raise OSError(code, os.strerror(code))
         fsync(fd)
 
-    monkeypatch.setattr(T.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="keeps the state after") as e:
         t.fit(progress=False)
     assert e.value.errno == code and last_checkpoint(tmp_path) and not list(tmp_path.glob(".*.tmp"))
@@ -180,10 +179,10 @@ def test_other_setting_is_said(data, tmp_path):
 def test_fast_paths_keep_the_loss_curve(data, tmp_path, device, fast, tolerance):
     "Relative difference of the epochs' mean losses to the plain path in fp32, at a rate at which rounding does not grow."
     slow = {"lr": 0.002}
-    plain = trainer(data, tmp_path / "plain", device=device, recipe=slow).fit(progress=False)
-    recipe = slow | {k: fast[k] for k in fast if k == "precision"}
+    plain = trainer(data, tmp_path / "plain", device=device, config=slow).fit(progress=False)
+    config = slow | {k: fast[k] for k in fast if k == "precision"}
     quick = trainer(
-        data, tmp_path / "quick", device=device, recipe=recipe, **{k: v for k, v in fast.items() if k != "precision"}
+        data, tmp_path / "quick", device=device, config=config, **{k: v for k, v in fast.items() if k != "precision"}
     ).fit(progress=False)
     for a, b in zip(plain, quick, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
@@ -192,11 +191,9 @@ def test_fast_paths_keep_the_loss_curve(data, tmp_path, device, fast, tolerance)
 @pytest.mark.parametrize("device", DEVICES)
 def test_fused_optimiser_is_sgd(data, tmp_path, device):
     slow = {"lr": 0.002}  # at which rounding does not grow
-    t = trainer(data, tmp_path / "fused", device=device, recipe=slow)
-    plain = trainer(data, tmp_path / "plain", device=device, recipe=slow)
-    plain.optimizer = plain.parts["optimizer"] = torch.optim.SGD(
-        plain.parameters, lr=0.002, momentum=0.9, weight_decay=5e-4, foreach=False
-    )
+    t = trainer(data, tmp_path / "fused", device=device, config=slow)
+    plain = trainer(data, tmp_path / "plain", device=device, config=slow)
+    plain.optimizer = torch.optim.SGD(plain.parameters, lr=0.002, momentum=0.9, weight_decay=5e-4, foreach=False)
     for a, b in zip(t.fit(progress=False), plain.fit(progress=False), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
@@ -213,11 +210,11 @@ def test_compile_keeps_the_loss_curve(data, tmp_path, device):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-# company
+# groups of runs
 
 
-def test_company_gets_the_same_bits(data, tmp_path):
-    "Three students with methods that draw random numbers and keep memory, barrier and alone; killed and resumed at different steps."
+def test_a_group_gets_the_same_bits(data, tmp_path):
+    "Three students with methods that draw random numbers and keep memory, together and alone; killed and resumed at different steps."
     train, test, teacher = data.batches(32), data.batches(train=False), network(0)
     methods = ["crd+rcka", "kd", "at+fcka"]
     make = lambda where, i: trainer(
@@ -267,7 +264,7 @@ def test_random_numbers_outside_are_left_alone(data, tmp_path):
 @pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_no_host_synchronisation_in_a_step(data, tmp_path, precision):
-    t = trainer(data, tmp_path, device="cuda", recipe={"precision": precision})
+    t = trainer(data, tmp_path, device="cuda", config={"precision": precision})
     batches = list(t.train.epoch(0))
     t.begin_epoch()
     t.train_step(batches[0])

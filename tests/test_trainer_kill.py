@@ -1,7 +1,7 @@
-"""rcka.trainer: runs killed with SIGKILL at any moment, any number of times, end with the bits of an unbroken run.
+"""The trainer: runs killed with SIGKILL at any moment, any number of times, end with the bits of an unbroken run.
 
 Real processes, forked from a server that has imported everything, so that a kill costs no start-up. The method is CRD and RCKA
-barrier: connectors, a memory bank on both sides, random negatives, and the Gram terms."""
+together: connectors, a memory bank on both sides, random negatives, and the Gram terms."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""rcka.trainer in two processes (gloo, CPU): gradients, whole runs, the launchers, stopping."""
+"""The trainer in two processes (gloo, CPU): gradients, whole runs, the launchers, stopping."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from torch import nn
 
 from rcka.core import FeaturePaths
 from rcka.data.memory import Batches
-from rcka.distributed import average_gradients, init_distributed, shard
+from rcka.distributed import all_gather, average_gradients, init_distributed, rank, shard, world_size
 from rcka.methods.base import create_method
 from rcka.train.classification import Distiller
 from rcka.train.config import TrainConfig
@@ -114,8 +114,7 @@ def whole_run(folder, method, relations=None):
 
 def in_processes(folder):
     init_distributed("cpu")
-    rank, world = processes()
-    assert world == 2
+    assert world_size() == 2
     found = {
         "gradients": {
             (m, r): gradients(m, r) for m in METHODS for r in ("global", "device") if (m, r) != ("crd+sp", "device")
@@ -126,7 +125,7 @@ def in_processes(folder):
         whole_run(folder / "refused", "crd+sp", "device")
     except ValueError as e:
         found["refused"] = str(e)
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save(found, folder / f"{rank()}.pt")
 
 
 @pytest.fixture(scope="module")

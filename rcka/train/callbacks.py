@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ..distributed import rank, world_size
+from ..core import check_whole
+from ..distributed import broadcast, rank, world_size
 from ..extras import optional_import
 from ..files import as_csv, as_safetensors, folder_lock, write_atomic
 from .checkpoint import last_checkpoint, save_checkpoint, saved_state
@@ -33,7 +34,8 @@ __all__ = ['CHECK_EVERY', 'Callback', 'NonFiniteLoss', 'NonFiniteWatch', 'SaveRe
 class Callback:
     """Base class of what is added to a run: override the points of interest.
 
-    Callbacks are called in the order in which they are given to the trainer."""
+    Callbacks are called in the order in which they are given. Those that change the history come before those that write
+    it: a `Trainer` calls its own, which save, after the ones it is given."""
 
     def before_fit(self, learner: Learner): ...
     def before_epoch(self, learner: Learner): ...
@@ -50,7 +52,7 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: dict):
-        "Restore what `state_dict` returned."
+        "Restore what `state_dict` returned; tensors are on the CPU. Called by `Checkpoint` in its `before_fit`."
 
 # %% ../../nbs/method/06d_callbacks.ipynb #600eada1
 CHECK_EVERY = 50  # steps between two checks of the loss
@@ -130,7 +132,7 @@ class SaveResults(Callback):
 
 @contextlib.contextmanager
 def saving(learner: Learner, folder: Path):
-    "Say what an error of the disk means for the run."
+    "Add to an OSError inside what it means for the run."
     try:
         yield
     except OSError as e:
@@ -168,6 +170,12 @@ class Checkpoint(Callback):
         if state[0]:
             self.compare(learner, state[0])
             learner.load_state_dict(state[0]["learner"])
+        if not getattr(learner.train, "exact", True):
+            warnings.warn(
+                "a plain DataLoader cannot begin in the middle of an epoch: an interrupted run goes on from the start of "
+                "its epoch. Batches of rcka.data go on from the step",
+                stacklevel=2,
+            )
         self.saved = time.perf_counter()
 
     def compare(self, learner, state: dict):
@@ -183,7 +191,7 @@ class Checkpoint(Callback):
             )
 
     def after_step(self, learner):
-        if time.perf_counter() - self.saved >= self.seconds and learner.between_updates:
+        if time.perf_counter() - self.saved >= self.seconds and learner.can_save:
             self.save(learner)
 
     def after_epoch(self, learner):
@@ -191,7 +199,8 @@ class Checkpoint(Callback):
             self.save(learner)
 
     def on_stop(self, learner):
-        self.save(learner)
+        if learner.can_save:
+            self.save(learner)
 
     def after_fit(self, learner):
         self.lock.close()
@@ -227,8 +236,9 @@ class Progress(Callback):
     bar = None
 
     def before_fit(self, learner):
-        self.bar = tqdm(
-            total=learner.config.epochs, initial=learner.epoch, desc=learner.name, unit="epoch", leave=False
+        total, done = learner.config.epochs, learner.epoch
+        self.bar = tqdm(  # disable=None: no bar where the output is not a terminal
+            total=total, initial=done, desc=learner.name, unit="epoch", leave=False, disable=None
         )
 
     def after_epoch(self, learner):
@@ -259,7 +269,11 @@ class EMA(Callback):
         self.decay, self.folder, self.average = decay, folder, None
 
     def before_fit(self, learner):
-        self.average = copy.deepcopy(learner.task.student.state_dict())
+        weights = learner.task.student.state_dict()
+        if self.average is None:
+            self.average = copy.deepcopy(weights)
+        else:  # a run that goes on: from memory, or from a checkpoint, which is on the CPU
+            self.average = {name: value.to(weights[name].device) for name, value in self.average.items()}
 
     @torch.no_grad()
     def after_step(self, learner):
@@ -267,10 +281,14 @@ class EMA(Callback):
             return
         for name, value in learner.task.student.state_dict().items():
             average = self.average[name]
-            average.lerp_(value, 1 - self.decay) if average.is_floating_point() else average.copy_(value)
+            if average.is_floating_point():
+                average.lerp_(value, 1 - self.decay)
+            else:  # the number of batches that a normalisation has seen
+                average.copy_(value)
 
     def after_epoch(self, learner):
         student = learner.task.student
+        broadcast(self.average.values())  # each process has seen other statistics of batch normalisation
         own = copy.deepcopy(student.state_dict())
         student.load_state_dict(self.average)
         try:
@@ -282,9 +300,13 @@ class EMA(Callback):
         learner.history[-1].update({f"ema_{name}": value for name, value in scores.items()})
 
     def state_dict(self):
-        return {"average": self.average}
+        return {"decay": self.decay, "average": self.average}
 
     def load_state_dict(self, state):
+        if state["decay"] != self.decay:
+            raise ValueError(f"the run averages with decay {state['decay']}, got {self.decay}: give the same decay")
+        if self.average is None:
+            self.average = copy.deepcopy(state["average"])
         for name, value in state["average"].items():
             self.average[name].copy_(value)
 
@@ -293,16 +315,21 @@ class KeepWeights(Callback):
     "Write the student's weights after every `every`-th epoch to `folder/epoch-0001.safetensors` and so on."
 
     def __init__(self, folder: Path | str, every: int = 1):
+        check_whole(1, every=every)
         self.folder, self.every = Path(folder), every
 
     def after_epoch(self, learner):
         if rank() == 0 and learner.epoch % self.every == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / f"epoch-{learner.epoch:04}.safetensors", as_safetensors(learner.task.student))
+            with saving(learner, self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path = self.folder / f"epoch-{learner.epoch:04}.safetensors"
+                write_atomic(path, as_safetensors(learner.task.student))
 
 
 class StopAfter(Callback):
-    "Stop the run in an orderly way after a number of seconds of wall-clock time, counted from each start."
+    """Stop the run in an orderly way after a number of seconds of wall-clock time, counted from each start.
+
+    In several processes the first one's clock counts."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -311,5 +338,10 @@ class StopAfter(Callback):
         self.start = time.perf_counter()
 
     def after_step(self, learner):
-        if time.perf_counter() - self.start >= self.seconds:
+        over = time.perf_counter() - self.start >= self.seconds
+        if world_size() > 1:
+            said = torch.tensor(over, dtype=torch.uint8, device=learner.device)
+            broadcast([said])
+            over = bool(said)
+        if over:
             learner.stop(f"{self.seconds:g} seconds are over")

@@ -26,12 +26,12 @@ __all__ = ['CHECKPOINT_FORMAT', 'CHECKPOINT_NAME', 'checkpoints', 'save_checkpoi
            'saved_state']
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #564b4772
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
 
 
 def checkpoints(folder: Path | str) -> list[Path]:
-    "The checkpoints of a folder, oldest first."
+    "Return the checkpoints of a folder, oldest first."
     found = [(m, p) for p in Path(folder).glob("checkpoint-*.pt") if (m := CHECKPOINT_NAME.fullmatch(p.name))]
     return [p for _, _, _, p in sorted((int(m[1]), int(m[2]), p.stat().st_mtime_ns, p) for m, p in found)]
 
@@ -39,9 +39,9 @@ def checkpoints(folder: Path | str) -> list[Path]:
 def save_checkpoint(
     folder: Path | str,
     state: dict,  # with "epoch" and "step": where the run stands
-    keep: int = 2,  # so many checkpoints stay, the newest
+    keep: int = 2,  # number of checkpoints that stay, the newest
 ) -> Path:
-    "Write a checkpoint atomically, then remove the oldest ones. OSError, with the folder as it was, where that cannot be done."
+    "Write a checkpoint atomically, then remove the oldest ones. Raises OSError, with the folder as it was."
     buffer = io.BytesIO()
     torch.save(state | {"format": CHECKPOINT_FORMAT}, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
@@ -53,7 +53,7 @@ def save_checkpoint(
 
 
 def read_checkpoint(path: Path | str) -> dict:
-    "A checkpoint of this trainer. ValueError if its bytes do not give its name, or it is of another format."
+    "Return the content of a checkpoint. Raises `Damaged` if its bytes do not give its name, ValueError for another format."
     path = Path(path)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest()[:16] != CHECKPOINT_NAME.fullmatch(path.name)[3]:
@@ -61,7 +61,8 @@ def read_checkpoint(path: Path | str) -> dict:
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
-            f"{path} has checkpoint format {state.get('format')!r} and this version reads {CHECKPOINT_FORMAT}; it was left as it is. Use the version that wrote it, or another folder"
+            f"{path} has checkpoint format {state.get('format')!r} and this version reads {CHECKPOINT_FORMAT}; "
+            "it was left as it is. Use the version that wrote it, or another folder"
         )
     return state
 
@@ -71,7 +72,9 @@ class Damaged(ValueError):
 
 
 def last_checkpoint(folder: Path | str) -> dict | None:
-    "The newest checkpoint that is whole. Damaged ones are set aside with a warning; ValueError if there are no others."
+    """Return the newest checkpoint that is whole, None if there is none at all.
+
+    Damaged ones are renamed, with a warning. Raises ValueError if all are damaged."""
     damaged = []
     for path in reversed(checkpoints(folder)):
         try:
@@ -81,12 +84,14 @@ def last_checkpoint(folder: Path | str) -> dict | None:
             warnings.warn(f"{e}. It is now {damaged[-1].name}, and the checkpoint before it is used", stacklevel=2)
     if damaged:
         raise ValueError(
-            f"no checkpoint in {Path(folder)} is whole; the damaged ones are {', '.join(p.name for p in damaged)}. Start again in another folder, or remove them to start afresh in this one"
+            f"no checkpoint in {Path(folder)} is whole; the damaged ones are {', '.join(p.name for p in damaged)}. "
+            "Start again in another folder, or remove them to start afresh in this one"
         )
+    return None
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #b423f8f0
 def digest(*values) -> str:
-    "Hash of tensors, bytes, numbers, strings, and of lists, tuples and dicts of them: 16 hexadecimal digits."
+    "Return a hash, 16 hexadecimal digits, of tensors, bytes, numbers, strings, and of lists, tuples and dicts of them."
     h = hashlib.sha256()
 
     def add(v):
@@ -108,7 +113,7 @@ def digest(*values) -> str:
 
 
 def listing(folder: Path | str, files: Iterable[Path | str]) -> str:
-    "Hash of the names below a folder, and the sizes, of files. -1 is the size of one that is not there."
+    "Return a hash of the names below `folder` and the sizes of files. A file that does not exist counts with size -1."
 
     def sizes(paths):
         found = []
@@ -126,19 +131,20 @@ def listing(folder: Path | str, files: Iterable[Path | str]) -> str:
 
 
 def data_identity(batches, train: bool) -> dict:
-    """What of batches decides a result: a hash of the images and targets, and how they are drawn.
+    """Return what of batches decides a result: a hash of the images and targets, and how they are drawn.
 
-    Tensors are hashed; of images in files, names and sizes. Batches of another kind may say it themselves: `identity()` returns a dict of plain values. Without it their targets and their number count."""
+    Tensors are hashed; of images in files, names and sizes. Batches of another kind may have `identity()`, which returns
+    a dict of plain values. Without it their targets and their number count."""
     if hasattr(batches, "identity"):
         return batches.identity()
     images, data, reader, targets = (getattr(batches, name, None) for name in ("images", "data", "reader", "targets"))
     if isinstance(images, torch.Tensor):
         content = [images, targets]
-    elif hasattr(images, "names"):  # rcka.imagenet.Files
+    elif hasattr(images, "names"):  # rcka.data.imagenet.Files
         content = [listing(images.folder, map(images.path, range(len(images)))), targets]
-    elif hasattr(data, "found"):  # rcka.coco.CocoData
+    elif hasattr(data, "found"):  # rcka.data.coco.CocoData
         content = [listing(data.folder, (data.folder / name for name in data.files)), data.found, data.classes]
-    elif hasattr(reader, "pairs"):  # rcka.segmentation.SceneReader
+    elif hasattr(reader, "pairs"):  # rcka.data.scenes.SceneReader
         content = [listing(reader.pairs[0][0].parents[3], (path for pair in reader.pairs for path in pair))]
     else:
         content = [len(batches), targets]
@@ -151,19 +157,22 @@ def data_identity(batches, train: bool) -> dict:
 
 
 def _plain(value):
-    "As in a checkpoint and in JSON."
+    "Return a value as it is after a round trip through a checkpoint or JSON."
     if isinstance(value, torch.Tensor):
         return value.flatten().tolist()
     return list(value) if isinstance(value, tuple) else value if isinstance(value, (bool, int, float)) else str(value)
 
 
 def method_identity(method: Method) -> dict:
-    "Classes and settings of a method and its parts: every attribute that is a number, a string, or a list, tuple or dict of them."
-    plain = lambda v: (
-        all(map(plain, v.values() if isinstance(v, dict) else v))
-        if isinstance(v, (list, tuple, dict))
-        else isinstance(v, (bool, int, float, str, type(None)))
-    )
+    """Return the classes and settings of a method and its parts.
+
+    A setting is an attribute that is a number, a string, or a list, tuple or dict of them."""
+
+    def plain(v):
+        if isinstance(v, (list, tuple, dict)):
+            return all(map(plain, v.values() if isinstance(v, dict) else v))
+        return isinstance(v, (bool, int, float, str, type(None)))
+
     method.set_epoch(0)  # a method that warms up is to look the same whenever it is asked
     found = {}
     for name, part in method.named_modules():
@@ -176,12 +185,12 @@ def method_identity(method: Method) -> dict:
 
 
 def weights_digest(model: nn.Module) -> str:
-    "Hash of a network's parameters and buffers, with their names."
+    "Return a hash of a network's parameters and buffers, with their names."
     return digest(model.state_dict())
 
 
 def run_identity(task, train, test) -> dict:
-    "What decides the result of a run besides its recipe, as the first process sees it."
+    "Return what decides the result of a run besides its configuration, as the first process sees it, in all processes."
     found = [None]
     if rank() == 0:
         layout = {k: tuple(v.shape) for k, v in task.student.state_dict().items()}
@@ -208,7 +217,7 @@ def run_identity(task, train, test) -> dict:
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #5a68b0c0
 def saved_state(folder: Path) -> str:
-    "What one would start again from."
+    "Return a sentence on the state that a run would go on from."
     found = checkpoints(folder)
     if not found:
         return f"{folder} has no checkpoint yet."

@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..core import FeaturePaths, Outputs
+from ..core import FeaturePaths, Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
 from ..features import Taps, feature_paths
 from ..methods.base import Method, Vanilla
-from .config import autocast
+from .config import autocast, cublas_workspace  # noqa: F401
 
 # %% auto #0
-__all__ = ['ANY_PATHS', 'Accuracy', 'evaluate', 'cublas_workspace', 'Step', 'head_of', 'batch_statistics', 'Distiller']
+__all__ = ['ANY_PATHS', 'Accuracy', 'evaluate', 'Step', 'head_of', 'batch_statistics', 'Distiller']
 
 # %% ../../nbs/method/06c_classification.ipynb #0749ca0f
 class Accuracy(NamedTuple):
@@ -29,17 +27,15 @@ class Accuracy(NamedTuple):
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # gives logits (n, classes)
-    batches,  # has `epoch(e)`, an iterator of Batch
+    batches,  # with `epoch(e)`, an iterator of Batch; or a DataLoader of (images, targets)
     precision: str = "fp32",
     before=lambda: None,  # called before each batch
 ) -> Accuracy:
-    "Top-1 and top-5 accuracy in per cent. The network's mode is put back afterwards."
-    mode, own, world = model.training, rank(), world_size()
-    counts = torch.zeros(
-        3, dtype=torch.int64, device=next(model.parameters()).device
-    )  # right at once, right among five, all
+    "Return the top-1 and top-5 accuracy in per cent; restore the network's mode afterwards."
+    mode, own, world, device = model.training, rank(), world_size(), next(model.parameters()).device
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # right at once, right among five, all
     model.eval()
-    for images, targets, _ in batches.epoch(0):
+    for images, targets, _ in as_batches(batches, device).epoch(0):
         before()
         images, targets = images[own::world], targets[own::world]
         if not len(targets):
@@ -53,24 +49,14 @@ def evaluate(
     top1, top5, n = all_reduce(counts).tolist()
     return Accuracy(100 * top1 / n, 100 * top5 / n)
 
-
-def cublas_workspace():
-    "Set the cuBLAS workspace that deterministic matrix products on a GPU need, unless the environment says one. It is read once, so a warning says if CUDA runs already."
-    if not torch.cuda.is_available() or "CUBLAS_WORKSPACE_CONFIG" in os.environ:
-        return
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    if torch.cuda.is_initialized():
-        warnings.warn(
-            "CUDA was started before deterministic=True was asked for. If PyTorch refuses a matrix product now, set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment and start again",
-            stacklevel=2,
-        )
-
 # %% ../../nbs/method/06c_classification.ipynb #a5e6ba46
 class Step(NamedTuple):
-    "What a task makes of a batch."
+    "What a task returns for a batch."
 
     terms: dict[str, torch.Tensor]  # weighted scalars; their sum is the loss
-    counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # sums and of how many; an epoch's is 100 * sum / number
+    counts: dict[
+        str, tuple[torch.Tensor, torch.Tensor]
+    ] = {}  # by name a sum and a number; reported as 100 * sum / number
 
 # %% ../../nbs/method/06c_classification.ipynb #e8d0d102
 _STAGES = tuple(f"stage{i}" for i in range(64))  # more than any network has
@@ -78,7 +64,7 @@ ANY_PATHS = FeaturePaths(_STAGES, _STAGES, "pooled", "head")
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    "The classifier of a network whose layers are known."
+    "Return the classifier of a network whose feature paths are known, None for another one."
     try:
         return model.get_submodule(feature_paths(model).head)
     except (ValueError, AttributeError):
@@ -87,7 +73,7 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def batch_statistics(model: nn.Module):
-    "Let batch normalisations use the statistics of the batch inside; their running statistics stay as they are."
+    "Normalise by the statistics of the batch inside, without touching the running statistics."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.training, m.track_running_stats) for m in norms]
     try:
@@ -121,7 +107,8 @@ class Distiller:
         ours, theirs = list(self.student_taps.paths), list(self.teacher_taps.paths)
         if len(ours) != len(theirs):
             raise ValueError(
-                f"a method compares feature maps in pairs, but the student gives {len(ours)} {ours} and the teacher {len(theirs)} {theirs}"
+                f"a method compares feature maps in pairs, but the student gives {len(ours)} {ours} "
+                f"and the teacher {len(theirs)} {theirs}"
             )
 
     def _paths(self, model, paths):
@@ -132,11 +119,11 @@ class Distiller:
         return self.method.wants(feature_paths(model))
 
     def prepare(self, train):
-        "Before the optimiser is made. `train`: the training batches."
+        "Build the method from the first of the training batches; called before the optimiser is made."
         self.build(first_shard(train).images, train.targets)
 
     def build(self, images: torch.Tensor, targets: torch.Tensor):
-        "Show the method one batch of images and all training targets, so that it can make its connectors."
+        "Build the method's connectors from one batch of images and all training targets."
         if self.teacher is None:
             return
         mode = self.student.training
@@ -146,7 +133,8 @@ class Distiller:
         self.student.train(mode)
         if student.logits.shape != teacher.logits.shape:
             raise ValueError(
-                f"teacher and student must know the same classes: the teacher gives {teacher.logits.shape[1]} logits, the student {student.logits.shape[1]}"
+                "teacher and student must know the same classes: "
+                f"the teacher gives {teacher.logits.shape[1]} logits, the student {student.logits.shape[1]}"
             )
         self.method.build(student, teacher, head=head_of(self.teacher), targets=targets)
         self.method.to(images.device)
@@ -158,7 +146,7 @@ class Distiller:
             return self.teacher_taps(images)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "The method's terms, and how many the student got right. `teacher`: its outputs in eval mode, if they are there already."
+        "Return the method's terms and the student's hits. `teacher`: its outputs in eval mode, if they were computed already."
         # outputs that were made for several methods are those of eval mode
         if self.teacher is not None and (teacher is None or self.method.teacher_batch_stats):
             teacher = self._teacher_outputs(batch.images)
@@ -172,5 +160,5 @@ class Distiller:
         )
 
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
-        "The student's accuracy."
+        "Return the student's accuracy by name; `before` is called before each batch."
         return evaluate(self.student, batches, precision, before)._asdict()

@@ -47,7 +47,7 @@ class TrainConfig:
     betas: tuple = (0.9, 0.999)  # of "adamw"
     decay_norms: bool = True  # False: no weight decay on biases and on parameters of normalisation
     grad_clip: float | None = None  # largest norm of the gradient of all parameters
-    accumulate: int = 1  # batches to an update
+    accumulate: int = 1  # batches to an update, whose mean gradient it takes
 
     def lr_at(self, epoch: int, step: int = 0, steps: int = 1) -> float:
         "Return the learning rate before step `step` of `steps` in `epoch`."
@@ -144,11 +144,9 @@ def cublas_workspace():
 
 @contextlib.contextmanager
 def determinism(on: bool, search: bool = True):
-    "Deterministic kernels inside, or with `search` the fastest for each shape; the old setting after."
+    "Use deterministic kernels inside, or with `search` the fastest for each shape; restore the old setting after."
     before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = (
-        search and not on
-    )  # the fastest kernel for these shapes may be another one next time
+    torch.backends.cudnn.benchmark = search and not on  # the fastest kernel may be another one next time
     if on:
         cublas_workspace()
         torch.use_deterministic_algorithms(True)

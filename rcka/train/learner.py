@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import BatchesFailed, Outputs, seed_of
+from ..core import BatchesFailed, Outputs, as_batches, seed_of
 from ..distributed import all_reduce, average_gradients, barrier, broadcast, rank, shard, world_size
 from ..features import Taps
 from .callbacks import Callback, Checkpoint, NonFiniteWatch, Progress, SaveResults
@@ -38,36 +38,38 @@ class Learner:
     """Train the student of a task: the state of a run, and one step of it.
 
     In several processes each one takes its shard of every batch. Raises ValueError where the task and the batches do not
-    fit, before anything is trained."""
+    fit, before anything is trained. See `rcka.core` for what batches must have."""
 
     def __init__(
         self,
         task: Distiller,  # or another task: see `Distiller` for what it must have
-        train,  # training batches: `len()`, `targets`, and `epoch(e, start=0)`, an iterator of Batch
+        train,  # training batches: `len()`, `targets`, and `epoch(e, start=0)`, an iterator of Batch; or a DataLoader
         test,  # batches for the evaluation, likewise
         config: TrainConfig,
         callbacks: Iterable[Callback] = (),
-        optimizer_factory: Callable
-        | None = None,  # from parameter groups to an optimiser; None: the one that `config` names
+        optimizer_factory: Callable | None = None,  # from parameter groups to an optimiser; None: as `config` names it
         channels_last: bool = False,  # memory layout of the networks; changes rounding, and speed
         compile: bool = False,  # torch.compile of the networks; changes rounding, and speed
         name: str = "run",  # shown beside the progress bar
     ):
-        self.task, self.train, self.test, self.config, self.name = task, train, test, config, name
+        self.task, self.config, self.name = task, config, name
         self.device = next(task.student.parameters()).device
+        self.train, self.test = as_batches(train, self.device), as_batches(test, self.device)
         self.switches = {"channels_last": channels_last, "compile": compile}
         networks = [n for n in (task.student, task.teacher) if n is not None]
-        for net in networks if channels_last else []:
-            net.to(memory_format=torch.channels_last)
+        if channels_last:
+            for net in networks:
+                net.to(memory_format=torch.channels_last)
         if config.deterministic and self.device.type == "cuda":
             cublas_workspace()
         outside = set_random_state(seeded_state(config.seed, self.device), self.device)
         try:
-            task.prepare(train)
+            task.prepare(self.train)
         finally:
             self.random = set_random_state(outside, self.device)
-        for net in networks if compile else []:
-            net.compile()
+        if compile:
+            for net in networks:
+                net.compile()
         if config.relations == "device":
             refuse_memory(task.method)
         self.optimizer = make_optimizer([task.student, task.method], config, self.device, optimizer_factory)
@@ -77,6 +79,7 @@ class Learner:
         self.epoch, self.step = 0, 0  # whole epochs done; batches done in the one that is not
         self.names, self.counted = [], []  # of the loss terms; of what is counted
         self.values = []  # of this epoch, a row a batch, on the device: terms, then a sum and a number for each count
+        self.waiting = 0  # batches whose gradients wait for the next update
         self.history: list[dict] = []  # a row an epoch
         self.seconds, self.since = 0.0, time.perf_counter()  # of work, over all parts of the run
         self.stop_reason = ""
@@ -96,37 +99,58 @@ class Learner:
 
     @property
     def between_updates(self) -> bool:
-        "Whether no gradient is waiting for more batches (`accumulate`)."
-        return self.step % self.config.accumulate == 0 or self.step == len(self.train)
+        "Whether no gradient waits for more batches (`accumulate`)."
+        return self.waiting == 0
+
+    @property
+    def can_save(self) -> bool:
+        "Whether a run can go on from here to the same bits: no gradient waits, and the batches can begin here."
+        return self.between_updates and (self.step in (0, len(self.train)) or getattr(self.train, "exact", True))
 
     def train_step(self, batch, teacher: Outputs | None = None):
-        "Train on one batch. `teacher`: its outputs for the batch, if they are there already."
+        """Train on one batch; with `accumulate` the optimiser steps after the last one of a group.
+
+        `batch` is None where it has too few images for all processes. `teacher`: its outputs, if computed already."""
         config, steps = self.config, len(self.train)
+        if batch is not None:
+            self.backward(batch, teacher)
+            self.waiting += 1
+        if self.waiting and ((self.step + 1) % config.accumulate == 0 or self.step + 1 == steps):
+            self.update()
+
+    def backward(self, batch, teacher: Outputs | None):
+        "Add the gradients of one batch, and keep the values of its terms."
+        config, steps = self.config, len(self.train)
+        group_size = min(config.accumulate, steps - self.step // config.accumulate * config.accumulate)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.epoch, self.step, steps)
         with self.own_random():
             with autocast(self.device.type, config.precision):
                 terms, counts = self.task(batch, teacher, config.relations)
             loss = sum(terms.values())
-            self.scaler.scale(loss / config.accumulate if config.accumulate > 1 else loss).backward()
-        if (self.step + 1) % config.accumulate == 0 or self.step + 1 == steps:
-            self.update()
+            self.scaler.scale(loss / group_size if group_size > 1 else loss).backward()
         self.names, self.counted = ["loss", *terms], list(counts)
         counted = [value for pair in counts.values() for value in pair]
         self.values.append(torch.stack([loss.detach(), *(v.detach() for v in terms.values()), *counted]))
 
     def update(self):
-        "One step of the optimiser with the gradients that are there."
+        "Take one step of the optimiser with the gradients of the batches that wait."
         average_gradients(self.parameters)
         if self.config.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.clear_gradients()
+
+    def clear_gradients(self):
+        "Forget the gradients of the batches that wait."
         self.optimizer.zero_grad()
+        self.waiting = 0
 
     def begin_epoch(self):
         "Prepare for the next batch of an epoch; also in the middle of one, after a checkpoint was loaded."
+        self.clear_gradients()  # those of a step that was interrupted
         self.task.student.train()
         self.task.method.train()
         self.task.method.set_epoch(self.epoch)
@@ -199,6 +223,11 @@ class Learner:
                 )
             callback.load_state_dict(own)
             callbacks.remove(callback)
+        if unsaved := [type(c).__name__ for c in callbacks if c.state_dict()]:
+            raise ValueError(
+                f"the run was saved without the callback {unsaved[0]}, which has a state: give the same callbacks, "
+                "or another folder"
+            )
 
     def setting(self) -> dict:
         "Return what the bits of a run depend on besides its configuration."
@@ -236,7 +265,10 @@ def random_state(device: torch.device) -> dict:
 
 def seeded_state(seed: int, device: torch.device) -> dict:
     "Return the state of torch's generators with which a run begins."
-    state = lambda d: torch.Generator(d).manual_seed(seed_of("trainer", seed)).get_state()
+
+    def state(of):
+        return torch.Generator(of).manual_seed(seed_of("trainer", seed)).get_state()
+
     return {"cpu": state("cpu")} | ({"cuda": state(device)} if device.type == "cuda" else {})
 
 
@@ -266,12 +298,13 @@ class OutOfMemory(RuntimeError):
 
 
 def fit_many(
-    learners: list[
-        Learner
-    ],  # one teacher, the same batches, the same number of epochs; students and methods of their own
+    learners: list[Learner],  # with one teacher and the same batches; students and methods of their own
     progress: bool = True,
 ) -> list[list[dict]]:  # their histories
-    "Train several students at once; the teacher sees each batch once."
+    """Train several students at once; the teacher sees each batch once.
+
+    Raises ValueError where the runs do not fit together, `Stopped` after a signal or `Learner.stop`, `BatchesFailed`,
+    `OutOfMemory`, and what the callbacks raise."""
     first = learners[0]
     for other in learners[1:]:
         check_group(first, other)
@@ -285,6 +318,7 @@ def fit_many(
             signals = stack.enter_context(catch_signals())
             teach = stack.enter_context(shared_teacher([one.task for one in learners]))
             for learner in learners:
+                learner.stop_reason = ""
                 stack.callback(learner.call, "after_fit")
                 learner.call("before_fit")
                 broadcast(t for part in ("student", "method") for t in learner.parts[part].state_dict().values())
@@ -305,31 +339,30 @@ def one_epoch(learners: list[Learner], teach, signals: list[int]):
     for learner in learners:
         learner.begin_epoch()
 
-    def save():
+    def save() -> str:
+        "Let the callbacks save; return a sentence on what there is to go on from."
         for learner in learners:
             learner.call("on_stop")
+        saved = rank() == 0 and first.can_save and any(isinstance(c, Checkpoint) for c in first.callbacks)
+        return ("The state was saved: " if saved else "") + first.saved_state()
 
     def stop():
         "Leave where a signal came, or a callback asked for it, as soon as no gradient is waiting."
-        reason = (
-            signal.Signals(signals[0]).name if signals else next((o.stop_reason for o in learners if o.stop_reason), "")
-        )
+        asked = [one.stop_reason for one in learners if one.stop_reason]
+        reason = signal.Signals(signals[0]).name if signals else asked[0] if asked else ""
         if reason and all(one.between_updates for one in learners):
-            save()
             where = f"{reason} in epoch {epoch + 1}, after step {first.step}."
-            raise Stopped(f"{where} {first.saved_state()} Start again to go on", signals[0] if signals else None)
+            raise Stopped(f"{where} {save()} Start again to go on", signals[0] if signals else None)
 
     try:
-        for step, batch in enumerate(
-            checked(first.train.epoch(epoch, start=start), len(first.train) - start, save), start
-        ):
+        batches = first.train.epoch(epoch, start=start)
+        for step, batch in enumerate(checked(batches, len(first.train) - start, save), start):
             stop()
             batch, behind = shard(batch), [one for one in learners if one.step == step]
             outputs = teach(batch.images, first.config.precision) if teach and batch else {}
             for learner in behind:
                 learner.call("before_step", batch)
-                if batch:
-                    learner.train_step(batch, outputs.get(learner.task))
+                learner.train_step(batch, outputs.get(learner.task))
                 learner.step += 1
                 learner.call("after_step")
         for learner in learners:
@@ -353,10 +386,8 @@ def checked(batches, n: int, save):
         except StopIteration:
             break
         except Exception as e:
-            save()
-            saved = "The state was saved" if rank() == 0 else "The last checkpoint counts"
             raise BatchesFailed(
-                f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. {saved}; start again to go on"
+                f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. {save()} Start again to go on"
             ) from e
         got += 1
         yield batch
@@ -409,8 +440,8 @@ def shared_teacher(tasks: list):
 def check_group(a: Learner, b: Learner):
     "Raise ValueError where two runs cannot share a teacher's forward pass."
     shared = {
-        "the training batches": lambda one: one.train,
-        "the test batches": lambda one: one.test,
+        "the training batches": lambda one: getattr(one.train, "loader", one.train),
+        "the test batches": lambda one: getattr(one.test, "loader", one.test),
         "the teacher": lambda one: one.task.teacher,
     }
     for name, of in shared.items():
@@ -435,8 +466,8 @@ class Trainer(Learner):
     def __init__(
         self,
         task: Distiller,  # or another task: see `Distiller` for what it must have
-        train,  # training batches: `len()`, `targets`, and `epoch(e, start=0)`, an iterator of Batch
-        test,  # batches for the evaluation, likewise
+        train,  # training batches, and
+        test,  # batches for the evaluation, as a `Learner` takes them
         config: TrainConfig,
         folder: Path | str,  # where the run lives
         checkpoint_seconds: float = 60,  # between two checkpoints: about as much work is lost when the process is killed
