@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import rcka
-from .experiments.report import Table
 from .extras import optional_import
-from .train.callbacks import Progress
 
 with optional_import():
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
 
 # %% auto #0
-__all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'methods', 'models', 'datasets', 'run', 'sweep', 'status',
+__all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'methods', 'models', 'datasets', 'train', 'run', 'sweep', 'status',
            'report', 'main']
 
 # %% ../nbs/method/08c_cli.ipynb #38af5754
@@ -67,7 +66,7 @@ def _known(names, known, what: str):
             raise ValueError(nearest(name, known, what))
 
 
-_SAID: dict[type, str] = {
+_TYPE_NAMES: dict[type, str] = {
     int: "a whole number",
     float: "a number",
     str: "a text",
@@ -89,8 +88,8 @@ def _check_types(values: dict, hints: dict):
         else:
             fits = any(isinstance(value, wider.get(kind, kind)) for kind in kinds)
         if not fits:
-            said = " or ".join(_SAID.get(kind) or kind.__name__ for kind in kinds)
-            raise ValueError(f"parameter {name} must be {said}, got {value!r}")
+            expected = " or ".join(_TYPE_NAMES.get(kind) or kind.__name__ for kind in kinds)
+            raise ValueError(f"parameter {name} must be {expected}, got {value!r}")
 
 
 def _runs(root: Path | None) -> Path:
@@ -104,7 +103,7 @@ def _runs(root: Path | None) -> Path:
 # %% ../nbs/method/08c_cli.ipynb #1c81fc86
 @app.command()
 def methods():
-    "The distillation methods: names for --methods; several barrier with a plus, as kd+fcka."
+    "List the distillation methods: names for --methods; several joined with a plus, as kd+fcka."
     from rcka.methods.base import create_method, list_methods
 
     _table(
@@ -115,7 +114,7 @@ def methods():
 
 @app.command()
 def models():
-    "The networks, with their number of parameters for 100 classes."
+    "List the networks, with their number of parameters for 100 classes."
     with open(Path(rcka.__file__).parent / "models" / "parameters.csv", newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))  # counted beforehand: importing torch alone would take seconds
     weights = {}  # names for create_model(..., weights=NAME), by network
@@ -134,7 +133,7 @@ def datasets(
         Path | None, typer.Option(help="Folder of the datasets. Without it: RCKA_DATA, else data/ of the checkout.")
     ] = None,
 ):
-    "The datasets: which are there, which are missing, and how to get those."
+    "List the datasets: which are there, which are missing, and how to get those."
     from rcka.data.datasets import list_datasets
     from rcka.files import data_root
 
@@ -154,6 +153,21 @@ def _table(header, rows):
         table.add_row(*row)
     console.print(table)
 
+# %% ../nbs/method/08c_cli.ipynb #b7e1943c
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="A JSON file, fields as --NAME VALUE, and options; see --help.")
+    ] = None,
+):
+    "Run one experiment without a notebook; the same as python -m rcka.train."
+    from rcka.experiments.launch import main
+
+    raise typer.Exit(main(arguments or [], program="rcka train"))
+
 # %% ../nbs/method/08c_cli.ipynb #713a9a2a
 @app.command()
 def run(
@@ -169,10 +183,10 @@ def run(
         Path | None, typer.Option(help="Where the executed notebook goes. Without it: into the run's folder.")
     ] = None,
 ):
-    "One papermill run of a benchmark notebook. The kernel listens on IPC sockets, not on TCP."
-    from rcka import sweep as S
-    from rcka.experiments.experiment import Experiment, claim_folder
-    from rcka.experiments.result import runs_root
+    "Run a benchmark notebook with papermill. The kernel listens on IPC sockets, not on TCP."
+    from rcka.experiments import sweep as S
+    from rcka.experiments.experiment import Experiment
+    from rcka.experiments.result import claim_folder, runs_root
 
     is_path = what.endswith(".ipynb")
     notebook = Path(what) if is_path else S.notebook_for(what)
@@ -215,20 +229,21 @@ def run(
         raise typer.Exit(1) from None
     if experiment:
         (folder / "failure.json").unlink(missing_ok=True)
-        _came_to(experiment, runs)
+        _print_scores(experiment, runs)
 
 
-def _came_to(experiment, runs: Path):
+def _print_scores(experiment, runs: Path):
     "Print the accuracy of teacher and student, and where their weights are."
     from rcka.experiments.result import Result
 
     result = Result.load(runs / experiment.key / "result.json")
     score = {"top1": "top-1"}.get(result.score, result.score)
     if result.teacher:
-        own = experiment.teacher_weights or runs / experiment.teachers.key / "last.safetensors"
-        print(f"teacher {experiment.teacher}: {score} {result.teacher[result.score]:.2f} %; weights: {own}")
+        weights = experiment.teacher_weights or runs / experiment.teacher_experiment.key / "last.safetensors"
+        print(f"teacher {experiment.teacher}: {score} {result.teacher[result.score]:.2f} %; weights: {weights}")
     print(
-        f"student {experiment.student}, method {experiment.method}: {score} {result.last[result.score]:.2f} % after the last epoch, "
+        f"student {experiment.student}, method {experiment.method}: "
+        f"{score} {result.last[result.score]:.2f} % after the last epoch, "
         f"{result.best[result.score]:.2f} % after its best (epoch {result.best['epoch']}); "
         f"weights: {runs / experiment.key / 'last.safetensors'}, best.safetensors beside it"
     )
@@ -242,7 +257,7 @@ def _bar(counted: str, *more) -> Progress:
 
 @contextlib.contextmanager
 def _epochs(counts: dict[Path, int]):
-    "A bar of the epochs behind the runs of these folders, which have so many each: a run and, before it, its teacher's."
+    "Show a bar of the epochs that are done in these folders, each with its number of epochs: a run and its teacher's."
     from rcka.experiments.sweep import epochs_done
 
     over = threading.Event()
@@ -266,8 +281,8 @@ def _epochs(counts: dict[Path, int]):
             look()
 
 
-class _Show:
-    "Shows a sweep's tally: the bar counts runs that are through, the text says how much time is left."
+class _SweepProgress:
+    "Show a sweep's tally: a bar of the runs that are over, and the time left."
 
     def __init__(self, bar: Progress, fingerprint: str):
         self.bar, self.task, self.fingerprint = bar, bar.add_task("sweep", total=None, left=""), fingerprint
@@ -325,9 +340,9 @@ def sweep(
         float, typer.Option(help="Slurm: time limit of a job; at the limit it is queued again and goes on.")
     ] = 24,
 ):
-    "Run a set of experiments, their teachers once. Stop it and start it again at any time."
-    from rcka import sweep as S
+    "Run a set of experiments, each teacher once. It can be stopped and started again at any time."
     from rcka.data.datasets import KNOWN
+    from rcka.experiments import sweep as S
     from rcka.experiments.experiment import Experiment
     from rcka.experiments.result import TABLES, runs_root
 
@@ -371,11 +386,11 @@ def sweep(
             threads=cpus_per_run,
             every=5.0,
         )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops it as Ctrl-C does
     try:
         with _bar("runs", TextColumn("{task.fields[left]}")) as bar:
             outcomes = S.sweep(
-                runs, watch=_Show(bar, S.fingerprint(notebook or S.notebook_for(dataset))), **common, **where
+                runs, watch=_SweepProgress(bar, S.fingerprint(notebook or S.notebook_for(dataset))), **common, **where
             )
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -393,7 +408,7 @@ def status(
     root: Root = None,
     traceback: Annotated[bool, typer.Option("--traceback", help="Print the whole traceback of each failure.")] = False,
 ):
-    "What the runs of a folder have come to, and why some failed."
+    "Show the state of the runs of a folder, and why some failed."
     from rcka.experiments.result import Result
     from rcka.experiments.sweep import epochs_done, state
 
@@ -424,8 +439,8 @@ def report(
     ] = "terminal",
     figures: Annotated[Path | None, typer.Option(help="Folder to write figures of the tables to, as PNG.")] = None,
 ):
-    "Tables of all results in a folder, beside the published numbers."
-    from rcka import report as R
+    "Print tables of all results in a folder, beside the published numbers."
+    from rcka.experiments import report as R
 
     _known([form], ["terminal", "markdown", "latex", "csv"], "format")
     root = _runs(root)

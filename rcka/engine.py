@@ -35,6 +35,6 @@ engine = Engine()  # what papermill knows as "rcka"
 
 
 def private_folder() -> tempfile.TemporaryDirectory:
-    "A temporary folder with a path short enough for a socket: 107 bytes is all a kernel takes."
+    "Return a temporary folder with a path short enough for a socket: at most 107 bytes."
     where = tempfile.gettempdir()
     return tempfile.TemporaryDirectory(prefix="rcka-", dir=where if len(os.fsencode(where)) < 70 else "/tmp")

@@ -43,7 +43,7 @@ def stub(tmp_path, monkeypatch):
 
 def test_every_option_has_help(says):
     root = typer.main.get_command(app)
-    assert {"methods", "models", "datasets", "run", "sweep", "report", "status"} == set(root.commands)
+    assert {"methods", "models", "datasets", "train", "run", "sweep", "report", "status"} == set(root.commands)
     for name, command in root.commands.items():
         assert command.help, name
         assert not [p.name for p in command.params if not getattr(p, "help", None)], name
@@ -64,6 +64,19 @@ def test_completion():
         "sweep",
         "status",
     ]
+
+
+def test_train(says, tmp_path):
+    "The command of rcka.train: a run, its options, its exit codes."
+    code, out, _ = says("train", "--help")
+    assert code == 0 and "rcka train" in out and "--lr_decay" in out and "--checkpoint_seconds" in out
+    small = ("--dataset", "digits", "--epochs", 1, "--train_limit", 60, "--test_limit", 50, "--root", tmp_path)
+    code, out, err = says("train", *small, "--quiet")
+    assert code == 0 and json.loads(out)["key"].startswith("digits-resnet8-none-s0-"), err
+    assert state(tmp_path / json.loads(out)["key"]) == "done"
+    code, _, err = says("train", *small, "--student", "resnet9")
+    assert code == 1 and err.startswith("error: ") and "resnet8" in err
+    assert says("train", "--epoch", 1)[0] == 2  # no such option
 
 
 def test_lists(says):

@@ -107,7 +107,7 @@ def test_exhibits_are_made_again_from_their_records(tmp_path, monkeypatch):
     cells = [
         ("epochs = 1\nfigures = None", ["parameters"]),
         (
-            "from rcka.exhibits import figures_folder, parameters_of, record_exhibit\nparameters = parameters_of(globals())",
+            "from rcka.experiments.exhibits import figures_folder, parameters_of, record_exhibit\nparameters = parameters_of(globals())",
             [],
         ),
         ("folder = figures_folder(figures)\n(folder / 'a.txt').write_text(str(epochs))", []),

@@ -14,17 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-import rcka.train.learner as T
-from rcka import losses
+import rcka.train.checkpoint as C
 from rcka.data.datasets import load_dataset
 from rcka.experiments.experiment import Experiment, run, run_many
 from rcka.experiments.launch import kind_of, main
 from rcka.experiments.sweep import grid, sweep
-from rcka.methods.base import Method, create_method, list_methods
+from rcka.methods.base import METHODS, Method, create_method, list_methods
 from rcka.models.registry import create_model
 from rcka.train.checkpoint import checkpoints
 from rcka.train.classification import Distiller
-from rcka.train.config import TrainConfig
+from rcka.train.config import TrainConfig, cublas_workspace
 from rcka.train.learner import Trainer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -41,7 +40,7 @@ def network(seed, name="resnet8"):
 
 
 def trainer(
-    data, folder, method="rcka", args=None, teacher=0, student="resnet8", recipe=None, batches=None, paths=None, **how
+    data, folder, method="rcka", args=None, teacher=0, student="resnet8", config=None, batches=None, paths=None, **how
 ):
     return Trainer(
         Distiller(
@@ -52,7 +51,7 @@ def trainer(
         ),
         data.batches(32, **(batches or {})),
         data.batches(train=False),
-        recipe or TrainConfig(epochs=1, lr=0.01),
+        config or TrainConfig(epochs=1, lr=0.01),
         folder,
         **how,
     )
@@ -135,31 +134,29 @@ def test_identity_of_a_method_outlasts_training(data, tmp_path, name):
     if name != "none" and create_method(name).dense:
         pytest.skip("of dense methods: see the next test")
     t = trainer(data, tmp_path, name, small(name), teacher=None if name == "none" else 0)
-    t.resume()
-    before = dict(t.identity)
+    before = t.identity()
     t.begin_epoch()
     for batch in t.train.epoch(0):
         t.train_step(batch)
     t.task.method.set_epoch(7)
-    t.resume()
-    assert t.identity == before
+    assert t.identity() == before
 
 
 @pytest.mark.parametrize("name", [n for n in list_methods() if create_method(n).dense])
 def test_identity_of_a_dense_method_knows_its_arguments(name):
-    plain = T.method_identity(create_method(name))
-    assert plain == T.method_identity(create_method(name))
+    plain = C.method_identity(create_method(name))
+    assert plain == C.method_identity(create_method(name))
     numbers = [
         (k, p.default)
         for k, p in inspect.signature(type(create_method(name))).parameters.items()
         if isinstance(p.default, float) and p.default > 0
     ]
     for k, default in numbers:
-        assert T.method_identity(create_method(name, {k: default / 2})) != plain, k
+        assert C.method_identity(create_method(name, {k: default / 2})) != plain, k
 
 
 def test_identity_of_a_sum_names_the_part():
-    a, b = (T.method_identity(create_method("kd+fcka", {"fcka.weight": w})) for w in (1.0, 2.0))
+    a, b = (C.method_identity(create_method("kd+fcka", {"fcka.weight": w})) for w in (1.0, 2.0))
     assert {k for k in a if a[k] != b[k]} == {"parts.1.weight"}
 
 
@@ -172,14 +169,14 @@ def test_files_are_compared_by_name_and_size(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     files = sorted(tmp_path.glob("*/*"))
-    found = [T.listing(tmp_path, files), T.listing(tmp_path, files[:2])]
+    found = [C.listing(tmp_path, files), C.listing(tmp_path, files[:2])]
     (tmp_path / "a" / "2.jpg").write_bytes(b"longer than before")
-    found.append(T.listing(tmp_path, files))
+    found.append(C.listing(tmp_path, files))
     (tmp_path / "a" / "2.jpg").rename(tmp_path / "b" / "2.jpg")
-    found.append(T.listing(tmp_path, sorted(tmp_path.glob("*/*"))))
+    found.append(C.listing(tmp_path, sorted(tmp_path.glob("*/*"))))
     assert len(set(found)) == 4
     moved = tmp_path.rename(tmp_path.with_name("moved"))
-    assert T.listing(moved, sorted(moved.glob("*/*"))) == found[-1], "where the folder lies does not matter"
+    assert C.listing(moved, sorted(moved.glob("*/*"))) == found[-1], "where the folder lies does not matter"
 
 
 def test_other_batches(data):
@@ -197,22 +194,22 @@ def test_other_batches(data):
 
     other = Own()
     other.targets = torch.tensor([2, 1])
-    assert T.data_identity(Own(), True) == T.data_identity(Own(), True) != T.data_identity(other, True)
-    assert T.data_identity(Says(), True) == {"version": 7}
+    assert C.data_identity(Own(), True) == C.data_identity(Own(), True) != C.data_identity(other, True)
+    assert C.data_identity(Says(), True) == {"version": 7}
 
 
 # random numbers
 
 
 def connectors(data, folder, seed, outside):
-    t = trainer(data, folder, "crd", small("crd"), recipe=TrainConfig(epochs=1, lr=0.01, seed=seed))
+    t = trainer(data, folder, "crd", small("crd"), config=TrainConfig(epochs=1, lr=0.01, seed=seed))
     torch.manual_seed(outside)
-    t = Trainer(t.task, t.train, t.test, t.recipe, folder)
+    t = Trainer(t.task, t.train, t.test, t.config, folder)
     return torch.cat([p.detach().flatten() for p in t.task.method.parameters()]), t.fit(progress=False)[0]["crd"]
 
 
-def test_recipe_seed_decides_what_is_random(data, tmp_path):
-    "Connectors and random negatives follow from the recipe's seed, whatever was drawn before."
+def test_config_seed_decides_what_is_random(data, tmp_path):
+    "Connectors and random negatives follow from the seed of the configuration, whatever was drawn before."
     a, b, c = (
         connectors(data, tmp_path / str(i), seed, outside) for i, (seed, outside) in enumerate([(0, 1), (0, 2), (3, 1)])
     )
@@ -225,7 +222,7 @@ def test_making_a_trainer_draws_nothing_outside(data, tmp_path):
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
-    Trainer(t.task, t.train, t.test, t.recipe, tmp_path)
+    Trainer(t.task, t.train, t.test, t.config, tmp_path)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -235,7 +232,7 @@ def test_making_a_trainer_draws_nothing_outside(data, tmp_path):
 def test_import_leaves_the_environment_alone():
     "The workspace of cuBLAS is a global setting: only deterministic=True asks for it."
     env = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"} | {"PYTHONPATH": str(REPO)}
-    code = "import os, rcka.trainer, rcka.experiments; print('CUBLAS_WORKSPACE_CONFIG' in os.environ)"
+    code = "import os, rcka.train, rcka.experiments; print('CUBLAS_WORKSPACE_CONFIG' in os.environ)"
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -247,22 +244,24 @@ def test_workspace_is_set_when_asked_for(monkeypatch, recwarn, running):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: running)
-    T.cublas_workspace()
+    cublas_workspace()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     said = [str(w.message) for w in recwarn]
     assert bool(said) == running and all("CUBLAS_WORKSPACE_CONFIG=:4096:8" in s for s in said)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    T.cublas_workspace()
+    cublas_workspace()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_older_checkpoints_are_refused(data, trained, tmp_path, monkeypatch):
     "They do not say what they were made with."
     with monkeypatch.context() as m:
-        m.setattr(T, "CHECKPOINT_FORMAT", 3)
+        m.setattr(C, "CHECKPOINT_FORMAT", C.CHECKPOINT_FORMAT - 1)
         trainer(data, tmp_path).fit(progress=False)
     assert checkpoints(tmp_path)
-    with pytest.raises(ValueError, match="format 3 and this version reads 4"):
+    with pytest.raises(
+        ValueError, match=f"format {C.CHECKPOINT_FORMAT - 1} and this version reads {C.CHECKPOINT_FORMAT}"
+    ):
         trainer(data, tmp_path).fit(progress=False)
 
 
@@ -321,7 +320,7 @@ def test_a_changed_default_is_another_experiment(monkeypatch):
                 super().__init__()
                 self.alpha, self.stages = alpha, stages
 
-        monkeypatch.setitem(losses._METHODS, "changing", Changing)
+        monkeypatch.setitem(METHODS, "changing", Changing)
         return Experiment("digits", "resnet8", "resnet14", "changing")
 
     old, new = make(4.0), make(16.0)
@@ -363,11 +362,11 @@ def test_a_teacher_without_a_method_is_refused(name, fields, tmp_path, capsys):
 
 
 def test_grids_and_pages_leave_the_teacher_of_a_student_alone_out():
-    alone, taught = grid("digits", "resnet14:resnet8", "none,kd", [0], teacher_epochs=3, teacher_weights="t.pth")
-    assert alone == Experiment("digits", "resnet8") and taught.teacher_weights == "t.pth"
+    alone, distilled = grid("digits", "resnet14:resnet8", "none,kd", [0], teacher_epochs=3, teacher_weights="t.pth")
+    assert alone == Experiment("digits", "resnet8") and distilled.teacher_weights == "t.pth"
     page = dict(dataset="digits", student="resnet8", teacher="resnet14", teacher_epochs=3)
     assert Experiment.from_parameters(page | {"method": "none"}) == Experiment("digits", "resnet8")
-    assert taught.teachers.teacher is None and taught.teachers.student == "resnet14"
+    assert distilled.teacher_experiment.teacher is None and distilled.teacher_experiment.student == "resnet14"
 
 
 # results, and what they were made from

@@ -51,11 +51,11 @@ print(len(rcka.list_methods()))
     assert int(done.stdout) >= 5
 
 
-@pytest.mark.parametrize("first", ["papermill", "rcka.engine", "rcka.sweep", "rcka.cli"])
+@pytest.mark.parametrize("first", ["papermill", "rcka.engine", "rcka.experiments.sweep", "rcka.cli"])
 def test_papermill_and_its_engine_import_in_any_order(first):
     "papermill loads the engine of an installed rcka while it is itself being imported."
     done = python(
-        f"import {first}, papermill.engines, rcka.sweep; print(papermill.engines.papermill_engines.get_engine('rcka').__class__.__module__)"
+        f"import {first}, papermill.engines, rcka.experiments.sweep; print(papermill.engines.papermill_engines.get_engine('rcka').__class__.__module__)"
     )
     assert done.stdout.strip() == "rcka.engine", done.stderr
 
@@ -88,18 +88,18 @@ def test_names_of_the_package():
     assert set(told) | {"EXTRAS", "optional_import"} == set(rcka.__all__) <= set(dir(rcka))
     for name, module in told.items():
         assert getattr(rcka, name) is getattr(importlib.import_module(module), name), name
-    assert python("import rcka; rcka.losses.FCKA, rcka.models.create_model, rcka.baselines_dense").returncode == 0
+    assert python("import rcka; rcka.methods.FCKA, rcka.models.create_model, rcka.train.Trainer").returncode == 0
     with pytest.raises(AttributeError, match="cak"):
         rcka.cak  # noqa: B018
 
 
 def test_methods_register_whoever_asks():
-    "The baselines are known without `import rcka.baselines`; a method of the user's keeps its name."
+    "Every family is known without importing it; a method of the user's keeps its name."
     done = python("""
-from rcka.losses import Method, create_method, register
+from rcka.methods import Method, create_method, register
 @register("kd")
 class Mine(Method): pass
-from rcka.losses import list_methods
+from rcka.methods import list_methods
 print({"kd", "fitnet", "dense_kd", "rcka"} <= set(list_methods()), type(create_method("kd")).__name__)
 """)
     assert done.stdout.split() == ["True", "Mine"], done.stderr
@@ -151,11 +151,11 @@ def test_optional_imports_name_their_extra(path):
 @pytest.mark.parametrize(
     "package, extra, module",
     [
-        ("filelock", "train", "rcka.trainer"),
-        ("tqdm", "train", "rcka.trainer"),
-        ("filelock", "train", "rcka.experiments"),
-        ("papermill", "notebook", "rcka.sweep"),
-        ("nbformat", "notebook", "rcka.sweep"),
+        ("filelock", "train", "rcka.files"),
+        ("tqdm", "train", "rcka.train.callbacks"),
+        ("filelock", "train", "rcka.experiments.result"),
+        ("papermill", "notebook", "rcka.experiments.sweep"),
+        ("nbformat", "notebook", "rcka.experiments.sweep"),
         ("typer", "notebook", "rcka.cli"),
         ("rich", "notebook", "rcka.cli"),
     ],
@@ -302,7 +302,7 @@ def test_sdist_and_wheel(built):
         files = {name.partition("/")[2] for name in tar.getnames()}
         (info,) = [m for m in tar if m.name.count("/") == 1 and m.name.endswith("PKG-INFO")]
         text = tar.extractfile(info).read().decode()
-    assert {"settings.ini", "pyproject.toml", "LICENSE", "nbs/method/01_losses.ipynb", "tests/test_package.py"} <= files
+    assert {"settings.ini", "pyproject.toml", "LICENSE", "nbs/method/01_core.ipynb", "tests/test_package.py"} <= files
     page = email.message_from_string(text).get_payload()
     links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", page)
     assert len(links) > 20 and all(link.startswith(("https://", "#")) for _, link in links), links

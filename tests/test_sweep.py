@@ -1,4 +1,4 @@
-"rcka.sweep: what needs processes, kernels, locks, signals and a full disk. Most runs go through the stand-in notebook of sweep_stub."
+"rcka.experiments.sweep: what needs processes, kernels, locks, signals and a full disk. Most runs go through the stand-in notebook of sweep_stub."
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_failures_stay_with_their_run(stub, tmp_path, pool):
     assert {out[e.key].state for e in runs if e.seed == 0} == {"done"} and {
         out[e.key].state for e in runs if e.seed
     } == {"failed"}
-    teacher = runs[-1].teachers
+    teacher = runs[-1].teacher_experiment
     assert len(lines(root / teacher.key / "starts")) == 1  # trained once for six students
     raised, killed = (
         json.loads((root / next(e.key for e in runs if e.seed == seed) / "failure.json").read_text())
@@ -290,7 +290,7 @@ def test_stopped_sweep_keeps_every_epoch(tmp_path):
 
 DEAF = """
 import subprocess, sys, time
-from rcka import sweep
+from rcka.experiments import sweep
 sweep.PATIENCE = 1.0
 deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(999)"
 kernel = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
@@ -353,7 +353,7 @@ def test_two_notebooks_side_by_side(tmp_path, pool):
     assert said[0].read_text() == said[1].read_text() and len(list(root.iterdir())) == 2
 
 
-def test_misfits():
+def test_validate():
     small = dict(seeds=[0], train_limit=100, test_limit=100)
     problems = validate(
         [

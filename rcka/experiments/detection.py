@@ -17,8 +17,7 @@ from ..train.config import TrainConfig
 from ..train.detection import DetectionDistiller
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_args', 'DetectionFields', 'fill_in',
-           'check_compared', 'check_start', 'DetectionExperiment']
+__all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_args', 'DetectionExperiment']
 
 # %% ../../nbs/method/07b_detection_experiments.ipynb #3332f4dd
 SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22))}  # epochs, and after which the rate falls
@@ -45,15 +44,19 @@ def detection_args(
     method: str,  # a name of `list_methods()`, or several with a plus
     detector: str,  # a name of `DETECTORS`
 ) -> dict:  # for `create_method`
-    "Published arguments of a method for a kind of detector; what is not public stays at the method's default."
+    "Return the published arguments of a method for a kind of detector; others stay at the method's defaults."
     parts = method.split("+")
     own = {part: DETECTION_ARGS[detector].get(part, {}) for part in parts}
-    return own[method] if len(parts) == 1 else {f"{part}.{k}": v for part, args in own.items() for k, v in args.items()}
+    if len(parts) == 1:
+        return own[method]
+    return {f"{part}.{k}": v for part, args in own.items() for k, v in args.items()}
 
-# %% ../../nbs/method/07b_detection_experiments.ipynb #35daee00
+# %% ../../nbs/method/07b_detection_experiments.ipynb #f0460fdd
 @dataclass(frozen=True)
-class DetectionFields(BaseExperiment):
-    "What one decides of a run."
+class DetectionExperiment(BaseExperiment):
+    "One run of a detector on images with boxes: trained alone, or by a method from a teacher of its kind."
+
+    named_by = ("detector", "teacher", "student", "method")
 
     dataset: str = "coco"  # a folder in COCO's layout, absolute or below the data root
     detector: str = "retinanet"  # "faster_rcnn", "retinanet" or "fcos"
@@ -62,7 +65,7 @@ class DetectionFields(BaseExperiment):
     method: str = "none"  # a name of `list_methods()`, or several with a plus
     method_args: dict | None = None  # as for `create_method`; None: the published ones for this detector
     seed: int = 0
-    # the recipe, for student and teacher
+    # how student and teacher are optimised, see `TrainConfig`
     schedule: str = "2x"  # "1x" or "2x", or one of `TrainConfig` with `epochs`
     epochs: int | None = None  # None: the schedule's
     lr_steps: tuple | None = None  # of "step": fractions of the run
@@ -75,24 +78,22 @@ class DetectionFields(BaseExperiment):
     warmup_steps: int = 500
     precision: str = "fp32"
     deterministic: bool = False
-    relations: str | None = None  # detectors compare within each device; "device" says so
-    watch: int | None = None  # patch size at which the similarity of each level is noted along training
+    relations: str | None = None  # "device" or None: a method compares within each device
+    watch: int | None = None  # patch size at which the similarity of each level is recorded along training
     # the images
     size: tuple | int | None = None  # shorter side, or a range to draw from; None: 800, for FCOS 640 to 800
     max_size: int = 1333  # longer side, at most
     flip: bool = True
     negatives: bool = False  # train on images without boxes too
-    skip_broken: bool = False  # leave out pictures that cannot be read, instead of an error
+    skip_broken: bool = False  # leave out images that cannot be read, instead of an error
     train_split: str = "train2017"
     test_split: str = "val2017"
-    train_limit: int | None = None  # the first so many images
+    train_limit: int | None = None  # number of images, the first ones
     test_limit: int | None = None
     data_seed: int | None = None  # of order and augmentation; None: `seed`
     # the detectors
-    backbone_weights: str | None = (
-        None  # of the student's backbone: a file, or a name such as "IMAGENET1K_V1", which downloads
-    )
-    norm: str = "frozen"  # batch statistics: "frozen", or for detectors that start from nothing "batch" or "group"
+    backbone_weights: str | None = None  # of the student: a file, or a name such as "IMAGENET1K_V1", which downloads
+    norm: str = "frozen"  # "frozen" batch statistics; "batch" or "group" for detectors without pretrained weights
     trainable_layers: int | None = None
     channels: int = 256
     head_convs: int = 4  # FCOS
@@ -103,86 +104,78 @@ class DetectionFields(BaseExperiment):
     teacher_epochs: int | None = None  # None: as many as the student
     teacher_lr: float | None = None  # None: the student's
 
-# %% ../../nbs/method/07b_detection_experiments.ipynb #b38e406c
-def fill_in(e: DetectionFields):
-    "The published values of what was not given."
-    if e.schedule in SCHEDULES:
-        epochs, at = SCHEDULES[e.schedule]
-        if e.epochs is None:
-            e._set("epochs", epochs)
-        if e.lr_steps is None:
-            e._set("lr_steps", tuple(s / epochs for s in at))
-    elif e.epochs is None:
-        raise ValueError(f"schedule {e.schedule!r} needs epochs; 1x and 2x have their own")
-    if e.lr_steps is None:
-        e._set("lr_steps", (16 / 24, 22 / 24))
-    if e.lr is None:
-        e._set("lr", (0.02 if e.detector == "faster_rcnn" else 0.01) * e.batch_size / 16)
-    if e.size is None:
-        e._set("size", (640, 800) if e.detector == "fcos" else 800)
-    if e.method_args is None:
-        e._set("method_args", detection_args(e.method, e.detector))
-
-
-def check_compared(e: DetectionFields):
-    "A method compares maps or class logits of places, within each device; those of whole images have nothing to look at here."
-    method = create_method(e.method, e.method_args)
-    for name, part in zip(e.method.split("+"), getattr(method, "parts", [method])):
-        if name != "none" and not part.dense:
-            raise ValueError(
-                f"method {name!r} is for classifiers; for detectors there are {', '.join(n for n in list_methods() if create_method(n).dense)}; a method of your own says dense = True"
-            )
-    if e.relations == "global":
-        raise ValueError(
-            "relations='global' is not for detectors, whose batches differ in size; None and 'device' compare within each device"
-        )
-
-
-def check_start(e: DetectionFields):
-    "Frozen statistics are those of weights, and there must be some."
-    for who, given in (
-        ("backbone_weights", e.backbone_weights),
-        (
-            "teacher_backbone_weights, or teacher_weights",
-            e.teacher is None or e.teacher_weights or e.teacher_backbone_weights,
-        ),
-    ):
-        if e.norm == "frozen" and not given:
-            raise ValueError(
-                f"norm='frozen' needs {who}, such as IMAGENET1K_V1; a detector that starts from nothing needs norm='group' or 'batch'"
-            )
-
-# %% ../../nbs/method/07b_detection_experiments.ipynb #f0460fdd
-@dataclass(frozen=True)
-class DetectionExperiment(DetectionFields):
-    "One run: a detector trained on images with boxes, alone or by a method from a teacher of its kind. Its fields are those of `DetectionFields`."
-
-    named_by = ("detector", "teacher", "student", "method")
-
     def __post_init__(self):
         for name, known in (("detector", DETECTORS), ("norm", NORMS)):
             if getattr(self, name) not in known:
                 raise ValueError(nearest(getattr(self, name), known, name))
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {self.batch_size}")
-        self._settle(such_as="resnet101, a backbone")
-        fill_in(self)
-        check_compared(self)
-        self.recipe  # says what is wrong with it
+        self._resolve(example="resnet101, a backbone")
+        self._set_published()
+        self._check_method()
+        self.train_config  # raises what is wrong with it
         self._set("method_args", resolved_args(self.method, self.method_args))
 
-    @property
-    def recipe(self) -> TrainConfig:
-        own = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
-        return TrainConfig(**own | {"schedule": "step" if self.schedule in SCHEDULES else self.schedule})
+    def _set_published(self):
+        "Set what was not given to its published value."
+        if self.schedule in SCHEDULES:
+            epochs, milestones = SCHEDULES[self.schedule]
+            if self.epochs is None:
+                self._set("epochs", epochs)
+            if self.lr_steps is None:
+                self._set("lr_steps", tuple(m / epochs for m in milestones))
+        elif self.epochs is None:
+            raise ValueError(f"schedule {self.schedule!r} needs epochs; 1x and 2x have their own")
+        if self.lr_steps is None:
+            self._set("lr_steps", (16 / 24, 22 / 24))
+        if self.lr is None:
+            self._set("lr", (0.02 if self.detector == "faster_rcnn" else 0.01) * self.batch_size / 16)
+        if self.size is None:
+            self._set("size", (640, 800) if self.detector == "fcos" else 800)
+        if self.method_args is None:
+            self._set("method_args", detection_args(self.method, self.detector))
+
+    def _check_method(self):
+        "Raise ValueError for a method that compares whole images: detectors have maps and logits of places."
+        method = create_method(self.method, self.method_args)
+        for name, part in zip(self.method.split("+"), getattr(method, "parts", [method])):
+            if name != "none" and not part.dense:
+                dense = ", ".join(n for n in list_methods() if create_method(n).dense)
+                raise ValueError(
+                    f"method {name!r} is for classifiers; for detectors there are {dense}; "
+                    "a method of your own says dense = True"
+                )
+        if self.relations == "global":
+            raise ValueError(
+                "relations='global' is not for detectors, whose batches differ in size; "
+                "None and 'device' compare within each device"
+            )
+
+    def check_weights(self):
+        "Raise ValueError where batch statistics are frozen but come from no weights."
+        teacher_has = self.teacher is None or self.teacher_weights or self.teacher_backbone_weights
+        for name, given in (
+            ("backbone_weights", self.backbone_weights),
+            ("teacher_backbone_weights, or teacher_weights", teacher_has),
+        ):
+            if self.norm == "frozen" and not given:
+                raise ValueError(
+                    f"norm='frozen' needs {name}, such as IMAGENET1K_V1; "
+                    "a detector without pretrained weights needs norm='group' or 'batch'"
+                )
 
     @property
-    def teachers(self) -> DetectionExperiment | None:
-        own = super().teachers
-        return own and replace(own, backbone_weights=self.teacher_backbone_weights)
+    def train_config(self) -> TrainConfig:
+        values = {f.name: getattr(self, f.name) for f in fields(TrainConfig) if hasattr(self, f.name)}
+        return TrainConfig(**values | {"schedule": "step" if self.schedule in SCHEDULES else self.schedule})
+
+    @property
+    def teacher_experiment(self) -> DetectionExperiment | None:
+        experiment = super().teacher_experiment
+        return experiment and replace(experiment, backbone_weights=self.teacher_backbone_weights)
 
     def prepare(self, *args, **kwargs) -> Parts:
-        check_start(self)
+        self.check_weights()
         return super().prepare(*args, **kwargs)
 
     def files(self) -> tuple[Path, list] | None:
@@ -193,13 +186,13 @@ class DetectionExperiment(DetectionFields):
         return (folder, files) if all(f.is_file() for f in notes) else None
 
     def data_inputs(self) -> dict:
-        "What the data is: number of files, a hash of their names and sizes, and one of the annotations."
-        there = self.files()
-        notes = there and digest([f.read_bytes() for f in there[1] if Path(f).suffix == ".json"])
+        "Return the number of files, a hash of their names and sizes, and one of the annotations."
+        found = self.files()
+        notes = found and digest([f.read_bytes() for f in found[1] if Path(f).suffix == ".json"])
         return super().data_inputs() | {"annotations": notes}
 
     def split(self, train: bool) -> CocoData:
-        "The images with boxes of one split."
+        "Load the images with boxes of one split."
         name, limit = (self.train_split, self.train_limit) if train else (self.test_split, self.test_limit)
         folder = data_root() / self.dataset
         return load_coco(folder / name, folder / "annotations" / f"instances_{name}.json", limit, self.skip_broken)
@@ -208,12 +201,13 @@ class DetectionExperiment(DetectionFields):
         train, test = self.split(True), self.split(False)
         if train.classes != test.classes:
             raise ValueError(
-                f"the classes of {self.test_split} are not those of {self.train_split}: {len(test.classes)} and {len(train.classes)}"
+                f"the classes of {self.test_split} are not those of {self.train_split}: "
+                f"{len(test.classes)} and {len(train.classes)}"
             )
         return train, test
 
     def batches(self, data, device, options: dict) -> tuple[CocoBatches, CocoBatches]:
-        "Training and test batches, decoded by four threads if `options` has no other number of `workers`."
+        "Return training and test batches, decoded by four threads unless `options` has another number of `workers`."
         workers = 4 if options.get("workers") is None else options["workers"]
         how = dict(
             size=self.size,

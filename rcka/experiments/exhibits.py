@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..core import nearest
 from .result import device_name, git_commit, package_versions, runs_root
 from ..files import checkout, write_atomic
 from ..methods.base import METHODS, create_method
@@ -71,7 +72,7 @@ def record_exhibit(
     parameters: dict,
     methods: list[dict] = (),  # keyword arguments of `resolved_arguments`, one dict for each method that was run
 ):
-    "Write the record of an exhibit, manifests/NAME.json in its folder. FileNotFoundError for a file that was not written."
+    "Write the record of an exhibit, manifests/NAME.json. Raises FileNotFoundError for a file that was not written."
     folder = Path(folder)
     relative = sorted((folder / f).relative_to(folder).as_posix() for f in files)
     for file in relative:
@@ -93,7 +94,7 @@ def record_exhibit(
 
 # %% ../../nbs/method/08d_exhibits.ipynb #e81dee27
 def out_of_date(record: dict) -> list[str]:
-    "Return what differs between the methods of a record and the same methods today, a line for each; empty if nothing does."
+    "Return a line for each argument that differs between the methods of a record and the same methods today."
     problems = []
     for made in record["methods"]:
         asked = {k: v for k, v in made.items() if k != "arguments"}
@@ -105,11 +106,13 @@ def out_of_date(record: dict) -> list[str]:
 
 # %% ../../nbs/method/08d_exhibits.ipynb #31699307
 def remake(
-    name: str, root: Path | str | None = None
-):  # `root`: of the checkout; None: the one the working directory is in
-    "Run the notebook of an exhibit with its recorded parameters, and write to figures/ of the checkout. The executed notebook stays below the runs."
-    from rcka.core import nearest
-    from rcka.experiments.sweep import execute
+    name: str,
+    root: Path | str | None = None,  # of the checkout; None: the one the working directory is in
+):
+    """Run the notebook of an exhibit with its recorded parameters, and write to figures/ of the checkout.
+
+    The executed notebook stays below the runs. Raises ValueError for an unknown name and for unrecorded parameters."""
+    from rcka.experiments.sweep import execute  # papermill is needed here alone
 
     root = Path(root or checkout() or ".").resolve()
     records = read_manifests(root / "figures")

@@ -23,24 +23,29 @@ from ..data.folder import SUFFIXES
 from ..data.imagenet import FileDataset
 from ..data.memory import Batches, Dataset
 from ..distributed import barrier, init_distributed, rank, world_size
-from .result import Result, device_name, git_commit, package_versions, runs_root
-from ..extras import optional_import
-from ..files import data_root, write_atomic
+from rcka.experiments.result import (
+    Result,
+    claim_folder,
+    device_name,
+    find_result,
+    git_commit,
+    lock_run,
+    package_versions,
+    runs_root,
+)
+from ..files import data_root
 from ..methods.base import create_method
 from ..methods.features import paper_args
 from ..models.registry import create_model, list_models, load_checkpoint
 from ..train.checkpoint import listing
-from ..train.classification import Distiller, cublas_workspace, evaluate
-from ..train.config import TrainConfig
+from ..train.classification import Distiller, evaluate
+from ..train.config import TrainConfig, cublas_workspace
 from ..train.learner import Trainer, fit_many
 
-with optional_import():
-    from filelock import FileLock, Timeout
-
 # %% auto #0
-__all__ = ['IMAGENET', 'OWN', 'Parts', 'resolved_args', 'without_teacher', 'ExperimentRecord', 'BaseExperiment', 'of_imagenet',
-           'paper_lr', 'ExperimentFields', 'images_below', 'Experiment', 'torchvision_teacher', 'run',
-           'trainer_options', 'find_result', 'claim_folder', 'run_many']
+__all__ = ['IMAGENET', 'SAME_AS_DEFAULT', 'MAY_DIFFER', 'Parts', 'resolved_args', 'without_teacher', 'BaseExperiment',
+           'of_imagenet', 'paper_lr', 'images_below', 'Experiment', 'torchvision_teacher', 'run', 'find_or_train',
+           'make_trainer', 'save_result', 'report_found', 'run_many', 'check_group_fields']
 
 # %% ../../nbs/method/07_experiments.ipynb #6f71ff4e
 class Parts(NamedTuple):
@@ -50,53 +55,66 @@ class Parts(NamedTuple):
     train: Batches
     test: Batches
     teacher: torch.nn.Module | None
-    scores: dict | None  # the teacher's, in per cent
-    data: object = None  # what `load_data` gave
+    teacher_scores: dict | None  # in per cent
+    data: object = None  # what `load_data` returned
 
 
 def resolved_args(
     method: str,  # a name of `list_methods()`, or several with a plus
     args: dict | None = None,  # as for `create_method`
-) -> dict:  # likewise, in the form that JSON gives back
-    "All constructor arguments of a method with their values: those given, and the defaults of the others. ValueError for what `create_method` refuses."
+) -> dict:  # likewise, as JSON gives it back
+    """Return all constructor arguments of a method with their values: those given, and the defaults of the others.
+
+    Raises ValueError for what `create_method` refuses and for a given value that cannot be written as JSON."""
     args, made = args or {}, create_method(method, args)
     names, found = method.split("+"), {}
     for name, part in zip(names, [made] if len(names) == 1 else made.parts):
-        for arg, p in inspect.signature(type(part)).parameters.items():
-            whole = arg if len(names) == 1 else f"{name}.{arg}"
-            given = [args[key] for key in (whole, f"{name}.{arg}") if key in args]
+        for arg, parameter in inspect.signature(type(part)).parameters.items():
+            full = arg if len(names) == 1 else f"{name}.{arg}"
+            given = [args[key] for key in (full, f"{name}.{arg}") if key in args]
             if given:  # 16 and 16.0 are one value
-                value = float(given[0]) if isinstance(p.default, float) and type(given[0]) is int else given[0]
-            elif p.default is not p.empty:
-                value = p.default
+                as_float = isinstance(parameter.default, float) and type(given[0]) is int
+                value = float(given[0]) if as_float else given[0]
+            elif parameter.default is not parameter.empty:
+                value = parameter.default
             else:
                 continue
             try:
-                found[whole] = json.loads(json.dumps(value))
+                found[full] = json.loads(json.dumps(value))
             except TypeError:
                 if given:
                     raise ValueError(
-                        f"{whole} of method {method!r} must be plain data, to be written as JSON; got {value!r}"
+                        f"{full} of method {method!r} must be plain data, to be written as JSON; got {value!r}"
                     ) from None
     return found
 
 
 def without_teacher(values: dict) -> dict:
-    "The fields of an experiment but for those about its teacher: for a student alone."
+    "Return the fields of an experiment except those about its teacher, for a student that is trained alone."
     return {k: v for k, v in values.items() if not k.startswith("teacher")}
 
+# %% ../../nbs/method/07_experiments.ipynb #1ba0798e
+def _file_hash(path: Path | str) -> str | None:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else None
 
-class ExperimentRecord:
-    "Plain data: to JSON and back, to a recipe and a name."
 
-    named_by = ("teacher", "student", "method")  # the fields to be seen in its name
+class BaseExperiment:
+    """What all kinds of experiment share: plain data that says everything about a run.
+
+    A kind is a frozen dataclass with `load_data()`, `files()`, `batches(data, device, options)`,
+    `network(name, data, start)`, `evaluate(network, test)` and `task(student, method, teacher)`. It has at least the
+    fields dataset, student, teacher, method, method_args, seed, data_seed, epochs, lr, teacher_seed, teacher_epochs,
+    teacher_lr and teacher_weights, and completes them in `__post_init__`, which calls `_resolve` first."""
+
+    named_by = ("teacher", "student", "method")  # the fields that are part of its name
 
     def to_dict(self) -> dict:
+        "Return the fields as plain data, tuples as lists."
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict):
-        "The inverse of `to_dict`; an unknown field is an error with the near names."
+        "Make an experiment from what `to_dict` returned. Raises ValueError, with the near names, for an unknown field."
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
@@ -105,63 +123,57 @@ class ExperimentRecord:
 
     @classmethod
     def from_parameters(cls, namespace: dict):
-        "From the variables of a notebook's parameters cell: those with the names of fields. For a student alone, the teacher of the page is left out."
+        """Make an experiment from the variables of a notebook's parameters cell that have the names of fields.
+
+        With method "none" the page's teacher is left out."""
         values = {f.name: namespace[f.name] for f in fields(cls) if f.name in namespace}
         return cls(**(without_teacher(values) if values.get("method") == "none" else values))
 
     def _set(self, name: str, value):
         object.__setattr__(self, name, value)  # of a frozen dataclass, while it is made
 
-    def _settle(self, such_as: str):
-        "Lists from JSON become tuples; of a student alone, how a teacher would be trained is not part of what it is. ValueError for a teacher without a method, and the other way round."
-        if self.method == "none" and (self.teacher is not None or self.teacher_weights):
-            name, value = next((n, v) for n in ("teacher", "teacher_weights") if (v := getattr(self, n)))
-            raise ValueError(
-                f"{name} is {value!r}, but method 'none' trains the student alone: give a method, such as rcka, or no teacher"
-            )
+    def _resolve(self, example: str):
+        """Turn lists, as JSON has them, into tuples; with method "none", reset the fields about a teacher.
+
+        Raises ValueError for a teacher without a method, and for a method without a teacher, such as `example`."""
+        if self.method == "none":
+            for name in ("teacher", "teacher_weights"):
+                if value := getattr(self, name):
+                    raise ValueError(
+                        f"{name} is {value!r}, but method 'none' trains the student alone: "
+                        "give a method, such as rcka, or no teacher"
+                    )
+        elif self.teacher is None:
+            raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, such as {example}")
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), list):
                 self._set(f.name, tuple(value))
-            if self.method == "none" and (
-                f.name.startswith("teacher") or f.name in ("student_paths", "relations", "watch")
-            ):
+            about_teacher = f.name.startswith("teacher") or f.name in ("student_paths", "relations", "watch")
+            if self.method == "none" and about_teacher:
                 self._set(f.name, f.default)
-        if self.method != "none" and self.teacher is None:
-            raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, such as {such_as}")
 
     @property
     def key(self) -> str:
         "A readable name that no other experiment has."
         identity = json.dumps({k: v for k, v in self.to_dict().items() if v is not None}, sort_keys=True)
-        parts = [
-            Path(self.dataset).name.split(":")[-1],
-            *(getattr(self, name) for name in self.named_by),
-            f"s{self.seed}",
-        ]
+        dataset = Path(self.dataset).name.split(":")[-1]
+        parts = [dataset, *(getattr(self, name) for name in self.named_by), f"s{self.seed}"]
         name = "-".join(p.replace("/", ".") for p in parts if p)
         return f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
     @property
-    def recipe(self) -> TrainConfig:
-        return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig) if hasattr(self, f.name)})
+    def train_config(self) -> TrainConfig:
+        "How the student is optimised; a field that is None has the default of `TrainConfig`."
+        values = {f.name: getattr(self, f.name, None) for f in fields(TrainConfig)}
+        return TrainConfig(**{k: v for k, v in values.items() if v is not None})
 
     @property
     def order_seed(self) -> int:
-        "Of the order and augmentation of the images."
+        "The seed of the order and augmentation of the images."
         return self.seed if self.data_seed is None else self.data_seed
 
-# %% ../../nbs/method/07_experiments.ipynb #1ba0798e
-def _file_hash(path: Path | str) -> str | None:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else None
-
-
-class BaseExperiment(ExperimentRecord):
-    """A kind is a frozen dataclass with `load_data()`, `files()`, `batches(data, device, options)`, `network(name, data, start)`, `evaluate(network, test)` and `task(student, method, teacher)`.
-
-    It has at least the fields dataset, student, teacher, method, method_args, seed, data_seed, epochs, lr, teacher_seed, teacher_epochs, teacher_lr and teacher_weights, and completes them in `__post_init__`."""
-
     @property
-    def teachers(self):
+    def teacher_experiment(self):
         "The experiment that trains this one's teacher; None without a teacher."
         if self.teacher is None:
             return None
@@ -179,73 +191,95 @@ class BaseExperiment(ExperimentRecord):
         )
 
     def files(self) -> tuple[Path, list] | None:
-        "The folder and the files that the dataset is read from, whether or not a limit leaves some out; None where they are not there."
+        """Return the folder and the files that the dataset is read from, whether or not a limit leaves some out.
+
+        None where they are missing."""
         raise NotImplementedError  # of each kind
 
     def data_inputs(self) -> dict:
-        "What the data is: number of files, and a hash of their names and sizes. No image is decoded. None where they are not there."
-        there = self.files()
-        return {"files of the dataset": there and f"{len(there[1]):,} ({listing(*there)})"}
+        "Return the number of files of the dataset and a hash of their names and sizes; None where they are missing."
+        found = self.files()
+        return {"files of the dataset": found and f"{len(found[1]):,} ({listing(*found)})"}
 
     def weight_inputs(self, root: Path) -> dict:
-        "Hashes of the files with weights that a run begins with, its trained teacher's among them. None for one that is not there."
+        """Return hashes of the weight files that a run begins with, its trained teacher's included.
+
+        None for a file that is missing."""
         paths = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("weights")}
         if self.teacher and not self.teacher_weights:
-            paths["the teacher's weights"] = root / self.teachers.key / "last.safetensors"
+            paths["the teacher's weights"] = root / self.teacher_experiment.key / "last.safetensors"
         return {name: _file_hash(path) for name, path in paths.items() if path}
 
     def given_teacher(self, data) -> torch.nn.Module:
-        "The teacher with the weights that the experiment gives."
+        "Return the teacher with the weights that the experiment names."
         return load_checkpoint(self.network(self.teacher, data, start=False), self.teacher_weights)
 
-    def taught(
+    def prepare_teacher(
         self, data, root: Path, device, progress: bool, options: dict
     ) -> tuple[torch.nn.Module | None, dict | None]:
-        "The teacher, and its scores where a run of its own has left them."
+        "Return the teacher, trained first if need be, and its scores where it was trained by a run."
         if self.teacher is None:
             return None, None
         if self.teacher_weights:
             return self.given_teacher(data).to(device), None
-        own = self.teachers
-        result, _ = _obtain(own, root, root / own.key, device, progress, options)
-        teacher = load_checkpoint(self.network(self.teacher, data, start=False), root / own.key / "last.safetensors")
+        experiment = self.teacher_experiment
+        folder = root / experiment.key
+        result, _ = find_or_train(experiment, root, folder, device, progress, options)
+        teacher = load_checkpoint(self.network(self.teacher, data, start=False), folder / "last.safetensors")
         return teacher.to(device), {k: v for k, v in result.last.items() if k != "epoch"}
 
-    def prepare(self, root: Path, device, progress: bool, options: dict, beside: Parts | None = None) -> Parts:
-        "Data, teacher and student. `beside`: the parts of an experiment to share data and teacher with."
-        if beside is None:
-            data = self.load_data()
-            teacher, scores = self.taught(
-                data, root, device, progress, options
-            )  # before the batches, which may fill the device
+    def prepare(self, root: Path, device, progress: bool, options: dict, shared: Parts | None = None) -> Parts:
+        "Return data, teacher and student. `shared`: the parts of an experiment with the same data and teacher."
+        if shared is None:
+            data = self.load_data()  # the teacher is trained before the batches are made, which may fill the device
+            teacher, scores = self.prepare_teacher(data, root, device, progress, options)
             train, test = self.batches(data, device, options)
             if teacher is not None and scores is None:
                 scores = self.evaluate(teacher, test)
-            beside = Parts(None, train, test, teacher, scores, data)
+            shared = Parts(None, train, test, teacher, scores, data)
         torch.manual_seed(self.seed)
-        student = self.network(self.student, beside.data).to(device)
-        return beside._replace(task=self.task(student, create_method(self.method, self.method_args), beside.teacher))
+        student = self.network(self.student, shared.data).to(device)
+        return shared._replace(task=self.task(student, create_method(self.method, self.method_args), shared.teacher))
 
 # %% ../../nbs/method/07_experiments.ipynb #1645c036
-IMAGENET = dict(
-    epochs=100, batch_size=256, weight_decay=1e-4, lr_steps=(0.3, 0.6, 0.9)
-)  # where its protocol differs from that of small images
+IMAGENET = {  # where its protocol differs from that of small images
+    "epochs": 100,
+    "batch_size": 256,
+    "weight_decay": 1e-4,
+    "lr_steps": (0.3, 0.6, 0.9),
+}
 
 
 def of_imagenet(dataset: str) -> bool:
+    "Return whether a dataset is ImageNet, or a folder laid out like it."
     return dataset.split(":")[0] == "imagenet"
 
 
 def paper_lr(network: str, dataset: str = "cifar100", batch_size: int = 64) -> float:
-    "Learning rate of the protocol. ImageNet: 0.1 for 256 images; else 0.01 for MobileNet and ShuffleNet, 0.05 for the rest (Tian et al. 2020)."
+    """Return the learning rate of the protocol.
+
+    ImageNet: 0.1 for 256 images, in proportion for other batches. Otherwise 0.01 for MobileNet and ShuffleNet, 0.05
+    for the rest (Tian et al. 2020)."""
     if of_imagenet(dataset):
         return 0.1 * batch_size / 256
     return 0.01 if any(name in network for name in ("mobilenet", "shufflenet")) else 0.05
 
-# %% ../../nbs/method/07_experiments.ipynb #5f1558ea
+
+def images_below(folder: Path) -> Iterator[str]:
+    "Yield the paths of all images in a folder and those below it, sorted, without hidden ones; none without a folder."
+    for base, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in sorted(names):
+            if name[0] != "." and Path(name).suffix.lower() in SUFFIXES:
+                yield os.path.join(base, name)
+
+# %% ../../nbs/method/07_experiments.ipynb #2a4cc122
+SAME_AS_DEFAULT = ("optimizer", "betas", "decay_norms", "grad_clip", "accumulate", "warmup_steps")
+
+
 @dataclass(frozen=True)
-class ExperimentFields(BaseExperiment):
-    "What one decides of a run."
+class Experiment(BaseExperiment):
+    "One run of a classifier: a student trained on a dataset, alone or by a method from a teacher."
 
     dataset: str = "digits"  # a name of `list_datasets()`, or imagefolder:PATH, or imagenet:PATH
     student: str = "resnet8"  # a name of `list_models()`
@@ -253,7 +287,7 @@ class ExperimentFields(BaseExperiment):
     method: str = "none"  # a name of `list_methods()`, or several with a plus
     method_args: dict | None = None  # as for `create_method`; None: as published for this pair, else the defaults
     seed: int = 0
-    # the recipe, for student and teacher
+    # how student and teacher are optimised, see `TrainConfig`
     epochs: int = 240
     batch_size: int = 64
     lr: float | None = None  # None: the paper's for this student
@@ -265,18 +299,21 @@ class ExperimentFields(BaseExperiment):
     lr_decay: float = 0.1
     precision: str = "fp32"
     deterministic: bool = False
-    relations: str | None = None  # on several devices: "global" (None) or "device", see `TrainConfig`
-    data_seed: int | None = (
-        None  # of the order and augmentation of the images; None: `seed`. With one for all, runs can share a teacher's forward pass
-    )
+    relations: str | None = None  # on several devices: "global" (None) or "device"
+    # None: the default of `TrainConfig`
+    optimizer: str | None = None  # "sgd" (None) or "adamw"
+    betas: tuple | None = None
+    decay_norms: bool | None = None
+    grad_clip: float | None = None
+    accumulate: int | None = None
+    warmup_steps: int | None = None
+    data_seed: int | None = None  # of order and augmentation of the images; None: `seed`. Runs with one can be grouped
     # where the teacher differs
     teacher_seed: int = 0
     teacher_epochs: int | None = None  # None: as many as the student
     teacher_lr: float | None = None  # None: the student's, or the paper's where that one was not given
-    teacher_weights: str | None = (
-        None  # a checkpoint to load instead of training one; or torchvision's, as "IMAGENET1K_V1"
-    )
-    # features by module path, for networks whose layers are not known
+    teacher_weights: str | None = None  # a checkpoint instead of training one, or torchvision's, as "IMAGENET1K_V1"
+    # module paths of the features, for networks whose feature paths are not known
     student_paths: tuple | None = None
     teacher_paths: tuple | None = None
     # a class-balanced part of the dataset
@@ -286,10 +323,10 @@ class ExperimentFields(BaseExperiment):
     # images from files
     image_size: int | None = None  # pixels of a side; None: 224 of imagenet, as they are of an image folder
     evaluate_on: str | None = None  # imagenet: "train" evaluates on the training images, for a folder without val/
-    skip_broken: bool | None = None  # imagenet: pass over images that cannot be decoded
+    skip_broken: bool | None = None  # imagenet: skip images that cannot be decoded
 
     def __post_init__(self):
-        self._settle(such_as="resnet32x4; list_models() has them all")
+        self._resolve(example="resnet32x4; list_models() has them all")
         if self.teacher and self.teacher_lr is None:
             self._set("teacher_lr", self.lr or paper_lr(self.teacher, self.dataset, self.batch_size))
         if self.lr is None:
@@ -303,24 +340,17 @@ class ExperimentFields(BaseExperiment):
             raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {self.batch_size}")
-        self.recipe  # says what is wrong with it
+        for name in SAME_AS_DEFAULT:  # one run has one key, whether a default was given or not
+            if getattr(self, name) == getattr(TrainConfig, name):
+                self._set(name, None)
+        self.train_config  # raises what is wrong with it
         self._set("method_args", resolved_args(self.method, self.method_args))
-
-# %% ../../nbs/method/07_experiments.ipynb #2a4cc122
-def images_below(folder: Path) -> Iterator[str]:
-    "Paths of all images in a folder and those below it, hidden ones aside, sorted; none if there is no such folder."
-    for base, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        yield from (os.path.join(base, n) for n in sorted(names) if n[0] != "." and Path(n).suffix.lower() in SUFFIXES)
-
-
-@dataclass(frozen=True)
-class Experiment(ExperimentFields):
-    "One run: a student trained on a dataset, alone or by a method from a teacher. Its fields are those of `ExperimentFields`."
 
     @staticmethod
     def paper(dataset: str, teacher: str | None, student: str, method: str, seed: int = 0, **changes) -> Experiment:
-        "The paper's protocol for a pair of networks on small images or ImageNet; `changes` are the fields that differ from it."
+        """Return the paper's protocol for a pair of networks on small images or ImageNet.
+
+        `changes` are the fields that differ from it. Raises ValueError for a dataset with another protocol."""
         if dataset in ("coco", "cityscapes"):
             raise ValueError(f"{dataset} has a protocol of its own, not that of CIFAR-100")
         if of_imagenet(dataset):
@@ -329,6 +359,7 @@ class Experiment(ExperimentFields):
         return Experiment(dataset, student, teacher, method, seed=seed, **changes)
 
     def load_data(self) -> Dataset | FileDataset:
+        "Load the dataset, or the part of it that the limits name."
         given = {"size": self.image_size, "val": self.evaluate_on, "skip_broken": self.skip_broken}
         return load_dataset(
             self.dataset,
@@ -346,231 +377,180 @@ class Experiment(ExperimentFields):
         kind, _, path = self.dataset.partition(":")
         path = Path(path or kind).expanduser()
         base = next((p for p in (data_root() / path, Path.cwd() / path) if (p / "train").is_dir()), None)
-        parts = ("train", self.evaluate_on or "val") if kind == "imagenet" else ("train", "test", "val")
-        return base and (base, [f for part in sorted(set(parts)) for f in images_below(base / part)])
+        parts = {"train", self.evaluate_on or "val"} if kind == "imagenet" else {"train", "test", "val"}
+        return base and (base, [f for part in sorted(parts) for f in images_below(base / part)])
 
     def batches(self, data: Dataset | FileDataset, device, options: dict) -> tuple[Batches, Batches]:
-        "Training and test batches."
+        "Return training and test batches."
         how = {"device": device} | ({"workers": options.get("workers")} if isinstance(data, FileDataset) else {})
-        return data.batches(self.batch_size, train=True, seed=self.order_seed, **how), data.batches(train=False, **how)
+        train = data.batches(self.batch_size, train=True, seed=self.order_seed, **how)
+        return train, data.batches(train=False, **how)
 
     def network(self, name: str, data, start: bool = True) -> torch.nn.Module:
+        "Return a network for the data, with random weights."
         return create_model(name, num_classes=data.num_classes, in_channels=data.shape[0])
 
     def evaluate(self, network: torch.nn.Module, test: Batches) -> dict:
+        "Return top-1 and top-5 accuracy in per cent."
         return evaluate(network, test)._asdict()
 
     def task(self, student, method, teacher) -> Distiller:
         return Distiller(student, method, teacher, self.student_paths, self.teacher_paths)
 
     def given_teacher(self, data) -> torch.nn.Module:
-        "The teacher with the weights that the experiment gives: a checkpoint, or torchvision's by their name."
-        if (
-            not self.teacher.startswith("torchvision/")
-            or not self.teacher_weights.isidentifier()
-            or Path(self.teacher_weights).exists()
-        ):
-            return super().given_teacher(data)
-        return torchvision_teacher(self, data)
+        "Return the teacher with the weights that the experiment names: a checkpoint, or torchvision's."
+        by_name = self.teacher_weights.isidentifier() and not Path(self.teacher_weights).exists()
+        if self.teacher.startswith("torchvision/") and by_name:
+            return torchvision_teacher(self, data)
+        return super().given_teacher(data)
 
 # %% ../../nbs/method/07_experiments.ipynb #f5396912
 def torchvision_teacher(experiment: Experiment, data) -> torch.nn.Module:
-    "The teacher with torchvision's weights of this name."
-    name, weights = experiment.teacher, experiment.teacher_weights
+    """Return the teacher with torchvision's weights of the name in `teacher_weights`.
+
+    Raises ValueError for an unknown name, another number of classes or a damaged file, FileNotFoundError where the
+    weights are missing and cannot be downloaded."""
     from torchvision.models import get_model_weights
 
+    name, weights = experiment.teacher, experiment.teacher_weights
     known = get_model_weights(name.split("/")[1]).__members__
     if weights not in known:
         raise ValueError(nearest(weights, known, f"weights of {name}"))
     classes, url = len(known[weights].meta["categories"]), known[weights].url
     if classes != data.num_classes:
         raise ValueError(f"{weights} of {name} knows {classes} classes, {experiment.dataset} has {data.num_classes}")
-    there = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     try:
         return create_model(name, classes, data.shape[0], weights=weights)
     except OSError as err:
         raise FileNotFoundError(
-            f"no {weights} of {name}: {there} is not there, and {url} cannot be reached ({err}). Put that file there (TORCH_HOME is the folder two above), "
-            "or give the path of a checkpoint as teacher_weights"
+            f"no {weights} of {name}: {path} is not there, and {url} cannot be reached ({err}). Put that file there "
+            "(TORCH_HOME is the folder two above), or give the path of a checkpoint as teacher_weights"
         ) from err
     except (RuntimeError, EOFError) as err:
-        raise ValueError(f"{there} is broken: {err}. Delete it, and it is fetched again") from err
+        raise ValueError(f"{path} is broken: {err}. Delete it, and it is fetched again") from err
 
 # %% ../../nbs/method/07_experiments.ipynb #c56c4c9d
 def run(
-    experiment: Experiment,
+    experiment: BaseExperiment,
     root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
     folder: Path | str | None = None,  # folder of this run; None: `root` / `experiment.key`
     device: str | None = None,  # None: CUDA where there is one, else the CPU
     progress: bool = True,  # bars in the terminal
-    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile; and workers, which decode images from files
+    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile; and workers, which decode images
 ) -> Result:
-    "Run an experiment, or find what it left. Launched in several processes, each takes its part of every batch and the first one writes."
+    """Run an experiment, or find the result it left.
+
+    Started in several processes, each takes its shard of every batch and the first one writes. Raises ValueError for a
+    folder of another experiment, and for a result whose data or weights have changed since."""
     root = runs_root(root)
     folder = Path(folder) if folder else root / experiment.key
     if experiment.deterministic and device != "cpu":
         cublas_workspace()  # before CUDA starts
-    result, found = _obtain(experiment, root, folder, init_distributed(device), progress, options)
+    result, found = find_or_train(experiment, root, folder, init_distributed(device), progress, options)
     if found:
-        _announce(folder, result)
+        report_found(folder, result)
     return result
 
 
-def _obtain(experiment, root, folder, device, progress, options) -> tuple[Result, bool]:
-    "The result, and whether it was there."
+def find_or_train(experiment, root, folder, device, progress, options) -> tuple[Result, bool]:
+    "Return the result of an experiment, and whether it was there already."
     first = rank() == 0
     if first:
         claim_folder(folder, experiment)
     barrier()
     if result := find_result(experiment, folder, root):
         return result, True
-    with _alone(folder) if first else contextlib.nullcontext():
-        return _run(experiment, root, folder, device, progress, options)
+    with lock_run(folder) if first else contextlib.nullcontext():
+        if first:
+            claim_folder(folder, experiment)  # again, now that nobody else can
+        barrier()
+        if result := find_result(experiment, folder, root):
+            return result, True
+        parts = experiment.prepare(root, device, progress, options)
+        inputs = experiment.data_inputs() | experiment.weight_inputs(root) if first else {}
+        trainer = make_trainer(experiment, parts, folder, options)
+        trainer.fit(progress)
+        return save_result(experiment, trainer, parts.teacher_scores, inputs), False
 
 
-def _run(experiment, root, folder, device, progress, options) -> tuple[Result, bool]:
-    if rank() == 0:
-        claim_folder(folder, experiment)  # again, now that nobody else can
-    barrier()
-    if result := find_result(experiment, folder, root):
-        return result, True
-    parts = experiment.prepare(root, device, progress, options)
-    inputs = experiment.data_inputs() | experiment.weight_inputs(root) if rank() == 0 else {}
-    trainer = Trainer(parts.task, parts.train, parts.test, experiment.recipe, folder, **trainer_options(options))
-    trainer.fit(progress)
-    return _finish(experiment, trainer, parts.scores, inputs), False
+def make_trainer(experiment, parts: Parts, folder: Path | str, options: dict) -> Trainer:
+    "Return the trainer of an experiment in a folder; `options` are those of `run`."
+    options = {k: v for k, v in options.items() if k != "workers"}
+    return Trainer(parts.task, parts.train, parts.test, experiment.train_config, folder, **options)
 
 
-def trainer_options(options: dict) -> dict:
-    return {k: v for k, v in options.items() if k != "workers"}
+def save_result(experiment, trainer: Trainer, teacher_scores: dict | None, inputs: dict, group_size: int = 1) -> Result:
+    "Write the result of a run that is done, and return it."
+    last, trained = trainer.history[-1], [*trainer.names, *trainer.counted]
 
+    def scores(row):
+        return {k: v for k, v in row.items() if k not in ("lr", *trained)}
 
-def _finish(experiment, trainer: Trainer, teacher: dict | None, inputs: dict, company: int = 1) -> Result:
-    "Write the result of a run that is done."
-    last, told = trainer.history[-1], [*trainer.names, *trainer.counted]
-    scores = lambda row: {k: v for k, v in row.items() if k not in ("lr", *told)}
     result = Result(
-        experiment.to_dict(),
-        scores(last),
-        scores(trainer.best),
-        {k: last[k] for k in told},
-        teacher,
-        sum(p.numel() for p in trainer.task.student.parameters()),
-        round(trainer.seconds, 1),
-        round(trainer.train.samples * len(trainer.history) / trainer.seconds, 1),
-        device_name(trainer.device),
-        package_versions(),
-        git_commit(),
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        company,
-        inputs,
+        experiment=experiment.to_dict(),
+        last=scores(last),
+        best=scores(trainer.best),
+        train={k: last[k] for k in trained},
+        teacher=teacher_scores,
+        parameters=sum(p.numel() for p in trainer.task.student.parameters()),
+        seconds=round(trainer.seconds, 1),
+        images_per_second=round(trainer.train.samples * len(trainer.history) / trainer.seconds, 1),
+        device=device_name(trainer.device),
+        versions=package_versions(),
+        commit=git_commit(),
+        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        group_size=group_size,
+        inputs=inputs,
     )
     if rank() == 0:
         result.save(trainer.folder / "result.json")
     barrier()
     return result
 
-# %% ../../nbs/method/07_experiments.ipynb #23c68f63
-def find_result(
-    experiment: BaseExperiment,
-    folder: Path,  # of its run
-    root: Path,  # of all runs
-    data: dict | None = None,  # `experiment.data_inputs()`, if it is known already
-) -> Result | None:  # None where there is none
-    "The result that a run left. ValueError if its data or weights have changed since; what is not there any more is not compared."
-    if not (folder / "result.json").exists():
-        return None
-    result = Result.load(folder / "result.json")
-    here = (experiment.data_inputs() if data is None else data) | experiment.weight_inputs(root)
-    differ = [f"{k}: {v} then, {here[k]} now" for k, v in result.inputs.items() if v and here.get(k) and v != here[k]]
-    if differ:
-        raise ValueError(
-            f"{folder} has a result of {result.finished}, but what it was made from has changed ({'; '.join(differ)}). Nothing was touched. "
-            "Put back what has changed, or remove the folder (or give another one) to train again"
-        )
-    return result
 
-
-def _announce(folder: Path, result: Result):
+def report_found(folder: Path, result: Result):
+    "Say on stderr that nothing was trained."
     if rank() == 0:
         print(f"found {folder.name}, finished on {result.finished}: nothing was trained", file=sys.stderr)
 
-
-@contextlib.contextmanager
-def _alone(folder: Path):
-    "Hold the lock of a run's folder; wait for whoever has it. However a process ends, its lock goes with it."
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another process is at work in {folder}; waiting for it", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def claim_folder(folder: Path, experiment: Experiment):
-    "Write experiment.json, or refuse a folder that belongs to another experiment."
-    path, mine = folder / "experiment.json", experiment.to_dict()
-    if path.exists():
-        try:
-            there = json.loads(path.read_text())
-        except ValueError as e:
-            raise ValueError(f"{path} cannot be read ({e}); it was left as it is. Use another folder") from e
-        differ = [
-            f"{k}: {there.get(k)!r} there, {mine.get(k)!r} here"
-            for k in {**there, **mine}
-            if there.get(k) != mine.get(k)
-        ]
-        if differ:
-            raise ValueError(f"{folder} belongs to another experiment ({'; '.join(differ)}). Use another folder")
-    elif folder.exists() and any(
-        p.name != path.name and not p.name.startswith(".") for p in folder.iterdir()
-    ):  # locks and half-written files are hidden
-        raise ValueError(f"{folder} is not empty and holds no experiment; nothing was touched. Use another folder")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(mine, indent=1) + "\n")
-
 # %% ../../nbs/method/07_experiments.ipynb #4be29112
 def run_many(
-    experiments: list[Experiment],  # alike in dataset, batches, teacher, epochs and precision
+    experiments: list[Experiment],  # with the same dataset, batches, teacher, epochs and precision
     root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
     device: str | None = None,  # None: CUDA where there is one, else the CPU
     progress: bool = True,
     **options,  # of `Trainer`; and workers
 ) -> list[Result]:
-    "Run several experiments in one process, the teacher's forward pass shared; those that are done already are read."
+    """Run several experiments in one process with one forward pass of the teacher; those that are done are read.
+
+    Raises ValueError where they differ in more than `MAY_DIFFER`, RuntimeError in several processes."""
     for e in experiments[1:]:
-        _check_shared(experiments[0], e)
+        check_group_fields(experiments[0], e)
     root, device = runs_root(root), init_distributed(device)
     if world_size() > 1:
-        raise RuntimeError("run_together works in one process; launched in several, use run for each experiment")
+        raise RuntimeError("run_many works in one process; started in several, use run for each experiment")
     folders = {root / e.key: e for e in experiments}
-    with contextlib.ExitStack() as held:
-        for folder in sorted(folders):  # in one order everywhere, so that nobody waits for each other
+    with contextlib.ExitStack() as locks:
+        for folder in sorted(folders):  # everybody locks in the same order, so that no two wait for each other
             claim_folder(folder, folders[folder])
-            held.enter_context(_alone(folder))
+            locks.enter_context(lock_run(folder))
         parts, trainers = None, {}
         for folder, e in folders.items():
             if result := find_result(e, folder, root):
-                _announce(folder, result)
+                report_found(folder, result)
                 continue
-            parts = e.prepare(root, device, progress, options, beside=parts)
-            trainers[folder] = Trainer(
-                parts.task, parts.train, parts.test, e.recipe, folder, **trainer_options(options)
-            )
+            parts = e.prepare(root, device, progress, options, shared=parts)
+            trainers[folder] = make_trainer(e, parts, folder, options)
         inputs = {folder: folders[folder].data_inputs() | folders[folder].weight_inputs(root) for folder in trainers}
         if trainers:
             fit_many(list(trainers.values()), progress)
         for folder, trainer in trainers.items():
-            _finish(folders[folder], trainer, parts.scores, inputs[folder], len(trainers))
+            save_result(folders[folder], trainer, parts.teacher_scores, inputs[folder], len(trainers))
     return [Result.load(root / e.key / "result.json") for e in experiments]
 
 
-OWN = (
+MAY_DIFFER = (  # among experiments that share a teacher's forward pass
     "student",
     "method",
     "method_args",
@@ -585,11 +565,20 @@ OWN = (
     "schedule",
     "lr_steps",
     "lr_decay",
-)  # in which runs that share a teacher may differ
+    "optimizer",
+    "betas",
+    "decay_norms",
+    "grad_clip",
+    "warmup_steps",
+)
 
 
-def _check_shared(a: Experiment, b: Experiment):
-    shared = lambda e: {k: v for k, v in e.to_dict().items() if k not in OWN} | {"order of the data": e.order_seed}
-    differ = [f"{k}: {v!r} and {shared(b)[k]!r}" for k, v in shared(a).items() if v != shared(b)[k]]
+def check_group_fields(a: Experiment, b: Experiment):
+    "Raise ValueError where two experiments cannot share a teacher's forward pass."
+    one, other = (
+        {k: v for k, v in e.to_dict().items() if k not in MAY_DIFFER} | {"order of the data": e.order_seed}
+        for e in (a, b)
+    )
+    differ = [f"{k}: {v!r} and {other[k]!r}" for k, v in one.items() if v != other[k]]
     if differ:
         raise ValueError(f"runs that share a teacher's forward pass must agree in {'; '.join(differ)}")

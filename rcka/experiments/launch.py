@@ -18,7 +18,7 @@ from ..train.callbacks import NonFiniteLoss
 from ..train.learner import OutOfMemory, Stopped
 
 # %% auto #0
-__all__ = ['KINDS', 'kind_of', 'parse', 'main']
+__all__ = ['KINDS', 'kind_of', 'make_parser', 'parse', 'main']
 
 # %% ../../nbs/method/07d_launch.ipynb #412524cf
 def _value(text: str):
@@ -36,79 +36,88 @@ KINDS = {
 
 
 def kind_of(args: list[str] | None) -> type[BaseExperiment]:
-    "The class of experiments that a command line is about."
-    first = argparse.ArgumentParser("python -m rcka.train", add_help=False, allow_abbrev=False)
+    "Return the class of experiments that a command line is about."
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--kind", choices=KINDS, default="classification")
     module, name = KINDS[first.parse_known_args(args)[0].kind].rsplit(".", 1)
     return getattr(import_module(module), name)
 
 
-def parse(args: list[str] | None = None) -> tuple[BaseExperiment, dict]:
-    "The experiment and the arguments of `run` that a command line asks for."
-    kind = kind_of(args)
+def make_parser(kind: type[BaseExperiment], program: str) -> argparse.ArgumentParser:
+    "Return the parser of the options for experiments of a kind."
     parser = argparse.ArgumentParser(
-        "python -m rcka.train",
-        description="Run an experiment, go on with one that was interrupted, or find its result.",
-        epilog="exit code: 0 done, 1 an error that is said, 128 + n stopped by signal n with the state saved",
+        program,
+        description="Run one experiment without a notebook, continue one that was interrupted, or find its result.",
+        epilog="exit code: 0 done, 1 an error that is named, 128 + n stopped by signal n with the state saved",
         allow_abbrev=False,
     )
     parser.add_argument("file", nargs="?", type=Path, help="JSON with fields of an experiment")
     parser.add_argument(
         "--kind",
         choices=KINDS,
-        help="what is trained (default: classification); the other options are those of that kind",
+        help="what is trained (default: classification); the fields below are those of that kind",
     )
+    group = parser.add_argument_group("fields of the experiment", "Values are read as JSON, else as text.")
     for f in fields(kind):
-        parser.add_argument(f"--{f.name}", type=_value, default=argparse.SUPPRESS, help=f"default {f.default}")
+        group.add_argument(
+            f"--{f.name}",
+            type=_value,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=f"{f.type}, default {f.default}",
+        )
     how = parser.add_argument_group("how to run it, which changes no result")
     how.add_argument("--root", help="folder of all runs (default: RCKA_RUNS, else runs/)")
-    how.add_argument("--folder", help="folder of this run (default: by its key, under root)")
+    how.add_argument("--folder", help="folder of this run (default: named by its key, under root)")
     how.add_argument("--device", help="cpu or cuda (default: CUDA where there is one)")
     how.add_argument(
-        "--checkpoint_seconds", type=float, help="when the process is killed, about so much work is lost (default: 60)"
+        "--checkpoint_seconds", type=float, help="time between two checkpoints, lost when the process is killed (60)"
     )
     how.add_argument("--channels_last", action="store_true", help="memory layout of the networks; rounds differently")
     how.add_argument("--compile", action="store_true", help="torch.compile of the networks; rounds differently")
     how.add_argument(
         "--workers",
         type=int,
-        help="who decode images from files: processes (default: one for each core), for detectors threads (default: 4); segmentation has its own",
+        help="number of processes that decode images (default: one for each core); for detectors of threads "
+        "(default: 4); segmentation has its own",
     )
     how.add_argument("--quiet", action="store_true", help="no progress bar")
-    given = vars(parser.parse_args(args))
+    return parser
+
+
+def parse(args: list[str] | None = None, program: str = "python -m rcka.train") -> tuple[BaseExperiment, dict]:
+    "Return the experiment and the arguments of `run` that a command line asks for."
+    kind = kind_of(args)
+    given = vars(make_parser(kind, program).parse_args(args))
     file, quiet, _ = (given.pop(name) for name in ("file", "quiet", "kind"))
-    options = {
-        name: value
-        for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "workers")
-        if (value := given.pop(name)) is not None and value is not False
-    }
+    options = {}
+    for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "workers"):
+        value = given.pop(name)
+        if value is not None and value is not False:
+            options[name] = value
     values = json.loads(file.read_text()) if file else {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a JSON object with fields of an experiment")
     try:
         experiment = kind.from_dict(values | given)
     except ValueError as e:
-        raise ValueError(
-            f"{e}. It was read as {kind.__name__}: is --kind right?" if "field of an experiment" in str(e) else e
-        ) from e
+        if "field of an experiment" not in str(e):
+            raise
+        raise ValueError(f"{e}. It was read as {kind.__name__}: is --kind right?") from e
     return experiment, options | {"progress": not quiet}
 
 
-def main(args: list[str] | None = None) -> int:
-    "What `python -m rcka.train` does. Gives the exit code."
+def main(args: list[str] | None = None, program: str = "python -m rcka.train") -> int:
+    "Run the command line of one experiment; return the exit code."
     try:
-        experiment, options = parse(args)
+        experiment, options = parse(args, program)
         result = run(experiment, **options)
     except Stopped as e:
         print(f"stopped: {e}", file=sys.stderr)
-        return 128 + e.signum
+        return 1 if e.signum is None else 128 + e.signum
     except (ValueError, OSError, ImportError, NonFiniteLoss, OutOfMemory, BatchesFailed, FolderBusy) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     if rank() == 0:
         print(json.dumps({"key": experiment.key, "last": result.last, "best": result.best, "teacher": result.teacher}))
     return 0
-
-
-if __name__ == "__main__" and "__file__" in globals():
-    sys.exit(main())  # not in a notebook

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from .experiment import Experiment
 from .result import Result, published, runs_root
 from ..extras import optional_import
+from ..files import as_csv
 from ..methods.base import create_method
 
 # %% auto #0
@@ -49,7 +50,9 @@ ABOUT_TEACHER = ("teacher_seed", "teacher_epochs", "teacher_lr", "teacher_weight
 
 
 def changes(e: Experiment) -> tuple[dict, dict]:
-    "The fields in which an experiment differs from the paper's protocol for its pair: of the student's training, and about the teacher."
+    """Return the fields in which an experiment differs from the paper's protocol for its pair.
+
+    The first dict has those of the student's training, the second those about the teacher."""
     paper = Experiment(e.dataset, e.student, e.teacher, e.method, seed=e.seed).to_dict()
     e = replace(e, teacher_lr=None) if e.teacher else e  # follows the student's where it was not given
     differ = {
@@ -145,9 +148,9 @@ class Table:
 
 # %% ../../nbs/method/08b_report.ipynb #c358252c
 def tables(results: list[Result]) -> list[Table]:
-    "One table for each dataset and protocol."
+    "Return one table for each dataset and protocol."
     runs = [(Experiment.from_dict(r.experiment), r) for r in results]
-    teachers = {e.teachers.key for e, _ in runs if e.teacher}
+    teachers = {e.teacher_experiment.key for e, _ in runs if e.teacher}
     groups: dict[tuple, list] = {}
     for e, r in runs:
         groups.setdefault((e.dataset, json.dumps(changes(e)[0])), []).append((e, r))
@@ -161,18 +164,18 @@ def tables(results: list[Result]) -> list[Table]:
 def _table(dataset: str, runs: list) -> Table:
     about = {json.dumps(changes(e)[1]) for e, _ in runs if e.teacher}
     alone: dict[str, list] = {}
-    taught: dict[tuple, dict[str, list]] = {}
+    distilled: dict[tuple, dict[str, list]] = {}
     for e, r in runs:
         if not e.teacher:
             alone.setdefault(e.student, []).append(r)
             continue
-        taught.setdefault((e.teacher, e.student), {}).setdefault(_label(e, len(about) > 1), []).append(r)
-    if not taught:
+        distilled.setdefault((e.teacher, e.student), {}).setdefault(_label(e, len(about) > 1), []).append(r)
+    if not distilled:
         rows = [_row(dataset, None, s, "none", rs) for s, rs in sorted(alone.items())]
     else:
         rows = [
             row
-            for (t, s), by_method in sorted(taught.items())
+            for (t, s), by_method in sorted(distilled.items())
             for row in [
                 _teacher_row(dataset, t, s, [r for rs in by_method.values() for r in rs]),
                 *([_row(dataset, t, s, "none", alone[s])] if s in alone else []),
@@ -277,10 +280,10 @@ def _notes(dataset: str, rows: list[Row]) -> tuple[str, ...]:
     notes = []
     for row in (r for r in rows if r.published.disagrees):
         p = row.published
-        told = ["a dash in the RCKA paper" if p.paper is None else f"{p.paper:.2f} in the RCKA paper"]
-        told += [f"{v:.2f} in {source}" for v, source in ((p.own, p.own_source), (p.other, p.other_source)) if v]
+        printed = ["a dash in the RCKA paper" if p.paper is None else f"{p.paper:.2f} in the RCKA paper"]
+        printed += [f"{v:.2f} in {source}" for v, source in ((p.own, p.own_source), (p.other, p.other_source)) if v]
         remark = f" ({p.remark})" if p.remark else ""
-        notes.append(f"{row.method}, {row.teacher} → {row.student}, is printed as {', '.join(told)}{remark}.")
+        notes.append(f"{row.method}, {row.teacher} → {row.student}, is printed as {', '.join(printed)}{remark}.")
     plain = lambda name: name.removesuffix("_half").removeprefix("torchvision/")
     for teacher, student in dict.fromkeys((r.teacher, r.student) for r in rows if r.teacher):
         best = [
@@ -604,9 +607,7 @@ def report(
     form: str = "markdown",  # "markdown", "latex" or "csv"
     figures: Path | str | None = None,  # folder to write the figures to, as NAME_scores.png and NAME_cost.png
 ) -> str:
-    "The tables of all results under a folder, and what is missing."
-    from rcka.files import as_csv
-
+    "Return the tables of all results under a folder as text, and what is missing."
     found = load_results(root)
     made = tables(found.results)
     if figures:
@@ -623,7 +624,7 @@ def report(
 
 
 def missing(found: Results) -> list[str]:
-    "What a reader should know about a folder's gaps."
+    "Return sentences on the runs that are missing and the files that were left alone."
     counted = (
         [f"{len(found.results)} results; {found.missing} runs are missing."]
         if found.missing or not found.results
@@ -633,7 +634,7 @@ def missing(found: Results) -> list[str]:
 
 
 def save_figures(made: list[Table], folder: Path | str) -> list[Path]:
-    "Both figures of each table, as PNG."
+    "Write both figures of each table as PNG; return their paths."
     with optional_import():
         import matplotlib.pyplot as plt
 

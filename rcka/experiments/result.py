@@ -3,6 +3,7 @@
 # %% ../../nbs/method/07a_results.ipynb #2a302f52
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -19,14 +20,18 @@ import torch
 import rcka
 from ..core import nearest
 from ..extras import optional_import
-from ..files import checkout, write_atomic
+from ..files import FolderBusy, checkout, write_atomic
+from ..train.callbacks import differences
+
+with optional_import():
+    from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['RESULT_FORMAT', 'TABLES', 'Result', 'runs_root', 'package_versions', 'git_commit', 'device_name', 'summary',
-           'plot_run', 'published']
+__all__ = ['RESULT_FORMAT', 'RUN_LOCK', 'SWEEP_LOCK', 'TABLES', 'Result', 'runs_root', 'package_versions', 'git_commit',
+           'device_name', 'lock_run', 'is_running', 'claim_folder', 'find_result', 'summary', 'plot_run', 'published']
 
 # %% ../../nbs/method/07a_results.ipynb #d07f4ba6
-RESULT_FORMAT = 2  # 1 did not have all arguments of the method
+RESULT_FORMAT = 3  # 1 did not have all arguments of the method; 2 had another name for `group_size`
 
 
 @dataclass(frozen=True)
@@ -39,51 +44,49 @@ class Result:
     train: dict  # the last epoch's mean of every loss term, and the training accuracy
     teacher: dict | None  # scores (top1, top5) of the teacher, in per cent
     parameters: int  # of the student
-    seconds: (
-        float  # wall time of this run, the teacher's training not counted; over all its parts if it was interrupted
-    )
+    seconds: float  # wall time, over all parts of an interrupted run; without the teacher's training
     images_per_second: float  # training images over `seconds`
     device: str
     versions: dict
     commit: str | None  # of the checkout, with a plus if it was changed; None where there is none
     finished: str  # UTC
-    company: int = (
-        1  # how many runs shared the process and the teacher's forward pass; `seconds` is the time of all of them
-    )
-    inputs: dict = field(
-        default_factory=dict
-    )  # hashes of the data and the given weights, see `data_inputs` and `weight_inputs`
+    group_size: int = 1  # number of runs that shared the teacher's forward pass; `seconds` is the time of all of them
+    inputs: dict = field(default_factory=dict)  # hashes of data and given weights: `data_inputs`, `weight_inputs`
     format: int = RESULT_FORMAT
 
     @property
     def score(self) -> str:
-        "The metric that counts: top1, AP or miou."
+        "The metric by which runs are compared: top1, AP or miou."
         return next(k for k in self.last if k != "epoch")
 
     def save(self, path: Path | str):
+        "Write the result as JSON, atomically."
         write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> Result:
-        "Read a result file; one cut short or of a newer format is named in the error."
+        "Read a result file. Raises ValueError, with the path, for one that is cut short or of another format."
         try:
             values = json.loads(Path(path).read_text())
         except ValueError as e:
             raise ValueError(f"{path} is no result file, or cut short: {e}") from e
         found = values.get("format") if isinstance(values, dict) else None
-        if found != RESULT_FORMAT:
+        if found == 2:
+            values |= {"group_size": values.pop("company", 1), "format": RESULT_FORMAT}
+        elif found != RESULT_FORMAT:
             raise ValueError(f"{path} has result format {found!r}; this version reads format {RESULT_FORMAT}")
         return cls(**values)
 
 # %% ../../nbs/method/07a_results.ipynb #f328a063
 def runs_root(root: Path | str | None = None) -> Path:
-    "Where runs live: `root`, else RCKA_RUNS, else runs/ of the checkout, else ./runs."
+    "Return the folder of all runs: `root`, else RCKA_RUNS, else runs/ of the checkout, else ./runs."
     if root or os.environ.get("RCKA_RUNS"):
         return Path(root or os.environ["RCKA_RUNS"])
     return (checkout() or Path.cwd()) / "runs"
 
 
 def package_versions() -> dict:
+    "Return the versions of Python, this package, torch and torchvision."
     found = {"python": platform.python_version()}
     for name in ("rcka", "torch", "torchvision"):
         try:
@@ -93,30 +96,114 @@ def package_versions() -> dict:
     return found
 
 
-def git_commit() -> str | None:
-    "The commit of the checkout this package runs from."
+def _git(*args: str):
     here = Path(rcka.__file__).parent.parent
-    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10)
+    return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10)
+
+
+def git_commit() -> str | None:
+    "Return the commit of the checkout this package runs from, with a plus if it was changed; None without a checkout."
     try:
-        if not (here / "settings.ini").exists() or (head := git("rev-parse", "HEAD")).returncode:
+        if not (Path(rcka.__file__).parent.parent / "settings.ini").exists():
             return None
-        return head.stdout.strip() + (
-            "+" if git("status", "--porcelain", "--untracked-files=no", "rcka").stdout.strip() else ""
-        )
+        head = _git("rev-parse", "HEAD")
+        if head.returncode:
+            return None
+        changed = _git("status", "--porcelain", "--untracked-files=no", "rcka").stdout.strip()
+        return head.stdout.strip() + ("+" if changed else "")
     except (OSError, subprocess.TimeoutExpired):
         return None
 
 
 def device_name(device: torch.device) -> str:
+    "Return the name of a GPU, or the kind of CPU and its number of threads."
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
+# %% ../../nbs/method/07a_results.ipynb #7c2e9a41
+RUN_LOCK, SWEEP_LOCK = ".lock", ".sweep.lock"
+
+
+@contextlib.contextmanager
+def lock_run(
+    folder: Path | str,  # of a run; it must be there
+    name: str = RUN_LOCK,
+    wait: bool = True,  # for another process that holds the lock; False: raise FolderBusy
+):
+    "Hold a lock of a run's folder."
+    lock = FileLock(Path(folder) / name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        message = f"another process is at work in {folder}"
+        if not wait:
+            raise FolderBusy(message) from None
+        print(f"{message}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_running(folder: Path | str) -> bool:
+    "Return whether a process holds a lock of a run's folder."
+    for name in (RUN_LOCK, SWEEP_LOCK):
+        if not (Path(folder) / name).exists():
+            continue
+        try:
+            with lock_run(folder, name, wait=False):
+                pass
+        except FolderBusy:
+            return True
+    return False
+
+
+def claim_folder(folder: Path, experiment):
+    "Write experiment.json. Raises ValueError for a folder of another experiment, or of something else."
+    path, values = folder / "experiment.json", experiment.to_dict()
+    if path.exists():
+        try:
+            saved = json.loads(path.read_text())
+        except ValueError as e:
+            raise ValueError(f"{path} cannot be read ({e}); it was left as it is. Use another folder") from e
+        if found := differences(saved, values):
+            raise ValueError(f"{folder} belongs to another experiment ({found}). Use another folder")
+        return
+    if folder.exists() and any(p.name[0] != "." for p in folder.iterdir()):  # hidden: locks, half-written files
+        raise ValueError(f"{folder} is not empty and holds no experiment; nothing was touched. Use another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(values, indent=1) + "\n")
+
+
+def find_result(
+    experiment,
+    folder: Path,  # of its run
+    root: Path,  # of all runs
+    data: dict | None = None,  # `experiment.data_inputs()`, if it is known already
+) -> Result | None:  # None where there is none
+    """Return the result that a run left.
+
+    Raises ValueError if its data or weights have changed since; what is missing now is not compared."""
+    if not (folder / "result.json").exists():
+        return None
+    result = Result.load(folder / "result.json")
+    now = (experiment.data_inputs() if data is None else data) | experiment.weight_inputs(root)
+    differ = [f"{k}: {v} then, {now[k]} now" for k, v in result.inputs.items() if v and now.get(k) and v != now[k]]
+    if differ:
+        raise ValueError(
+            f"{folder} has a result of {result.finished}, but what it was made from has changed "
+            f"({'; '.join(differ)}). Nothing was touched. "
+            "Put back what has changed, or remove the folder (or give another one) to train again"
+        )
+    return result
+
 # %% ../../nbs/method/07a_results.ipynb #a57c8e45
 def summary(
     results,  # Results, or a folder of runs
-):  # pandas.DataFrame, one row for each experiment but for its seed
-    "Mean and standard deviation over seeds of the score in per cent (top1, AP, miou), at the last and the best epoch."
+):  # pandas.DataFrame, a row for the runs that differ in their seed only
+    "Return mean and standard deviation over seeds of the score in per cent, at the last and the best epoch."
     with optional_import():
         import pandas as pd
 
@@ -124,35 +211,25 @@ def summary(
         results = [Result.load(p) for p in sorted(Path(results).glob("*/result.json"))]
     groups: dict[str, list[Result]] = {}
     for r in results:
-        groups.setdefault(json.dumps({**r.experiment, "seed": None}, sort_keys=True), []).append(r)
-    std = lambda values: statistics.stdev(values) if len(values) > 1 else float("nan")
+        fields = {k: v for k, v in r.experiment.items() if k != "seed" and v is not None}
+        groups.setdefault(json.dumps(fields, sort_keys=True), []).append(r)
     rows = []
     for runs in groups.values():
-        e = runs[0].experiment
-        score = runs[0].score
-        last, best = ([getattr(r, which)[score] for r in runs] for which in ("last", "best"))
-        rows.append(
-            {
-                "dataset": e["dataset"],
-                "teacher": e["teacher"],
-                "student": e["student"],
-                "method": e["method"],
-                "score": score,
-                "seeds": len(runs),
-                "last": statistics.mean(last),
-                "last std": std(last),
-                "best": statistics.mean(best),
-                "best std": std(best),
-                "seconds": statistics.mean(r.seconds for r in runs),
-            }
-        )
+        e, score = runs[0].experiment, runs[0].score
+        row = {"dataset": e["dataset"], "teacher": e["teacher"], "student": e["student"], "method": e["method"]}
+        row |= {"score": score, "seeds": len(runs)}
+        for which in ("last", "best"):
+            values = [getattr(r, which)[score] for r in runs]
+            std = statistics.stdev(values) if len(values) > 1 else float("nan")
+            row |= {which: statistics.mean(values), f"{which} std": std}
+        rows.append(row | {"seconds": statistics.mean(r.seconds for r in runs)})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/method/07a_results.ipynb #2b16620f
 def plot_run(
     folder: Path | str,  # of a run
 ):  # a matplotlib Figure: the loss terms, and the score, epoch by epoch
-    "What happened along a run, from its metrics.csv."
+    "Draw the loss terms and the score of a run along its epochs, from its metrics.csv."
     with optional_import():
         import matplotlib.pyplot as plt
         import pandas as pd
@@ -172,9 +249,9 @@ def plot_run(
         if done.exists()
         else next((c for c in ("top1", "AP", "miou") if c in columns), columns[-1])
     )
-    told = columns[: columns.index(score)]  # after it come other scores
-    shares = [c for c in told if c.startswith(("train_", "level"))]
-    for i, name in enumerate(c for c in told if c not in shares):
+    before = columns[: columns.index(score)]  # after it come other scores
+    shares = [c for c in before if c.startswith(("train_", "level"))]
+    for i, name in enumerate(c for c in before if c not in shares):
         left.plot(
             rows["epoch"],
             rows[name],

@@ -27,9 +27,9 @@ class SegmentationExperiment(BaseExperiment):
     teacher: str | None = None  # likewise; None with method "none"
     method: str = "none"  # a name of `list_methods()`, or several with a plus
     method_args: dict | None = None  # as for `create_method`
-    backbone_weights: str | None = None  # of student and teacher at the start: "IMAGENET1K_V1", which downloads
+    backbone_weights: str | None = None  # of student and teacher: "IMAGENET1K_V1", which downloads
     seed: int = 0
-    # the recipe, for student and teacher
+    # how student and teacher are optimised, see `TrainConfig`
     crop: tuple | None = (512, 1024)  # of training, (h, w); None: the whole image
     epochs: int = 432
     batch_size: int = 16
@@ -47,19 +47,20 @@ class SegmentationExperiment(BaseExperiment):
     teacher_epochs: int | None = None  # None: as many as the student
     teacher_lr: float | None = None  # None: the student's
     teacher_weights: str | None = None  # a checkpoint to load instead of training one
-    # features by module path, for networks whose layers are not known
+    # module paths of the features, for networks whose feature paths are not known
     student_paths: tuple | None = None
     teacher_paths: tuple | None = None
-    # the first so many images by name
+    # number of images, the first by name
     train_limit: int | None = None
     test_limit: int | None = None
 
     def __post_init__(self):
-        self._settle(such_as="pspnet/resnet101")
+        self._resolve(example="pspnet/resnet101")
         for name in filter(None, (self.student, self.teacher)):
             if name.count("/") != 1 or name.split("/")[0] not in ARCHITECTURES:
                 raise ValueError(
-                    f"a segmentation network is named architecture/backbone, as pspnet/resnet18, with one of {', '.join(ARCHITECTURES)}; got {name!r}"
+                    "a segmentation network is named architecture/backbone, as pspnet/resnet18, "
+                    f"with one of {', '.join(ARCHITECTURES)}; got {name!r}"
                 )
         if self.teacher and self.teacher_lr is None:
             self._set("teacher_lr", self.lr)
@@ -67,7 +68,7 @@ class SegmentationExperiment(BaseExperiment):
             raise ValueError(
                 f"batch_size must be at least 2, for batch normalisation of pooled maps; got {self.batch_size}"
             )
-        self.recipe  # says what is wrong with it
+        self.train_config  # raises what is wrong with it
         self._set("method_args", resolved_args(self.method, self.method_args))
 
     def load_data(self) -> Scenes:
@@ -86,10 +87,9 @@ class SegmentationExperiment(BaseExperiment):
         return (folder, [*files, folder / "classes.txt"]) if files else None
 
     def batches(self, data: Scenes, device, options: dict) -> tuple[SceneBatches, SceneBatches]:
-        "Training and test batches."
-        return data.batches(self.batch_size, device=device, crop=self.crop, seed=self.order_seed), data.batches(
-            4, train=False, device=device
-        )
+        "Return training and test batches."
+        train = data.batches(self.batch_size, device=device, crop=self.crop, seed=self.order_seed)
+        return train, data.batches(4, train=False, device=device)
 
     def network(self, name: str, data: Scenes, start: bool = True) -> nn.Module:
         return create_segmenter(*name.split("/"), data.num_classes, self.backbone_weights if start else None)

@@ -27,10 +27,19 @@ import torch
 import rcka
 from ..core import nearest
 from ..engine import engine
-from .experiment import Experiment, claim_folder, find_result, of_imagenet, without_teacher
-from .result import Result, published, runs_root
+from .experiment import Experiment, of_imagenet, without_teacher
+from rcka.experiments.result import (
+    SWEEP_LOCK,
+    Result,
+    claim_folder,
+    find_result,
+    is_running,
+    lock_run,
+    published,
+    runs_root,
+)
 from ..extras import optional_import
-from ..files import checkout, write_atomic
+from ..files import FolderBusy, checkout, write_atomic
 from ..methods.base import create_method
 from ..models.registry import list_models
 from ..train.checkpoint import saved_state
@@ -38,7 +47,6 @@ from ..train.checkpoint import saved_state
 with optional_import():
     import nbformat
     import papermill
-    from filelock import FileLock, Timeout
 
 # %% auto #0
 __all__ = ['PATIENCE', 'FULL', 'grid', 'paper_pairs', 'with_teachers', 'validate', 'notebook_for', 'parameters', 'fingerprint',
@@ -48,36 +56,42 @@ __all__ = ['PATIENCE', 'FULL', 'grid', 'paper_pairs', 'with_teachers', 'validate
 # %% ../../nbs/method/08_sweep.ipynb #a60dbc75
 def grid(
     dataset: str,
-    pairs: str
-    | Iterable[str] = "all",  # "TEACHER:STUDENT", several with a comma or as a list; "all" are the published ones
+    pairs: str | Iterable[str] = "all",  # "TEACHER:STUDENT", several with a comma or as a list; "all": the published
     methods: str | Iterable[str] = ("none", "kd", "rcka"),
     seeds: Iterable[int] = (0, 1, 2),
     **fields,  # of `Experiment`, the same for all
 ) -> list[Experiment]:
-    "One experiment for each pair, method and seed."
-    listed = lambda v: [x.strip() for x in v.split(",") if x.strip()] if isinstance(v, str) else list(v)
-    pairs = paper_pairs(dataset) if pairs == "all" else [_pair(p) for p in listed(pairs)]
-    runs = [
-        Experiment.paper(dataset, None, student, method, seed, **without_teacher(fields))
-        if method == "none"
-        else Experiment.paper(dataset, teacher, student, method, seed, **fields)
-        for teacher, student in pairs
-        for method in listed(methods)
-        for seed in seeds
-    ]
+    "Return one experiment for each pair, method and seed. Raises ValueError for unknown names and an empty grid."
+    pairs = paper_pairs(dataset) if pairs == "all" else [_pair(p) for p in _names(pairs)]
+    methods, seeds, runs = _names(methods), list(seeds), {}
+    for teacher, student in pairs:
+        for method in methods:
+            for seed in seeds:
+                if method == "none":
+                    e = Experiment.paper(dataset, None, student, method, seed, **without_teacher(fields))
+                else:
+                    e = Experiment.paper(dataset, teacher, student, method, seed, **fields)
+                runs[e.key] = e
     if not runs:
         raise ValueError("nothing to run: give at least one pair, one method and one seed")
-    return list({e.key: e for e in runs}.values())
+    return list(runs.values())
+
+
+def _names(given: str | Iterable[str]) -> list[str]:
+    "Names as a list, from a list or from text with commas."
+    return [x.strip() for x in given.split(",") if x.strip()] if isinstance(given, str) else list(given)
 
 
 def paper_pairs(dataset: str) -> list[tuple[str, str]]:
-    "Teacher and student of every row of the published table, by the names of `create_model`."
-    ours = lambda name: name if name in list_models() else f"{name}_half"
-    if of_imagenet(dataset):
-        ours = lambda name: (
-            name if name == "mobilenet_v1" else f"torchvision/{name}"
-        )  # the package's own ResNets are for small images
-    return list(dict.fromkeys((ours(r["teacher"]), ours(r["student"])) for r in published(dataset.split(":")[0])))
+    "Return teacher and student of every row of the published table, by the names of `create_model`."
+
+    def known_as(name):
+        if of_imagenet(dataset):  # the package's own ResNets are for small images
+            return name if name == "mobilenet_v1" else f"torchvision/{name}"
+        return name if name in list_models() else f"{name}_half"
+
+    rows = published(dataset.split(":")[0])
+    return list(dict.fromkeys((known_as(r["teacher"]), known_as(r["student"])) for r in rows))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -91,37 +105,34 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def with_teachers(experiments: Iterable[Experiment]) -> list[Experiment]:
-    "The experiments and the ones that train their teachers, teachers first, each once."
+    "Return the experiments and those that train their teachers, teachers first, each once."
     experiments = list(experiments)
-    teachers = [e.teachers for e in experiments if e.teacher and not e.teacher_weights]
+    teachers = [e.teacher_experiment for e in experiments if e.teacher and not e.teacher_weights]
     return list({e.key: e for e in [*teachers, *experiments]}.values())
 
 # %% ../../nbs/method/08_sweep.ipynb #94d2c654
 def validate(experiments: Iterable[Experiment]) -> list[str]:
-    "What stands in the way of these experiments: one sentence for each pair and method that do not fit, or a dataset that is not there."
-    identity = lambda e: (
-        e.dataset,
-        e.teacher,
-        e.student,
-        e.method,
-        json.dumps(e.method_args),
-        e.student_paths,
-        e.teacher_paths,
-        e.teacher_weights,
-    )
-    problems, data = [], {}
-    for e in {identity(e): e for e in experiments}.values():
-        where = (e.dataset, e.train_limit, e.test_limit, e.image_size, e.evaluate_on, e.skip_broken)
-        try:
-            if where not in data:
-                data[where] = e.load_data()
-            _try(e, data[where])
-        except Exception as error:
-            if where not in data:
+    """Try one step of each pair and method on eight images; return a sentence for each problem.
+
+    A problem is networks and a method that do not fit, or a dataset that is missing or damaged."""
+    distinct, problems, data = {}, [], {}
+    for e in experiments:
+        networks = (e.dataset, e.teacher, e.student, e.student_paths, e.teacher_paths, e.teacher_weights)
+        distinct[networks, e.method, json.dumps(e.method_args)] = e
+    for e in distinct.values():
+        source = (e.dataset, e.train_limit, e.test_limit, e.image_size, e.evaluate_on, e.skip_broken)
+        if source not in data:
+            try:
+                data[source] = e.load_data()
+            except Exception as error:
                 problems.append(f"{e.dataset}: {error}")
-                data[where] = None
-            elif data[where]:
-                problems.append(f"{f'{e.teacher}:' if e.teacher else ''}{e.student} by {e.method}: {error}")
+                data[source] = None
+        if data[source] is None:
+            continue
+        try:
+            _try(e, data[source])
+        except Exception as error:
+            problems.append(f"{f'{e.teacher}:' if e.teacher else ''}{e.student} by {e.method}: {error}")
     return problems
 
 
@@ -137,22 +148,19 @@ def _try(e: Experiment, data):
 
 # %% ../../nbs/method/08_sweep.ipynb #b5744d03
 def notebook_for(dataset: str) -> Path:
-    "The benchmark notebook that runs a dataset's experiments."
+    "Return the benchmark notebook that runs a dataset's experiments. Raises FileNotFoundError where there are none."
     package = Path(rcka.__file__).resolve().parent
     places = [p / "nbs" / "benchmarks" for p in (checkout(), package.parent) if p] + [package / "notebooks"]
     folder = next((p for p in places if p.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"there are no benchmark notebooks in {' or '.join(map(str, places))}: give notebook=")
     own = folder / f"{dataset.split(':')[0]}.ipynb"
-    return (
-        own
-        if own.exists() and "student" in parameters(own) and "method" in parameters(own)
-        else folder / "cifar10.ipynb"
-    )
+    fits = own.exists() and {"student", "method"} <= set(parameters(own))
+    return own if fits else folder / "cifar10.ipynb"
 
 
 def parameters(notebook: Path | str) -> dict:
-    "Names and defaults of the cell tagged `parameters`."
+    "Return the names and defaults of the cell tagged `parameters`."
     cells = [c for c in nbformat.read(notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
     found: dict = {}
     for cell in cells:
@@ -161,7 +169,7 @@ def parameters(notebook: Path | str) -> dict:
 
 
 def fingerprint(notebook: Path | str) -> str:
-    "A hash of a notebook's code; of an executed one, of the notebook it was made from."
+    "Return a hash of a notebook's code; of an executed one, of the notebook it was made from."
     nb = nbformat.read(notebook, as_version=4)
     if "rcka" in nb.metadata:
         return nb.metadata["rcka"]["fingerprint"]
@@ -169,7 +177,7 @@ def fingerprint(notebook: Path | str) -> str:
 
 
 def value_of(text: str):
-    "A parameter from the command line: a Python literal, true, false or null, else text."
+    "Return the value of a parameter on the command line: a Python literal, true, false or null, else text."
     named = {"true": True, "false": False, "null": None}
     if text.lower() in named:
         return named[text.lower()]
@@ -201,20 +209,21 @@ class Outcome(NamedTuple):
     "What became of one experiment of a sweep."
 
     key: str
-    state: str  # "done", "found" (was done before), "failed", "busy" (another process is at it), "blocked" (its teacher failed), "stopped" (asked to stop, with its state saved)
+    state: str  # "done", "found" (done before), "failed", "blocked" (its teacher failed), "busy" (another process is at
+    # work on it) or "stopped" (asked to stop, with its state saved)
     seconds: float = 0.0
     error: str = ""  # one line
     fingerprint: str = ""  # of the notebook it was made with
 
 # %% ../../nbs/method/08_sweep.ipynb #15b8a9a4
 def write_failure(folder: Path, error: BaseException) -> str:
-    "Leave failure.json beside a run; its first line."
-    where = getattr(error, "traceback", None) or traceback.format_exception(error)  # papermill's own has the kernel's
+    "Write failure.json to a run's folder; return the first line of the error."
+    lines = getattr(error, "traceback", None) or traceback.format_exception(error)  # papermill's own has the kernel's
     name = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
     line = next((l.strip() for l in name.splitlines() if l.strip()), type(error).__name__)
     values = {
         "error": line,
-        "traceback": _plain("\n".join(where)),
+        "traceback": _plain("\n".join(lines)),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     with contextlib.suppress(OSError):
@@ -236,7 +245,7 @@ def _made_with(folder: Path) -> str:
 
 @contextlib.contextmanager
 def environment(**values):
-    "Environment variables for the kernels started inside; None leaves one as it is."
+    "Set environment variables for the kernels started inside; None leaves one as it is."
     values = {k: str(v) for k, v in values.items() if v is not None}
     before = {k: os.environ.get(k) for k in values}
     os.environ.update(values)
@@ -256,11 +265,12 @@ def work(
     "Run one experiment through its notebook, or find what it left."
     e, start = Experiment.from_dict(experiment), time.perf_counter()
     folder = Path(root) / e.key
-    outcome = lambda state, error="": Outcome(
-        e.key, state, round(time.perf_counter() - start, 1), error, _made_with(folder)
-    )
+
+    def outcome(state, error=""):
+        return Outcome(e.key, state, round(time.perf_counter() - start, 1), error, _made_with(folder))
+
     try:
-        with FileLock(folder / ".sweep.lock", timeout=0):
+        with lock_run(folder, SWEEP_LOCK, wait=False):
             if find_result(e, folder, Path(root)):
                 return outcome("found")
             with environment(RCKA_RUNS=str(Path(root).resolve()), OMP_NUM_THREADS=threads):
@@ -268,7 +278,7 @@ def work(
             Result.load(folder / "result.json")
             (folder / "failure.json").unlink(missing_ok=True)
             return outcome("done")
-    except Timeout:
+    except FolderBusy:
         return outcome("busy")
     except Exception as error:
         if _stopping or getattr(error, "ename", "") == "Stopped":  # no failure of the run
@@ -277,7 +287,9 @@ def work(
 
 # %% ../../nbs/method/08_sweep.ipynb #f0d950e5
 def state(folder: Path | str) -> str:
-    "done, unreadable (a result cut short or of a newer format), running, failed, interrupted or waiting."
+    """Return the state of a run: done, running, failed, interrupted, waiting or unreadable.
+
+    Unreadable is a result that is cut short or of a newer format."""
     folder = Path(folder)
     if (folder / "result.json").exists():
         try:
@@ -285,25 +297,15 @@ def state(folder: Path | str) -> str:
             return "done"
         except (ValueError, TypeError):
             return "unreadable"
-    if any(_held(folder / name) for name in (".lock", ".sweep.lock")):
+    if is_running(folder):
         return "running"
     if (folder / "failure.json").exists():
         return "failed"
     return "interrupted" if any(folder.glob("checkpoint*.pt")) else "waiting"
 
 
-def _held(lock: Path) -> bool:
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def epochs_done(folder: Path | str) -> int:
-    "Whole epochs a run has behind it."
+    "Return the number of whole epochs of a run so far."
     try:
         return max(0, (Path(folder) / "metrics.csv").read_bytes().count(b"\n") - 1)
     except OSError:
@@ -318,7 +320,9 @@ _context = multiprocessing.get_context(
 
 
 class Processes(Executor):
-    "Calls in processes of their own, so many at a time. One that dies takes nobody with it; all die with the one who asked."
+    """Run each call in a process of its own, `max_workers` at a time.
+
+    A process that dies leaves the others alone; all end with the process that made them."""
 
     def __init__(self, max_workers: int = 1):
         if max_workers < 1:
@@ -351,7 +355,7 @@ class Processes(Executor):
         return value
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False):
-        "With `cancel_futures`, running calls are stopped: asked by SIGTERM, so that a run saves its state, and killed after `PATIENCE`."
+        "With `cancel_futures`, stop running calls: by SIGTERM, so that a run saves its state, then kill after `PATIENCE`."
         self._threads.shutdown(wait=False, cancel_futures=cancel_futures)
         if cancel_futures:
             for process in list(self._running):
@@ -372,13 +376,12 @@ class Processes(Executor):
 def _child(pipe, environment, fn, args, kwargs):
     os.environ.update(environment)  # the fork server's may be older
     with contextlib.suppress(AttributeError, OSError):
-        os.setpgid(0, 0)  # Ctrl-C in the terminal is for the sweep, which then ends us
+        os.setpgid(0, 0)  # Ctrl-C in the terminal goes to the sweep, which then ends this process
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGTERM, lambda signum, frame: _stopping.append(signum))
     parent = multiprocessing.parent_process()
-    call = threading.Thread(
-        target=_answer, args=(pipe, fn, args, kwargs), daemon=True
-    )  # not the main thread, where papermill would catch signals
+    # not the main thread, where papermill would catch signals
+    call = threading.Thread(target=_answer, args=(pipe, fn, args, kwargs), daemon=True)
     call.start()
     while call.is_alive() and not _stopping and parent.is_alive():
         call.join(0.1)
@@ -415,15 +418,14 @@ def _answer(pipe, fn, args, kwargs):
 
 # %% ../../nbs/method/08_sweep.ipynb #b350ef8b
 class Work:
-    "A few runs side by side: what one job does."
+    "What one job does: a few runs at the same time."
 
     def __call__(self, runs: list[tuple]) -> list[Outcome]:
         if threading.current_thread() is not threading.main_thread() and len(runs) == 1:
             return [work(*runs[0])]
         with contextlib.suppress(ValueError):
-            signal.signal(
-                signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum)
-            )  # preempted: the runs save first
+            # preempted: the runs save first
+            signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
         with Processes(len(runs)) as side_by_side:
             futures = [side_by_side.submit(work, *args) for args in runs]
             return [_outcome(f, *args[:2], patience=2) for f, args in zip(futures, runs)]
@@ -437,7 +439,7 @@ class Work:
 
 
 def _outcome(future, experiment: dict, root: str, patience: float = 0) -> Outcome:
-    "What a call came to, its death included."
+    "The outcome of a call, also where its process died."
     try:
         return future.result()
     except Exception as error:
@@ -454,7 +456,7 @@ def slurm(
     cpus_per_run: int = 1,
     hours: float = 24,  # time limit of a job; at the limit it is queued again
 ):
-    "Executor that hands jobs to Slurm."
+    "Return an executor that submits jobs to Slurm. Needs rcka[slurm]."
     with optional_import():
         import submitit
     executor = submitit.AutoExecutor(folder=Path(root).resolve() / ".slurm", cluster="slurm")
@@ -469,25 +471,25 @@ def slurm(
 
 # %% ../../nbs/method/08_sweep.ipynb #bdafb942
 class Tally(NamedTuple):
-    "How far a sweep is."
+    "The progress of a sweep."
 
     outcomes: list[Outcome]  # all so far
-    news: list[Outcome]  # since the last time
+    news: list[Outcome]  # since the tally before
     runs: int  # in all
     epochs: int  # in all, of runs that did not fail
     epochs_done: int
-    seconds_left: float | None  # from the pace so far; None: no pace yet
+    seconds_left: float | None  # at the pace so far; None: no epoch is done yet
 
 
 FULL = ("No space left on device", "Disk quota exceeded")
 
 
 class DiskFull(OSError):
-    "No run can write its result; nothing that is done is lost."
+    "The disk is full, so that no run can write its result; results that are there stay."
 
 # %% ../../nbs/method/08_sweep.ipynb #171b7a40
 class _Sweep:
-    "The state of a sweep: what waits, what is under way, what has come out."
+    "The state of a sweep: which runs wait, which are submitted, and their outcomes."
 
     def __init__(self, experiments, root, executor, notebook, retry, runs_per_job, threads):
         self.root, self.executor, self.runs_per_job = root, executor, runs_per_job
@@ -511,7 +513,7 @@ class _Sweep:
         self.start, self.epochs_before = time.monotonic(), sum(self.epochs.values())
 
     def found(self, key: str) -> Outcome:
-        "Of a run that is done: whether its result is that of today's data and weights."
+        "Return the outcome of a run that is done: failed if its data or weights have changed since."
         e = self.experiments[key]
         files = (e.dataset, e.evaluate_on)
         try:
@@ -529,24 +531,25 @@ class _Sweep:
         self.news.append(outcome)
 
     def submit(self):
-        "Hand over all that is ready: not done, and its teacher is there."
+        "Submit all that is ready: not done, and its teacher is there."
         ready = []
         for key in list(self.waiting):
             if state(self.root / key) == "done":
                 self.settle(self.found(key))
                 continue
-            own = self.experiments[key].teachers
-            teacher = self.outcomes.get(own.key) if own and own.key in self.experiments else None
+            needed = self.experiments[key].teacher_experiment
+            here = needed is not None and needed.key in self.experiments
+            teacher = self.outcomes.get(needed.key) if here else None
             if teacher and teacher.state not in ("done", "found"):
-                self.settle(Outcome(key, "blocked", error=f"its teacher {teacher.state}: {own.key}"))
-            elif teacher or not own or own.key not in self.experiments:
+                self.settle(Outcome(key, "blocked", error=f"its teacher {teacher.state}: {needed.key}"))
+            elif teacher or not here:
                 ready.append(key)
         for keys in (ready[i : i + self.runs_per_job] for i in range(0, len(ready), self.runs_per_job)):
             self.flights.append((self.executor.submit(Work(), [self.arguments[k] for k in keys]), keys))
             self.waiting = [k for k in self.waiting if k not in keys]
 
     def collect(self):
-        "Take in what has come out; what another process is at is looked for until that one is done or gone."
+        "Collect outcomes; a run of another process waits until that process is done or gone."
         for future, keys in [f for f in self.flights if f[0].done()]:
             self.flights.remove((future, keys))
             try:
@@ -592,21 +595,25 @@ def sweep(
     retry: bool = True,  # whether to try again what failed in an earlier sweep
     runs_per_job: int = 1,  # how many runs share one submission
     threads: int | None = None,  # CPU threads of each run; None: as the environment says
-    watch: Callable[[Tally], None] = lambda tally: None,  # called at every look
-    every: float = 0.5,  # seconds between two looks
+    watch: Callable[[Tally], None] | None = None,  # called after every check
+    every: float = 0.5,  # seconds between two checks
 ) -> list[Outcome]:  # of the experiments and the teachers they need
-    "Run the experiments that are not done yet. Can be stopped and started at any time."
+    """Run the experiments that are not done yet; it can be stopped and started at any time.
+
+    Raises `DiskFull` where results cannot be written. The failure of a run is an outcome, not an error."""
     executor, own = executor or Processes(), executor is None
     this = _Sweep(experiments, runs_root(root).resolve(), executor, notebook, retry, runs_per_job, threads)
     try:
         while True:
             this.submit()
-            watch(this.tally())
+            tally = this.tally()
+            if watch is not None:
+                watch(tally)
             if not (this.flights or this.elsewhere or this.waiting):
                 return list(this.outcomes.values())
             time.sleep(every)
             this.collect()
-    except BaseException as error:  # stopped: nothing goes on behind the user's back
+    except BaseException as error:  # stopped: no run goes on unseen
         under_way = [k for future, keys in this.flights if not future.cancel() for k in keys]
         if isinstance(executor, Processes):
             executor.shutdown(cancel_futures=True)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..distributed import first_shard, init_distributed, world_size
-from .experiment import Experiment, Parts, trainer_options
+from .experiment import Experiment, Parts, make_trainer
 from .result import Result, runs_root
 from ..train.config import determinism
 from ..train.learner import Trainer
@@ -58,10 +58,10 @@ def throughput(
     experiment: Experiment,
     root: Path | str | None = None,  # folder of all runs, for the rate of this one; None: see `runs_root`
     device: str | None = None,  # None: CUDA where there is one, else the CPU
-    steps: int = 8,  # so many batches are timed, and as many steps
+    steps: int = 8,  # number of batches that are timed, and of steps
     **options,  # as for `run`: workers, channels_last, compile
 ) -> Throughput:
-    "Measure an experiment's data and step, each alone. Its run is left as it is; weights are random, which changes no time."
+    "Measure the rates of an experiment's data and step, each alone, with random weights. Its run is left as it is."
     device = init_distributed(device)
     data = experiment.load_data()
     teacher = experiment.network(experiment.teacher, data, start=False).to(device) if experiment.teacher else None
@@ -70,10 +70,10 @@ def throughput(
         device,
         False,
         options,
-        beside=Parts(None, *experiment.batches(data, device, options), teacher, None, data),
+        shared=Parts(None, *experiment.batches(data, device, options), teacher, None, data),
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(parts.task, parts.train, parts.test, experiment.recipe, folder, **trainer_options(options))
+        trainer = make_trainer(experiment, parts, folder, options)
         rates = _data_rate(parts.train, steps, device), _step_rate(trainer, steps, device)
     done = runs_root(root) / experiment.key / "result.json"
     return Throughput(*rates, Result.load(done).images_per_second if done.exists() else None, device.type)
@@ -86,7 +86,7 @@ def _clock(device: torch.device) -> float:
 
 
 def _data_rate(train, steps: int, device: torch.device) -> float:
-    "The first batch of each worker, and its start, are not counted."
+    "Return images per second of the batches alone, without the first of each worker."
     workers = getattr(train, "workers", 0)
     batches = itertools.chain.from_iterable(train.epoch(e) for e in itertools.count())
     for _ in range(max(1, workers)):
@@ -98,10 +98,10 @@ def _data_rate(train, steps: int, device: torch.device) -> float:
 
 
 def _step_rate(trainer: Trainer, steps: int, device: torch.device) -> float:
-    "The first two steps are not counted: kernels are chosen and memory is found in them."
+    "Return images per second of the step alone, without the first two, which choose kernels and allocate memory."
     batch = first_shard(trainer.train)
     trainer.begin_epoch()
-    with determinism(trainer.recipe.deterministic):
+    with determinism(trainer.config.deterministic):
         for _ in range(2):
             trainer.train_step(batch)
         began = _clock(device)
