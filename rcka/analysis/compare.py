@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core import nearest
 from ..extras import optional_import
 from ..features import Taps, find_module, unwrap
+from ..files import write_atomic
 from rcka.similarity.measures import (
     Gaussian,
     Linear,
@@ -37,14 +38,14 @@ __all__ = ['BLOCK', 'COMPARISON_FORMAT', 'relations', 'choose_layers', 'LayerRel
            'to_device', 'evaluating', 'compare', 'save_comparison', 'load_comparison']
 
 # %% ../../nbs/method/09_compare.ipynb #2f01d209
-BLOCK = 1 << 18  # how many feature values of one layer are processed at once
+BLOCK = 1 << 18  # number of feature values of one layer that are processed at once
 
 
 def _blocks(
     x: Tensor,  # (n, ...)
-    most: int,  # how many columns a block may have
+    most: int,  # largest number of columns of a block
 ):
-    "The columns of `x` as (n, at most `most`), views where possible, in an order of their own."
+    "Yield the columns of `x` as (n, at most `most`), views where possible, in the order of memory."
     if x.dim() <= 2:
         yield from x.reshape(len(x), -1).split(most, 1)
     elif (inner := math.prod(x.shape[2:])) <= most:
@@ -55,21 +56,21 @@ def _blocks(
 
 
 def _float64(k: Tensor) -> Tensor:
-    "In float64; on the CPU where the device has none."
+    "Return `k` in float64; on the CPU where the device has no float64."
     return (k.cpu() if k.device.type == "mps" else k).double()
 
 
 def _size(x: Tensor, dtype) -> Tensor | None:
-    "A power of two near the size of the features, so that products neither overflow nor vanish; None where there is no danger."
+    "Return a power of two near the largest feature, to divide by so that products neither overflow nor vanish; None if not needed."
     size = torch.linalg.vector_norm(x[:2], math.inf).to(dtype)
     size = torch.exp2(torch.where(size > 0, size, 1).log2().floor())  # division by a power of two is exact
-    return (
-        None if x.device.type == "cpu" and 1e-8 < size.item() < 1e8 else size
-    )  # elsewhere a look costs a wait for the device
+    if x.device.type == "cpu" and 1e-8 < size.item() < 1e8:  # elsewhere `item` would wait for the device
+        return None
+    return size
 
 
 def _product(x: Tensor, shift: bool, size: Tensor | None, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    "(n, p) to X X' / size^2 in float64, of centred columns if `shift`; and the squared length of what was taken away."
+    "Return X X' / size^2 of (n, p) in float64, of centred columns if `shift`, and the squared norm of the means."
     x = x.to(scratch.dtype)
     mean = x.mean(0) if shift else x.new_zeros(x.shape[1])
     x = torch.sub(x, mean, out=scratch[: x.numel()].view(x.shape))
@@ -84,7 +85,9 @@ def relations(
     kernel="linear",  # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
     block: int = BLOCK,  # feature values processed at once; a kernel of your own gets the features whole
 ) -> Tensor:  # (n, n) in float64
-    "The Gram matrix up to what centring removes, summed over blocks of columns: memory for `block` values, whatever the width."
+    """Return the Gram matrix up to what centring removes, summed over blocks of columns.
+
+    It needs memory for `block` values, whatever the width. Raises ValueError where `x` is empty or not real floating point."""
     kernel = as_kernel(kernel)
     if not isinstance(kernel, (Linear, Gaussian, Polynomial)):
         return _float64(getattr(kernel, "up_to_constant", kernel)(as_features(x.detach())))
@@ -93,9 +96,8 @@ def relations(
     as_real(x[:0], "x")
     shift = not isinstance(kernel, Polynomial)
     columns = max(1, min(block, x.numel()) // len(x))
-    scratch = x.new_empty(
-        columns * len(x), dtype=torch.promote_types(x.dtype, torch.float32)
-    )  # one for all blocks: memory that is warm
+    # one buffer for all blocks stays in the cache
+    scratch = x.new_empty(columns * len(x), dtype=torch.promote_types(x.dtype, torch.float32))
     size = _size(x.detach(), scratch.dtype)
     k, away = map(sum, zip(*(_product(part, shift, size, scratch) for part in _blocks(x.detach(), columns))))
     rounding = (8 * torch.finfo(scratch.dtype).eps) ** 2 * away
@@ -117,11 +119,10 @@ def relations(
 # %% ../../nbs/method/09_compare.ipynb #a661ddbe
 def choose_layers(
     model: nn.Module,
-    layers: str
-    | Sequence[str]
-    | None = None,  # paths "layer1.0.bn2", "fc:input" or patterns "layer?.*.bn?"; None: all leaf modules
+    # paths "layer1.0.bn2", "fc:input" or patterns "layer?.*.bn?"; None: all leaf modules
+    layers: str | Sequence[str] | None = None,
 ) -> list[str]:
-    "Paths of the layers, in the network's order for a pattern. ValueError with the near names where one fits nothing."
+    "Return the paths of the layers, in the network's order for a pattern. Raises ValueError, with similar names, for one that fits nothing."
     model = unwrap(model)
     names = [name for name, _ in model.named_modules() if name]
     if layers is None:
@@ -147,7 +148,7 @@ def _no_match(model, pattern: str, names: list[str]):
 # %% ../../nbs/method/09_compare.ipynb #ad02020b
 @torch.no_grad()
 def _survey(model: nn.Module, paths: list[str], images: Tensor) -> list[str]:
-    "Those of the module paths whose output is a real feature vector for each image, by a forward of a few images."
+    "Return those of the module paths whose output is a real feature vector for each image, found by a forward pass of a few images."
     fits, handles = {}, []
 
     def look(name):
@@ -173,7 +174,7 @@ def _survey(model: nn.Module, paths: list[str], images: Tensor) -> list[str]:
 
 
 class LayerRelations(Taps):
-    "Taps that keep the relations of each layer's output under each kernel, not the output itself."
+    "Taps that store the Gram matrix of each layer's output under each kernel, not the output itself."
 
     def __init__(self, model, paths, kernels, block):
         super().__init__(model, paths, logits=lambda output: output)
@@ -192,7 +193,7 @@ class LayerRelations(Taps):
         return self._seen[path]
 
     def __call__(self, images):
-        "Layer by layer, a tuple of (n, n) relations, one a kernel."
+        "Return for each layer a tuple of Gram matrices (n, n), one for each kernel."
         self.n = len(images)
         return super().__call__(images).features
 
@@ -202,12 +203,12 @@ def memory_needed(
     grams: int,  # layers on both sides, times kernels
     block: int = BLOCK,  # feature values processed at once
 ) -> int:  # bytes
-    "What `compare` holds beyond the networks' own forward pass."
+    "Return the memory that `compare` needs beyond the networks' own forward pass."
     return 32 * grams * n**2 + 8 * block
 
 
 def _plan(grams: int, budget: int | None, least: int) -> tuple[int | None, int]:
-    "The largest part of a batch, and the block, that a budget in bytes allows."
+    "Return the largest part of a batch, and the block, that a budget in bytes allows."
     if budget is None:
         return None, BLOCK
     block = max(1, min(BLOCK, budget // 32))  # a quarter of the budget at most
@@ -221,11 +222,14 @@ def _plan(grams: int, budget: int | None, least: int) -> tuple[int | None, int]:
 
 
 def _parts(images: Tensor, most: int | None):
-    return images.tensor_split(-(-len(images) // most)) if most and len(images) > most else (images,)
+    "Return the batch in equal parts of at most `most` images; None: whole."
+    if most is None or len(images) <= most:
+        return (images,)
+    return images.tensor_split(math.ceil(len(images) / most))
 
 # %% ../../nbs/method/09_compare.ipynb #a00ac75a
 def as_batches(loader):
-    "Images, whatever the loader wraps them in."
+    "Yield the images of each batch. Raises TypeError for a loader that gives something else."
     if isinstance(loader, Tensor):
         raise TypeError("loader must be an iterable of batches, got one tensor; write [images], or images.split(64)")
     for batch in loader.epoch(0) if hasattr(loader, "epoch") else loader:
@@ -238,18 +242,16 @@ def as_batches(loader):
 
 
 def to_device(model: nn.Module, images: Tensor) -> Tensor:
-    "The images where the network is, in its precision."
+    "Return the images on the network's device, in its precision."
     at = next(itertools.chain(model.parameters(), model.buffers()), images)
-    return (
-        images.to(at.device, at.dtype)
-        if images.is_floating_point() and at.is_floating_point()
-        else images.to(at.device)
-    )
+    if images.is_floating_point() and at.is_floating_point():
+        return images.to(at.device, at.dtype)
+    return images.to(at.device)
 
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module):
-    "In eval mode inside; every module back in its own mode after."
+    "Put networks into eval mode, and every module back into its own mode afterwards."
     modes = [(m, m.training) for model in models for m in model.modules()]
     try:
         for model in models:
@@ -261,10 +263,12 @@ def evaluating(*models: nn.Module):
 
 
 def _names(models, names) -> list[str]:
-    if names is not None and len(names) != 2:
-        raise ValueError(f"names must be two, one for each network; got {names!r}")
-    found = [type(m).__name__ for m in models] if names is None else list(names)
-    return found if names is not None or found[0] != found[1] else [f"{found[0]} (a)", f"{found[1]} (b)"]
+    if names is not None:
+        if len(names) != 2:
+            raise ValueError(f"names must be two, one for each network; got {names!r}")
+        return list(names)
+    one, other = (type(m).__name__ for m in models)
+    return [one, other] if one != other else [f"{one} (a)", f"{other} (b)"]
 
 
 def _listed(value) -> list:
@@ -272,12 +276,12 @@ def _listed(value) -> list:
 
 # %% ../../nbs/method/09_compare.ipynb #fa9d7e1e
 def _usable(model, wanted, images) -> tuple[list[str], list[str]]:
-    "Layers to compare, and those of a pattern or the default that have no feature of each image."
+    "Return the layers to compare, and those of a pattern or the default that have no feature for each image."
     paths = choose_layers(model, wanted)
-    exact = {
-        w for w in ([] if wanted is None else [wanted] if isinstance(wanted, str) else wanted) if not _is_pattern(w)
-    }
-    fits = exact | set(_survey(model, [p for p in paths if p not in exact], images) if set(paths) - exact else [])
+    given = [wanted] if isinstance(wanted, str) else wanted or []
+    exact = {w for w in given if not _is_pattern(w)}
+    others = [p for p in paths if p not in exact]
+    fits = exact | set(_survey(model, others, images) if others else [])
     if not fits:
         raise ValueError(
             f"none of the {len(paths)} chosen layers of {type(model).__name__} gives a feature vector for each image: {', '.join(paths[:5])}"
@@ -286,7 +290,7 @@ def _usable(model, wanted, images) -> tuple[list[str], list[str]]:
 
 # %% ../../nbs/method/09_compare.ipynb #eb75073a
 class _FromRelations(MinibatchCKA):
-    "Is given Gram matrices (n, n) instead of features, and centres those of all layers at once."
+    "Accumulate from Gram matrices (n, n) instead of features, centred for all layers at once."
 
     def _stack(self, layers, dtype):
         k = torch.stack(layers)
@@ -306,15 +310,13 @@ def _check_finite(accumulator, paths, titles):
 
 
 def _kernel_name(kernel) -> str:
-    return (
-        repr(kernel)
-        if not isinstance(kernel, (Linear, Gaussian)) or getattr(kernel, "bandwidth", None)
-        else type(kernel).__name__.lower()
-    )
+    if isinstance(kernel, (Linear, Gaussian)) and getattr(kernel, "bandwidth", None) is None:
+        return type(kernel).__name__.lower()
+    return repr(kernel)
 
 
 def _frame(accumulator, kernel, paths, titles, **made):
-    "The similarities, with the layers' paths; `attrs` says how they were made."
+    "Return the similarities as a table with the layers' paths; `attrs` says how they were made."
     with optional_import():
         import pandas as pd
 
@@ -342,21 +344,22 @@ def compare(
     kernel="linear",  # "linear", "gaussian", "polynomial", an object, or a list of them
     unbiased=True,  # debiased CKA; False for biased; (True, False) for both
     budget: int | None = None,  # bytes beyond the networks' own; larger batches are split
-    names=None,  # what to call the two networks; None: their classes
+    names=None,  # of the two networks, in the table; None: their classes
     progress: bool = True,  # a bar in the terminal
 ):  # pandas.DataFrame (A, B); for lists a dict of them by (kernel, unbiased), from the same pass
-    """CKA between all layers of two networks on the same images, in one pass (Nguyen et al. 2021, eq. 2-3).
+    """Compute CKA between all layers of two networks on the same images, in one pass (Nguyen et al. 2021, eq. 2-3).
 
-    Rows are the layers of `model_a`, columns those of `model_b`. `frame.attrs` says how it was made: estimator, kernel, samples,
-    the largest batch, samples left out because their batch was too small, layers left out because they have no feature of each image.
-    Where a module runs more than once in a forward, its last call counts. A layer that is constant has similarity 0.
-    ValueError for a pattern that fits nothing, a budget that is too small, no usable batch, or features that are not finite."""
+    Rows are the layers of `model_a`, columns those of `model_b`. `frame.attrs` says how it was made: estimator, kernel,
+    samples, the largest batch, samples left out because their batch was too small, layers left out because they have no
+    feature for each image. Where a module runs more than once in a forward pass, its last call counts. A constant layer
+    has similarity 0. Raises ValueError for a pattern that matches nothing, a budget that is too small, no usable batch,
+    or features that are not finite."""
     with optional_import():
         from tqdm import tqdm
 
     kernels, estimators = [as_kernel(k) for k in _listed(kernel)], _listed(unbiased)
-    alone = model_b is None or model_b is model_a and layers_b is None
-    models = [unwrap(model_a)] if alone else [unwrap(model_a), unwrap(model_b)]
+    itself = model_b is None or (model_b is model_a and layers_b is None)
+    models = [unwrap(model_a)] if itself else [unwrap(model_a), unwrap(model_b)]
     wanted = [layers, layers if layers_b is None else layers_b][: len(models)]
     least = 4 if any(estimators) else 2
     accumulators = {(k, u): _FromRelations(unbiased=u) for k in range(len(kernels)) for u in estimators}
@@ -392,22 +395,20 @@ def compare(
         raise ValueError(
             f"no usable batch: the loader gave {skipped} image(s) in batches below {least}, which unbiased={unbiased} needs at least"
         )
-    paths, titles = [list(t.paths) for t in taps] * (2 if alone else 1), _names([models[0], models[-1]], names)
+    paths, titles = [list(t.paths) for t in taps] * (2 if itself else 1), _names([models[0], models[-1]], names)
     made = {
         "largest_batch": largest,
         "samples_left_out": skipped,
-        "layers_left_out": missing * (2 if alone else 1),
+        "layers_left_out": missing * (2 if itself else 1),
         "budget": budget,
     }
     results = {
         (_listed(kernel)[k], u): _frame(accumulator, kernels[k], paths, titles, **made)
         for (k, u), accumulator in accumulators.items()
     }
-    return (
-        results
-        if isinstance(kernel, (tuple, list)) or isinstance(unbiased, (tuple, list))
-        else next(iter(results.values()))
-    )
+    if isinstance(kernel, (tuple, list)) or isinstance(unbiased, (tuple, list)):
+        return results
+    return next(iter(results.values()))
 
 # %% ../../nbs/method/09_compare.ipynb #607105c4
 COMPARISON_FORMAT = 1
@@ -417,8 +418,7 @@ def save_comparison(
     frame,  # a result of `compare`
     path: Path | str,  # .json or .csv
 ):
-    "Write a comparison and its attrs, atomically."
-    from rcka.files import write_atomic
+    "Write a comparison and its attrs atomically. Raises ValueError for another suffix."
 
     about = {
         "format": COMPARISON_FORMAT,
@@ -445,7 +445,7 @@ def save_comparison(
 def load_comparison(
     path: Path | str,  # of `save_comparison`
 ):  # pandas.DataFrame
-    "Read a comparison; a file that is none, or cut short, is an error."
+    "Read a comparison. Raises ValueError for a file that is not one, or is truncated."
     with optional_import():
         import pandas as pd
 

@@ -31,7 +31,7 @@ MARKERS, DASHES = "osD^vP*X<>", ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
 
 
 def _styles(names) -> dict:
-    "Colour, marker and dash for each name."
+    "Return colour, marker and dash for each name."
     with optional_import():
         import seaborn as sns
 
@@ -46,7 +46,7 @@ def save_figure(
     what,  # a Figure, an Axes or an array of them
     path: Path | str,  # without its suffix
 ) -> list[Path]:  # path.png and path.svg
-    "Save a picture for the screen (PNG, 150 dpi) and for print (SVG); the same picture gives the same bytes."
+    "Save a picture for the screen (PNG, 150 dpi) and for print (SVG), the same bytes for the same picture; return the paths."
     plt, path = _plt(), Path(path)
     if hasattr(what, "flat"):
         what = what.flat[0]
@@ -66,14 +66,10 @@ def plot_similarity(
     limits=(0.0, 1.0),  # of the colour scale
     bar: bool = True,  # draw the colour scale
 ):  # Axes
-    "Heatmap of the similarity of every layer of one network with every layer of another."
-    ax = (
-        ax
-        if ax is not None
-        else _plt().subplots(
-            figsize=[max(3.0, min(9.0, 1.6 + 0.34 * n)) for n in frame.shape[::-1]], layout="constrained"
-        )[1]
-    )
+    "Draw a heatmap of the similarity of every layer of one network with every layer of another."
+    if ax is None:
+        height, width = (max(3.0, min(9.0, 1.6 + 0.34 * n)) for n in frame.shape)
+        ax = _plt().subplots(figsize=(width, height), layout="constrained")[1]
     image = ax.imshow(frame, cmap="cividis", vmin=limits[0], vmax=limits[1], origin="lower", aspect="auto")
     _label(ax, frame)
     _write(ax, frame, numbers, lambda v: "black" if v > sum(limits) / 2 else "white", "{:.2f}")
@@ -99,7 +95,7 @@ def _numbered(frame, numbers) -> bool:
 
 
 def _label(ax, frame):
-    "Layer names, as many as can be read."
+    "Write layer names on both axes, as many as are legible."
     for axis, names in ((ax.yaxis, frame.index), (ax.xaxis, frame.columns)):
         step = -(-len(names) // 24)
         axis.set_ticks(range(0, len(names), step), list(names)[::step], fontsize=8)
@@ -109,21 +105,19 @@ def _label(ax, frame):
 
 
 def _write(ax, frame, numbers, color, form):
+    "Write the values into the cells, in the colour that `color` returns for a value."
     if not _numbered(frame, numbers):
         return
-    for (i, j), v in _cells(frame):
-        ax.text(j, i, form.format(v), ha="center", va="center", fontsize=7, color=color(v))
-
-
-def _cells(frame):
-    return (((i, j), v) for i, row in enumerate(frame.values) for j, v in enumerate(row))
+    for i, row in enumerate(frame.values):
+        for j, value in enumerate(row):
+            ax.text(j, i, form.format(value), ha="center", va="center", fontsize=7, color=color(value))
 
 # %% ../../nbs/method/09a_plots.ipynb #ab9a4aac
 def plot_before_after(
     frame,  # rows (student, teacher's layer), columns the student's layers
     limits=(0.0, 1.0),  # of the colour scale
 ):  # array of Axes: a heatmap for each student, and the change from first to last
-    "What a method did to a student: its similarity with the teacher before, after, and the difference."
+    "Draw what a method changed in a student: its similarity with the teacher before, after, and the difference."
     names = list(dict.fromkeys(frame.index.get_level_values(0)))
     parts = [frame.xs(name, level=0) for name in names]
     for part in parts:
@@ -159,7 +153,7 @@ def gram_frame(
     layer: str | Mapping[str, str],  # a path for all networks, or one for each name
     kernel="linear",
 ):  # pandas.DataFrame (n, k n): index the classes, columns (network, sample)
-    "The centred Gram matrices of a layer in several networks, of unit norm, samples sorted by class."
+    "Return the centred Gram matrices of a layer in several networks, of unit norm, with samples sorted by class. Raises ValueError where features are not finite."
     with optional_import():
         import pandas as pd
 
@@ -180,7 +174,7 @@ def gram_frame(
 def plot_grams(
     frame,  # of `gram_frame`
 ):  # array of Axes, one a network
-    "Gram matrices side by side: light where two images are alike for the network, dark where they are less alike than on average."
+    "Draw Gram matrices side by side: light where two images are similar for the network, dark where less similar than on average."
     names = list(dict.fromkeys(frame.columns.get_level_values(0)))
     off = frame.values.copy()
     for i in range(len(names)):
@@ -209,11 +203,12 @@ def plot_along(
     frame,  # long: a row for each epoch (and seed) of each group
     x: str = "epoch",
     y: str = "similarity",
-    by: str = "method",  # the column that tells the lines apart
+    by: str = "method",  # the column with a line for each of its values
     ax=None,
 ):  # Axes
-    "Lines along training, or along a parameter of a method; named at their ends."
-    ax = ax if ax is not None else _plt().subplots(figsize=(6, 3.2), layout="constrained")[1]
+    "Draw lines along training, or along a parameter of a method, named at their ends."
+    if ax is None:
+        ax = _plt().subplots(figsize=(6, 3.2), layout="constrained")[1]
     ends = []
     for name, style in _styles(frame[by]).items():
         line = frame[frame[by] == name].groupby(x)[y].agg(["mean", "min", "max"])
@@ -229,23 +224,12 @@ def plot_along(
 
 
 def _name_ends(ax, ends):
-    "Names beside the last points, moved apart where they would touch."
+    "Write names beside the last points, in order of height, moved up where they would touch."
     low, high = ax.get_ylim()
     gap, at = 0.055 * (high - low), -math.inf
     for value, x, name, color in ends:
         at = max(value, at + gap)
-        ax.annotate(
-            f" {name}",
-            (x, value),
-            (8, 0),
-            xycoords=ax.transData,
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=color,
-        ) if at == value else ax.annotate(
-            f" {name}", (x, at), (8, 0), textcoords="offset points", va="center", fontsize=8, color=color
-        )
+        ax.annotate(f" {name}", (x, at), (8, 0), textcoords="offset points", va="center", fontsize=8, color=color)
 
 # %% ../../nbs/method/09a_plots.ipynb #3c756067
 def plot_cost(
@@ -255,7 +239,7 @@ def plot_cost(
     by: str = "method",
     ax=None,
 ):  # Axes
-    "Accuracy against cost; the stepped line is the best that can be had for the price."
+    "Draw accuracy against cost; the stepped line is the best accuracy at no higher cost."
     ax, means = _scatter(frame, cost, accuracy, by, ax)
     front = means.sort_values(cost)
     ax.step(front[cost], front[accuracy].cummax(), where="post", color="0.6", linewidth=1, zorder=0)
@@ -269,7 +253,7 @@ def plot_predicts(
     by: str = "method",
     ax=None,
 ):  # Axes, the rank correlation over groups in its title
-    "Does similarity with the teacher go with accuracy? Groups are compared, for runs of one group are no new evidence."
+    "Draw accuracy against similarity with the teacher, with the rank correlation over groups: runs of one group are not independent."
     ax, means = _scatter(frame, similarity, accuracy, by, ax)
     ax.set_title(
         f"Spearman's rank correlation {rank_correlation(means[similarity], means[accuracy]):+.2f} over {len(means)} groups",
@@ -279,7 +263,7 @@ def plot_predicts(
 
 
 def rank_correlation(x, y) -> float:
-    "Spearman's rank correlation; ties share their mean rank; NaN where either side is constant."
+    "Compute Spearman's rank correlation; ties get their mean rank; NaN where either side is constant."
     with optional_import():
         import pandas as pd
 
@@ -287,16 +271,16 @@ def rank_correlation(x, y) -> float:
 
 
 def _scatter(frame, x, y, by, ax):
-    ax = ax if ax is not None else _plt().subplots(figsize=(5.2, 3.4), layout="constrained")[1]
+    if ax is None:
+        ax = _plt().subplots(figsize=(5.2, 3.4), layout="constrained")[1]
     means = frame.groupby(by, sort=False)[[x, y]].mean()
     for name, style in _styles(frame[by]).items():
         look = {k: style[k] for k in ("color", "marker")}
         rows = frame[frame[by] == name]
         ax.scatter(rows[x], rows[y], s=14, alpha=0.6, linewidths=0, **look)
         ax.scatter(*means.loc[name], s=60, edgecolors="black", linewidths=0.6, **look)
-        left = (
-            int(means[x].rank(method="first")[name]) % 2 != len(means) % 2
-        )  # neighbours name themselves to different sides
+        # names of neighbours stand on different sides of their marks
+        left = int(means[x].rank(method="first")[name]) % 2 != len(means) % 2
         ax.annotate(
             name,
             means.loc[name],
@@ -317,7 +301,7 @@ def class_relations(
     loader,  # as for `compare`
     classes: Sequence[str],  # their names
 ):  # pandas.DataFrame (P, k P): index the classes, columns (network, class)
-    "Correlation of every two classes' logits over the images, in several networks."
+    "Return the correlation of every two classes' logits over the images, in several networks."
     with optional_import():
         import pandas as pd
 
@@ -337,7 +321,7 @@ def class_relations(
 def plot_class_relations(
     frame,  # of `class_relations`
 ):  # array of Axes, one for each network but the first
-    "How each network relates the classes, less how the first one does; the mean absolute difference in the titles."
+    "Draw how far each network's correlations of classes are from the first one's; the mean absolute difference in the titles."
     names = list(dict.fromkeys(frame.columns.get_level_values(0)))
     differences = {name: frame[name] - frame[names[0]] for name in names[1:]}
     top = max(abs(d.values).max() for d in differences.values()) or 1.0
