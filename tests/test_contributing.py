@@ -37,6 +37,7 @@ Distiller(model, create_method("fcka"), create_model("small", 10, 1))
 shades = load_dataset("imagefolder:shades")
 assert shades.classes == ("dark", "light") and len(shades.train_images) == len(shades.test_images) == 32
 assert 0 <= trainer.history[0]["top1"] <= 100 and len(data.train_images) == 64
+assert 0 <= plain.history[0]["top1"] <= 100 and len(plain.train) == 2
 """,
     "Add a task": """
 assert trainer.history[0]["mse"] > 0 and trainer.best["agreement"] == max(r["agreement"] for r in trainer.history)
