@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -896,6 +897,30 @@ def test_cifar100(real_data):
     assert d.classes == KNOWN["cifar100"].names
     mean, std = channel_stats(d.train_images)
     assert np.allclose(mean, d.mean, atol=1e-3) and np.allclose(std, d.std, atol=1e-3)
+
+
+# what decides a result
+
+
+def test_identity_of_batches():
+    "It has the pixels, targets and normalisation, and in training all by which batches are drawn."
+    images, targets = random_set(20)
+
+    def identity(images=images, targets=targets, size=4, mean=(0.5,), **kwargs):
+        return Batches(images, targets, size, mean, (0.25,), **kwargs).identity()
+
+    assert identity() == identity(images.clone(), targets.clone())
+    other = images.clone()
+    other[3, 0, 1, 2] += 1
+    changes = [{"images": other}, {"targets": targets.flip(0)}, {"mean": (0.4,)}, {"dtype": torch.bfloat16}]
+    draws = [{"seed": 1}, {"size": 5}, {"pad": 2}, {"flip": False}]
+    for change in changes + draws:
+        assert identity(**change) != identity(), change
+    for change in draws:
+        assert identity(train=False, **change) == identity(train=False), change
+    for change in changes:
+        assert identity(train=False, **change) != identity(train=False), change
+    assert json.loads(json.dumps(identity())) == identity()
 
 
 # the shell

@@ -247,6 +247,19 @@ def test_the_longer_side_is_bounded(drawn):
         assert all(max(i.shape[1:]) == 60 for i in b.images)
 
 
+def test_identity_of_batches(drawn):
+    "In training all by which batches are drawn, and the boxes; no number of threads."
+    make = lambda data=drawn, train=True, **kw: data.batches(3, train, **{"size": (40, 64), "max_size": 96, **kw})
+    first = make().identity()
+    assert make(workers=2).identity() == first
+    moved = drawn.found[0]._replace(boxes=drawn.found[0].boxes + 1)
+    other = replace(drawn, found=(moved, *drawn.found[1:]))
+    for changed in (make(seed=1), make(flip=False), make(size=64), make(max_size=80), make(other)):
+        assert changed.identity() != first
+    test = make(train=False).identity()
+    assert make(train=False, seed=1).identity() == test != make(other, train=False).identity()
+
+
 # ---- detectors
 
 

@@ -1,4 +1,4 @@
-"Taps under everything a trainer does to a network."
+"Features by module path, under everything a training loop does to a network."
 
 import copy
 import gc

@@ -1,6 +1,7 @@
-"rcka.imagenet: images from files, in batches that worker processes decode; runs on them."
+"Images from files, in batches that worker processes decode; runs on them."
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,6 +262,16 @@ def test_a_worker_that_dies_in_an_evaluation_is_said(folder):
         os.kill(w.pid, signal.SIGKILL)
     with pytest.raises(BatchesFailed, match="a worker process that decodes images died"):
         list(seen)
+
+
+def test_identity_names_the_files_and_the_draws(folder, tmp_path):
+    "In training all by which batches are drawn; no number of workers, and no path of the folder."
+    first = batches(folder).identity()
+    assert batches(folder, workers=2).identity() == first == batches(shutil.copytree(folder, tmp_path / "b")).identity()
+    assert batches(folder, seed=4).identity() != first != batches(folder, batch_size=5).identity()
+    assert batches(folder, False, seed=4).identity() == batches(folder, False).identity() != first
+    next((tmp_path / "b" / "train" / "n00").iterdir()).unlink()
+    assert batches(tmp_path / "b").identity() != first
 
 
 # broken images

@@ -1,4 +1,4 @@
-"rcka.segmentation: layout, ids, bad input, the loss and the score against naive ones, networks, resuming, other people's networks."
+"Scenes with masks: layout, ids, bad input, the loss and the score against naive ones, networks, resuming."
 
 import json
 import math
@@ -134,7 +134,7 @@ def broken(tmp_path):
         ("other size", r"val0_leftImg8bit.png has 20 x 40 pixels"),
         ("no images", r"no images .*leftImg8bit/val/CITY"),
         ("broken header", r"train2_leftImg8bit.png is no image that can be read"),
-        ("form", r"classes.txt names classes of one's own.*train0_gtFine_labelIds.png is not called labelTrainIds"),
+        ("form", r"classes.txt names classes.*train0_gtFine_labelIds.png is not called labelTrainIds"),
     ],
 )
 def test_what_is_wrong_is_named_when_opened(tmp_path, what, error):
@@ -159,7 +159,7 @@ def test_what_is_wrong_is_named_when_opened(tmp_path, what, error):
 @pytest.mark.parametrize(
     "what, error",
     [
-        ("id", r"train1_gtFine_labelIds.png holds ids that are no labels: 40, 77; there are 0 to 33"),
+        ("id", r"train1_gtFine_labelIds.png holds ids that are no labels: 40, 77; labels are 0 to 33"),
         ("colours", r"train1_gtFine_labelIds.png has the mode RGB: a mask has one byte a pixel"),
         ("16 bits", r"train1_gtFine_labelIds.png has the mode I;16"),
         ("cut", r"train1_leftImg8bit.png or .* cannot be decoded"),
@@ -272,6 +272,16 @@ def test_evaluation_batches_are_whole_images_in_order(scenes):
         np.allclose(batch.images[2].permute(1, 2, 0), (rgb / 255 - mean) / std, atol=1e-5)
         and (batch.targets[2].numpy() == mask).all()
     )
+
+
+def test_identity_of_batches(scenes):
+    "In training all by which batches are drawn; not where the images are kept."
+    first = scenes.batches(4, crop=(16, 24)).identity()
+    assert scenes.batches(4, crop=(16, 24), memory=0).identity() == first
+    for kw in ({"seed": 1}, {"crop": (16, 16)}, {"scales": (1.0, 1.5)}, {"flip": False}):
+        assert scenes.batches(4, **{"crop": (16, 24), **kw}).identity() != first
+    assert scenes.batches(3, crop=(16, 24)).identity() != first
+    assert scenes.batches(4, False).identity() == scenes.batches(3, False, seed=1).identity()
 
 
 # networks
