@@ -1,7 +1,8 @@
 """The trainer: runs killed with SIGKILL at any moment, any number of times, end with the bits of an unbroken run.
 
 Real processes, forked from a server that has imported everything, so that a kill costs no start-up. The method is CRD and RCKA
-together: connectors, a memory bank on both sides, random negatives, and the Gram terms."""
+together: connectors, a memory bank on both sides, random negatives, and the Gram terms; and a callback with a state,
+an average of the weights."""
 
 import contextlib
 import json
@@ -20,17 +21,18 @@ pytestmark = pytest.mark.slow
 KILLS = 20
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["rcka.experiments", "sklearn.datasets", "safetensors.torch", "torch._dynamo"]
+    ["rcka.experiments.experiment", "sklearn.datasets", "safetensors.torch", "torch._dynamo"]
 )  # the last one by every optimiser
 
 
-def job(root, device="cpu", method="crd+rcka", checkpoint_seconds=0.0, sabotage=None):
+def job(root, device="cpu", method="crd+rcka", checkpoint_seconds=0.0, moment=None):
     "Teacher and student, in this process."
     torch.set_num_threads(1)
     from rcka.experiments.experiment import Experiment, run
+    from rcka.train.callbacks import EMA
 
-    if sabotage:
-        SABOTAGE[sabotage]()
+    if moment:
+        sabotage(moment)
     args = {"crd.negatives": 64, "crd.width": 16} if "crd" in method else {}
     run(
         Experiment(
@@ -52,6 +54,7 @@ def job(root, device="cpu", method="crd+rcka", checkpoint_seconds=0.0, sabotage=
         device=device,
         progress=False,
         checkpoint_seconds=checkpoint_seconds,
+        callbacks=[EMA(0.9)],
     )
 
 
@@ -74,7 +77,8 @@ def what_is_left(root):
             k: v for k, v in result.items() if k not in ("seconds", "images_per_second", "finished")
         }
         state = last_checkpoint(folder)
-        del state["seconds"]
+        del state["learner"]["seconds"]
+        assert [name for name, _ in state["learner"]["callbacks"]] == ["EMA"]
         left[folder.name, "checkpoint"] = flat(state)
         assert not list(folder.glob(".*.tmp")), "parts of files were left behind"
         assert 1 <= len(list(folder.glob("checkpoint-*.pt"))) <= 2
@@ -165,8 +169,6 @@ def die_at(module, name, call, after=False):
 
 def half_written():
     "The 20th file gets half of its bytes."
-    import rcka.train.learner as T
-
     calls, real = [], os.fdopen
 
     @contextlib.contextmanager
@@ -185,31 +187,25 @@ def half_written():
             else:
                 yield f
 
-    T.os.fdopen = fdopen
+    os.fdopen = fdopen
 
 
-def _targets():
-    import rcka.train.learner as T
+def sabotage(moment):
+    "Arm this process to die at a moment."
+    import rcka.train.classification
+    import rcka.train.learner
 
-    return {
-        "before fsync": die_at(T.os, "fsync", 25),
-        "before the move": die_at(T.os, "replace", 20),
-        "after the move": die_at(T.os, "replace", 20, after=True),
-        "old ones going": die_at(T.Path, "unlink", 12),
-        "mid-evaluation": die_at(T, "mixed", 14),
-        "mid-step": die_at(T, "average_gradients", 12),
+    moments = {
+        "before fsync": die_at(os, "fsync", 25),
+        "before the move": die_at(os, "replace", 20),
+        "after the move": die_at(os, "replace", 20, after=True),
+        "old ones going": die_at(Path, "unlink", 12),
+        "mid-evaluation": die_at(rcka.train.classification, "autocast", 14),
+        "mid-step": die_at(rcka.train.learner, "average_gradients", 12),
         "half written": half_written,
-        "before the first file": die_at(T.os, "replace", 1),
-        "result.json": die_at(T.os, "replace", 30),
+        "before the first file": die_at(os, "replace", 1),
     }
-
-
-class _Lazy(dict):
-    def __missing__(self, key):
-        return _targets()[key]
-
-
-SABOTAGE = _Lazy()
+    moments[moment]()
 
 
 @pytest.mark.parametrize(
@@ -227,7 +223,7 @@ SABOTAGE = _Lazy()
 )
 def test_kill_at(unbroken, tmp_path, moment):
     "The moments that a random kill may miss."
-    p = start(tmp_path / "runs", sabotage=moment)
+    p = start(tmp_path / "runs", moment=moment)
     p.join()
     assert p.exitcode == -signal.SIGKILL
     p = start(tmp_path / "runs")

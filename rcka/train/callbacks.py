@@ -267,13 +267,17 @@ class EMA(Callback):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
         self.decay, self.folder, self.average = decay, folder, None
+        self.learner, self.restored = None, False  # whose weights are averaged; whether from a checkpoint
 
     def before_fit(self, learner):
-        weights = learner.task.student.state_dict()
-        if self.average is None:
-            self.average = copy.deepcopy(weights)
-        else:  # a run that goes on: from memory, or from a checkpoint, which is on the CPU
-            self.average = {name: value.to(weights[name].device) for name, value in self.average.items()}
+        if self.restored or self.learner is learner:  # the run goes on
+            self.average = {name: value.to(learner.device) for name, value in self.average.items()}
+        else:
+            self.average = copy.deepcopy(learner.task.student.state_dict())
+        self.learner = learner
+
+    def after_fit(self, learner):
+        self.restored = False
 
     @torch.no_grad()
     def after_step(self, learner):
@@ -305,10 +309,9 @@ class EMA(Callback):
     def load_state_dict(self, state):
         if state["decay"] != self.decay:
             raise ValueError(f"the run averages with decay {state['decay']}, got {self.decay}: give the same decay")
-        if self.average is None:
-            self.average = copy.deepcopy(state["average"])
-        for name, value in state["average"].items():
-            self.average[name].copy_(value)
+        device = "cpu" if self.learner is None else self.learner.device
+        self.average = {name: value.to(device, copy=True) for name, value in state["average"].items()}
+        self.restored = True
 
 
 class KeepWeights(Callback):
