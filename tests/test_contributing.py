@@ -30,8 +30,17 @@ from rcka.models.registry import list_models
 assert "small" in list_models()
 assert outputs.logits.shape == (4, 10)
 assert [tuple(f.shape) for f in outputs.features] == [(4, 16, 8, 8), (4, 32, 4, 4)]
-from rcka import Distiller, create_method
-Distiller(model, create_method("fcka"), create_model("small", 10, 1))
+Distiller(model, create_method("fcka"), create_model("small", 10, 1))  # by its FeaturePaths
+from rcka.core import Batch
+terms = distiller(Batch(torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4))).terms
+assert set(terms) == {"ce", "kd", "fcka"} and terms["fcka"].requires_grad
+at = Distiller(student, create_method("at"), teacher, **paths)
+try:
+    at(Batch(torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4)))
+except ValueError as error:
+    assert "feature maps" in str(error)
+else:
+    raise AssertionError("tokens were taken for a map")
 """,
     "Add a data set": """
 shades = load_dataset("imagefolder:shades")
