@@ -1,4 +1,6 @@
-"The site of `make docs`: built, opened from file:// in a browser at a phone's width, and every link followed."
+"""Links between pages, and the site of `make docs`.
+
+The site is built, opened from file:// in a browser at a phone's width, and every link in it is followed."""
 
 import html
 import json
@@ -12,15 +14,40 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
-pytest.importorskip("sphinx", reason="pip install rcka[docs]")
 root = Path(__file__).parent.parent
+notebooks = sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def prose_of(path):
+    "The text of a Markdown file, or of a notebook's Markdown cells."
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize("page", [*sorted(root.glob("*.md")), *notebooks], ids=lambda page: str(page.relative_to(root)))
+def test_links_to_files_of_the_repository(page):
+    text = re.sub(r"```.*?```", "", prose_of(page), flags=re.S)
+    for url in re.findall(r"\]\(([^)\s]+)\)", text):
+        parts = urlsplit(url)
+        if not parts.scheme and parts.path:
+            assert (page.parent / unquote(parts.path)).exists(), url
+    for path in re.findall(r"`(nbs/[\w/]+\.ipynb)`", text):
+        assert (root / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", notebooks, ids=lambda page: str(page.relative_to(root)))
+def test_a_page_begins_with_a_title_and_a_sentence(page):
+    title, _, rest = prose_of(page).partition("\n")
+    assert title.startswith("# ") and re.match(r"\s*[A-Z[`].*[.:]", rest), f"{page.name} begins with {title!r}"
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
+    pytest.importorskip("sphinx", reason="pip install rcka[docs]")
     out = tmp_path_factory.mktemp("site") / "html"
     run = subprocess.run([sys.executable, root / "docs" / "build", "--out", out], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -44,6 +71,7 @@ class Links(HTMLParser):
             self.loads.append(attrs["href"])
 
 
+@pytest.mark.slow
 def test_every_local_link_leads_somewhere_and_nothing_is_loaded_from_a_network(site):
     pages = {p: Links(p.read_text(encoding="utf-8")) for p in site.rglob("*.html") if "_static" not in p.parts}
     assert len(pages) > 20
@@ -61,10 +89,10 @@ def test_every_local_link_leads_somewhere_and_nothing_is_loaded_from_a_network(s
                 assert unquote(parts.fragment) in pages[target].ids, f"{page.relative_to(site)}: no {url}"
 
 
+@pytest.mark.slow
 def test_every_notebook_and_every_public_name_is_there(site):
-    for notebook in (root / "nbs").rglob("*.ipynb"):
-        if ".ipynb_checkpoints" not in notebook.parts:
-            assert (site / notebook.relative_to(root / "nbs")).with_suffix(".html").is_file()
+    for notebook in notebooks:
+        assert (site / notebook.relative_to(root / "nbs")).with_suffix(".html").is_file()
     text = "".join(p.read_text(encoding="utf-8") for p in (site / "reference").glob("*.html"))
     ids = set(re.findall(r'id="(rcka[\w.]+)"', text))
     for module in (root / "rcka").rglob("*.py"):
@@ -73,6 +101,18 @@ def test_every_notebook_and_every_public_name_is_there(site):
         if exports and "_" != module.stem[0]:
             for public in re.findall(r"'(\w+)'", exports[1]):
                 assert f"{name}.{public}" in ids
+
+
+@pytest.mark.slow
+def test_the_navigation_has_groups_that_hold_every_page(site):
+    front = (site / "index.html").read_text(encoding="utf-8")
+    groups = re.findall(r'class="toctree-l1 has-children"><a class="reference internal" href="([^"]+)"', front)
+    assert len(groups) == front.count('class="toctree-l1') < 30
+    listed = {(site / group).parent / link for group in groups for link in Links((site / group).read_text()).links}
+    listed = {path.resolve() for path in listed}
+    for page in notebooks:
+        if page.stem != "index":
+            assert (site / page.relative_to(root / "nbs")).with_suffix(".html").resolve() in listed
 
 
 # what a reader's browser finds: errors on the console, formulas, formulas that failed, and what sticks out of the page
@@ -132,6 +172,7 @@ def browse(site, urls):
     return dict(zip(urls, json.loads(html.unescape(body[1])).values()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not chromium, reason="no Chromium")
 def test_in_a_browser(site):
     pages = sorted(
