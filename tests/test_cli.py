@@ -200,12 +200,13 @@ def test_run(stub, says, tmp_path):
 def test_run_says_what_came_of_the_teacher(stub, says, tmp_path):
     "Teacher and student with their accuracy and weights; weights that were given are named."
     given, root = tmp_path / "teacher.safetensors", tmp_path / "runs"
+    arguments = Experiment("digits", "resnet8", "resnet14", "kd").method_args  # all of them, as the stand-in compares
     save_weights(create_model("resnet14", 10, 1), given)
     values = [
         "student=resnet8",
         "teacher=resnet14",
         "method=kd",
-        "method_args={}",
+        f"method_args={arguments}",
         "lr=0.05",
         "teacher_lr=0.05",
         "epochs=1",

@@ -16,8 +16,9 @@ from PIL import Image
 
 import rcka.train.checkpoint as C
 from rcka.data.datasets import load_dataset
-from rcka.experiments.experiment import Experiment, run, run_many
+from rcka.experiments.experiment import SAME_AS_DEFAULT, Experiment, run, run_many
 from rcka.experiments.launch import kind_of, main
+from rcka.experiments.result import RESULT_FORMAT
 from rcka.experiments.sweep import grid, sweep
 from rcka.methods.base import METHODS, Method, create_method, list_methods
 from rcka.models.registry import create_model
@@ -330,6 +331,18 @@ def test_a_changed_default_is_another_experiment(monkeypatch):
     assert replace(new, method_args={"alpha": 4}).key == old.key  # 4 and 4.0 are one value
 
 
+def test_defaults_of_the_optimiser_are_one_run():
+    "Given or left out they are the same configuration, so the same key; another value is another key."
+    plain = Experiment("digits", "resnet8")
+    defaults = {name: getattr(TrainConfig(), name) for name in SAME_AS_DEFAULT}
+    assert replace(plain, **defaults).key == plain.key and plain.train_config == replace(plain, **defaults).train_config
+    others = dict(optimizer="adamw", betas=(0.8, 0.9), decay_norms=False, grad_clip=1.0, accumulate=2, warmup_steps=5)
+    assert set(others) == set(SAME_AS_DEFAULT)
+    for name, value in others.items():
+        e = replace(plain, **{name: value})
+        assert e.key != plain.key and getattr(e.train_config, name) == value
+
+
 def test_arguments_of_a_sum_are_those_of_its_parts():
     e = Experiment("digits", "resnet8", "resnet14", "kd+fcka", method_args={"fcka.weight": 3})
     assert e.method_args["fcka.weight"] == 3.0 and e.method_args["kd.temperature"] == 4.0
@@ -471,8 +484,13 @@ def test_results_without_all_arguments_are_refused(folder, tmp_path):
     e = Experiment(f"imagefolder:{folder}", "resnet8", epochs=1, batch_size=8)
     run(e, tmp_path, device="cpu", progress=False)
     path = tmp_path / e.key / "result.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(ValueError, match="result format 1; this version reads format 2"):
+    text = path.read_text()
+    path.write_text(
+        text.replace('"group_size": 1', '"company": 1').replace(f'"format": {RESULT_FORMAT}', '"format": 2')
+    )
+    assert run(e, tmp_path, device="cpu", progress=False).group_size == 1  # format 2 had another name
+    path.write_text(text.replace(f'"format": {RESULT_FORMAT}', '"format": 1'))
+    with pytest.raises(ValueError, match=f"result format 1; this version reads format {RESULT_FORMAT}"):
         run(e, tmp_path, device="cpu", progress=False)
 
 
