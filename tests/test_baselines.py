@@ -295,7 +295,7 @@ def test_features_that_do_not_come_are_named():
         )
         with pytest.raises(ValueError, match="3 .*and 4"):
             create_method(name, SMALL.get(name, {})).pairs(student, teacher)
-    with pytest.raises(ValueError, match="layers.preacts"):
+    with pytest.raises(ValueError, match="FeaturePaths.preacts"):
         create_method("ofd").wants(FeaturePaths(("a", "b")))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from rcka.core import FeaturePaths, Outputs
 from rcka.methods.base import create_method
 from rcka.methods.cka import intra_inter, lcka, pcka
-from rcka.methods.dense import box_weights, dense_dist_loss, dense_kd_loss, fgd_focal, pkd_loss
+from rcka.methods.dense import box_weights, dense_dist_loss, dense_kd_loss, fgd_focal_losses, pkd_loss
 
 DENSE = ["pcka", "mimic", "pkd", "fgd", "dense_kd", "dense_dist"]
 MAPS = ["pcka", "mimic", "pkd", "fgd"]
@@ -345,13 +345,18 @@ def test_maps_in_half_precision_outside_autocast(name):
     assert total.dtype == torch.float32 and all(f.grad.isfinite().all() for f in s.features)
 
 
-def test_widths_that_differ_need_build():
-    s, t = pyramid(4), pyramid(6)
-    for name in ("pcka", "mimic", "pkd"):
-        with pytest.raises(RuntimeError, match="from 4 to 6 channels: call method.build"):
-            create_method(name).terms(s, t)
-    with pytest.raises(RuntimeError, match="call method.build"):
-        create_method("fgd").terms(t, t, TARGET)
+@pytest.mark.parametrize("name", ["pcka", "mimic", "pkd", "fgd"])
+@pytest.mark.parametrize("width", [4, 6])
+def test_maps_need_build(name, width):
+    "Whether the widths differ or not."
+    with pytest.raises(RuntimeError, match=f"{name} has parameters of its own: call method.build"):
+        create_method(name).terms(pyramid(4), pyramid(width), TARGET)
+
+
+def built(name, student, teacher, **args):
+    method = create_method(name, args)
+    method.build(student, teacher)
+    return method
 
 
 def test_pcka_weights_levels_and_sums():
@@ -362,12 +367,12 @@ def test_pcka_weights_levels_and_sums():
     with pytest.raises(ValueError, match="but the network has 5"):
         create_method("pkd", dict(stages=(5,))).wants(layers)
     s, t = pyramid(6), pyramid(6, seed=50)
-    terms = create_method("pcka", dict(intra=3, inter=2, mimic=0.5, patch_size=4)).terms(s, t)
+    terms = built("pcka", s, t, intra=3, inter=2, mimic=0.5, patch_size=4).terms(s, t)
     loop = [channel_by_channel(a.double(), b.double(), 4) for a, b in zip(s.features, t.features)]
     torch.testing.assert_close(terms["pcka_intra"].double(), 3 * sum(1 - i for i, _ in loop), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(terms["pcka_inter"].double(), 2 * sum(1 - i for _, i in loop), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(terms["mimic"], 0.5 * sum(F.mse_loss(a, b) for a, b in zip(s.features, t.features)))
-    assert set(create_method("pcka", dict(intra=0, mimic=1)).terms(s, t)) == {"mimic"}
+    assert set(built("pcka", s, t, intra=0, mimic=1).terms(s, t)) == {"mimic"}
     both = create_method("pcka+pkd+dense_kd")
     wanted = both.wants(layers)
     assert len(wanted) == 8
@@ -379,7 +384,7 @@ def test_pcka_weights_levels_and_sums():
 def test_the_teacher_needs_no_gradient_and_gets_none():
     s, t = pyramid(6, grad=True), pyramid(6, seed=50, grad=True)
     for name in ("pcka", "mimic", "pkd"):
-        sum(create_method(name).terms(s, t).values()).backward()
+        sum(built(name, s, t).terms(s, t).values()).backward()
         assert all(f.grad is None for f in t.features)
 
 
@@ -434,13 +439,13 @@ def test_fgd_weights_by_hand():
 def test_fgd_attention_has_mean_one_and_follows_the_teacher():
     t = maps(2, 5, 8, 12, seed=1)
     weights = box_weights([TARGET[0]["boxes"], TARGET[1]["boxes"]], (96, 160), (8, 12))
-    assert all(x == 0 for x in fgd_focal(t, t, *weights, 1, 1, 0.5))
+    assert all(x == 0 for x in fgd_focal_losses(t, t, *weights, 1, 1, 0.5))
     hot = t.clone()
     hot[:, :, 4, 4] *= 100  # at a high temperature all places count alike; at a low one only the hot place does
     change = torch.zeros_like(t)
     change[:, :, 4, 4] = 1
-    flat, _ = fgd_focal(hot + change, hot, *weights, 1, 1, 1e6)
-    peaked, _ = fgd_focal(hot + change, hot, *weights, 1, 1, 0.5)
+    flat, _ = fgd_focal_losses(hot + change, hot, *weights, 1, 1, 1e6)
+    peaked, _ = fgd_focal_losses(hot + change, hot, *weights, 1, 1, 0.5)
     torch.testing.assert_close(peaked, 8 * 12 * flat, rtol=1e-3, atol=0)
 
 
@@ -489,13 +494,13 @@ def test_rows_and_maps_of_logits_agree(loss, form):
 
 
 def test_fgd_relation_is_the_context_block_written_out():
-    from rcka.methods.dense import ContextBlock, fgd_global
+    from rcka.methods.dense import ContextBlock, fgd_global_loss
 
     torch.manual_seed(0)
     blocks = [ContextBlock(6).double() for _ in "st"]
     s, t = maps(2, 6, 4, 5), maps(2, 6, 4, 5, seed=1)
     torch.testing.assert_close(
-        fgd_global(s, t, *blocks), (s - t).square().sum() / 2
+        fgd_global_loss(s, t, *blocks), (s - t).square().sum() / 2
     )  # before training it is the difference of the maps
     for p in blocks[0].parameters():
         nn.init.normal_(p, std=0.5)
@@ -514,7 +519,7 @@ def test_fgd_relation_is_the_context_block_written_out():
         return torch.stack(out)
 
     torch.testing.assert_close(
-        fgd_global(s, t, *blocks), (related(s, blocks[0]) - related(t, blocks[1])).square().sum() / 2
+        fgd_global_loss(s, t, *blocks), (related(s, blocks[0]) - related(t, blocks[1])).square().sum() / 2
     )
 
 
@@ -535,7 +540,7 @@ def test_fgd_focal_written_out():
                 features + ((0.3 * f[i] + 0.2 * b[i]) * places * channels[k] * (s[i, k] - t[i, k]) ** 2).sum() / 2
             )
         masks = masks + ((places - places_s).abs().sum() + (channels - channels_s).abs().sum()) / 2
-    ours = fgd_focal(s, t, f, b, 0.3, 0.2, 0.7)
+    ours = fgd_focal_losses(s, t, f, b, 0.3, 0.2, 0.7)
     torch.testing.assert_close(ours, (features, masks))
     for a, b in zip(ours, (features, masks)):
         torch.testing.assert_close(

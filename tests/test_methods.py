@@ -74,7 +74,7 @@ def test_dense_methods_share_out_features_too():
     layers = FeaturePaths(names, names, "pooled", "head")
     for pair in itertools.permutations(list_methods(), 2):
         wanted = [len(create(name).wants(layers)) for name in pair]
-        assert create("+".join(pair)).shares(sum(wanted)) == wanted, pair
+        assert create("+".join(pair)).feature_counts(sum(wanted)) == wanted, pair
 
 
 def test_features_that_cannot_be_shared_out_are_refused():
@@ -84,8 +84,8 @@ def test_features_that_cannot_be_shared_out_are_refused():
     with pytest.raises(ValueError, match="cannot share out 3 features"):
         create_method("fcka+rkd").split(Outputs(z, (torch.randn(N, 4),) * 3))
     three = create_method("rkd+fcka", {"fcka.stages": (1, 2, 3)})
-    assert three.shares(4) == [1, 3]
-    assert create_method("kd+fcka+lcka").shares(7) == [0, 7, 0]  # one part alone compares features
+    assert three.feature_counts(4) == [1, 3]
+    assert create_method("kd+fcka+lcka").feature_counts(7) == [0, 7, 0]  # one part alone compares features
 
 
 class Net(nn.Module):
@@ -150,7 +150,7 @@ def test_a_stage_that_is_not_there_is_named(name, stages):
     assert create_method(name, {"stages": (-4, 3)}).wants(layers) == ["stem", "layer3"]
 
 
-NEED_CLASSES = ["dkd", "nkd", "crd"]
+NEED_CLASSES = ["crd", "dkd", "label_cka", "nkd", "ofa", "rld", "wkd_l"]
 
 
 def mixup():

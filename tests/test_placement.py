@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from rcka.core import Batch, Outputs
 from rcka.data.memory import Batches
 from rcka.methods.base import DenseMethod, create_method, list_methods
+from rcka.methods.features import Negatives
 from rcka.models.registry import create_model, list_models
 from rcka.train.classification import Distiller, evaluate
 
@@ -51,11 +52,12 @@ def fakes_work():
 pytestmark = pytest.mark.skipif(not fakes_work(), reason="this torch has no fake CUDA device")
 
 
-class AnyNegatives(rcka.baselines_features.Negatives):
+class AnyNegatives(Negatives):
     "Those of CRD are sorted by values, and a fake tensor has none."
 
-    def __init__(self, targets):
+    def __init__(self, targets, replacement=False):
         nn.Module.__init__(self)
+        self.enough = 0  # draw with replacement
         self.order, self.count, self.start = targets.argsort(), targets.new_zeros(10), targets.new_zeros(10)
 
 
@@ -64,7 +66,7 @@ def fake():
     with (
         FakeTensorMode(),
         mock.patch.object(nn.Module, "to", moved),
-        mock.patch("rcka.baselines_features.Negatives", AnyNegatives),
+        mock.patch("rcka.methods.features.Negatives", AnyNegatives),
     ):
         yield
 
@@ -117,7 +119,7 @@ def test_networks(name):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_batches_and_augmentation(train):
-    with mock.patch("rcka.data._check_images"):  # it looks at values
+    with mock.patch("rcka.data.memory._check_images"):  # it looks at values
         batches = Batches(
             torch.zeros(20, 3, 8, 8, dtype=torch.uint8),
             torch.zeros(20, dtype=torch.int64),
@@ -157,10 +159,14 @@ def test_dense_methods(name):
 
 @pytest.mark.parametrize("name", [*LOGITS, "lcka", "pcka"])
 def test_segmentation(name):
-    segmentation = pytest.importorskip("rcka.segmentation")
-    make = lambda: segmentation.create_segmenter("lraspp", "mobilenet_v3_large", 5).to("cuda")
-    distiller = segmentation.SegmentationDistiller(make(), dense(name), make())
-    batch = segmentation.SceneBatch(images(2, 64), zeros(2, 64, 64), zeros(2))
+    pytest.importorskip("torchvision")
+    from rcka.data.scenes import SceneBatch
+    from rcka.models.segmenters import create_segmenter
+    from rcka.train.segmentation import SegmentationDistiller
+
+    make = lambda: create_segmenter("lraspp", "mobilenet_v3_large", 5).to("cuda")
+    distiller = SegmentationDistiller(make(), dense(name), make())
+    batch = SceneBatch(images(2, 64), zeros(2, 64, 64), zeros(2))
     distiller.prepare(Once(batch))
     assert on_cuda(distiller(batch).terms.values())
 
@@ -169,12 +175,15 @@ def test_segmentation(name):
 @pytest.mark.parametrize("name", DENSE)
 def test_detection(name):
     "The trunks of two detectors, as far as a method looks: beyond, proposals and suppression depend on values."
-    detection = pytest.importorskip("rcka.detection")
-    make = lambda: detection.create_detector("retinanet", "mobilenet_v3_small", 3, pretrained=False).to("cuda")
-    pair = detection.DetectionDistiller(make(), dense(name), make())
+    pytest.importorskip("torchvision")
+    from rcka.models.detectors import create_detector, trunk_taps
+    from rcka.train.detection import DetectionDistiller
+
+    make = lambda: create_detector("retinanet", "mobilenet_v3_small", 3, pretrained=False).to("cuda")
+    pair = DetectionDistiller(make(), dense(name), make())
     pictures = [torch.rand(3, 64, 64, device="cuda") for _ in range(2)]
     pair.prepare(Once(mock.Mock(images=pictures)))
-    taps = detection.trunk_taps(pair.student, pair.student_taps.paths[: pair.levels])
+    taps = trunk_taps(pair.student, pair.student_taps.paths[: pair.levels])
     terms = pair.method.terms(
         Outputs(None, taps(pictures).features), Outputs(None, pair.teach(pictures).features), target()
     )

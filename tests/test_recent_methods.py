@@ -10,12 +10,12 @@ from torch import nn
 
 from rcka.core import FeaturePaths, Outputs
 from rcka.methods.base import create_method, list_methods
-from rcka.methods.candidates import angle, kernel_cka, label_alignment, place_procrustes
+from rcka.methods.candidates import angular_distance, kernel_cka, label_alignment, procrustes_similarity
 from rcka.methods.cka import fcka
 from rcka.methods.features_recent import (
     cat_loss,
-    itrd_correlation,
-    itrd_mutual,
+    itrd_correlation_loss,
+    itrd_mutual_loss,
     ofa_loss,
     place_cka,
     srd_loss,
@@ -28,7 +28,7 @@ from rcka.methods.logits_recent import (
     normkd_loss,
     rld_loss,
     sdd_loss,
-    skd_direction,
+    skd_direction_loss,
     standardize,
     transport_cost,
     ttm_loss,
@@ -244,17 +244,17 @@ FORMULAS = {
     "normkd": (lambda s, t: normkd_loss(s, t.detach(), 1.5), lambda s, t: naive_normkd(s, t.detach(), 1.5), [(8, 6)] * 2),
     "rld": (lambda s, t: rld_loss(s, t, Y, 2.0, 3.0, 4.0, 1.5), lambda s, t: naive_rld(s, t, Y, 2.0, 3.0, 4.0, 1.5), [(8, 6)] * 2),
     **{f"mlkd {i}": (lambda s, t, i=i: mlkd_losses(s, t, (2.0, 5.0))[i], lambda s, t, i=i: naive_mlkd(s, t, (2.0, 5.0))[i], [(8, 6)] * 2) for i in range(3)},
-    **{f"skd {d}": (lambda s, t, d=d: skd_direction(s, t, 0.1, d), lambda s, t, d=d: naive_skd(s, t, 0.1, d), [(8, 6)] * 2) for d in (True, False)},
+    **{f"skd {d}": (lambda s, t, d=d: skd_direction_loss(s, t, 0.1, d), lambda s, t, d=d: naive_skd(s, t, 0.1, d), [(8, 6)] * 2) for d in (True, False)},
     **{f"wkd_l {i}": (lambda s, t, i=i: wkd_logit_losses(s, t, Y, COSTS, 2.0)[i], lambda s, t, i=i: naive_wkd(s, t, Y, COSTS, 2.0, 0.05, 10)[i], [(8, 6)] * 2) for i in range(2)},
     "sdd": (lambda s, t: sdd_loss(s, t, Y[:3]), lambda s, t: naive_sdd(s, t, Y[:3], 4.0), [(3, 6, 4, 4)] * 2),
     "wkd_f": (lambda s, t: wkd_feature_loss(s, t, 3.0), lambda s, t: naive_wkd_f(s, t, 3.0, 1e-5), [(3, 5, 4, 4), (3, 5, 2, 3)]),
-    "itrd correlation": (lambda s, t: itrd_correlation(s, t, 1.5), lambda s, t: naive_itrd(s, t, 1.5), [(8, 5)] * 2),
-    "itrd mutual": (itrd_mutual, naive_mutual, [(8, 5), (8, 7)]),
+    "itrd correlation": (lambda s, t: itrd_correlation_loss(s, t, 1.5), lambda s, t: naive_itrd(s, t, 1.5), [(8, 5)] * 2),
+    "itrd mutual": (itrd_mutual_loss, naive_mutual, [(8, 5), (8, 7)]),
     "srd": (lambda s, t: srd_loss(s, t, 4.0), lambda s, t: naive_srd(s, t, 4.0, 1e-4), [(8, 5)] * 2),
     "ofa": (lambda s, t: ofa_loss(s, t, Y, 1.4, 2.0), lambda s, t: naive_ofa(s, t, Y, 1.4, 2.0), [(8, 6)] * 2),
     "cka_places": (place_cka, naive_places, [(3, 5, 4, 4), (3, 7, 4, 4)]),
-    "cka_angle": (lambda s, t: angle(place_cka(s, t)), lambda s, t: naive_places(s, t).arccos() * 2 / math.pi, [(3, 5, 4, 4), (3, 7, 4, 4)]),
-    "procrustes": (place_procrustes, naive_procrustes, [(3, 5, 4, 4), (3, 7, 4, 4)]),
+    "cka_angle": (lambda s, t: angular_distance(place_cka(s, t)), lambda s, t: naive_places(s, t).arccos() * 2 / math.pi, [(3, 5, 4, 4), (3, 7, 4, 4)]),
+    "procrustes": (procrustes_similarity, naive_procrustes, [(3, 5, 4, 4), (3, 7, 4, 4)]),
     "label_cka": (lambda s: label_alignment(s, Y, CLASSES), naive_label, [(8, 5)]),
     "kernel_cka gaussian": (kernel_cka, naive_gaussian, [(8, 5), (8, 7)]),
     "kernel_cka cosine": (lambda s, t: kernel_cka(s, t, "cosine"), lambda s, t: naive_linear(F.normalize(s), F.normalize(t)), [(8, 5), (8, 7)]),
@@ -531,7 +531,7 @@ def test_weights_by_stage():
 
 def test_the_angle_at_its_ends():
     s = torch.tensor([1.0, 1.0 - 1e-9, -1.0, 0.0, 0.5], requires_grad=True)
-    value = angle(s)
+    value = angular_distance(s)
     value.sum().backward()
     torch.testing.assert_close(value, torch.tensor([0.0, 0.0, 2.0, 1.0, 2 / 3]))
     assert s.grad.isfinite().all()
@@ -543,7 +543,7 @@ def test_the_gradient_of_the_angle_keeps_its_length_near_the_optimum():
     lengths = []
     for share in (1e-2, 1e-4):
         x = (y + share * noise).requires_grad_()
-        lengths += [torch.autograd.grad(f(place_cka(x, y)), x)[0].norm() for f in (angle, lambda s: 1 - s)]
+        lengths += [torch.autograd.grad(f(place_cka(x, y)), x)[0].norm() for f in (angular_distance, lambda s: 1 - s)]
     assert lengths[2] > 0.9 * lengths[0] and lengths[3] < 0.02 * lengths[1]
 
 
@@ -551,7 +551,7 @@ def test_candidates_know_their_optima():
     torch.manual_seed(0)
     y = torch.randn(4, 7, 8, 8, dtype=torch.float64)
     rotated = 2 * torch.einsum("ncij,cd->ndij", y, torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64))[0]) + 1
-    for similarity in (place_procrustes, kernel_cka, place_cka):
+    for similarity in (procrustes_similarity, kernel_cka, place_cka):
         assert abs(1 - similarity(rotated, y)) < 1e-10
     assert abs(1 - kernel_cka(y * torch.rand(4, 1, 1, 1), y, "cosine")) < 1e-10
     simplex = torch.eye(CLASSES, dtype=torch.float64)[Y]
@@ -559,7 +559,7 @@ def test_candidates_know_their_optima():
     assert label_alignment(simplex, Y, CLASSES) > label_alignment(simplex.roll(1, 0), Y, CLASSES) + 0.1
     # the nuclear norm lies between the Frobenius norm and the root of the rank times it
     x = torch.randn(4, 7, 8, 8, dtype=torch.float64)
-    assert 0 < place_procrustes(x, y) < 1
+    assert 0 < procrustes_similarity(x, y) < 1
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
@@ -568,7 +568,7 @@ def test_procrustes_of_constant_channels_is_zero_without_a_gradient(value):
     constant = torch.full((4, 5, 6, 7), value) * torch.rand(1, 5, 1, 1)
     for x, y in [(constant, torch.randn(4, 3, 6, 7)), (torch.randn(4, 3, 6, 7), constant)]:
         x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-        got = place_procrustes(x, y)
+        got = procrustes_similarity(x, y)
         got.backward()
         assert got == 0 and (x.grad == 0).all() and (y.grad == 0).all()
 
@@ -810,14 +810,14 @@ def test_options_of_the_candidates_are_checked():
 
 
 def test_vectors_of_two_widths_are_refused():
-    for loss in (itrd_correlation, srd_loss):
+    for loss in (itrd_correlation_loss, srd_loss):
         with pytest.raises(ValueError, match=r"widths differ: \(4, 3\).*\(4, 5\)"):
             loss(torch.randn(4, 3), torch.randn(4, 5))
 
 
 def test_what_skd_and_wkd_cannot_do_is_said():
     with pytest.raises(ValueError, match="tikhonov must be positive"):
-        skd_direction(torch.randn(4, 3), torch.randn(4, 3), tikhonov=0.0)
+        skd_direction_loss(torch.randn(4, 3), torch.randn(4, 3), tikhonov=0.0)
     method, s, t, _ = make("wkd_l")
     for head in (None, nn.Conv2d(3, CLASSES, 1)):
         with pytest.raises(ValueError, match="head=that module"):
@@ -849,7 +849,7 @@ def test_itrd_uses_the_embedding_for_relations_only_where_widths_differ():
     method = create_method("itrd")
     s, t = (Outputs(torch.randn(8, CLASSES), (torch.randn(8, 5),)) for _ in range(2))
     method.build(s, t)
-    torch.testing.assert_close(method.terms(s, t)["itrd_mutual"], itrd_mutual(s.features[0], t.features[0]))
+    torch.testing.assert_close(method.terms(s, t)["itrd_mutual"], itrd_mutual_loss(s.features[0], t.features[0]))
     embedded = method.connectors[0](s.features[0])
     expected = (1 - correlation(embedded, t.features[0], 0) * 7 / 8).pow(2.02).sum().log2()
     torch.testing.assert_close(method.terms(s, t)["itrd_correlation"], 2 * expected)

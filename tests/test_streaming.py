@@ -142,6 +142,14 @@ def test_itself_gives_ones_and_a_constant_layer_zero(acc):
     assert (table[0] == 0).all() and table.isfinite().all()
 
 
+@pytest.mark.parametrize("kernel", ["linear", "polynomial", "gaussian"])
+def test_what_rounding_leaves_of_a_constant_layer_is_zero(kernel):
+    "U-centring subtracts equal numbers of some size: what is left has a direction, but no meaning."
+    flat, other = torch.full((16, 5), 0.1), make(3, 16, [7], [1])[0][0].float()
+    table = MinibatchCKA(kernel).update([flat, other]).compute()
+    assert (table[0] == 0).all() and table[1, 0] == 0 and abs(table[1, 1] - 1) < 1e-6
+
+
 def test_half_precision_autocast_and_mixed_dtypes():
     a, b = make(3, 16, [12], [7])
     a, b = a[0].half(), b[0].half()

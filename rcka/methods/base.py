@@ -16,15 +16,15 @@ from ..similarity.measures import as_features, as_real, full_precision
 # %% auto #0
 __all__ = ['METHODS', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods', 'create_method', 'Vanilla', 'Sum',
            'FeatureMethod', 'need', 'check_samples', 'WarmUp', 'check_maps', 'pooled_to', 'same_size', 'MapMethod',
-           'resize_maps', 'DenseMethod', 'map_mse']
+           'resize_maps', 'DenseMethod', 'map_mse_loss']
 
 # %% ../../nbs/method/02_methods.ipynb #4504c7e9
 def class_indices(target: Tensor, method: str) -> Tensor:
     "Check that `target` holds the class of each sample, (n,), for a method that has no form for class probabilities."
     if target.dim() != 1 or target.is_floating_point():
         raise ValueError(
-            f"method {method} needs the class of each sample, a target (n,) of whole numbers; got {tuple(target.shape)} of {target.dtype}. "
-            "With soft labels, as from mixup, use a method that does not need classes, such as kd or fcka"
+            f"method {method} needs the class of each sample, a target (n,) of integers; got {tuple(target.shape)} of "
+            f"{target.dtype}. With soft labels, as from mixup, use a method that does not need classes, such as kd or fcka"
         )
     return target
 
@@ -34,42 +34,45 @@ def stages_at(
     stages,  # positions in `layers.stages`; negative ones count from the end
     method: str,  # its name, for the error
 ) -> list[str]:  # their module paths
-    "Choose stages of a network by position; ValueError where there is no such stage."
+    "Return the paths of stages given by position; ValueError where there is no such stage."
     n = len(layers.stages)
     if not all(isinstance(i, int) and -n <= i < n for i in stages):
         raise ValueError(
-            f"{method} got stages={tuple(stages)}, but the network has {n} stages, at positions 0 to {n - 1} or -{n} to -1: {', '.join(layers.stages)}"
+            f"{method} got stages={tuple(stages)}, but the network has {n} stages, at positions 0 to {n - 1} or -{n} to "
+            f"-1: {', '.join(layers.stages)}"
         )
     return [layers.stages[i] for i in stages]
 
 
 class Method(nn.Module):
-    """A distillation method: `forward` gives {"ce": cross-entropy, ...: its own terms}, weighted; their sum is the loss.
+    """Base class of all distillation methods: `forward` returns {"ce": cross-entropy, ...: own terms}, whose sum is the loss.
 
-    `ce` is the factor of the cross-entropy. Adding methods multiplies their factors."""
+    `ce` is the factor of the cross-entropy. The factors of the parts of a sum are multiplied."""
 
     name: str  # given by `register`
     ce = 1.0
     teacher_batch_stats = False  # the teacher's batch normalisations use the statistics of the batch
-    dense = False  # compares the many places of a detector or a segmentation network, not whole images
-    wants_logits = False  # of a dense method: it compares class logits, too
+    dense = False  # for detectors and segmentation networks
+    wants_logits = False  # a dense method that compares class logits
 
     def wants(self, layers: FeaturePaths) -> list[str]:
-        "Module paths whose features this method compares, for a network with these `layers`."
+        "Return the module paths whose features this method compares, for a network with these `layers`."
         return []
 
     def build(
         self, student: Outputs, teacher: Outputs, *, head: nn.Module | None = None, targets: Tensor | None = None
     ):
-        "Make connectors, from example outputs, the teacher's classifier and all training targets. Called once, before the optimiser is made."
+        """Make what is trained beside the student, once, before the optimiser is made.
+
+        From example outputs of one batch, the teacher's classifier `head` and the `targets` of all training samples."""
 
     def set_epoch(self, epoch: int):
-        "Told to methods before each epoch, for those that warm up."
+        "Set the epoch, counted from 0, before it begins: for terms that warm up or decay."
 
     def terms(
         self, student: Outputs, teacher: Outputs, target: Tensor, index: Tensor | None = None
     ) -> dict[str, Tensor]:
-        "Named, weighted scalars. `index` (n,) says which training samples these are."
+        "Return the method's own terms, weighted scalars by name. `index` (n,) says which training samples these are."
         return {}
 
     def forward(
@@ -77,13 +80,15 @@ class Method(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the cross-entropy and the method's terms.
 
-        `target` holds classes (n,), or class probabilities (n, classes) such as those of mixup; a method that needs classes refuses the latter."""
+        `target` holds classes (n,), or class probabilities (n, classes) such as those of mixup.
+        ValueError where its shape does not fit the logits, or for probabilities where the method needs classes."""
         if len(target) != len(student.logits):
             raise ValueError(f"the batch sizes differ: {len(student.logits)} logits and {len(target)} targets")
         if target.is_floating_point():
             if target.shape != student.logits.shape:
                 raise ValueError(
-                    f"a target of {target.dtype} must hold class probabilities, {tuple(student.logits.shape)} as the logits; got {tuple(target.shape)}. Classes are whole numbers, (n,)"
+                    f"a target of {target.dtype} must hold class probabilities, {tuple(student.logits.shape)} as the logits; "
+                    f"got {tuple(target.shape)}. Classes are integers, (n,)"
                 )
             target = target.float()
         terms = {"ce": self.ce * F.cross_entropy(student.logits.float(), target)} if self.ce else {}
@@ -94,7 +99,7 @@ METHODS: dict[str, type[Method]] = {}
 
 
 def register(name: str):
-    "Class decorator: `create_method(name)` finds the class from now on."
+    "Return a class decorator that gives a `Method` its name, for `create_method`."
 
     def add(cls):
         cls.name = name
@@ -105,7 +110,7 @@ def register(name: str):
 
 
 def list_methods() -> list[str]:
-    "Names that `create_method` knows."
+    "Return the sorted names of all registered methods."
     return sorted(METHODS)
 
 
@@ -113,7 +118,7 @@ def create_method(
     name: str,  # a name of `list_methods()`, or several with a plus: "kd+fcka"
     args: dict | None = None,  # constructor arguments; in a sum say whose: {"fcka.weight": 4}
 ) -> Method:
-    "A distillation method by name."
+    "Create a distillation method. ValueError for an unknown name or argument, with the nearest that is known."
     parts, args = name.split("+"), dict(args or {})
     own = {part: {} for part in parts}
     if len(own) < len(parts):
@@ -139,11 +144,11 @@ def create_method(
 # %% ../../nbs/method/02_methods.ipynb #e1c2cb0e
 @register("none")
 class Vanilla(Method):
-    "The student alone: cross-entropy and nothing else."
+    "Train the student alone: cross-entropy and nothing else."
 
 
 class Sum(Method):
-    "Several methods at once: all their terms, and one cross-entropy with the product of their factors."
+    "Add several methods: all their terms, and one cross-entropy with the product of their factors."
 
     def __init__(self, methods):
         super().__init__()
@@ -161,13 +166,13 @@ class Sum(Method):
         self.wanted = [len(w) for w in wants]
         return [path for w in wants for path in w]
 
-    def shares(
+    def feature_counts(
         self,
         n: int,  # features in all
-    ) -> list[int]:  # number of features of each part, in the order of the parts
-        """Share out the features among the parts.
+    ) -> list[int]:  # in the order of the parts
+        """Return the number of features of each part.
 
-        Where `n` is not what `wants` told, the paths were given by hand. Then a part with `stages` of its own takes that many,
+        Where `n` is not the number of paths that `wants` returned, the paths were given by hand. Then a part with `stages` of its own takes that many,
         and parts that compare every stage take equally many; ValueError where this does not add up to `n`."""
         if self.wanted is not None and sum(self.wanted) == n:
             return self.wanted
@@ -201,7 +206,7 @@ class Sum(Method):
         if outputs is None:
             return [None] * len(self.parts)
         features, parts = outputs.features, []
-        for k in self.shares(len(features)):
+        for k in self.feature_counts(len(features)):
             parts.append(outputs._replace(features=features[:k]))
             features = features[k:]
         return parts
@@ -225,62 +230,69 @@ class Sum(Method):
 
 # %% ../../nbs/method/02_methods.ipynb #1bf10cd7
 class FeatureMethod(Method):
-    """A method that compares pairs of features. Subclasses set `stages` and write `terms`; `connector` is for those that learn something."""
+    """Base class of the methods that compare pairs of features, one of the student and one of the teacher.
 
-    stages: tuple | str | None = None  # positions, or "pooled"; None is all but the stem
+    A subclass writes `terms` over `self.pairs(student, teacher)`. One that learns something for each pair sets `connects` and
+    writes `connector`; its `terms` take the modules from `self.built()`. `prepare` checks a pair and may change its shape."""
+
+    stages: tuple | list | str | None = None  # positions in `FeaturePaths.stages`, "pooled", or None: `default_stages`
+    default_stages = slice(1, None)  # all but the stem
     connects = False  # has connectors, made by `build`
 
     def wants(self, layers: FeaturePaths) -> list[str]:
         if self.stages == "pooled":
             return [need(layers.pooled, "pooled", self.name)]
         if self.stages is None:
-            return list(need(layers.stages[1:], "stages", self.name))
+            return list(need(layers.stages[self.default_stages], "stages", self.name))
         return stages_at(layers, self.stages, self.name)
 
+    def prepare(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        "Check a pair of features, and return both in float32 or float64. ValueError where the batch sizes differ."
+        if len(student) != len(teacher):
+            raise ValueError(
+                f"{self.name}: the batches differ, student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+            )
+        return as_real(student, "student feature"), as_real(teacher, "teacher feature")
+
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        "Features of both networks in pairs, in float32 at least. The teacher's carry no gradient."
+        "Return the prepared pairs of features. The teacher's carry no gradient. ValueError where the numbers differ."
         if not student.features or len(student.features) != len(teacher.features):
             raise ValueError(
-                f"{self.name} compares features in pairs; got {len(student.features)} of the student and {len(teacher.features)} of the teacher. Ask method.wants(layers) which"
+                f"{self.name} compares features in pairs; got {len(student.features)} of the student and "
+                f"{len(teacher.features)} of the teacher. Ask method.wants(layers) which"
             )
-        pairs = list(zip(student.features, teacher.features))
-        for s, t in pairs:
-            if len(s) != len(t):
-                raise ValueError(
-                    f"{self.name}: the batches differ, student {tuple(s.shape)} and teacher {tuple(t.shape)}"
-                )
-        return [(as_real(s, "student feature"), as_real(t, "teacher feature").detach()) for s, t in pairs]
+        pairs = [self.prepare(s, t) for s, t in zip(student.features, teacher.features)]
+        return [(s, t.detach()) for s, t in pairs]
 
-    def built(self):
-        "The connectors; an error if there are none yet, since an optimiser made before them would never train them."
+    def build(self, student, teacher, *, head=None, targets=None):
+        if self.connects:
+            pairs = self.pairs(student, teacher)
+            like = as_real(pairs[0][0], "student feature")
+            self.connectors = nn.ModuleList(self.connector(s, t) for s, t in pairs).to(like.device, like.dtype)
+
+    def connector(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        "Return the module that is trained for one pair of features of these shapes."
+        raise NotImplementedError
+
+    def built(self) -> nn.ModuleList:
+        "Return the connectors, one a pair. RuntimeError before `build`: an optimiser made without them never trains them."
         if not hasattr(self, "connectors"):
             raise RuntimeError(
-                f"{self.name} has parameters of its own: call method.build(student_outputs, teacher_outputs, head=..., targets=...) before making the optimiser"
+                f"{self.name} has parameters of its own: call method.build(student_outputs, teacher_outputs, head=..., "
+                "targets=...) before making the optimiser"
             )
         return self.connectors
 
-    def build(self, student, teacher, *, head=None, targets=None):
-        if not self.connects:
-            return
-        pairs = self.pairs(student, teacher)
-        self.connectors = torch.nn.ModuleList(self.connector(s, t) for s, t in pairs).to(
-            pairs[0][0].device, pairs[0][0].dtype
-        )
-
-    def connector(self, student: Tensor, teacher: Tensor) -> torch.nn.Module:
-        "What is learnt for one pair of features of these shapes."
-        raise NotImplementedError
-
 
 def need(found, what: str, method: str):
-    "`found`, or an error that says which field of `FeaturePaths` is empty."
+    "Return `found`, a field of `FeaturePaths`; ValueError where it is empty."
     if not found:
-        raise ValueError(f"{method} needs layers.{what}, and this network's is empty")
+        raise ValueError(f"{method} needs FeaturePaths.{what}, which is empty for this network: give its module paths")
     return found
 
 # %% ../../nbs/method/02_methods.ipynb #e59dd56a
 def check_samples(student: Tensor, teacher: Tensor):
-    "Two sets of flattened features (n, p) and (n, q) of the same samples, in float32 at least."
+    "Return two sets of features, flattened to (n, p) and (n, q), in float32 or float64. ValueError where n differs."
     student, teacher = as_features(student, "student"), as_features(teacher, "teacher")
     if len(student) != len(teacher):
         raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
@@ -288,7 +300,7 @@ def check_samples(student: Tensor, teacher: Tensor):
 
 # %% ../../nbs/method/02_methods.ipynb #44230742
 class WarmUp:
-    "Mixin: `self.warm` grows linearly to 1 over `self.warmup` epochs; 1 if nobody tells the epoch."
+    "Mixin: `self.warm` grows linearly to 1 over `self.warmup` epochs; 1 where `set_epoch` is never called."
 
     warmup: int = 0
     warm: float = 1.0
@@ -298,11 +310,12 @@ class WarmUp:
 
 # %% ../../nbs/method/02_methods.ipynb #942c11a3
 def check_maps(student: Tensor, teacher: Tensor):
-    "Two feature maps (n, C, H, W) and (n, D, U, V) of the same samples, in float32 at least."
+    "Return two maps (n, C, H, W) and (n, D, U, V) in float32 or float64. ValueError for other shapes or where n differs."
     for who, x in (("student", student), ("teacher", teacher)):
         if x.dim() != 4:
             raise ValueError(
-                f"this method compares feature maps (n, channels, height, width), got {tuple(x.shape)} of the {who}. For other shapes use fcka, sp, rkd or a method on logits"
+                f"this method compares feature maps (n, channels, height, width), got {tuple(x.shape)} of the "
+                f"{who}. For other shapes use fcka, sp, rkd or a method on logits"
             )
     if len(student) != len(teacher):
         raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
@@ -310,7 +323,9 @@ def check_maps(student: Tensor, teacher: Tensor):
 
 
 def pooled_to(x: Tensor, size) -> Tensor:
-    "Average `x` (n, C, H, W) down to `size`. Whole windows where they fit, since their gradient is deterministic on a GPU."
+    """Average `x` (n, C, H, W) down to `size`, (height, width).
+
+    Whole windows where they fit, since their gradient is deterministic on a GPU."""
     (h, w), (a, b) = x.shape[-2:], size
     if (h, w) == (a, b):
         return x
@@ -320,72 +335,54 @@ def pooled_to(x: Tensor, size) -> Tensor:
 
 
 def same_size(x: Tensor, y: Tensor):
-    "Both averaged down to the smaller height and the smaller width."
+    "Average both maps down to the smaller height and the smaller width."
     size = tuple(min(a, b) for a, b in zip(x.shape[-2:], y.shape[-2:]))
     return pooled_to(x, size), pooled_to(y, size)
 
 # %% ../../nbs/method/02_methods.ipynb #f0916122
 class MapMethod(FeatureMethod):
-    "A method that compares pairs of feature maps."
+    "Base class of the methods that compare feature maps (n, channels, height, width)."
 
-    def pairs(self, student, teacher):
-        return [check_maps(s, t) for s, t in super().pairs(student, teacher)]
+    def prepare(self, student, teacher):
+        return check_maps(*super().prepare(student, teacher))
 
 # %% ../../nbs/method/02_methods.ipynb #821da9ca
 def resize_maps(x: Tensor, size) -> Tensor:
-    "`x` (B, C, H, W) resized bilinearly to `size`; as it is where that is its size."
+    "Resize `x` (B, C, H, W) bilinearly to `size`; return it as it is where that is its size."
     size = tuple(size)
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 # %% ../../nbs/method/02_methods.ipynb #c3c25cad
-class DenseMethod(Method):
-    "A method that compares feature maps level by level, the student's brought to the teacher's width by a 1x1 convolution where they differ. Subclasses write `terms`."
+class DenseMethod(FeatureMethod):
+    """Base class of the methods that compare the feature maps of detectors and segmentation networks, level by level.
+
+    Where the widths differ, the connector is a 1x1 convolution to the teacher's width. A subclass writes `terms` over `self.maps`."""
 
     dense = True
-    stages = None  # positions in `FeaturePaths.stages`; None is the first four: levels 0 to 3 of a feature pyramid
+    connects = True
+    default_stages = slice(4)  # levels 0 to 3 of a feature pyramid
 
-    def __init__(self):
-        super().__init__()
-        self.connectors = None  # made by `build`
-
-    def wants(self, layers):
-        return list(layers.stages[:4]) if self.stages is None else stages_at(layers, self.stages, self.name)
-
-    def pairs(self, student, teacher):
-        "Feature maps as the networks gave them, checked; the teacher's carry no gradient."
-        if not student.features or len(student.features) != len(teacher.features):
+    def prepare(self, student, teacher):
+        "Check a pair of maps (B, C, H, W). They keep their precision: the losses widen one level at a time."
+        if student.dim() != 4 or teacher.dim() != 4 or len(student) != len(teacher):
             raise ValueError(
-                f"{self.name} compares feature maps in pairs, got {len(student.features)} of the student and {len(teacher.features)} of the teacher. Ask method.wants(layers) which"
+                f"{self.name} compares feature maps (B, C, H, W) of one batch, got {tuple(student.shape)} of the student "
+                f"and {tuple(teacher.shape)} of the teacher"
             )
-        for s, t in zip(student.features, teacher.features):
-            if s.dim() != 4 or t.dim() != 4 or len(s) != len(t):
-                raise ValueError(
-                    f"{self.name} compares feature maps (B, C, H, W) of one batch, got {tuple(s.shape)} of the student and {tuple(t.shape)} of the teacher"
-                )
-        return [(s, t.detach()) for s, t in zip(student.features, teacher.features)]
+        return student, teacher
 
-    def build(self, student, teacher, *, head=None, targets=None):
-        pairs = self.pairs(student, teacher)
-        make = lambda c, d: nn.Identity() if c == d else nn.Conv2d(c, d, 1)
-        first = as_real(pairs[0][1], "teacher")
-        self.connectors = nn.ModuleList(make(s.shape[1], t.shape[1]) for s, t in pairs).to(first.device, first.dtype)
+    def connector(self, student, teacher):
+        c, d = student.shape[1], teacher.shape[1]
+        return nn.Identity() if c == d else nn.Conv2d(c, d, 1)
 
-    def maps(self, student, teacher):
-        "Pairs of maps of one width, one a level."
-        pairs = self.pairs(student, teacher)
-        widened = lambda c, s: s if isinstance(c, nn.Identity) else c(as_real(s, "student"))
-        if self.connectors is not None:
-            return [(widened(c, s), t) for c, (s, t) in zip(self.connectors, pairs, strict=True)]
-        for s, t in pairs:
-            if s.shape[1] != t.shape[1]:
-                raise RuntimeError(
-                    f"{self.name} needs a connector from {s.shape[1]} to {t.shape[1]} channels: call method.build(student_outputs, teacher_outputs) before making the optimiser"
-                )
-        return pairs
+    def maps(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        "Return pairs of maps of one width, one a level."
+        pairs = zip(self.built(), self.pairs(student, teacher), strict=True)
+        return [(s if isinstance(c, nn.Identity) else c(as_real(s, "student")), t) for c, (s, t) in pairs]
 
 
 @full_precision
-def map_mse(
+def map_mse_loss(
     student: Tensor,  # (B, C, H, W)
     teacher: Tensor,  # (B, C, U, V); the student's map is resized to this size
 ) -> Tensor:  # scalar, 0 at the optimum

@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import FeatureMethod, MapMethod, check_maps, check_samples, register, same_size
+from .base import FeatureMethod, MapMethod, check_maps, check_samples, class_indices, register, same_size
 from .cka import fcka
 from .features_recent import centred_places, place_cka
 from ..similarity.measures import as_features, check_pair, cka, full_precision, unit
 
 # %% auto #0
-__all__ = ['angle', 'CKAAngle', 'place_procrustes', 'Procrustes', 'label_alignment', 'LabelCKA', 'kernel_cka', 'KernelCKA']
+__all__ = ['angular_distance', 'CKAAngle', 'procrustes_similarity', 'Procrustes', 'label_alignment', 'LabelCKA', 'kernel_cka',
+           'KernelCKA']
 
 # %% ../../nbs/method/02h_candidates.ipynb #0edf6b40
 @full_precision
-def angle(
+def angular_distance(
     similarity: Tensor,  # in [-1, 1], any shape: a cosine
 ) -> Tensor:  # the same shape, in [0, 2]: 0 at the optimum, 1 for a right angle
     "arccos(similarity) / (pi / 2). No gradient where rounding leaves nothing between the similarity and 1 or -1."
@@ -29,16 +30,19 @@ def angle(
     return torch.where(inside, torch.where(inside, similarity, 0).arccos() / (math.pi / 2), known)
 
 
-class _Stages:
-    "What the candidates share: mean over stages of a distance of two features."
+class _MeanDistance(FeatureMethod):
+    "One term, weight * mean over stages of `distance`."
 
-    def mean_distance(self, student, teacher):
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def terms(self, student, teacher, target=None, index=None):
         pairs = self.pairs(student, teacher)
-        return sum(self.distance(s, t) for s, t in pairs) / len(pairs)
+        return {self.name: self.weight * (sum(self.distance(s, t) for s, t in pairs) / len(pairs))}
 
 
 @register("cka_angle")
-class CKAAngle(_Stages, FeatureMethod):
+class CKAAngle(_MeanDistance):
     "weight * mean over stages of the angle between the Gram matrices, 2 / pi * arccos CKA. Ours."
 
     def __init__(
@@ -53,14 +57,11 @@ class CKAAngle(_Stages, FeatureMethod):
         self.weight, self.stages, self.over = weight, stages, over
 
     def distance(self, student, teacher):
-        return angle((place_cka if self.over == "places" else fcka)(student, teacher))
-
-    def terms(self, student, teacher, target=None, index=None):
-        return {"cka_angle": self.weight * self.mean_distance(student, teacher)}
+        return angular_distance((place_cka if self.over == "places" else fcka)(student, teacher))
 
 # %% ../../nbs/method/02h_candidates.ipynb #208d8160
 @full_precision
-def place_procrustes(
+def procrustes_similarity(
     student: Tensor,  # (n, c, H, W)
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
 ) -> Tensor:  # scalar in [0, 1]; 1 at the optimum
@@ -77,7 +78,7 @@ def place_procrustes(
 
 
 @register("procrustes")
-class Procrustes(_Stages, MapMethod):
+class Procrustes(_MeanDistance, MapMethod):
     "weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared Procrustes distance. Ours."
 
     def __init__(
@@ -89,10 +90,7 @@ class Procrustes(_Stages, MapMethod):
         self.weight, self.stages = weight, stages
 
     def distance(self, student, teacher):
-        return 1 - place_procrustes(student, teacher)
-
-    def terms(self, student, teacher, target=None, index=None):
-        return {"procrustes": self.weight * self.mean_distance(student, teacher)}
+        return 1 - procrustes_similarity(student, teacher)
 
 # %% ../../nbs/method/02h_candidates.ipynb #4801aace
 @full_precision
@@ -119,7 +117,7 @@ class LabelCKA(FeatureMethod):
         self.weight, self.stages = weight, stages
 
     def terms(self, student, teacher, target, index=None):
-        classes = student.logits.shape[1]
+        target, classes = class_indices(target, self.name), student.logits.shape[1]
         aligned = [label_alignment(s, target, classes) for s, _ in self.pairs(student, teacher)]
         return {"label_cka": self.weight * (1 - sum(aligned) / len(aligned))}
 
@@ -140,7 +138,7 @@ def kernel_cka(
 
 
 @register("kernel_cka")
-class KernelCKA(_Stages, FeatureMethod):
+class KernelCKA(_MeanDistance):
     "weight * mean over stages of 1 - CKA of flattened features with a Gaussian kernel of median width, or the cosine kernel. Ours."
 
     def __init__(
@@ -156,6 +154,3 @@ class KernelCKA(_Stages, FeatureMethod):
 
     def distance(self, student, teacher):
         return 1 - kernel_cka(student, teacher, self.kernel)
-
-    def terms(self, student, teacher, target=None, index=None):
-        return {"kernel_cka": self.weight * self.mean_distance(student, teacher)}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DenseMethod, Method, map_mse, register, resize_maps, stages_at
+from .base import DenseMethod, FeatureMethod, Method, map_mse_loss, register, resize_maps
 from rcka.similarity.measures import (
     as_features,
     as_real,
@@ -192,7 +192,7 @@ def pcka(
     student: Tensor,  # (B, C, H, W)
     teacher: Tensor,  # (B, C, U, V)
     patch_size: int = 16,  # height and width of a patch, in places of the teacher's map
-    center: bool = False,  # True: centred, as in the paper's text; False: as released
+    center: bool = False,  # as released: the published weights belong to this form; True: as in the paper's text
     inter: bool = True,  # False leaves inter out: None, and a third of the work less
 ) -> IntraInter:  # (intra, inter): two scalars, 1 at the optimum
     """Similarity of two feature maps by patches: mean over channels of the CKA of places, and of what lies inside patches (Zhou et al. 2024, dense prediction).
@@ -222,22 +222,8 @@ def pcka(
     return IntraInter(*(None if x is None else x.mean() for x in similarities))
 
 # %% ../../nbs/method/02a_cka.ipynb #21e6105a
-class _FeatureTerm:
-    "What FCKA and RCKA share: which feature maps, and their mean similarity."
-
-    def wants(self, layers):
-        return stages_at(layers, self.stages, self.name)
-
-    def feature_similarity(self, student, teacher, **kw):
-        if not student.features or len(student.features) != len(teacher.features):
-            raise ValueError(
-                f"{self.name} compares feature maps in pairs, got {len(student.features)} of the student and {len(teacher.features)} of the teacher"
-            )
-        return torch.stack([fcka(s, t, **kw) for s, t in zip(student.features, teacher.features)]).mean()
-
-
 @register("fcka")
-class FCKA(_FeatureTerm, Method):
+class FCKA(FeatureMethod):
     "weight * (1 - CKA) of feature maps (Zhou et al. 2024). No connector: the widths may differ."
 
     def __init__(
@@ -249,11 +235,12 @@ class FCKA(_FeatureTerm, Method):
         gram_of_gram: bool = False,  # the Gram of the row-normalised Gram matrix
     ):
         super().__init__()
-        self.weight, self.stages = weight, tuple(stages)
+        self.weight, self.stages = weight, stages
         self.options = dict(center=center, unbiased=unbiased, gram_of_gram=gram_of_gram)
 
     def terms(self, student, teacher, target=None, index=None):
-        return {"fcka": self.weight * (1 - self.feature_similarity(student, teacher, **self.options))}
+        similarities = [fcka(s, t, **self.options) for s, t in self.pairs(student, teacher)]
+        return {"fcka": self.weight * (1 - torch.stack(similarities).mean())}
 
 # %% ../../nbs/method/02a_cka.ipynb #89b211a1
 @register("lcka")
@@ -279,7 +266,7 @@ class LCKA(Method):
 
 # %% ../../nbs/method/02a_cka.ipynb #eb1246f2
 @register("rcka")
-class RCKA(_FeatureTerm, Method):
+class RCKA(FeatureMethod):
     "CE + alpha (1 - FCKA) + beta (1 - intra-LCKA) + gamma (1 - inter-LCKA): the combined method (Zhou et al. 2024)."
 
     name = "rcka"
@@ -341,7 +328,7 @@ class PCKA(DenseMethod):
         inter: float = 0.0,  # weight of what lies inside patches; 10 for two-stage detectors
         mimic: float = 0.0,  # weight of the mean squared error of the maps
         patch_size: int = 16,  # height and width of a patch, in places of the map
-        center: bool = False,  # True: centred, as in the paper's text
+        center: bool = False,  # as released, where the weights come from; True: as in the paper's text
         stages=None,  # positions of the levels; None is the first four
     ):
         super().__init__()
@@ -363,4 +350,4 @@ class PCKA(DenseMethod):
         if any(self.weights.values()):
             levels = zip(*(pcka(s, t, **self.options) for s, t in maps))
             terms = {name: w * sum(1 - x for x in level) for (name, w), level in zip(self.weights.items(), levels) if w}
-        return terms | ({"mimic": self.mimic * sum(map_mse(s, t) for s, t in maps)} if self.mimic else {})
+        return terms | ({"mimic": self.mimic * sum(map_mse_loss(s, t) for s, t in maps)} if self.mimic else {})

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import DenseMethod, Method, map_mse, register, resize_maps
+from .base import DenseMethod, Method, map_mse_loss, register, resize_maps
 from .logits import correlation
 from ..similarity.measures import as_real, full_precision, unit
 
 # %% auto #0
-__all__ = ['Mimic', 'pkd_loss', 'PKD', 'box_weights', 'attention', 'fgd_focal', 'ContextBlock', 'fgd_global', 'boxes_of', 'FGD',
-           'class_rows', 'dense_kd_loss', 'DenseKD', 'dense_dist_loss', 'DenseDIST']
+__all__ = ['Mimic', 'pkd_loss', 'PKD', 'box_weights', 'attention', 'fgd_focal_losses', 'ContextBlock', 'fgd_global_loss',
+           'boxes_of', 'FGD', 'class_rows', 'dense_kd_loss', 'DenseKD', 'dense_dist_loss', 'DenseDIST']
 
 # %% ../../nbs/method/02e_dense.ipynb #e33f2172
 @register("mimic")
@@ -29,7 +29,7 @@ class Mimic(DenseMethod):
         self.weight, self.stages = weight, stages
 
     def terms(self, student, teacher, target=None, index=None):
-        return {"mimic": self.weight * sum(map_mse(s, t) for s, t in self.maps(student, teacher))}
+        return {"mimic": self.weight * sum(map_mse_loss(s, t) for s, t in self.maps(student, teacher))}
 
 # %% ../../nbs/method/02e_dense.ipynb #243d502c
 @full_precision
@@ -78,10 +78,10 @@ def box_weights(
             raise ValueError(f"boxes must be (boxes, 4), got {tuple(b.shape)}")
         b = b.float() * b.new_tensor([w / input_size[1], h / input_size[0]] * 2, dtype=torch.float)
         first, last = b[:, :2].floor(), b[:, 2:].ceil()  # cells, both ends included, as in the authors' code
-        inside = lambda axis, n: (lambda i: (i >= first[:, axis, None]) & (i <= last[:, axis, None]))(
-            torch.arange(n, device=b.device)
-        )
-        cells = inside(1, h)[:, :, None] & inside(0, w)[:, None, :]  # (boxes, h, w)
+        x, y = torch.arange(w, device=b.device), torch.arange(h, device=b.device)
+        columns = (x >= first[:, :1]) & (x <= last[:, :1])  # (boxes, w)
+        rows = (y >= first[:, 1:]) & (y <= last[:, 1:])  # (boxes, h)
+        cells = rows[:, :, None] & columns[:, None, :]  # (boxes, h, w)
         area = (last - first + 1).clamp_min(1).prod(1)
         masks.append((cells / area[:, None, None]).amax(0) if len(b) else b.new_zeros(h, w, dtype=torch.float))
     foreground = torch.stack(masks)
@@ -96,12 +96,15 @@ def attention(
     "Spatial and channel attention (Yang et al. 2022, eq. 4 to 7)."
     size = x.abs()
     places, channels = size.mean(1), size.mean((2, 3))
-    softmax = lambda a: a[0].numel() * (a.flatten(1) / temperature).softmax(1).view_as(a)
+
+    def softmax(a):
+        return a[0].numel() * (a.flatten(1) / temperature).softmax(1).view_as(a)
+
     return softmax(places), softmax(channels)
 
 
 @full_precision
-def fgd_focal(
+def fgd_focal_losses(
     student: Tensor,  # (B, C, H, W)
     teacher: Tensor,  # (B, C, H, W)
     foreground: Tensor,  # (B, H, W): weights of the places inside boxes, 0 elsewhere
@@ -141,7 +144,7 @@ class ContextBlock(nn.Module):
 
 
 @full_precision
-def fgd_global(student: Tensor, teacher: Tensor, of_student: nn.Module, of_teacher: nn.Module) -> Tensor:
+def fgd_global_loss(student: Tensor, teacher: Tensor, of_student: nn.Module, of_teacher: nn.Module) -> Tensor:
     "Squared difference of two maps (B, C, H, W) with their contexts, summed over places and channels, mean over samples (Yang et al. 2022, eq. 11)."
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
     return (of_student(student) - of_teacher(teacher)).square().sum() / len(student)
@@ -170,6 +173,8 @@ class FGD(DenseMethod):
     Published alpha, beta, gamma, lambda, temperature: RetinaNet 1e-3, 5e-4, 5e-4, 5e-6, 0.5 (the defaults) and FCOS 1.6e-3, 8e-4, 8e-4, 8e-6, 0.8, both on all five levels; two-stage detectors 5e-5, 2.5e-5, 5e-5, 5e-7, 0.5 on levels 0 to 3.
     `target` is a list of dicts with "boxes" (x0, y0, x1, y1 in pixels of the network's input) and "input_size" (height, width of that input, padding included)."""
 
+    default_stages = slice(None)  # all levels
+
     def __init__(
         self,
         alpha: float = 1e-3,  # of the foreground
@@ -180,36 +185,30 @@ class FGD(DenseMethod):
         stages=None,  # positions of the levels; None is all
     ):
         super().__init__()
-        self.options, self.gamma, self.relation = dict(alpha=alpha, beta=beta, temperature=temperature), gamma, relation
-        self.stages, self.blocks = stages, None
-
-    def wants(self, layers):
-        return list(layers.stages) if self.stages is None else super().wants(layers)
+        self.options = dict(alpha=alpha, beta=beta, temperature=temperature)
+        self.gamma, self.relation, self.stages = gamma, relation, stages
 
     def build(self, student, teacher, *, head=None, targets=None):
         super().build(student, teacher)
-        block = lambda t: nn.ModuleList(ContextBlock(t.shape[1]) for _ in range(2))  # the student's and the teacher's
         first = as_real(teacher.features[0], "teacher")
-        self.blocks = nn.ModuleList(block(t) for t in teacher.features).to(first.device, first.dtype)
+        widths = [t.shape[1] for t in teacher.features]
+        blocks = [
+            nn.ModuleList([ContextBlock(c), ContextBlock(c)]) for c in widths
+        ]  # of the student and of the teacher
+        self.blocks = nn.ModuleList(blocks).to(first.device, first.dtype)
 
     def terms(self, student, teacher, target, index=None):
-        if self.blocks is None:
-            raise RuntimeError(
-                "fgd has parameters of its own: call method.build(student_outputs, teacher_outputs) before making the optimiser"
-            )
+        maps = self.maps(student, teacher)
         boxes, input_size = boxes_of(target, len(teacher.features[0]))
-        totals = [0, 0, 0]
-        for (s, t), blocks in zip(self.maps(student, teacher), self.blocks, strict=True):
+        focal = attended = context = 0
+        for (s, t), blocks in zip(maps, self.blocks, strict=True):
             s = resize_maps(s, t.shape[-2:])
-            weights = (w.to(t.device) for w in box_weights(boxes, input_size, t.shape[-2:]))
-            parts = *fgd_focal(s, t, *weights, **self.options), fgd_global(s, t, *blocks)
-            totals = [a + b for a, b in zip(totals, parts)]
-        return dict(
-            zip(
-                ("fgd_focal", "fgd_attention", "fgd_global"),
-                (totals[0], self.gamma * totals[1], self.relation * totals[2]),
-            )
-        )
+            foreground, background = box_weights(boxes, input_size, t.shape[-2:])
+            foreground, background = foreground.to(t.device), background.to(t.device)
+            features, attentions = fgd_focal_losses(s, t, foreground, background, **self.options)
+            focal, attended = focal + features, attended + attentions
+            context = context + fgd_global_loss(s, t, *blocks)
+        return {"fgd_focal": focal, "fgd_attention": self.gamma * attended, "fgd_global": self.relation * context}
 
 # %% ../../nbs/method/02e_dense.ipynb #d199e8be
 def class_rows(student, teacher, form: str):

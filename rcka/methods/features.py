@@ -24,9 +24,9 @@ from .relations import Embeddings
 from ..similarity.measures import as_real, cka, full_precision, unit
 
 # %% auto #0
-__all__ = ['regressor', 'FitNet', 'at_loss', 'AT', 'nst_loss', 'NST', 'GaussianRegressor', 'gaussian_nll', 'VID', 'Negatives',
-           'crd_loss', 'CRD', 'gaussian_margin', 'ofd_loss', 'Overhaul', 'OFD', 'Fusion', 'hcl_loss', 'ReviewKD',
-           'Generator', 'MGD', 'SRRL', 'Mixture', 'DPK', 'paper_args', 'count_extra']
+__all__ = ['regressor', 'FitNet', 'at_loss', 'AT', 'nst_loss', 'NST', 'GaussianRegressor', 'gaussian_nll_loss', 'VID',
+           'Negatives', 'crd_loss', 'CRD', 'gaussian_margin', 'ofd_loss', 'Overhaul', 'OFD', 'Fusion', 'hcl_loss',
+           'ReviewKD', 'Generator', 'MGD', 'SRRL', 'Mixture', 'DPK', 'paper_args', 'count_extra']
 
 # %% ../../nbs/method/02d_features.ipynb #67b4447a
 def regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
@@ -137,7 +137,7 @@ class GaussianRegressor(nn.Module):
 
 
 @full_precision
-def gaussian_nll(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
+def gaussian_nll_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
     "1/2 ((teacher - mean)^2 / variance + log variance), mean over everything (Ahn et al. 2019)."
     return 0.5 * ((as_real(teacher, "teacher") - as_real(mean, "mean")).square() / variance + variance.log()).mean()
 
@@ -160,8 +160,8 @@ class VID(MapMethod):
         super().__init__()
         self.weight, self.variance, self.eps, self.stages = weight, variance, eps, stages
 
-    def pairs(self, student, teacher):
-        return [same_size(s, t) for s, t in super().pairs(student, teacher)]
+    def prepare(self, student, teacher):
+        return same_size(*super().prepare(student, teacher))
 
     def connector(self, student, teacher):
         return GaussianRegressor(student.shape[1], teacher.shape[1], self.variance, self.eps)
@@ -170,7 +170,7 @@ class VID(MapMethod):
         loss = 0
         for r, (s, t) in zip(self.built(), self.pairs(student, teacher)):
             mean, variance = r(s)
-            loss = loss + gaussian_nll(mean, t, variance)
+            loss = loss + gaussian_nll_loss(mean, t, variance)
         return {"vid": self.weight * loss}
 
 # %% ../../nbs/method/02d_features.ipynb #008faffe
@@ -210,7 +210,7 @@ def crd_loss(
     "Noise-contrastive loss of one side (Tian et al. 2020)."
     scores = (
         (as_real(anchor, "anchor") @ memory.mT).gather(1, index) / temperature
-    ).exp()  # one product with the whole memory is cheaper than n (1 + K) all_gather rows
+    ).exp()  # one product with the whole memory is cheaper than n (1 + K) gathered rows
     n, c = len(index), (index.shape[1] - 1) / len(memory)
     z = torch.where(z > 0, z, scores.detach().mean() * len(memory))
     p = scores / z
@@ -396,7 +396,7 @@ def hcl_loss(
 
 # %% ../../nbs/method/02d_features.ipynb #318a2c18
 @register("reviewkd")
-class ReviewKD(WarmUp, FeatureMethod):
+class ReviewKD(WarmUp, MapMethod):
     """Knowledge review (Chen et al., CVPR 2021): weight * sum over stages of the hierarchical context loss of the fused student maps.
 
     `weight` depends on the pair (0.6 to 8 on CIFAR-100): see `paper_args`. The term grows over `warmup` epochs."""
@@ -427,7 +427,7 @@ class ReviewKD(WarmUp, FeatureMethod):
             raise ValueError(
                 f"reviewkd takes stages, pre-activations and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Ask method.wants(layers) which"
             )
-        return [check_maps(s, t) for s, t in super().pairs(maps(student, self.student_preacts), maps(teacher, True))]
+        return super().pairs(maps(student, self.student_preacts), maps(teacher, True))
 
     def build(self, student, teacher, *, head=None, targets=None):
         self.mid = min(self.width, self.pairs(student, teacher)[-1][0].shape[1])
@@ -473,8 +473,8 @@ class MGD(MapMethod):
         super().__init__()
         self.weight, self.masked, self.stages = weight, masked, stages
 
-    def pairs(self, student, teacher):
-        return [same_size(s, t) for s, t in super().pairs(student, teacher)]
+    def prepare(self, student, teacher):
+        return same_size(*super().prepare(student, teacher))
 
     def connector(self, student, teacher):
         return Generator(student.shape[1], teacher.shape[1])
@@ -589,8 +589,8 @@ class DPK(MapMethod):
         super().__init__()
         self.weight, self.width, self.tokens, self.stages = weight, width, tokens, stages
 
-    def pairs(self, student, teacher):
-        return [same_size(s, t) for s, t in super().pairs(student, teacher)]
+    def prepare(self, student, teacher):
+        return same_size(*super().prepare(student, teacher))
 
     def connector(self, student, teacher):
         return Mixture(student, teacher, self.width, self.tokens)

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .base import FeatureMethod, MapMethod, check_maps, check_samples, pooled_to, register, same_size
+from rcka.methods.base import (
+    FeatureMethod,
+    MapMethod,
+    check_maps,
+    check_samples,
+    class_indices,
+    pooled_to,
+    register,
+    same_size,
+)
 from .cka import largest_diagonal
 from .features import regressor
 from .logits import check_logits, correlation, kd_loss
@@ -16,8 +25,8 @@ from .logits_recent import CosineDecay
 from ..similarity.measures import as_real, check_pair, cosine, full_precision, unit
 
 # %% auto #0
-__all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF', 'itrd_correlation', 'itrd_mutual', 'ITRD',
-           'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss']
+__all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF', 'itrd_correlation_loss', 'itrd_mutual_loss',
+           'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss']
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #b0bfd456
 class _Moments(torch.autograd.Function):
@@ -147,7 +156,7 @@ class WKDF(CosineDecay, MapMethod):
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #5c3b1073
 @full_precision
-def itrd_correlation(
+def itrd_correlation_loss(
     student: Tensor,  # (n, p): embedded features
     teacher: Tensor,  # (n, p): features
     alpha: float = 1.01,  # order
@@ -163,7 +172,7 @@ def itrd_correlation(
 
 
 @full_precision
-def itrd_mutual(
+def itrd_mutual_loss(
     student: Tensor,  # (n, ...): features
     teacher: Tensor,  # (n, ...): features of the same samples
 ) -> Tensor:  # scalar of at least 0
@@ -199,8 +208,8 @@ class ITRD(FeatureMethod):
         s, t = s.flatten(1), t.flatten(1)
         e = as_real(embed(s), "student")
         return {
-            "itrd_correlation": self.weights[0] * itrd_correlation(e, t, self.alpha),
-            "itrd_mutual": self.weights[1] * itrd_mutual(e if s.shape[1] != t.shape[1] else s, t),
+            "itrd_correlation": self.weights[0] * itrd_correlation_loss(e, t, self.alpha),
+            "itrd_mutual": self.weights[1] * itrd_mutual_loss(e if s.shape[1] != t.shape[1] else s, t),
         }
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #8006463a
@@ -330,11 +339,12 @@ class OFA(FeatureMethod):
         ).to(pairs[0][0].device, pairs[0][0].dtype)
 
     def terms(self, student, teacher, target, index=None):
-        pairs = self.pairs(student, teacher)
-        loss = lambda z: ofa_loss(z, teacher.logits, target, **self.options)
+        target = class_indices(target, self.name)
+        branches = zip(self.built(), self.pairs(student, teacher))
+        losses = [ofa_loss(branch(s), teacher.logits, target, **self.options) for branch, (s, _) in branches]
         return {
-            "ofa_logits": self.weights[0] * loss(student.logits),
-            "ofa_branches": self.weights[1] * sum(loss(branch(s)) for branch, (s, _) in zip(self.built(), pairs)),
+            "ofa_logits": self.weights[0] * ofa_loss(student.logits, teacher.logits, target, **self.options),
+            "ofa_branches": self.weights[1] * sum(losses),
         }
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #14a1bc4b

@@ -8,13 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Method, WarmUp, create_method, register
+from .base import Method, WarmUp, class_indices, create_method, register
 from .logits import KD, check_logits, kd_loss, split_target
 from ..similarity.measures import as_real, full_precision, unit
 
 # %% auto #0
 __all__ = ['standardize', 'Standardized', 'LSKD', 'ttm_loss', 'TTM', 'WTTM', 'normkd_loss', 'NormKD', 'rld_loss', 'RLD',
-           'mlkd_losses', 'MLKD', 'skd_direction', 'SKD', 'class_costs', 'transport_cost', 'wkd_logit_losses',
+           'mlkd_losses', 'MLKD', 'skd_direction_loss', 'SKD', 'class_costs', 'transport_cost', 'wkd_logit_losses',
            'CosineDecay', 'WKDL', 'sdd_loss']
 
 # %% ../../nbs/method/02f_logits_since_2022.ipynb #6e5d13c8
@@ -209,6 +209,7 @@ class RLD(WarmUp, Method):
         self.warmup = warmup
 
     def terms(self, student, teacher, target, index=None):
+        target = class_indices(target, self.name)
         return {"rld": self.warm * rld_loss(student.logits, teacher.logits, target, **self.options)}
 
 # %% ../../nbs/method/02f_logits_since_2022.ipynb #fcab303a
@@ -256,7 +257,7 @@ class MLKD(Method):
 
 # %% ../../nbs/method/02f_logits_since_2022.ipynb #ab3e1a66
 @full_precision
-def skd_direction(
+def skd_direction_loss(
     student_logits: Tensor,  # (n, classes)
     teacher_logits: Tensor,  # (n, classes)
     tikhonov: float = 0.1,  # lambda, added to the diagonal of the covariance
@@ -300,7 +301,7 @@ class SKD(Method):
         s, t = student.logits, teacher.logits
         return {
             "skd_instance": self.weights[0] * kd_loss(s, t, self.temperature),
-            "skd_direction": self.weights[1] * skd_direction(s, t, **self.options),
+            "skd_direction": self.weights[1] * skd_direction_loss(s, t, **self.options),
         }
 
 # %% ../../nbs/method/02f_logits_since_2022.ipynb #a9ff86fb
@@ -400,6 +401,7 @@ class WKDL(CosineDecay, Method):
         self.costs = self.costs.to(teacher.logits.device)
 
     def terms(self, student, teacher, target, index=None):
+        target = class_indices(target, self.name)
         if self.costs is None:
             raise RuntimeError("wkd_l has no costs of classes yet: call method.build(student, teacher, head=...) first")
         true, others = wkd_logit_losses(student.logits, teacher.logits, target, self.costs, **self.options)

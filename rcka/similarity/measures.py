@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['KERNELS', 'full_precision', 'as_real', 'as_features', 'check_pair', 'shifted', 'Linear', 'Polynomial', 'Gaussian',
-           'as_kernel', 'gram', 'center', 'double_center', 'u_center', 'inner_product', 'hsic', 'scaled', 'cosine',
-           'debias', 'cka', 'mmd2', 'unit']
+__all__ = ['KERNELS', 'full_precision', 'as_real', 'to_float64', 'as_features', 'check_pair', 'shifted', 'Linear', 'Polynomial',
+           'Gaussian', 'as_kernel', 'gram', 'center', 'double_center', 'u_center', 'inner_product', 'hsic', 'scaled',
+           'cosine', 'debias', 'centred_gram', 'cka', 'mmd2', 'unit']
 
 # %% ../../nbs/theory/01_similarity.ipynb #669a408f
 def full_precision(f):
@@ -40,6 +40,11 @@ def as_real(
     if not x.is_floating_point():
         raise TypeError(f"{name} must be real floating point, got {x.dtype}; convert it with {name}.float()")
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def to_float64(x: Tensor) -> Tensor:
+    "Return `x` in float64, on its device where that knows float64, else on the CPU."
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def as_features(
@@ -256,12 +261,12 @@ def _linear_hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
     return debias(inner, x.square().sum(-1), y.square().sum(-1)) if unbiased else inner
 
 
-def _centred_gram(kernel, x: Tensor, unbiased: bool) -> Tensor:
-    "Centred (or U-centred) Gram matrix; what rounding leaves of a constant one is zero."
+def centred_gram(kernel, x: Tensor, unbiased: bool) -> Tensor:
+    "Centred (or U-centred) Gram matrix (*batch, n, n) of features (*batch, n, p); what rounding leaves of a constant one is zero."
     g = getattr(kernel, "up_to_constant", kernel)(x)
     k = u_center(g) if unbiased else double_center(g)
-    size = lambda t: t.detach().abs().amax((-2, -1), keepdim=True)
-    return torch.where(size(k) > 8 * torch.finfo(g.dtype).eps * size(g), k, 0 * k)
+    before, after = (t.detach().abs().amax((-2, -1), keepdim=True) for t in (g, k))
+    return torch.where(after > 8 * torch.finfo(g.dtype).eps * before, k, 0 * k)
 
 # %% ../../nbs/theory/01_similarity.ipynb #d4c7e937
 @full_precision
@@ -293,7 +298,7 @@ def cka(
     if linear and max(x.shape[-1], y.shape[-1]) < x.shape[-2]:
         return cosine(*(_linear_hsic(a, b, unbiased) for a, b in ((x, y), (x, x), (y, y))))
     if center and not linear:
-        k, l = (_centred_gram(kernel, t, unbiased) for t in (x, y))
+        k, l = (centred_gram(kernel, t, unbiased) for t in (x, y))
     else:
         k, l = kernel(x), kernel(y)
         if unbiased:

@@ -12,11 +12,12 @@ from rcka.similarity.measures import (
     Linear,
     as_features,
     as_kernel,
+    centred_gram,
     cosine,
-    double_center,
     full_precision,
     scaled,
     shifted,
+    to_float64,
     u_center,
 )
 
@@ -73,18 +74,13 @@ def _as_sides(a, b) -> tuple[list[Tensor], list[Tensor] | None]:
     return a, b
 
 
-def _to_float64(x: Tensor) -> Tensor:
-    "In float64, on the same device where it knows float64, else on the CPU."
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
-
 def _check_finite(sums: Tensor, what: str):
     if not sums.isfinite().all():
         raise ValueError(f"features of layer(s) {(~sums.isfinite()).nonzero().flatten().tolist()}{what}")
 
 
 @full_precision
-def _centred_gram(
+def _scaled_gram(
     x: Tensor,  # (n, p)
     kernel,  # a kernel object
     unbiased: bool,  # U-centred or doubly centred
@@ -94,16 +90,15 @@ def _centred_gram(
         x = shifted(x)
     size = x.abs().amax() if linear else x.new_ones(())
     size = torch.where(size > 0, size, 1)
-    k = getattr(kernel, "up_to_constant", kernel)(x / size if linear else x)
-    k = u_center(k) if unbiased else double_center(k)
+    k = centred_gram(kernel, x / size if linear else x, unbiased)
     top = k.abs().amax()
     top = torch.where(top > 0, top, 1)
-    return (k / top).flatten(), _to_float64(size).square() * _to_float64(top)
+    return (k / top).flatten(), to_float64(size).square() * to_float64(top)
 
 
 @full_precision
 def _table(k: Tensor, l: Tensor) -> Tensor:
-    return _to_float64(k @ l.mT)
+    return to_float64(k @ l.mT)
 
 # %% ../../nbs/theory/03_estimators.ipynb #c18d02aa
 class MinibatchCKA:
@@ -139,11 +134,11 @@ class MinibatchCKA:
         k, k_size = self._stack(a, dtype)
         l, l_size = (k, k_size) if b is None else self._stack(b, dtype)
         weight = n / (n * (n - 3) if self.unbiased else (n - 1) ** 2)
-        xx, yy = (weight * _to_float64(s.square().sum(-1)) * size.square() for s, size in ((k, k_size), (l, l_size)))
+        xx, yy = (weight * to_float64(s.square().sum(-1)) * size.square() for s, size in ((k, k_size), (l, l_size)))
         return self._add(weight * _table(k, l) * k_size[:, None] * l_size, xx, yy, n)
 
     def _stack(self, layers, dtype):
-        rows, sizes = zip(*(_centred_gram(x.to(dtype), self.kernel, self.unbiased) for x in layers))
+        rows, sizes = zip(*(_scaled_gram(x.to(dtype), self.kernel, self.unbiased) for x in layers))
         return torch.stack(rows), torch.stack(sizes)
 
     def _add(self, xy, xx, yy, samples):
@@ -235,7 +230,7 @@ class StreamingCKA:
             tuple(x.shape[1] for x in layers),
             None if b is None else len(a),
         )
-        part.mean, part.c, part.u, part.t = _sums(torch.cat([_to_float64(x) for x in layers], 1), part.widths)
+        part.mean, part.c, part.u, part.t = _sums(torch.cat([to_float64(x) for x in layers], 1), part.widths)
         return self.merge(part)
 
     @torch.no_grad()
