@@ -17,7 +17,7 @@ __all__ = ['NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'as_l
 
 # %% ../nbs/method/03_features.ipynb #8dbce422
 class Place(NamedTuple):
-    "A path, taken apart."
+    "The parts of a path, as `parse_path` returns them."
 
     module: str  # name in model.named_modules()
     input: bool  # its first input instead of its output
@@ -25,7 +25,9 @@ class Place(NamedTuple):
 
 
 def parse_path(path: str) -> Place:
-    "`'backbone.fpn:input[0][p3]'` is `Place('backbone.fpn', True, (0, 'p3'))`."
+    """Split a path: `'backbone.fpn:input[0][p3]'` becomes `Place('backbone.fpn', True, (0, 'p3'))`.
+
+    Raises ValueError where it cannot be read."""
     found = isinstance(path, str) and re.fullmatch(r"([^:\[\]]*)(:input)?((?:\[[^\[\]]+\])*)", path)
     if not found:
         raise ValueError(f"cannot read the path {path!r}: write 'layer1.0.bn2', 'fc:input' or 'backbone.fpn[0]'")
@@ -35,7 +37,7 @@ def parse_path(path: str) -> Place:
 
 # %% ../nbs/method/03_features.ipynb #210d2324
 def unwrap(model: nn.Module) -> nn.Module:
-    "The network inside torch.compile and (distributed) data parallel wrappers."
+    "Return the network inside torch.compile and (distributed) data parallel wrappers."
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
@@ -46,7 +48,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
-    "The module a path names; ValueError with the near names if there is none."
+    "Return the module that a path names. Raises ValueError, with the near names, if there is none."
     modules = dict(unwrap(model).named_modules(remove_duplicate=False))
     name = parse_path(path).module
     if name in modules:
@@ -61,7 +63,10 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
 def as_logits(
     output,  # what a network returned
 ) -> Tensor:
-    "The logits in a network's output: the tensor, its `.logits`, its 'logits' or 'out', or the first of a tuple."
+    """Return the logits in the output of a network.
+
+    They are the output itself, its `.logits`, its 'logits' or 'out', or the first of a tuple. Raises TypeError where
+    none of these is a tensor."""
     if isinstance(output, Tensor):
         return output
     found = getattr(output, "logits", None)
@@ -79,7 +84,7 @@ def as_logits(
 
 # %% ../nbs/method/03_features.ipynb #e3837d72
 def _pick(value, place: Place, path: str) -> Tensor:
-    "The tensor at `path` in what a hook saw."
+    "Return the tensor at `place` in what a hook was given."
     for key in place.index:
         if isinstance(value, Mapping) and key not in value:
             key = str(key)  # the maps of a feature pyramid are named "0", "1", ...
@@ -90,7 +95,8 @@ def _pick(value, place: Place, path: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
     raise TypeError(
-        f"path {path!r} is not a tensor but {_describe(value)}; choose an element, as in '{path}[0]', or another module"
+        f"path {path!r} names {_describe(value)}, which is no tensor; "
+        f"choose an element, as in '{path}[0]', or another module"
     )
 
 
@@ -103,7 +109,7 @@ def _describe(value) -> str:
 
 
 class _Hook:
-    "Writes down what one place gives, while its owner is at work. Copies and pickles of a model carry it without an owner."
+    "Forward hook that stores the tensor of a place while its owner runs. Copies of a model carry it without an owner."
 
     def __init__(self, owner=None, path="", place=None):
         self.owner, self.path, self.place = owner, path, place
@@ -121,21 +127,23 @@ class _Hook:
 
 
 def _hook(owner, path: str, module: nn.Module):
-    "Tells `owner` what the module at `path` is given or gives. Gives the handle that takes the hook off."
+    "Register a hook that stores the tensor at `path` for `owner`; return the handle that removes it."
     place = parse_path(path)
     register = module.register_forward_pre_hook if place.input else module.register_forward_hook
     return register(_Hook(owner, path, place), with_kwargs=True)
 
 # %% ../nbs/method/03_features.ipynb #5ac00659
 def _noted(value: Tensor, may_change: bool) -> tuple[Tensor, Tensor | None, int | None]:
-    "The value, a copy of it if it may be written to, and the version at which it is right; None where no version is counted."
+    """Return the value, a copy of it if it may be overwritten, and its version counter.
+
+    The version is None where PyTorch counts none: for inference tensors and inside compiled graphs."""
     if torch.compiler.is_compiling() or value.is_inference():
         return value, value.clone(), None
     return value, value.clone() if may_change else None, value._version
 
 
 def _as_noted(noted, path: str, changes: dict[str, bool]) -> Tensor:
-    "The value that was noted, whatever was written since; `changes` learns whether something was."
+    "Return the stored value, whatever was written into it since; `changes[path]` records whether something was."
     value, safe, version = noted
     if version is None:
         return safe
@@ -153,15 +161,16 @@ def _as_noted(noted, path: str, changes: dict[str, bool]) -> Tensor:
 
 # %% ../nbs/method/03_features.ipynb #fcbd48b2
 class Taps:
-    """Run a network and read features by module path, with forward hooks; the network is left as it is.
+    """Run a network and read features by module path, with forward hooks; the network itself is not changed.
 
-    `taps(x)` runs the model and returns `Outputs(logits, features)`, features in the order of `paths`. Where a module runs
-    more than once in a forward, its last call wins. Gradients flow through the features. Hooks do nothing outside of `taps(x)`;
-    `taps.remove()`, or leaving `with Taps(...) as taps:`, takes them off the model. Copies and pickles of the model work and carry
-    no taps. For torch.compile make the taps before the first forward, for it may not see hooks that come later. Not for threads
-    that share a model, so not for nn.DataParallel; DistributedDataParallel is fine.
+    `taps(x)` runs the model and returns `Outputs(logits, features)`, features in the order of `paths`. Where a module
+    runs more than once in a forward pass, its last call counts. Gradients flow through the features. Hooks do nothing
+    outside of `taps(x)`; `taps.remove()`, or leaving `with Taps(...) as taps:`, removes them from the model. Copies and
+    pickles of the model work and carry no taps. For torch.compile make the taps before the first forward pass, since it
+    may not see hooks that are registered later. Not for threads that share a model, so not for nn.DataParallel;
+    DistributedDataParallel works.
 
-    ValueError for a path that is not there, with the near names; RuntimeError for a module that did not run."""
+    Raises ValueError for an unknown path, with the near names, and RuntimeError for a module that did not run."""
 
     def __init__(
         self,
@@ -173,9 +182,7 @@ class Taps:
             raise TypeError(f"paths must be a list of paths, got the string {paths!r}; write [{paths!r}]")
         self.model, self.paths, self.logits = model, tuple(paths), logits
         self._seen: dict | None = None
-        self._written: dict[
-            tuple, dict[str, bool]
-        ] = {}  # (training, grad) to path to whether something wrote to it later
+        self._written: dict[tuple, dict[str, bool]] = {}  # by (training, grad) and path: is it overwritten later?
         self._now: dict[str, bool] = {}
         modules = {path: find_module(model, path) for path in self.paths}
         self._handles = [_hook(self, path, module) for path, module in modules.items()]
@@ -193,19 +200,20 @@ class Taps:
             self._seen = None
 
     def _note(self, path: str, value: Tensor):
-        "Called by the hooks."
+        "Store the value of a path; called by the hooks."
         self._seen[path] = _noted(value, may_change=self._now.get(path, True))
 
     def _read(self, path: str) -> Tensor:
-        "After the forward: the value that was noted, whatever was written since."
+        "Return the value of a path after the forward pass, whatever was written into it since."
         if path not in self._seen:
             raise RuntimeError(
-                f"the module of path {path!r} did not run in this forward; under torch.compile, make the taps before the first one"
+                f"the module of path {path!r} did not run in this forward pass; "
+                "under torch.compile, make the taps before the first one"
             )
         return _as_noted(self._seen[path], path, self._now)
 
     def remove(self):
-        "Take the hooks off the model."
+        "Remove the hooks from the model."
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -223,7 +231,7 @@ class Taps:
         return f"Taps({type(unwrap(self.model)).__name__}, {list(self.paths)})"
 
 # %% ../nbs/method/03_features.ipynb #0d198082
-NAMED_STAGES = {  # torchvision's families whose stages are modules: (stages, head), told apart by all of these being there
+NAMED_STAGES = {  # torchvision's families whose stages are modules: (stages, head); a network that has all is of it
     "ResNet": (("maxpool", "layer1", "layer2", "layer3", "layer4"), "fc"),
     "ShuffleNetV2": (("maxpool", "stage2", "stage3", "stage4"), "fc"),
     "DenseNet": (("features.pool0", *(f"features.denseblock{i}" for i in range(1, 5))), "classifier"),
@@ -234,7 +242,7 @@ NAMED_STAGES = {  # torchvision's families whose stages are modules: (stages, he
 
 
 def _halves(module: nn.Module) -> bool:
-    "Does some part of it work at a stride of two?"
+    "Whether some part of a module has a stride of two."
     return any(
         2 in (s if isinstance(s, tuple) else (s,))
         for m in module.modules()
@@ -243,7 +251,9 @@ def _halves(module: nn.Module) -> bool:
 
 
 def _long_list(model: nn.Module) -> FeaturePaths:
-    "MobileNetV2, MobileNetV3, EfficientNet: `features` is stem, blocks, last 1x1 convolution; VGG: convolutions and pools."
+    """Return the paths of networks that are one long list `features`.
+
+    MobileNetV2, MobileNetV3, EfficientNet: stem, blocks, last 1x1 convolution. VGG: convolutions and pools."""
     pools = [i for i, m in enumerate(model.features) if isinstance(m, nn.MaxPool2d)]
     halving = pools or [i for i, m in enumerate(model.features) if i and _halves(m)] + [len(model.features) - 1]
     ends = [i - 1 for i in halving]
@@ -254,19 +264,19 @@ def _long_list(model: nn.Module) -> FeaturePaths:
 
 # %% ../nbs/method/03_features.ipynb #3c4c9a08
 def _spread(blocks: list[str], n: int = 4) -> list[str]:
-    "`n` of the blocks, evenly spread, the last among them."
+    "Choose `n` of the blocks, evenly spread, the last among them."
     return [blocks[round((i + 1) * len(blocks) / n) - 1] for i in range(n)] if len(blocks) > n else list(blocks)
 
 
 def _last_relu(model: nn.Module, stage: str) -> str:
-    "The activation that ends a residual stage of torchvision (`relu`, called last) or timm (`act3`, `act2`)."
+    "Return the path of the activation that ends a residual stage: torchvision's `relu`, timm's `act3` or `act2`."
     last = f"{stage}.{len(model.get_submodule(stage)) - 1}"
     names = dict(model.get_submodule(last).named_children())
     return next((f"{last}.{name}:input" for name in ("act3", "act2", "relu") if name in names), "")
 
 
 def _timm(model: nn.Module) -> FeaturePaths:
-    "From the list of features that timm's networks carry."
+    "Return the paths of a timm network, from its `feature_info`."
     names = {name for name, _ in model.named_modules()}
     stages = [info["module"] for info in list(model.feature_info) if info.get("module") in names - {""}]
     if len(stages) > 6:
@@ -286,10 +296,11 @@ def _timm(model: nn.Module) -> FeaturePaths:
 def feature_paths(
     model: nn.Module,  # a network of rcka.models, torchvision or timm
 ) -> FeaturePaths:  # paths for `Taps`
-    """Which module paths are the stages (stem first), their pre-activations, the pooled feature and the head of a network.
+    """Return the paths of a network's stages (stem first), their pre-activations, the pooled feature and the head.
 
-    Transformers give tokens (n, tokens, channels); torchvision's Swin gives (n, height, width, channels). `preacts` has one path
-    for each stage, or is empty where the family has no activation at the end of a stage. ValueError for an unknown network."""
+    Features of transformers are tokens (n, tokens, channels); those of torchvision's Swin (n, height, width, channels).
+    `preacts` has one path for each stage, or is empty where the family has no activation at the end of a stage. Raises
+    ValueError for a network of an unknown family, with what to write for it."""
     model = unwrap(model)
     if isinstance(getattr(model, "layers", None), FeaturePaths):
         return model.layers
@@ -317,7 +328,7 @@ def feature_paths(
 
 
 def _with_preacts(model: nn.Module, layers: FeaturePaths) -> FeaturePaths:
-    "Residual networks end each stage with an activation module: its input is the pre-activation."
+    "Add the pre-activations of residual networks: the inputs of the activation modules that end the stages."
     if layers.stages[1:] != ("layer1", "layer2", "layer3", "layer4"):
         return layers
     stem = next((f"{name}:input" for name in ("act1", "relu") if hasattr(model, name)), "")

@@ -1,4 +1,4 @@
-"Data sets, in memory and from files, as batches. Written by hand; the modules are exported from nbs/method."
+"Datasets, in memory and from files, as batches. Written by hand; the modules are exported from nbs/method."
 
 from .datasets import list_datasets, load_dataset
 from .memory import Batches, Dataset

@@ -1,4 +1,4 @@
-"`python -m rcka.data`: list the data sets, or fetch and check one."
+"`python -m rcka.data`: list the datasets, or fetch and check one."
 
 import sys
 

@@ -27,7 +27,7 @@ __all__ = ['Boxes', 'BrokenImage', 'read_image', 'CocoData', 'load_coco', 'draw_
 
 # %% ../../nbs/method/05d_coco.ipynb #27cc5dfc
 class Boxes(NamedTuple):
-    "What is in one image."
+    "The annotated objects of an image."
 
     boxes: Tensor  # float32 (m, 4): left, top, right, bottom, in pixels of the original, clipped to it
     labels: Tensor  # int64 (m,): 1 to K
@@ -36,13 +36,13 @@ class Boxes(NamedTuple):
 
 
 def _read_json(path: Path) -> dict:
-    "The annotation file, or an error that says why it is none."
+    "Read an annotation file. Raises FileNotFoundError, or ValueError for another layout."
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"annotations: there is no file {path}") from None
     except ValueError as e:
-        raise ValueError(f"annotations: {path} is no json, or cut short: {e}") from e
+        raise ValueError(f"annotations: {path} is no JSON file, or only a part of one: {e}") from e
     for key in ("images", "annotations", "categories"):
         if not isinstance(found, dict) or not isinstance(found.get(key), list):
             raise ValueError(
@@ -52,7 +52,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _by_id(records: list, what: str, path: Path) -> dict:
-    "Records by their id; ids must differ."
+    "Return the records by their id. Raises ValueError for an id that is used twice."
     found = {r["id"]: r for r in records}
     if len(found) < len(records):
         twice = next(i for i, n in Counter(r["id"] for r in records).items() if n > 1)
@@ -61,7 +61,7 @@ def _by_id(records: list, what: str, path: Path) -> dict:
 
 
 def _check_annotation(a: dict, images: dict, categories: dict, path: Path):
-    "Says what is wrong with one annotation."
+    "Raise ValueError for an annotation of an unknown image or category, or with a box that is none."
     where = f"{path}: annotation {a.get('id')}"
     if a.get("image_id") not in images:
         raise ValueError(f"{where} is of image {a.get('image_id')!r}, which is not among the file's images")
@@ -82,7 +82,7 @@ def _as_boxes(
     width: int,
     height: int,  # of the image, in pixels
 ) -> Boxes:
-    "The annotations of an image as tensors, clipped to it."
+    "Return the annotations of an image as tensors, with boxes clipped to it."
     xywh = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float64).view(-1, 4)
     ends = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
     limit = torch.tensor([width, height] * 2, dtype=torch.float64)
@@ -96,7 +96,7 @@ def _as_boxes(
 
 
 def _has_area(boxes: Tensor) -> Tensor:
-    "Which boxes (m, 4) are wider and higher than a tenth of a pixel."
+    "Return which boxes (m, 4) are wider and higher than a tenth of a pixel."
     return ((boxes[:, 2:] - boxes[:, :2]) > 0.1).all(1)
 
 # %% ../../nbs/method/05d_coco.ipynb #e08392be
@@ -108,7 +108,9 @@ def read_image(
     path: Path | str,
     size: tuple[int, int] | None = None,  # (width, height) that it must have, in pixels
 ) -> Tensor:  # uint8 (3, H, W)
-    "A picture as RGB. Its orientation tag is not followed: COCO's boxes are drawn on the pixels as they are stored."
+    """Read an image file as RGB. Its orientation tag is ignored: COCO's boxes refer to the pixels as they are stored.
+
+    Raises `BrokenImage` where the file is missing, cannot be decoded, or is of another size."""
     import numpy as np
     from PIL import Image
 
@@ -129,51 +131,51 @@ def read_image(
 # %% ../../nbs/method/05d_coco.ipynb #97baccd3
 @dataclass(frozen=True, eq=False, repr=False)
 class CocoData:
-    "Images with boxes: where they are and what is in them. The pictures stay on the disk."
+    "A detection dataset: image files, which stay on the disk, and their annotations."
 
     folder: Path  # with the pictures
-    files: tuple[str, ...]  # a name for each image
+    files: tuple[str, ...]  # file name of each image
     ids: tuple[int, ...]  # its id in the annotation file
     sizes: tuple  # (width, height) of each, in pixels
-    found: tuple[Boxes, ...]  # what is in each
+    found: tuple[Boxes, ...]  # the objects of each
     raw: tuple  # its annotations as the file has them
     classes: tuple[str, ...]  # a name for each of the labels 1 to K
     categories: tuple[int, ...]  # and its id in the annotation file
-    notes: dict  # how many of what was unusual
+    notes: dict  # number of unusual things, by what they are
 
     def __len__(self):
         return len(self.files)
 
     def __repr__(self):
-        return f"CocoData({self.folder.name}: {len(self)} images, {sum(len(f.boxes) for f in self.found)} boxes of {len(self.classes)} classes)"
+        boxes = sum(len(f.boxes) for f in self.found)
+        return f"CocoData({self.folder.name}: {len(self)} images, {boxes} boxes of {len(self.classes)} classes)"
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
     def image(self, i: int) -> Tensor:
-        "Image `i` as uint8 (3, H, W)."
+        "Read image `i` as uint8 (3, H, W)."
         return read_image(self.folder / self.files[i], self.sizes[i])
 
     def take(self, keep) -> CocoData:
-        "The dataset of these images alone, by number."
-        keep = list(keep)
-        pick = lambda values: tuple(values[i] for i in keep)
-        return replace(self, **{name: pick(getattr(self, name)) for name in ("files", "ids", "sizes", "found", "raw")})
+        "Return the dataset of these images alone, by index."
+        keep, names = list(keep), ("files", "ids", "sizes", "found", "raw")
+        return replace(self, **{name: tuple(getattr(self, name)[i] for i in keep) for name in names})
 
     def batches(self, batch_size: int, train: bool = True, **kwargs) -> CocoBatches:
-        "Batches of these images; see `CocoBatches`."
+        "Return batches of these images; see `CocoBatches`."
         return CocoBatches(self, batch_size, train, **kwargs)
 
 # %% ../../nbs/method/05d_coco.ipynb #5186be08
 def load_coco(
     images: Path | str,  # folder with the pictures
     annotations: Path | str,  # json file in COCO's layout
-    limit: int | None = None,  # the first so many images
-    skip_broken: bool = False,  # decode every picture now, and leave out those that are missing or broken
+    limit: int | None = None,  # number of images to keep, the first
+    skip_broken: bool = False,  # decode every image now, and leave out those that are missing or broken
     workers: int = 8,  # threads that do so
 ) -> CocoData:
-    "A dataset in COCO's layout. ValueError or BrokenImage for what is wrong with it."
+    "Load a dataset in COCO's layout. Raises FileNotFoundError, ValueError or `BrokenImage` for what is wrong with it."
     folder, path = Path(images), Path(annotations)
     found = _read_json(path)
     if not folder.is_dir():
@@ -210,7 +212,7 @@ def load_coco(
 
 # %% ../../nbs/method/05d_coco.ipynb #b6c1a639
 def _size_of(folder: Path, record: dict, lenient: bool) -> tuple[int, int]:
-    "(width, height) of an image as its record says, or as its file does."
+    "Return (width, height) of an image from its record, or else from its file."
     if record.get("width") and record.get("height"):
         return int(record["width"]), int(record["height"])
     try:
@@ -222,13 +224,16 @@ def _size_of(folder: Path, record: dict, lenient: bool) -> tuple[int, int]:
 
 
 def _broken(data: CocoData, decode: bool, workers: int) -> dict[int, str]:
-    "Why these images cannot be used, by number. Without `decode` only missing files are looked for, and they are an error."
+    """Return why images cannot be used, by index.
+
+    Without `decode` only missing files are looked for, and they raise `BrokenImage`."""
     if not decode:
-        there = {p.relative_to(data.folder).as_posix() for p in data.folder.rglob("*")}
-        missing = [f for f in data.files if f not in there and not (data.folder / f).is_file()]
+        listed = {p.relative_to(data.folder).as_posix() for p in data.folder.rglob("*")}
+        missing = [f for f in data.files if f not in listed and not (data.folder / f).is_file()]
         if missing:
             raise BrokenImage(
-                f"{len(missing)} of {len(data)} pictures are missing in {data.folder}, such as {', '.join(missing[:3])}; skip_broken=True leaves them out"
+                f"{len(missing)} of {len(data)} pictures are missing in {data.folder}, "
+                f"such as {', '.join(missing[:3])}; skip_broken=True leaves them out"
             )
         return {}
 
@@ -239,11 +244,11 @@ def _broken(data: CocoData, decode: bool, workers: int) -> dict[int, str]:
             return str(e)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return {i: said for i, said in enumerate(pool.map(why, range(len(data)))) if said}
+        return {i: reason for i, reason in enumerate(pool.map(why, range(len(data)))) if reason}
 
 
 def _notes(data: CocoData) -> dict:
-    "What was unusual, in numbers."
+    "Count what is unusual in the annotations."
     edges = [torch.tensor([a["bbox"] for a in raw], dtype=torch.float64).view(-1, 4) for raw in data.raw]
     out = [
         (e[:, :2] < 0).any(1) | (e[:, :2] + e[:, 2:] > torch.tensor(size) + 1e-6).any(1)
@@ -263,7 +268,7 @@ def draw_rectangles(
     split: str = "train2017",
     seed: int = 0,
 ) -> tuple[Path, Path, dict]:  # the folder with the pictures, the annotation file and its content
-    "A dataset of wide and upright pictures with one coloured rectangle each."
+    "Draw a dataset of wide and upright images with one coloured rectangle each, in COCO's layout."
     from PIL import Image
 
     g = torch.Generator().manual_seed(seed)
@@ -295,7 +300,7 @@ def draw_rectangles(
 
 # %% ../../nbs/method/05d_coco.ipynb #6d339318
 class DetectionBatch(NamedTuple):
-    "Images of a batch, each of its own size, and what is in them."
+    "A batch of images, each of its own size, and their objects."
 
     images: list[Tensor]  # float32 (3, H_i, W_i) in [0, 1], not normalised: detectors do that
     targets: list[dict]  # of each image: boxes float32 (m, 4) in pixels of the image as it is here, labels int64 (m,)
@@ -308,7 +313,7 @@ def resized(
     size: int,  # wanted shorter side
     max_size: int,  # the longer side's limit, which wins
 ) -> tuple[int, int]:  # (width, height)
-    "The size an image gets, its shape kept to the pixel."
+    "Return the size to which an image is resized; its aspect ratio is kept, to the pixel."
     factor = min(size / min(width, height), max_size / max(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
 
@@ -319,7 +324,7 @@ def prepare_image(
     size: tuple[int, int],  # (width, height) wanted
     mirror: bool = False,
 ) -> tuple[Tensor, Tensor]:  # float32 (3, height, width) in [0, 1], and the boxes in its pixels
-    "Resize, bilinear and without aliasing, and mirror."
+    "Resize an image and its boxes, bilinear with antialiasing, and mirror them."
     height, width = image.shape[1:]
     if (width, height) != tuple(size):
         image = F.interpolate(image[None], size=size[::-1], mode="bilinear", antialias=True)[0]
@@ -379,11 +384,11 @@ class CocoBatches:
 
     @property
     def samples(self) -> int:
-        "Images in an epoch."
+        "The number of images in an epoch."
         return len(self.numbers)
 
     def plan(self, e: int) -> list[list[tuple]]:
-        "For each batch of an epoch its images: (number, shorter side, mirrored or not)."
+        "Return for each batch of an epoch its images: (index, shorter side, mirrored or not)."
         size = self.batch_size
         if not self.train:
             return [
@@ -404,22 +409,20 @@ class CocoBatches:
 
     def epoch(
         self,
-        e: int = 0,  # which epoch: with the seed, all that chance depends on
+        e: int = 0,  # the epoch; random choices depend on it and the seed alone
         start: int = 0,  # first step, 0 to len(self)
     ) -> Iterator[DetectionBatch]:
-        "The batches of an epoch, from step `start` on."
+        "Iterate over the batches of an epoch, from step `start` on."
         check_epoch(e, start, len(self))
         with contextlib.ExitStack() as held:
             pool = held.enter_context(ThreadPoolExecutor(self.workers)) if self.workers else None
             plan = self.plan(e)[start:]
-            own = [
-                batch[shard_rows(len(batch), self.train)] for batch in plan
-            ]  # a process decodes no more than it needs
+            own = [batch[shard_rows(len(batch), self.train)] for batch in plan]  # a process decodes its shards alone
             for batch, ready in zip(plan, _ahead(pool, self._one, own)):
                 yield as_shard(self._batch(ready), len(batch), self.train)
 
     def _one(self, what: tuple) -> tuple:
-        "(number, image, target) as a step sees them."
+        "Read and prepare an image of a plan; return its index, itself and its target."
         i, side, mirror = what
         image, boxes = prepare_image(
             self.data.image(i), self.targets[i]["boxes"], resized(*self.data.sizes[i], side, self.max_size), mirror
@@ -427,11 +430,11 @@ class CocoBatches:
         return i, image, {"boxes": boxes, "labels": self.targets[i]["labels"]}
 
     def _batch(self, ready: list[tuple]) -> DetectionBatch:
+        "Put prepared images together, on the device."
         index, images, targets = zip(*ready) if ready else ((), (), ())
-        there = lambda t: t.to(self.device, non_blocking=True)
         return DetectionBatch(
-            [there(x) for x in images],
-            [{k: there(v) for k, v in t.items()} for t in targets],
+            [x.to(self.device, non_blocking=True) for x in images],
+            [{k: v.to(self.device, non_blocking=True) for k, v in t.items()} for t in targets],
             torch.tensor(index, dtype=torch.int64, device=self.device),
         )
 
@@ -444,7 +447,7 @@ class CocoBatches:
 
 # %% ../../nbs/method/05d_coco.ipynb #7b058944
 def _ahead(pool: ThreadPoolExecutor | None, one, plan: list[list]) -> Iterator[list]:
-    "The batches of a plan, the next two under way in the pool."
+    "Iterate over the prepared batches of a plan; the pool works on the next two."
     if pool is None:
         yield from ([one(what) for what in batch] for batch in plan)
         return
@@ -469,7 +472,7 @@ def show_boxes(
     color: str = "#E69F00",
     title: str = "",
 ):
-    "Draw an image with boxes."
+    "Draw an image with its boxes."
     height, width = image.shape[1:]
     ax.imshow(
         image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0)

@@ -38,7 +38,7 @@ __all__ = ['KNOWN', 'DatasetInfo', 'list_datasets', 'load_dataset', 'main']
 
 # %% ../../nbs/method/05a_datasets.ipynb #5a1125c3
 def _digits(root: Path, download: bool) -> Dataset:
-    "scikit-learn's digits; the first half of each class, in file order, is for training."
+    "Load scikit-learn's digits; the first half of each class, in file order, is for training."
     with optional_import():
         from sklearn.datasets import load_digits
     found = load_digits()
@@ -64,7 +64,7 @@ def _digits(root: Path, download: bool) -> Dataset:
 
 # %% ../../nbs/method/05a_datasets.ipynb #656f77e6
 class _Known(NamedTuple):
-    "What is known of a dataset before it is there."
+    "What is known of a dataset before it is loaded."
 
     classes: int
     shape: tuple[int, int, int]  # (C, H, W)
@@ -129,7 +129,7 @@ KNOWN = {
 
 
 def _is_there(name: str, root: Path) -> bool:
-    "Whether the files of a known dataset are under the root (and of the right size, where that is known)."
+    "Whether the files of a known dataset are under the root, and of the right size where that is known."
     if name == "digits":
         return importlib.util.find_spec("sklearn") is not None
     return all(
@@ -138,23 +138,22 @@ def _is_there(name: str, root: Path) -> bool:
 
 # %% ../../nbs/method/05a_datasets.ipynb #38f00104
 def _torchvision(name: str, root: Path, download: bool) -> Dataset:
-    "Fashion-MNIST, CIFAR-10 or CIFAR-100 from `root`, fetched if need be."
+    "Load Fashion-MNIST, CIFAR-10 or CIFAR-100 by torchvision, after a download if its files are missing or broken."
     from torchvision import datasets
 
     cls = {"fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    read = lambda: [cls(root, train=train) for train in (True, False)]
-    parts, why = None, "it is not there"
+    parts, why = None, "it is missing"
     if _is_there(name, root):
         try:
-            parts = read()
+            parts = [cls(root, train=train) for train in (True, False)]
         except Exception as err:
-            why = f"what is there is broken ({type(err).__name__}: {err})"  # right names, wrong bytes
+            why = f"its files are broken ({type(err).__name__}: {err})"  # right names, wrong bytes
     if parts is None:
         _fetch(name, cls, root, download, why)
         try:
-            parts = read()
+            parts = [cls(root, train=train) for train in (True, False)]
         except Exception as err:
-            raise _missing(name, cls, root, "what is there is broken; delete it first") from err
+            raise _missing(name, cls, root, "its files are broken; delete them first") from err
     images = [torch.as_tensor(part.data) for part in parts]
     images = [(i[:, None] if i.dim() == 3 else i.permute(0, 3, 1, 2)).contiguous() for i in images]
     targets = [torch.as_tensor(part.targets).long() for part in parts]
@@ -165,40 +164,43 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
 
 
 def _fetch(name: str, cls, root: Path, download: bool, why: str):
-    "Download with a progress bar; files of a wrong size, left by an earlier try, are replaced."
+    "Download a dataset with a progress bar; files of a wrong size, left by an earlier try, are replaced."
     if not download:
         raise _missing(name, cls, root, f"{why}, and download=False")
     for f, size in KNOWN[name].files.items():
         if size is not None and (root / f).is_file() and (root / f).stat().st_size != size:
             (root / f).unlink()
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # a network that swallows everything is no network
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # a firewall may drop packets without an answer
     try:
         cls(root, download=True)
     except Exception as err:
         raise _missing(name, cls, root, f"{why}, and the download failed ({type(err).__name__}: {err})") from err
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)
     if not _is_there(name, root):
         raise _missing(name, cls, root, "the download is not complete")
 
 
 def _missing(name: str, cls, root: Path, why: str) -> FileNotFoundError:
+    "Return the error that says where a dataset was looked for and how to get it."
     url = getattr(cls, "url", None) or cls.mirrors[0]
     folder = root / next(iter(KNOWN[name].files)).split("/")[0]
     others = (
-        f", or the images as {root / name}/{{train,test}}/CLASS/*.png, or the parquet files of the Hugging Face hub below {root / name}"
+        f", or the images as {root / name}/{{train,test}}/CLASS/*.png, "
+        f"or the parquet files of the Hugging Face hub below {root / name}"
         if KNOWN[name].names
         else ""
     )
     return FileNotFoundError(
-        f"no dataset {name!r} in {folder}: {why}. With a network, `python -m rcka.data {name} --root {root}` fetches it from {url}; "
-        f"or put the files there by hand{others}; another folder is chosen by root= or the environment variable RCKA_DATA"
+        f"no dataset {name!r} in {folder}: {why}. With a network, `python -m rcka.data {name} --root {root}` "
+        f"fetches it from {url}; or put the files there by hand{others}; another folder is chosen by root= or the "
+        "environment variable RCKA_DATA"
     )
 
 # %% ../../nbs/method/05a_datasets.ipynb #7186d794
 def _form(name: str, root: Path) -> str | None:
-    "The form in which a known dataset is under the root; None where it is not."
+    "Return the form in which a known dataset is under the root; None where it is missing."
     if name == "digits":
         return "scikit-learn" if _is_there(name, root) else None
     if _is_there(name, root):
@@ -215,7 +217,7 @@ def _check_complete(
     counts: tuple[dict[str, int], dict[str, int]],  # images by class, of the training and of the test part
     places: tuple,  # where the two were found, for errors
 ):
-    "Refuse what lacks classes or images of a known dataset, or has others."
+    "Raise ValueError where classes or images of a known dataset are missing, or there are others."
     known = KNOWN[name]
     for part, want, found, place in zip(("training", "test"), known.per_class, counts, places):
         differ = [f"{found[c]} of {c}" for c in known.names if c in found and found[c] != want]
@@ -236,7 +238,7 @@ def _check_complete(
 
 
 def _as_known(name: str, data: Dataset, where: Path) -> Dataset:
-    "The images of a known dataset under its own name, with its own constants."
+    "Return images of a known dataset under its name, with its constants. Raises ValueError for another size."
     known = KNOWN[name]
     if data.shape != known.shape:
         (_, h, w), (_, height, width) = data.shape, known.shape
@@ -253,18 +255,18 @@ def _as_known(name: str, data: Dataset, where: Path) -> Dataset:
 
 
 def _known_folder(name: str, root: Path) -> Dataset:
-    "CIFAR-10 or CIFAR-100 from ROOT/NAME/{train,test}/CLASS/*."
+    "Load CIFAR-10 or CIFAR-100 from ROOT/NAME/{train,test}/CLASS/*."
     folders = find_image_folder(name, root)
-    count = lambda folder: {c: sum(1 for _ in walk_images(folder / c)) for c in class_folders(folder)}
+    counts = [{c: sum(1 for _ in walk_images(folder / c)) for c in class_folders(folder)} for folder in folders]
     try:
-        _check_complete(name, tuple(map(count, folders)), folders)
+        _check_complete(name, tuple(counts), folders)
     except ValueError as err:
         raise ValueError(f"{err}. To load it as it is: load_dataset('imagefolder:{name}')") from None
     return _as_known(name, load_image_folder(name, root, None), root / name)
 
 # %% ../../nbs/method/05a_datasets.ipynb #2f7acf2b
 def _parquet_files(name: str, root: Path) -> dict[str, list[Path]]:
-    "The hub's files of the training and the test images, in ROOT/NAME or in a folder below that the hub uses."
+    "Find the hub's files of the training and the test images, in ROOT/NAME or in one of the folders that the hub uses."
     for below in ("", name, "data", "plain_text"):
         found = {part: sorted((root / name / below).glob(f"{part}[-.]*parquet")) for part in ("train", "test")}
         if any(found.values()):
@@ -273,7 +275,7 @@ def _parquet_files(name: str, root: Path) -> dict[str, list[Path]]:
 
 
 def _known_parquet(name: str, root: Path) -> Dataset:
-    "CIFAR-10 or CIFAR-100 from the parquet files of the Hugging Face hub."
+    "Load CIFAR-10 or CIFAR-100 from the parquet files of the Hugging Face hub."
     files, known = _parquet_files(name, root), KNOWN[name]
     folder = next(p for paths in files.values() for p in paths).parent
     if lacking := [part for part, paths in files.items() if not paths]:
@@ -309,7 +311,7 @@ def _known_parquet(name: str, root: Path) -> Dataset:
 
 
 def _read_parquet(paths: list[Path], *columns: str):
-    "The two columns of parquet files as one pyarrow table."
+    "Read two columns of parquet files as one pyarrow table. Raises ValueError for other columns and damaged files."
     with optional_import():
         import pyarrow
         import pyarrow.parquet as parquet
@@ -319,7 +321,8 @@ def _read_parquet(paths: list[Path], *columns: str):
             file = parquet.ParquetFile(path)
             if missing := [c for c in columns if c not in file.schema_arrow.names]:
                 raise ValueError(
-                    f"{path} has no column {' and no column '.join(missing)}; its columns are {', '.join(file.schema_arrow.names)}"
+                    f"{path} has no column {' and no column '.join(missing)}; "
+                    f"its columns are {', '.join(file.schema_arrow.names)}"
                 )
             tables.append(file.read(list(columns)))
         except pyarrow.ArrowException as err:
@@ -334,7 +337,7 @@ def _read_parquet(paths: list[Path], *columns: str):
 
 
 def _image_bytes(column, path: Path) -> list[bytes]:
-    "The encoded images of a column in which the hub keeps {bytes, path}."
+    "Return the encoded images of a column in which the hub keeps {bytes, path}."
     import pyarrow.compute
     import pyarrow.types
 
@@ -345,20 +348,20 @@ def _image_bytes(column, path: Path) -> list[bytes]:
 
 # %% ../../nbs/method/05a_datasets.ipynb #dfcc1d89
 class DatasetInfo(NamedTuple):
-    "A line of `list_datasets`."
+    "What `list_datasets` tells of a dataset."
 
     name: str
     classes: int
     shape: tuple[int, int, int]  # (C, H, W)
     there: bool  # whether it is under the root
     how: str  # how to get it
-    form: str | None  # in which form it is there: torchvision files, image folder, parquet files; None: it is not
+    form: str | None  # of its files: torchvision files, image folder, parquet files; None where it is missing
 
 
 def list_datasets(
     root: str | Path | None = None,  # see `data_root`
 ) -> list[DatasetInfo]:
-    "The datasets that have a name, and the image folders found under the root."
+    "List the datasets that have a name, and the image folders found under the root."
     root = data_root(root)
     how = {"digits": "comes with scikit-learn: pip install scikit-learn"}
     forms = {name: _form(name, root) for name in KNOWN}
@@ -408,25 +411,28 @@ def list_datasets(
 
 
 def load_dataset(
-    name: str,  # "digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:PATH", "imagenet" or "imagenet:PATH"
+    name: str,  # "digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:PATH", "imagenet", "imagenet:PATH"
     root: str | Path | None = None,  # the folder with the datasets; see `data_root`
-    limit: int | None = None,  # keep so many training images, the first of each class, none of them for validation
-    test_limit: int | None = None,  # keep so many test (or validation) images
+    limit: int
+    | None = None,  # number of training images to keep, the first of each class, after validation images are taken
+    test_limit: int | None = None,  # number of test (or validation) images to keep
     size: int
     | tuple[int, int]
-    | None = None,  # image folders: resize to (H, W), cutting what sticks out; imagenet: pixels of a side, 224 if not given
-    download: bool = True,  # fetch what is not there, with a progress bar
+    | None = None,  # image folders: cover (H, W), crop the centre; imagenet: side, None is 224
+    download: bool = True,  # fetch what is missing, with a progress bar
     val_fraction: float | None = None,  # evaluate on this part of the training images, see `validation_split`
     val_seed: int = 0,  # chooses these images
-    **options,  # imagenet only: val, skip_broken; see `rcka.imagenet.load_imagenet`
+    **options,  # imagenet only: val, skip_broken; see `load_imagenet`
 ) -> Dataset:
-    """A dataset in memory; "imagenet" is one in files, with the same `batches`. `limit` changes neither the classes nor mean and deviation, which are those of the whole training set.
+    """Load a dataset into memory; "imagenet" stays in files, with the same `batches`.
 
-    CIFAR-10 and CIFAR-100 are read from torchvision's files, from a folder NAME/{train,test}/CLASS/* or from the parquet files of the
-    Hugging Face hub, whichever is found first in this order; they are downloaded where none is there.
+    CIFAR-10 and CIFAR-100 are read from torchvision's files, from a folder NAME/{train,test}/CLASS/* or from the
+    parquet files of the Hugging Face hub, whichever is found first in this order, or downloaded where none is found.
+    `limit` changes neither the classes nor mean and deviation, which are those of the whole training set.
 
-    Raises ValueError for an unknown name (with the near ones), a folder that is not as it should be, or a `val_fraction` that leaves a
-    class empty; FileNotFoundError where the dataset is not there and cannot be fetched (with the URL, the folder and the command)."""
+    Raises ValueError for an unknown name (with the near ones), a folder of another layout, or a `val_fraction` that
+    leaves a class empty; FileNotFoundError where the dataset is missing and cannot be fetched (with the URL, the folder
+    and the command)."""
     root = data_root(root)
     kind, _, path = str(name).partition(":")
     if kind == "imagenet" and (path or name == "imagenet"):
@@ -434,7 +440,8 @@ def load_dataset(
 
         if val_fraction is not None:
             raise ValueError(
-                "val_fraction is for datasets in memory, not for imagenet: to evaluate on the training images, val='train'"
+                "val_fraction is for datasets in memory, not for imagenet: "
+                "to evaluate on the training images, give val='train'"
             )
         return load_imagenet(
             path or name, root, limit, test_limit, **({} if size is None else {"size": size}), **options
@@ -448,6 +455,7 @@ def load_dataset(
 
 
 def _in_memory(name: str, root: Path, size, download: bool) -> Dataset:
+    "Load a dataset whole, by whatever form of it is found."
     kind, _, path = str(name).partition(":")
     if kind == "imagefolder" and path:
         return load_image_folder(path, root, size)
@@ -474,6 +482,7 @@ def _in_memory(name: str, root: Path, size, download: bool) -> Dataset:
 
 # %% ../../nbs/method/05a_datasets.ipynb #6186378d
 def _table(infos: list[DatasetInfo]) -> str:
+    "Format datasets as a table, a line each."
     rows = [
         ("name", "classes", "image", "found as", "how to get it"),
         *((i.name, str(i.classes), "x".join(map(str, i.shape)), i.form or "no", i.how) for i in infos),
@@ -483,7 +492,7 @@ def _table(infos: list[DatasetInfo]) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    "`python -m rcka.data [NAME] [--root ROOT] [--size N]`"
+    "List the datasets, or fetch and check one: `python -m rcka.data [NAME] [--root ROOT] [--size N]`."
     parser = argparse.ArgumentParser("python -m rcka.data", description="List the datasets, or fetch and check one.")
     parser.add_argument(
         "name",

@@ -29,7 +29,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".
 
 
 def walk_images(folder: Path) -> Iterator[tuple[str, int, int]]:
-    "(path, size, time of change) of every image below `folder`, hidden ones aside."
+    "Iterate over (path, size, time of change) of every image below `folder`; hidden files are left out."
     with os.scandir(folder) as entries:
         for e in entries:
             if e.name.startswith("."):
@@ -42,17 +42,16 @@ def walk_images(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    return (
-        sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-        if folder.is_dir()
-        else []
-    )
+    "List the folders in `folder`, in alphabetical order; hidden ones are left out. Empty where it is no folder."
+    if not folder.is_dir():
+        return []
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
 
 
 def _list_images(
     folder: Path,  # with a folder for each class
 ) -> tuple[list[str], list[list[tuple]]]:  # classes, and for each its images, sorted
-    "Class folders and their images. Raises where there is none."
+    "List the class folders and their images. Raises ValueError where there are none."
     classes = class_folders(folder)
     if not classes:
         raise ValueError(f"{folder} has no class folders; expected {folder.name}/CLASS/*.jpg")
@@ -64,31 +63,34 @@ def _list_images(
 
 
 def some_names(items: list, most: int = 5) -> str:
-    "The first few of many, for an error."
+    "Join the first few of many items, for an error."
     return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def find_image_folder(path: str, root: Path) -> tuple[Path, Path]:
-    "The training and the test folder of an image folder: below the root, else below the working directory."
+    """Find the training and the test folder of an image folder, below the root or else below the working directory.
+
+    Raises FileNotFoundError where the folder is missing, ValueError where it lacks train/, or both test/ and val/."""
     path = Path(path).expanduser()
     places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
     base = next((p for p in places if p.is_dir()), None)
     if base is None:
         raise FileNotFoundError(
-            f"no folder {' or '.join(map(str, places))}; imagefolder:PATH needs PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg "
-            "(or val/); PATH is absolute, or below the data root (root= or RCKA_DATA), or below the working directory"
+            f"no folder {' or '.join(map(str, places))}; imagefolder:PATH needs PATH/train/CLASS/*.jpg and "
+            "PATH/test/CLASS/*.jpg (or val/); PATH is absolute, or below the data root (root= or RCKA_DATA), "
+            "or below the working directory"
         )
     if not (base / "train").is_dir():
         raise ValueError(f"{base} has no folder train/; it holds {some_names(sorted(os.listdir(base))) or 'nothing'}")
     tests = [t for t in ("test", "val") if (base / t).is_dir()]
     if not tests:
         raise ValueError(f"{base} has neither test/ nor val/; make one, with the same class folders as train/")
-    return base / "train", base / next(
-        (t for t in tests if class_folders(base / t)), tests[0]
-    )  # test/ is often without labels
+    labelled = [t for t in tests if class_folders(base / t)]
+    return base / "train", base / (labelled or tests)[0]  # test/ is often without labels
 
 # %% ../../nbs/method/05b_folder.ipynb #45c6138f
 def _differ(first: str, a: tuple, second: str, b: tuple) -> str:
+    "Return the error message for two images of different (H, W)."
     return (
         f"images differ in size: {first} is {a[0]} x {a[1]} (height x width), {second} is {b[0]} x {b[1]}; "
         f"resize them all with size=(H, W), for example load_dataset(..., size={min(a)})"
@@ -96,7 +98,7 @@ def _differ(first: str, a: tuple, second: str, b: tuple) -> str:
 
 
 class EncodedImages(NamedTuple):
-    "An image file in memory. `decode_images` takes it in place of a path."
+    "An image file in memory, which `decode_images` takes in place of a path."
 
     name: str  # for errors
     content: bytes
@@ -106,14 +108,14 @@ class EncodedImages(NamedTuple):
 
 
 def _image(path: str | EncodedImages):
-    "The image as PIL opens it, not decoded yet."
+    "Open an image with PIL; it is not decoded yet."
     from PIL import Image
 
     return Image.open(io.BytesIO(path.content) if isinstance(path, EncodedImages) else path)
 
 
 def first_size(paths: list[str | EncodedImages]) -> tuple[str, tuple[int, int]]:
-    "The first image that can be read, and its (H, W)."
+    "Find the first image that can be read, and its (H, W). Raises ValueError where none can."
     for path in paths:
         with contextlib.suppress(Exception), _image(path) as im:
             return str(path), im.size[::-1]
@@ -121,20 +123,21 @@ def first_size(paths: list[str | EncodedImages]) -> tuple[str, tuple[int, int]]:
 
 
 def _check_memory(n: int, height: int, width: int):
-    "An image folder becomes one tensor, twice that while it is turned."
+    "Raise ValueError where decoded images do not fit into memory: they become one tensor, which is copied once."
     need = 2 * n * 3 * height * width
     try:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return  # not told on this system
+        return  # this system does not tell
     if need > have:
         raise ValueError(
-            f"{n} images of {height} x {width} need {need / 1e9:.0f} GB while they are read and this machine has {have / 1e9:.0f} GB; choose a smaller size="
+            f"{n} images of {height} x {width} need {need / 1e9:.0f} GB while they are read, "
+            f"and this machine has {have / 1e9:.0f} GB; choose a smaller size="
         )
 
 # %% ../../nbs/method/05b_folder.ipynb #d0e6b301
 def open_image(path: str | EncodedImages, size: tuple[int, int] | None):
-    "An RGB image; resized to cover (H, W) and cut to its centre if `size` says so."
+    "Decode an image to RGB; with `size`, resize it to cover (H, W) and crop its centre. Raises ValueError for 16 bits."
     from PIL import Image, ImageOps
 
     with _image(path) as im:
@@ -145,7 +148,7 @@ def open_image(path: str | EncodedImages, size: tuple[int, int] | None):
 
 
 def _decode_some(jobs: list[tuple[int, str | EncodedImages]], out, size):
-    "Decode into `out` (N, H, W, 3); the broken ones, and the first of another size."
+    "Decode images into `out` (N, H, W, 3); return the broken ones, and the first of another size."
     import numpy as np
 
     broken = []
@@ -166,7 +169,7 @@ def decode_images(
     size: int | tuple[int, int] | None = None,  # resize to (H, W), or to a square; None: all must have one size
     workers: int | None = None,  # threads; None is one for each core, and one more
 ) -> Tensor:  # uint8 (N, 3, H, W)
-    "Decode images of any kind PIL knows to RGB. Raises ValueError naming those that are broken or differ in size."
+    "Decode images of any format of PIL to RGB. Raises ValueError, with names, for broken ones and other sizes."
     import numpy as np
 
     if isinstance(size, int):
@@ -192,7 +195,9 @@ def decode_images(
 
 # %% ../../nbs/method/05b_folder.ipynb #f669da93
 def load_image_folder(path: str, root: Path, size: int | tuple[int, int] | None) -> Dataset:
-    "PATH/train/CLASS/* and PATH/test/CLASS/* (or val/) as one dataset."
+    """Load PATH/train/CLASS/* and PATH/test/CLASS/* (or val/) as one dataset in memory.
+
+    Raises ValueError or FileNotFoundError for a folder of another layout, broken images, and sizes that differ."""
     folders = find_image_folder(path, root)
     (classes, train), (test_classes, test) = map(_list_images, folders)
     if classes != test_classes:
@@ -237,6 +242,7 @@ def load_image_folder(path: str, root: Path, size: int | tuple[int, int] | None)
 
 
 def _as_size(size) -> tuple[int, int] | None:
+    "Return (H, W) from a number or a pair. Raises ValueError for anything else."
     if size is None:
         return None
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)

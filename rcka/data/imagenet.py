@@ -31,7 +31,7 @@ __all__ = ['Files', 'list_files', 'decode', 'chance', 'transforms', 'Decoder', '
 
 # %% ../../nbs/method/05c_imagenet.ipynb #f13eb81e
 class Files(NamedTuple):
-    "The images of a part of a dataset."
+    "The image files of a part of a dataset."
 
     folder: Path
     names: np.ndarray  # bytes (N,), CLASS/FILE below the folder
@@ -41,16 +41,18 @@ class Files(NamedTuple):
         return len(self.names)
 
     def path(self, i: int) -> str:
+        "Return the path of image `i`."
         return os.path.join(self.folder, os.fsdecode(self.names[i]))
 
     def keep(self, some: Tensor) -> Files:
+        "Return the files of these indices, or of this mask."
         return Files(self.folder, self.names[some.numpy()], self.targets[some])
 
 
 def list_files(
     folder: Path,  # with a folder for each class
 ) -> tuple[tuple[str, ...], Files]:  # classes in alphabetical order, and their images
-    "Class folders and the images in them. Raises ValueError where there is none."
+    "List the class folders and the images in them. Raises ValueError where there are none."
     classes = class_folders(folder)
     if not classes:
         lying = sum(map(_is_image, os.listdir(folder))) if folder.is_dir() else 0
@@ -77,7 +79,7 @@ def _is_image(name: str) -> bool:
 def decode(
     path: str | Path,  # an image file
 ) -> Tensor:  # uint8 (3, H, W)
-    "The RGB pixels of an image. Raises whatever a decoder raises where it is broken."
+    "Decode an image to RGB. Raises whatever a decoder raises for a broken file."
     try:
         from torchvision.io import ImageReadMode, decode_image
 
@@ -93,7 +95,7 @@ def decode(
 # %% ../../nbs/method/05c_imagenet.ipynb #9fbdc190
 @contextlib.contextmanager
 def chance(*key):
-    "Random numbers of torch inside depend on `key` alone; outside nothing has changed."
+    "Seed torch's random numbers by `key` inside the context; restore their state after it."
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed_of(*key))  # torch.manual_seed takes 200 times as long
     try:
@@ -106,7 +108,7 @@ def transforms(
     size: int,  # pixels of a side
     train: bool,  # random crop and flip; else a resize of the shorter side to 8/7 of `size`, and the centre
 ):  # from uint8 (3, H, W) to uint8 (3, size, size)
-    "The augmentation of the paper's protocol: at 224, RandomResizedCrop and flip; resize to 256 and centre crop."
+    "Make the augmentation of the paper: RandomResizedCrop and flip; or, at 224, resize to 256 and centre crop."
     from torchvision.transforms import v2
 
     if train:
@@ -115,14 +117,14 @@ def transforms(
 
 
 class Decoder(torch.utils.data.Dataset):
-    "What a worker process does: a step's images, from files to one tensor."
+    "Decodes the images of a step, from files to one tensor; runs in the worker processes."
 
     def __init__(self, files: Files, size: int, train: bool, seed: int, skip_broken: bool):
         self.files, self.size, self.train, self.seed, self.skip_broken = files, size, train, seed, skip_broken
         self.transform = transforms(size, train)
 
     def __getitem__(self, step: tuple[int, list[int]]) -> tuple[Tensor, list[int], list[str]]:
-        "Of (epoch, indices): images uint8 (B, 3, size, size), the indices of those they are, and what was broken."
+        "Decode (epoch, indices): return images uint8 (B, 3, size, size), their indices, and messages on broken files."
         epoch, indices = step
         images, found, broken = [], [], []
         for i in indices:
@@ -139,7 +141,7 @@ class Decoder(torch.utils.data.Dataset):
         )
 
     def _one(self, epoch: int, i: int, broken: list[str]) -> tuple[Tensor | None, int]:
-        "An image, or for training, where it is broken and may be, the next one that is not."
+        "Decode image `i`, or, in training with `skip_broken`, the next whole one; return it and its index."
         for j in range(i, i + 100 if self.train and self.skip_broken else i + 1):
             j %= len(self.files)
             try:
@@ -151,13 +153,13 @@ class Decoder(torch.utils.data.Dataset):
 
 # %% ../../nbs/method/05c_imagenet.ipynb #13fc0fd0
 def default_workers() -> int:
-    "One for each core this process may use; those of a machine are shared out among its processes."
+    "Return the number of cores for this process: those it may use, divided among the processes of the machine."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 # %% ../../nbs/method/05c_imagenet.ipynb #12b3c65e
 class _Steps:
-    "What the workers are to do next; set before each epoch."
+    "Sampler of the data loader: iterates over `plan`, which is set before each epoch."
 
     def __init__(self):
         self.plan = None
@@ -166,39 +168,41 @@ class _Steps:
         return self.plan
 
 
-def _in_worker(_):
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the workers too; the trainer saves first, then ends them
+def _ignore_interrupt(worker: int):
+    "Ignore Ctrl-C, which reaches the workers too: the main process saves first, then ends them."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _as_it_is(x):
+def _identity(x):
+    "Return what a worker decoded as it is; a function of the module, so that it can be pickled."
     return x
 
 
 def _loader(decoder: Decoder, steps: _Steps, workers: int, pinned: bool) -> DataLoader:
-    more = dict(persistent_workers=True, prefetch_factor=2, worker_init_fn=_in_worker) if workers else {}
+    "Make the data loader, whose workers stay from one epoch to the next."
+    more = dict(persistent_workers=True, prefetch_factor=2, worker_init_fn=_ignore_interrupt) if workers else {}
     return DataLoader(
         decoder,
         batch_size=None,
         sampler=steps,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=pinned,
         generator=torch.Generator(),
         **more,
-    )  # a generator of its own: the global one is the trainer's
+    )  # a generator of its own: the global one belongs to the training loop
 
 
 def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
-    "Refuse broken images, or warn of those that are not known yet."
+    "Raise ValueError for broken images, or with `skip_broken` warn of those that are not in `known`, once each."
     if lost and skip_broken:
         raise ValueError(
-            f"{len(broken)} images cannot be decoded, one after another, the last of them {broken[-1]}; is this the right folder?"
+            f"{len(broken)} images in sequence cannot be decoded, the last of them {broken[-1]}; "
+            "is this the right folder?"
         )
     if not skip_broken:
         raise ValueError(
-            f"cannot decode {broken[0]}; mend or remove the file, or pass over such files with skip_broken=True"
+            f"cannot decode {broken[0]}; repair or remove the file, or skip such files with skip_broken=True"
         )
     for what in broken:
         if what not in known:
@@ -208,7 +212,9 @@ def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
 
 @contextlib.contextmanager
 def _own_sigchld():
-    "A loader sets a handler that raises wherever the program is when a worker dies; without it the loader itself does, when it is asked for the next batch."
+    """Restore the handler of SIGCHLD that a data loader replaces.
+
+    Its handler raises wherever the program is when a worker dies; without it the loader raises at the next batch."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
@@ -220,7 +226,10 @@ def _own_sigchld():
 
 # %% ../../nbs/method/05c_imagenet.ipynb #22e8c710
 class FileBatches(Batches):
-    "Images from files, in batches. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
+    """Batches of images from files.
+
+    `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`, whatever the number of workers.
+    Raises ValueError for a broken image (see `skip_broken`), `BatchesFailed` where a worker process died."""
 
     def __init__(
         self,
@@ -242,11 +251,7 @@ class FileBatches(Batches):
         check_whole(0, workers=workers)
         if train:
             check_enough(len(files), batch_size, self.smallest)
-        self.images, self.targets, self.device = (
-            files,
-            files.targets.to(device),
-            torch.device(device),
-        )  # a device holds all targets, eight bytes each
+        self.images, self.targets, self.device = files, files.targets.to(device), torch.device(device)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
         self.batch_size, self.train, self.size, self.seed, self.workers = batch_size, train, size, seed, workers
         self.dtype, self.memory_format = dtype, torch.channels_last if channels_last else torch.contiguous_format
@@ -272,7 +277,7 @@ class FileBatches(Batches):
                 raise RuntimeError("another epoch of these batches was begun; its workers cannot do two at once")
 
     def _decoded(self, e: int, steps: list[Tensor]):
-        "What the workers make of this process's part of each step, in order."
+        "Iterate over the decoded shard of this process of each step, in order."
         self._steps.plan = ((e, step[shard_rows(len(step), self.train)].tolist()) for step in steps)
         if self._loader is None:
             decoder = Decoder(self.images, self.size, self.train, self.seed, self.skip_broken)
@@ -286,8 +291,8 @@ class FileBatches(Batches):
             if not self.workers:
                 raise
             raise BatchesFailed(
-                f"a worker process that decodes images died ({type(err).__name__}{f': {err}' if str(err) else ''}); it may have been killed for lack of memory: "
-                f"try fewer than workers={self.workers}"
+                f"a worker process that decodes images died ({type(err).__name__}{f': {err}' if str(err) else ''}); "
+                f"it may have been killed for lack of memory: try fewer than workers={self.workers}"
             ) from err
 
     def _to_device(self, images: Tensor, index: list[int]) -> Batch:
@@ -304,7 +309,7 @@ class FileBatches(Batches):
 # %% ../../nbs/method/05c_imagenet.ipynb #f12cc4c8
 @dataclass(frozen=True, eq=False, repr=False)
 class FileDataset:
-    "A dataset in files, and what suits it. Like `rcka.data.Dataset`, but its images stay where they are."
+    "A dataset in files, with the constants of its normalisation; like `Dataset`, but its images stay on the disk."
 
     name: str
     train: Files
@@ -321,7 +326,8 @@ class FileDataset:
             if self.test.folder == self.train.folder
             else f"{len(self.test)} test images"
         )
-        return f"FileDataset({self.name}: {len(self.train)} training images in {self.num_classes} classes, {tests}; seen at {self.size} x {self.size})"
+        training = f"{len(self.train)} training images in {self.num_classes} classes"
+        return f"FileDataset({self.name}: {training}, {tests}; seen at {self.size} x {self.size})"
 
     @property
     def num_classes(self) -> int:
@@ -341,7 +347,7 @@ class FileDataset:
         train: bool = True,  # training images, shuffled and augmented; or test images in order
         **kwargs,  # device, seed, workers, dtype, channels_last: see `FileBatches`
     ) -> FileBatches:
-        "Batches of this dataset, with its own normalisation and augmentation."
+        "Return batches of this dataset, with its own normalisation and augmentation."
         return FileBatches(
             self.train if train else self.test,
             batch_size or 256,
@@ -354,23 +360,22 @@ class FileDataset:
 
 # %% ../../nbs/method/05c_imagenet.ipynb #38119dfe
 def load_imagenet(
-    path: str
-    | Path = "imagenet",  # of the folder with train/WNID and val/WNID: absolute, below the root, or below the working directory
+    path: str | Path = "imagenet",  # of train/WNID and val/WNID: absolute, below the root or the working directory
     root: str | Path | None = None,  # the folder with the datasets; see `data_root`
-    limit: int | None = None,  # keep so many training images, the first of each class
-    test_limit: int | None = None,  # keep so many test images
+    limit: int | None = None,  # number of training images to keep, the first of each class
+    test_limit: int | None = None,  # number of test images to keep
     size: int = 224,  # pixels of a side; evaluation resizes to 8/7 of it first
     val: str = "val",  # the folder to evaluate on; "train" evaluates on the training images
-    skip_broken: bool = False,  # pass over images that cannot be decoded, with a warning
+    skip_broken: bool = False,  # skip images that cannot be decoded, with a warning
 ) -> FileDataset:
-    """ImageNet, or any dataset in its layout: train/WNID/*.JPEG and val/WNID/*.JPEG, with the same WNIDs.
+    """Load ImageNet, or any dataset in its layout: train/WNID/*.JPEG and val/WNID/*.JPEG, with the same WNIDs.
 
-    Raises FileNotFoundError or ValueError for a folder that is not there or not as it should be."""
+    Raises FileNotFoundError or ValueError for a folder that is missing or of another layout."""
     base = _base(path, data_root(root))
     if not (base / val).is_dir():
         raise FileNotFoundError(
-            f"{base} has no folder {val}/ to evaluate on. ImageNet's validation images go to {base / 'val'}/WNID/*.JPEG; "
-            "where there are none, val='train' evaluates on the training images"
+            f"{base} has no folder {val}/ to evaluate on. ImageNet's validation images go to "
+            f"{base / 'val'}/WNID/*.JPEG; without any, val='train' evaluates on the training images"
         )
     classes, train = list_files(base / "train")
     tested, test = (classes, train) if val == "train" else list_files(base / val)
@@ -392,13 +397,15 @@ def load_imagenet(
 
 
 def _base(path: str | Path, root: Path) -> Path:
+    "Find the folder of a dataset, below the root or the working directory. Raises FileNotFoundError."
     path = Path(path).expanduser()
     places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
     base = next((p for p in places if (p / "train").is_dir()), None)
     if base is None:
         raise FileNotFoundError(
-            f"no folder {' or '.join(str(p / 'train') for p in places)}. ImageNet cannot be downloaded without an account at image-net.org: "
-            "put its training images into train/WNID/*.JPEG and the validation images into val/WNID/*.JPEG of one folder; "
+            f"no folder {' or '.join(str(p / 'train') for p in places)}. "
+            "ImageNet cannot be downloaded without an account at image-net.org: put its training images into "
+            "train/WNID/*.JPEG and the validation images into val/WNID/*.JPEG of one folder; "
             "it is found as imagenet below the data root (root= or RCKA_DATA), or by imagenet:PATH"
         )
     return base

@@ -24,11 +24,12 @@ __all__ = ['Dataset', 'balanced_slice', 'limited', 'validation_split', 'with_val
 
 # %% ../../nbs/method/05_data.ipynb #2c4ed4bd
 def _check_images(images: Tensor, targets: Tensor, name: str, num_classes: int | None = None):
-    "uint8 (N, C, H, W) images and int64 (N,) targets in [0, num_classes)."
+    "Raise TypeError or ValueError unless images are uint8 (N, C, H, W) and targets int64 (N,) in [0, num_classes)."
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
         got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(
-            f"{name} images must be a uint8 tensor (N, C, H, W), got {got}; floats in [0, 1] become bytes by (255 * x).round().byte()"
+            f"{name} images must be a uint8 tensor (N, C, H, W), got {got}; "
+            "floats in [0, 1] become bytes by (255 * x).round().byte()"
         )
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() != 1:
         got = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
@@ -45,7 +46,7 @@ def _check_images(images: Tensor, targets: Tensor, name: str, num_classes: int |
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    "A dataset in memory: images uint8 (N, C, H, W), targets int64 (N,), and what suits them."
+    "A dataset in memory, with the constants of its normalisation and the augmentation that suits it."
 
     name: str
     train_images: Tensor  # uint8 (N, C, H, W)
@@ -57,9 +58,7 @@ class Dataset:
     std: tuple[float, ...]  # by channel, of pixels in [0, 1]
     pad: int = 4  # random crop: how many pixels an image may move
     flip: bool = True  # whether a mirrored image is still of its class
-    evaluated_on: str = (
-        "test"  # what the test part holds: "test" images, or "validation" images held out of the training part
-    )
+    evaluated_on: str = "test"  # what the test part holds; "validation": images held out of the training part
 
     def __post_init__(self):
         for part in ("train", "test"):
@@ -71,12 +70,14 @@ class Dataset:
             )
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError(
-                f"{self.name}: training images are {tuple(self.train_images.shape[1:])}, test images {tuple(self.test_images.shape[1:])}; they must agree"
+                f"{self.name}: training images are {tuple(self.train_images.shape[1:])}, "
+                f"test images {tuple(self.test_images.shape[1:])}; they must agree"
             )
 
     def __repr__(self):
         shape = "x".join(map(str, self.shape))
-        return f"Dataset({self.name}: {len(self.train_images)} training and {len(self.test_images)} {self.evaluated_on} images of {shape} in {self.num_classes} classes)"
+        parts = f"{len(self.train_images)} training and {len(self.test_images)} {self.evaluated_on} images"
+        return f"Dataset({self.name}: {parts} of {shape} in {self.num_classes} classes)"
 
     @property
     def num_classes(self) -> int:
@@ -96,7 +97,7 @@ class Dataset:
         train: bool = True,  # training images, shuffled and augmented; or test (or validation) images in order
         **kwargs,  # device, seed, dtype, channels_last, pad, flip: see `Batches`
     ) -> Batches:
-        "Batches of this dataset, with its own normalisation and augmentation."
+        "Return batches of this dataset, with its own normalisation and augmentation."
         part = "train" if train else "test"
         return Batches(
             getattr(self, f"{part}_images"),
@@ -115,7 +116,9 @@ def balanced_slice(
     limit: int,  # how many to keep
     name: str = "limit",  # what to call it in an error
 ) -> Tensor:  # int64 (limit,): indices in rising order
-    "The first `limit` samples when the classes take turns: the same number of each class, up to one."
+    """Choose the first samples of each class, `limit` in all; the numbers of two classes differ by one at most.
+
+    Raises ValueError unless 1 <= limit <= N."""
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= len(targets):
         raise ValueError(
             f"{name} must be a whole number from 1 to {len(targets)}, the number of images there are; got {limit!r}"
@@ -127,6 +130,7 @@ def balanced_slice(
 
 
 def limited(data: Dataset, limit: int | None, test_limit: int | None) -> Dataset:
+    "Return the dataset with so many training and test images, by `balanced_slice`; None keeps all."
     if limit is not None:
         keep = balanced_slice(data.train_targets, limit, "limit")
         data = replace(data, train_images=data.train_images[keep], train_targets=data.train_targets[keep])
@@ -141,7 +145,10 @@ def validation_split(
     fraction: float,  # of each class, between 0 and 1
     seed: int = 0,  # of this choice only
 ) -> Tensor:  # bool (N,): the validation images
-    "Choose a class-balanced validation part: of each class in order, the first round(fraction * n) of a permutation of its n members."
+    """Choose a class-balanced validation part.
+
+    Of each class in order, these are the first round(fraction * n) of a random permutation of its n members. Raises
+    ValueError where a class would have no training or no validation images."""
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise ValueError(f"val_fraction must be a number between 0 and 1, got {fraction!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -162,7 +169,7 @@ def validation_split(
 
 
 def with_validation(data: Dataset, fraction: float, seed: int) -> Dataset:
-    "Validation images in the place of the test images, and the rest of the training images."
+    "Return the dataset with validation images in place of the test images, and the rest of the training images."
     chosen = validation_split(data.train_targets, fraction, seed)
     return replace(
         data,
@@ -177,7 +184,7 @@ def with_validation(data: Dataset, fraction: float, seed: int) -> Dataset:
 def channel_stats(
     images: Tensor,  # uint8 (N, C, H, W)
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean and standard deviation by channel, four decimals
-    "Mean and standard deviation of all pixels in [0, 1]. A channel that is constant gets the deviation 1."
+    "Compute mean and standard deviation of all pixels in [0, 1]. A channel that is constant gets the deviation 1."
     value = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for c in range(images.shape[1]):
@@ -190,26 +197,28 @@ def channel_stats(
 
 # %% ../../nbs/method/05_data.ipynb #2b3b0306
 def _check_normalisation(mean, std, channels: int, dtype: torch.dtype):
+    "Raise ValueError or TypeError for constants by which images cannot be normalised."
     if not (len(mean) == len(std) == channels) or not all(
         math.isfinite(m) and 0 < s < math.inf for m, s in zip(mean, std)
     ):
         raise ValueError(
-            f"mean and std must have a finite number for each of {channels} channel(s), std positive; got {tuple(mean)} and {tuple(std)}"
+            f"mean and std must have a finite number for each of {channels} channel(s), std positive; "
+            f"got {tuple(mean)} and {tuple(std)}"
         )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
 
 # %% ../../nbs/method/05_data.ipynb #94f8a111
 class _Draws(NamedTuple):
-    "The chance in one epoch, on the CPU: `order` int64 (N,), `offsets` int64 (2, N) in [0, 2 pad], `flips` bool (N,)."
+    "The random choices of an epoch, on the CPU."
 
-    order: Tensor
-    offsets: Tensor
-    flips: Tensor
+    order: Tensor  # int64 (N,): a permutation
+    offsets: Tensor  # int64 (2, N) in [0, 2 pad]
+    flips: Tensor  # bool (N,)
 
 
 def draw_epoch(n: int, pad: int, flip: bool, seed: int, epoch: int) -> _Draws:
-    "Depends on its arguments alone. Drawn on the CPU, so all devices see the same epochs."
+    "Draw the random choices of an epoch. They depend on the arguments alone, not on the device."
     g = torch.Generator().manual_seed(seed_of(seed, epoch))
     order = torch.randperm(n, generator=g)
     offsets = torch.randint(0, 2 * pad + 1, (2, n), generator=g)
@@ -222,7 +231,7 @@ def crop_flip(
     offsets: Tensor,  # int64 (2, B): top and left of each crop in the padded image, 0 to 2 pad
     flips: Tensor,  # bool (B,): whether the crop is mirrored, left to right
 ) -> Tensor:  # (B, C, H, W)
-    "Each image padded, cropped back to its size at its own place, and mirrored or not: one gather for the batch."
+    "Pad each image, crop it back to its size at its own offset, and mirror it or not: one gather for the batch."
     b, c, h, w = images.shape
     row, col = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
     rows = (offsets[0, :, None] + row) * (w + 2 * pad)  # (B, H)
@@ -289,7 +298,10 @@ def _plain(value):
 
 # %% ../../nbs/method/05_data.ipynb #f9b48083
 class Batches:
-    "A dataset on the device, in batches. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
+    """Batches of a dataset that lies on the device.
+
+    `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`. Raises TypeError or ValueError for
+    images, targets or settings that do not fit."""
 
     smallest = 4  # an incomplete last training batch of fewer images is left out
 
@@ -302,7 +314,7 @@ class Batches:
         std: tuple[float, ...],  # by channel, of pixels in [0, 1]
         device: str | torch.device = "cpu",
         train: bool = True,  # shuffled and augmented; else in order, all images, as they are
-        pad: int = 4,  # training: random crop after so many black pixels on each side
+        pad: int = 4,  # training: width of the black border on each side before the random crop
         flip: bool = True,  # training: mirror every second image, at random
         seed: int = 0,
         dtype: torch.dtype = torch.float32,  # of the images in a batch; normalisation is in float32
@@ -321,17 +333,17 @@ class Batches:
         self.dtype, self.memory_format = dtype, torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
-        "Batches in an epoch."
+        "Return the number of batches in an epoch."
         whole, rest = divmod(len(self.images), self.batch_size)
         return whole + (rest >= self.smallest if self.train else rest > 0)
 
     @property
     def samples(self) -> int:
-        "Images in an epoch, those left out not counted."
+        "The number of images in an epoch, those left out not counted."
         return min(len(self) * self.batch_size, len(self.images))
 
     def epoch(self, e: int = 0, start: int = 0) -> Iterator[Batch]:
-        "The batches of epoch `e`, from step `start` (0 to len(self)) on. All that chance decides in them depends on the seed and `e`."
+        "Iterate over the batches of epoch `e` from step `start` on. Random choices depend on the seed and `e` alone."
         check_epoch(e, start, len(self))
         return self._epoch(e, start)
 
@@ -351,7 +363,7 @@ class Batches:
             yield Batch(self.normalize(images), self.targets[order[now]], order[now])
 
     def normalize(self, images: Tensor) -> Tensor:
-        "From uint8 (B, C, H, W) to the same of `dtype`: as torchvision's ToTensor and Normalize, to the bit."
+        "Normalise uint8 (B, C, H, W) to the same of `dtype`: as torchvision's ToTensor and Normalize, to the bit."
         images = images.float().div_(255).sub_(self.mean).div_(self.std)
         return images.to(self.dtype).contiguous(memory_format=self.memory_format)
 

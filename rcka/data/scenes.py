@@ -49,14 +49,14 @@ CITYSCAPES = {  # label id: class, in the order of the train ids
     32: "motorcycle",
     33: "bicycle",
 }
-UNKNOWN = 254  # what no label file may hold
+UNKNOWN = 254  # the class of ids that no label file may hold
 
 
 def label_table(
     num_classes: int = 19,
     train_ids: bool = False,  # the file holds train ids already
 ):  # numpy uint8 (256,): the class of each byte, IGNORED, or UNKNOWN
-    "What the bytes of a label file mean."
+    "Return the classes that the bytes of a label file stand for."
     import numpy as np
 
     table = np.full(256, UNKNOWN, np.uint8)
@@ -74,11 +74,12 @@ def list_scenes(
     folder: Path,  # PATH
     part: str,  # "train" or "val"
 ) -> list[tuple[Path, Path]]:  # images and their masks
-    "The images of a part, by name. An image without a mask is an error that names it."
+    "List the images of a part with their masks, by name. Raises FileNotFoundError for a missing one, with its path."
     images = sorted((folder / "leftImg8bit" / part).glob("*/*_leftImg8bit.*"))
     if not images:
         raise FileNotFoundError(
-            f"no images {folder / 'leftImg8bit' / part}/CITY/NAME_leftImg8bit.png; expected the layout of Cityscapes, unpacked"
+            f"no images {folder / 'leftImg8bit' / part}/CITY/NAME_leftImg8bit.png; "
+            "expected the layout of Cityscapes, unpacked"
         )
     pairs, missing = [], []
     for image in images:
@@ -94,13 +95,14 @@ def list_scenes(
             missing.append(f"{stem}_gtFine_labelIds.png")
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(images)} images in {part} have no mask; the first that is missing is {missing[0]} (or labelTrainIds)"
+            f"{len(missing)} of {len(images)} images in {part} have no mask; "
+            f"the first that is missing is {missing[0]} (or labelTrainIds)"
         )
     return pairs
 
 
 def check_sizes(pairs: list[tuple[Path, Path]], size: tuple[int, int] | None = None) -> tuple[int, int]:
-    "(H, W) of all images and masks; an error names the first that differs."
+    "Return (H, W) of all images and masks. Raises ValueError, with the file, for one that differs or cannot be read."
     from PIL import Image
 
     for path in (p for pair in pairs for p in pair):
@@ -113,7 +115,8 @@ def check_sizes(pairs: list[tuple[Path, Path]], size: tuple[int, int] | None = N
             size = (height, width)
         elif size != (height, width):
             raise ValueError(
-                f"{path} has {height} x {width} pixels and those before it {size[0]} x {size[1]}: images and masks must have one size"
+                f"{path} has {height} x {width} pixels and those before it {size[0]} x {size[1]}: "
+                "images and masks must have one size"
             )
     return size
 
@@ -122,7 +125,7 @@ def read_scene(
     pair: tuple[Path, Path],  # image and mask
     num_classes: int = 19,
 ):  # numpy uint8 (H, W, 3) and (H, W): RGB, and classes with IGNORED
-    "Decode an image and its mask."
+    "Decode an image and its mask. Raises ValueError, with the file, for a broken one and for unknown label ids."
     import numpy as np
     from PIL import Image
 
@@ -138,9 +141,11 @@ def read_scene(
         raise ValueError(f"{mask} has the mode {mode}: a mask has one byte a pixel, the id of its label")
     classes = label_table(num_classes, mask.name.endswith("labelTrainIds.png"))[ids]
     if (classes == UNKNOWN).any():
-        strange = sorted(set(ids[classes == UNKNOWN].tolist()))
+        unknown = sorted(set(ids[classes == UNKNOWN].tolist()))
+        highest = num_classes - 1 if mask.name.endswith("labelTrainIds.png") else 33
         raise ValueError(
-            f"{mask} holds ids that are no labels: {', '.join(map(str, strange[:5]))}{' and more' if len(strange) > 5 else ''}; there are {'0 to ' + str(num_classes - 1) if mask.name.endswith('labelTrainIds.png') else '0 to 33'}, and 255"
+            f"{mask} holds ids that are no labels: {', '.join(map(str, unknown[:5]))}"
+            f"{' and more' if len(unknown) > 5 else ''}; labels are 0 to {highest}, and 255"
         )
     return rgb, classes
 
@@ -149,11 +154,11 @@ def window(
     images: Tensor,  # float (B, C, H, W)
     masks: Tensor,  # uint8 (B, H, W)
     scale: Tensor,  # (B,)
-    corner: Tensor,  # (2, B): top and left of each crop in the scaled image, as shares of the room there is
+    corner: Tensor,  # (2, B): top and left of each crop, from 0 to 1 over the offsets that fit into the scaled image
     flip: Tensor,  # bool (B,)
     crop: tuple[int, int],  # (h, w)
 ) -> tuple[Tensor, Tensor]:  # (B, C, h, w) and int64 (B, h, w)
-    "Crops of scaled images; zero and IGNORED outside of the image."
+    "Cut crops out of scaled images and masks; zero and IGNORED outside of the image."
     size, device = images.shape[-2:], images.device
     places = []  # (B, h) and (B, w): where the crop's rows and columns are, in pixels of the image, edges at 0 and H
     for axis, (n, full, where) in enumerate(zip(crop, size, corner)):
@@ -171,7 +176,7 @@ def window(
 
 # %% ../../nbs/method/05e_scenes.ipynb #0bdcaa9a
 class SceneReader:
-    "Bytes of images and masks, on the device."
+    "Reads images and masks as bytes onto the device, and keeps them there where they fit into `memory`."
 
     def __init__(
         self,
@@ -180,31 +185,25 @@ class SceneReader:
         device: str | torch.device,
         memory: float,  # GB that decoded images may take on the device
     ):
-        self.pairs, self.num_classes, self.device, self.size = (
-            pairs,
-            num_classes,
-            torch.device(device),
-            check_sizes(pairs[:1]),
-        )
-        self.held = (
-            self.decode(range(len(pairs))) if 4e-9 * len(pairs) * self.size[0] * self.size[1] <= memory else None
-        )
+        self.pairs, self.num_classes, self.device = pairs, num_classes, torch.device(device)
+        self.size = check_sizes(pairs[:1])
+        gigabytes = 4e-9 * len(pairs) * self.size[0] * self.size[1]  # three bytes a pixel of an image, one of a mask
+        self.held = self.decode(range(len(pairs))) if gigabytes <= memory else None
 
     def decode(self, index) -> tuple[Tensor, Tensor]:
-        "uint8 (n, 3, H, W) and (n, H, W)."
+        "Decode the images and masks of these indices: uint8 (n, 3, H, W) and (n, H, W)."
         import numpy as np
 
         if not len(index):
-            return tuple(
-                torch.empty(0, *dims, *self.size, dtype=torch.uint8, device=self.device) for dims in ((3,), ())
-            )  # of several processes, one without a part
+            images = torch.empty(0, 3, *self.size, dtype=torch.uint8, device=self.device)
+            return images, images[:, 0]  # of several processes, one has no rows of a small batch
         with ThreadPoolExecutor() as pool:
             found = list(pool.map(partial(read_scene, num_classes=self.num_classes), [self.pairs[i] for i in index]))
         images, masks = (torch.from_numpy(np.stack(part)).to(self.device, non_blocking=True) for part in zip(*found))
         return images.permute(0, 3, 1, 2), masks
 
     def read(self, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        "What each index names; the next one is decoded while this one is used."
+        "Iterate over the images and masks of each index; the next is decoded while one is used."
         if self.held is not None:
             yield from ((self.held[0][i], self.held[1][i]) for i in (index.to(self.device) for index in indices))
         elif indices:
@@ -218,7 +217,7 @@ class SceneReader:
 
 # %% ../../nbs/method/05e_scenes.ipynb #846c5891
 class SceneBatch(NamedTuple):
-    "A batch on the device."
+    "A batch of images and masks on the device."
 
     images: Tensor  # (B, 3, h, w) normalised
     targets: Tensor  # int64 (B, h, w): classes, and IGNORED
@@ -226,9 +225,12 @@ class SceneBatch(NamedTuple):
 
 
 class SceneBatches:
-    "Images and masks in batches. `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`."
+    """Batches of images and masks.
 
-    smallest = 2  # an incomplete last training batch of fewer images in each process is left out: batch normalisation of a vector needs two
+    `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`. Raises ValueError for settings that
+    do not fit, and for images or masks that cannot be read."""
+
+    smallest = 2  # a last training batch with fewer images for a process is left out: batch norm of a vector needs two
 
     def __init__(
         self,
@@ -255,48 +257,41 @@ class SceneBatches:
         each = self.smallest * world_size()
         if train and world_size() > 1 and min(batch_size, len(pairs)) < each:
             raise ValueError(
-                f"batch_size must be at least {each} for {world_size()} processes, and there must be as many images; got {batch_size} and {len(pairs)}"
+                f"batch_size must be at least {each} for {world_size()} processes, with as many images; "
+                f"got {batch_size} and {len(pairs)}"
             )
-        self.reader, self.num_classes, self.batch_size, self.train = (
-            SceneReader(pairs, num_classes, device, memory),
-            num_classes,
-            batch_size,
-            train,
-        )
+        self.reader = SceneReader(pairs, num_classes, device, memory)
+        self.num_classes, self.batch_size, self.train = num_classes, batch_size, train
         self.crop, self.scales, self.flip, self.seed = tuple(crop or self.reader.size), scales, flip, seed
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
 
     def __len__(self) -> int:
-        "Batches in an epoch."
+        "Return the number of batches in an epoch."
         whole, rest = divmod(len(self.reader.pairs), self.batch_size)
         return whole + (rest >= self.smallest * world_size() if self.train else rest > 0)
 
     @property
     def samples(self) -> int:
-        "Images in an epoch, those left out not counted."
+        "The number of images in an epoch, those left out not counted."
         return min(len(self) * self.batch_size, len(self.reader.pairs))
 
     def epoch(self, e: int = 0, start: int = 0) -> Iterator[SceneBatch]:
-        "The batches of epoch `e`, from step `start` on. Depends on the seed and `e` alone."
+        "Iterate over the batches of epoch `e` from step `start` on. Random choices depend on the seed and `e` alone."
         check_epoch(e, start, len(self))
         n, device = len(self.reader.pairs), self.reader.device
         g = torch.Generator().manual_seed(seed_of(self.seed, e))
         order = torch.randperm(n, generator=g) if self.train else torch.arange(n)
         scale, top, left, flip = torch.rand(4, n, generator=g)
-        chance = [
-            t.to(device)
-            for t in (
-                self.scales[0] + (self.scales[1] - self.scales[0]) * scale,
-                torch.stack([top, left]),
-                flip < (0.5 if self.flip else 0),
-            )
-        ]
+        scale = self.scales[0] + (self.scales[1] - self.scales[0]) * scale
+        draws = scale, torch.stack([top, left]), flip < (0.5 if self.flip else 0)
+        scale, corner, flip = (t.to(device) for t in draws)
         steps = [torch.arange(n)[k * self.batch_size : (k + 1) * self.batch_size] for k in range(start, len(self))]
-        own = [step[shard_rows(len(step), self.train)] for step in steps]  # a process decodes no more than it needs
+        own = [step[shard_rows(len(step), self.train)] for step in steps]  # a process decodes its shards alone
         for step, now, (images, masks) in zip(steps, own, self.reader.read([order[now] for now in own])):
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
             if self.train:
-                images, masks = window(images, masks, *(t[..., now.to(device)] for t in chance), self.crop)
+                here = now.to(device)
+                images, masks = window(images, masks, scale[here], corner[:, here], flip[here], self.crop)
             yield as_shard(SceneBatch(images, masks.long(), order[now].to(device)), len(step), self.train)
 
     def identity(self) -> dict:
@@ -309,7 +304,7 @@ class SceneBatches:
 # %% ../../nbs/method/05e_scenes.ipynb #f46c2563
 @dataclass(frozen=True, eq=False, repr=False)
 class Scenes:
-    "A folder in the layout of Cityscapes."
+    "A segmentation dataset: a folder in the layout of Cityscapes."
 
     name: str
     train: list[tuple[Path, Path]]  # images and masks
@@ -318,7 +313,8 @@ class Scenes:
     size: tuple[int, int]  # (H, W) of all of them
 
     def __repr__(self):
-        return f"Scenes({self.name}: {len(self.train)} training and {len(self.val)} validation images of {self.size[0]} x {self.size[1]} in {self.num_classes} classes)"
+        parts = f"{len(self.train)} training and {len(self.val)} validation images"
+        return f"Scenes({self.name}: {parts} of {self.size[0]} x {self.size[1]} in {self.num_classes} classes)"
 
     @property
     def num_classes(self) -> int:
@@ -327,7 +323,9 @@ class Scenes:
     def batches(
         self, batch_size: int | None = None, train: bool = True, part: str | None = None, **kwargs
     ) -> SceneBatches:
-        'Batches of `part` ("train" or "val"; None: by `train`). kwargs: device, seed, crop, scales, flip, memory of `SceneBatches`.'
+        """Return batches of `part` ("train" or "val"; None: by `train`).
+
+        Further arguments are those of `SceneBatches`: device, seed, crop, scales, flip, memory."""
         return SceneBatches(
             getattr(self, part or ("train" if train else "val")),
             self.num_classes,
@@ -341,30 +339,35 @@ def load_scenes(
     name: str = "cityscapes",  # "cityscapes", a folder of the data root; or "cityscapes:PATH"
     root: str | Path | None = None,  # the folder with the datasets; see `data_root`
 ) -> Scenes:
-    "A folder in the layout of Cityscapes. FileNotFoundError for a missing folder, image or mask, ValueError for sizes that differ; both name the file."
+    """Open a folder in the layout of Cityscapes.
+
+    Raises FileNotFoundError for a missing folder, image or mask, ValueError for sizes that differ."""
     kind, _, path = str(name).partition(":")
     if kind != "cityscapes":
         raise ValueError(nearest(str(name), ["cityscapes", "cityscapes:PATH"], "segmentation dataset"))
     folder = data_root(root) / (Path(path).expanduser() if path else "cityscapes")
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no folder {folder}; Cityscapes cannot be downloaded by a program: register at www.cityscapes-dataset.com, unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there, or give cityscapes:PATH"
+            f"no folder {folder}; Cityscapes cannot be downloaded by a program: register at "
+            "www.cityscapes-dataset.com, unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there, "
+            "or give cityscapes:PATH"
         )
     train, val = (list_scenes(folder, part) for part in ("train", "val"))
-    own = folder / "classes.txt"
-    classes = tuple(filter(None, own.read_text().splitlines())) if own.is_file() else tuple(CITYSCAPES.values())
-    wrong = [m for _, m in (*train, *val) if not m.name.endswith("labelTrainIds.png")] if own.is_file() else []
-    if wrong:
-        raise ValueError(
-            f"{own} names classes of one's own, for masks with train ids; but {wrong[0]} is not called labelTrainIds"
-        )
-    if not 2 <= len(classes) < UNKNOWN:
-        raise ValueError(f"{own} must name 2 to {UNKNOWN - 1} classes, one a line; it names {len(classes)}")
+    names, classes = folder / "classes.txt", tuple(CITYSCAPES.values())
+    if names.is_file():
+        classes = tuple(filter(None, names.read_text().splitlines()))
+        wrong = [m for _, m in (*train, *val) if not m.name.endswith("labelTrainIds.png")]
+        if wrong:
+            raise ValueError(
+                f"{names} names classes, which is for masks with train ids; but {wrong[0]} is not called labelTrainIds"
+            )
+        if not 2 <= len(classes) < UNKNOWN:
+            raise ValueError(f"{names} must name 2 to {UNKNOWN - 1} classes, one a line; it names {len(classes)}")
     return Scenes(str(name), train, val, classes, check_sizes([*train, *val]))
 
 # %% ../../nbs/method/05e_scenes.ipynb #5d2a9c71
 def draw_scenes(
-    folder: Path,  # made if it is not there; the layout is that of Cityscapes
+    folder: Path,  # made if missing; the layout is that of Cityscapes
     part: str,  # "train" or "val"
     n: int,  # number of scenes
     size: tuple[int, int] = (48, 80),  # (H, W) in pixels
@@ -395,20 +398,22 @@ def scenes_from_boxes(
     classes: list[str],  # names of categories; all others are "background"
     size: tuple[int, int] = (160, 208),  # (H, W) of the images and masks: resized to cover it, and cut to the middle
 ) -> Path:  # `out`
-    "Images with at least one box of these classes, and masks painted from their boxes, the largest first."
+    """Make a segmentation dataset of images with a box of these classes: masks are painted boxes, the largest first.
+
+    Raises ValueError for a class that is no category."""
     from PIL import Image, ImageDraw, ImageOps
 
     source, out = Path(source), Path(out)
     for part in ("train", "val"):
-        told = json.loads((source / "annotations" / f"instances_{part}2017.json").read_text())
-        names = {c["id"]: c["name"] for c in told["categories"]}
-        if strange := set(classes) - set(names.values()):
-            raise ValueError(nearest(sorted(strange)[0], names.values(), "category"))
+        content = json.loads((source / "annotations" / f"instances_{part}2017.json").read_text())
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        if unknown := set(classes) - set(names.values()):
+            raise ValueError(nearest(sorted(unknown)[0], names.values(), "category"))
         boxes = {}
-        for a in told["annotations"]:
+        for a in content["annotations"]:
             if names[a["category_id"]] in classes:
                 boxes.setdefault(a["image_id"], []).append((a["bbox"], 1 + classes.index(names[a["category_id"]])))
-        for image in told["images"]:
+        for image in content["images"]:
             if image["id"] not in boxes:
                 continue
             mask = Image.new("L", (image["width"], image["height"]))

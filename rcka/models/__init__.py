@@ -1,6 +1,6 @@
-"The networks on which the field compares distillation methods, by name. Written by hand; the modules are exported from nbs/method."
+"Networks by name, and their weights. Written by hand; the modules are exported from nbs/method."
 
-from . import mobile, resnet, vgg  # noqa: F401, they enter their networks into the registry
+from . import mobile, resnet, vgg  # noqa: F401, each registers its networks
 from .registry import (
     create_model,
     export_weights,

@@ -21,21 +21,23 @@ from torchvision.ops.poolers import initLevelMapper
 
 from ..core import FeaturePaths, nearest
 from ..features import Taps
+from .registry import load_checkpoint
 
 # %% auto #0
 __all__ = ['NORMS', 'DETECTORS', 'create_backbone', 'SameSize', 'create_detector', 'pick_classes', 'detector_paths', 'Trunk',
            'as_is', 'trunk_taps', 'class_logits']
 
 # %% ../../nbs/method/04e_detectors.ipynb #fd06909d
-NORMS = {
-    "frozen": FrozenBatchNorm2d,
-    "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(math.gcd(32, channels // 2), channels),
-}  # no group of a single channel: a map of one place would be constant in it
+def _group_norm(channels: int) -> nn.GroupNorm:
+    "Make a group norm without groups of a single channel: a map of one place would be constant in those."
+    return nn.GroupNorm(math.gcd(32, channels // 2), channels)
+
+
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": _group_norm}
 
 
 def _stages(body: nn.Module) -> dict[int, tuple[str, int]]:
-    "For each stride of a backbone the last module that works at it, and its channels: {4: ('layer1', 64), ...}."
+    "Find for each stride of a backbone the last module that works at it, and its channels: {4: ('layer1', 64), ...}."
     mode, found = body.training, {}
     x = torch.zeros(1, 3, 128, 128)
     with torch.no_grad():
@@ -49,7 +51,7 @@ def _stages(body: nn.Module) -> dict[int, tuple[str, int]]:
 
 
 def _freeze(body: nn.Module, stages: dict, trainable_layers: int):
-    "Only the last so many of the stages, the stem among them, are trained."
+    "Freeze all but the last `trainable_layers` of the stages, the stem among them, in place."
     steps = sorted(stages)
     for stride in steps[: max(0, len(steps) - trainable_layers)]:
         names = [name for name, _ in body.named_children()]
@@ -66,8 +68,6 @@ def _backbone_weights(net: nn.Module, weights, name: str):
     elif isinstance(weights, Mapping):
         state = weights
     else:
-        from rcka.models.registry import load_checkpoint
-
         load_checkpoint(net, weights)
         return
     head = ("fc.", "classifier.")
@@ -86,10 +86,11 @@ def create_backbone(
     channels: int = 256,  # of every map of the pyramid
     norm: str = "frozen",  # batch statistics "frozen" (for backbones that have learned) or not, "batch"; or "group"
     weights=None,  # of a classifier: a state dict, a file, or a name such as "IMAGENET1K_V1", which downloads
-    trainable_layers: int
-    | None = None,  # how many of stem and stages are trained, from the end; None: 3 with weights, else all 5
+    trainable_layers: int | None = None,  # number of stem and stages, from the end; None: 3 with weights, else all 5
 ) -> BackboneWithFPN:
-    "A backbone with a feature pyramid, from a network of torchvision by name."
+    """Make a backbone with a feature pyramid from a network of torchvision.
+
+    Raises ValueError for an unknown name or norm, strides at which it has no map, and weights that do not fit."""
     import torchvision.models as classifiers
 
     known = classifiers.list_models(module=classifiers)
@@ -117,12 +118,16 @@ def create_backbone(
 
 # %% ../../nbs/method/04e_detectors.ipynb #1671f72c
 def _in_float32(module, args, found):
-    "A head's answer, in mixed precision too: pixels are whole numbers up to 256 in bfloat16, and torchvision makes boxes in the type of the answer."
+    """Forward hook: give the output of a head in float32.
+
+    torchvision makes boxes in the dtype of the output, and bfloat16 has whole numbers up to 256 alone."""
     return found.float() if isinstance(found, Tensor) else type(found)(_in_float32(module, args, x) for x in found)
 
 
 def _fix_scales(pool: MultiScaleRoIAlign, strides: tuple[int, ...]):
-    "Tell the pooling of regions the scales of its maps. It would guess them from the first batch it sees: wrongly from small images, and anew in a run that is resumed."
+    """Set the scales of the maps of a RoI pooling, in place.
+
+    It would guess them from the first batch it sees: wrongly from small images, and anew in a run that is resumed."""
     pool.scales = [1 / s for s in strides]
     pool.map_levels = initLevelMapper(
         round(math.log2(strides[0])), round(math.log2(strides[-1])), pool.canonical_scale, pool.canonical_level
@@ -130,10 +135,8 @@ def _fix_scales(pool: MultiScaleRoIAlign, strides: tuple[int, ...]):
 
 
 def _load_detector(detector: nn.Module, weights, name: str):
-    "A file or a state dict; ValueError with the first keys that do not fit."
+    "Load a file or a state dict into a detector. Raises ValueError with the first keys that do not fit."
     if not isinstance(weights, Mapping):
-        from rcka.models.registry import load_checkpoint
-
         return load_checkpoint(detector, weights)
     try:
         detector.load_state_dict(weights)
@@ -142,7 +145,7 @@ def _load_detector(detector: nn.Module, weights, name: str):
 
 # %% ../../nbs/method/04e_detectors.ipynb #0d903700
 class SameSize(GeneralizedRCNNTransform):
-    "Normalise and pad; images keep their size, since the batches have resized them already."
+    "torchvision's transform without its resizing, which the batches have done: normalise and pad."
 
     def __init__(self):
         super().__init__(0, 0, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -166,10 +169,11 @@ def create_detector(
     head_convs: int = 4,  # FCOS: convolutions of each head
     **options,  # of torchvision's class: score_thresh, nms_thresh, box_score_thresh, ...
 ) -> nn.Module:
-    """A detector of torchvision on any backbone with a feature pyramid. Nothing is downloaded unless `backbone_weights` names something.
+    """Make a detector of torchvision on any backbone with a feature pyramid.
 
-    Labels are 1 to `num_classes`; 0 is the background. Images come as a list of float (3, H, W) in [0, 1] and are not resized.
-    Detections with scores above 0.05 count, in all three kinds."""
+    Labels are 1 to `num_classes`; 0 is the background. Images come as a list of float (3, H, W) in [0, 1] and are not
+    resized. Detections with scores above 0.05 count, in all three kinds. Nothing is downloaded unless
+    `backbone_weights` is a name. Raises ValueError for an unknown name and for weights that do not fit."""
     if name not in DETECTORS:
         raise ValueError(nearest(name, DETECTORS, "detector"))
     body = partial(
@@ -204,7 +208,9 @@ def pick_classes(
     state: Mapping[str, Tensor],  # weights of a detector that has a class for each id of a category
     categories,  # the ids there are, as `CocoData.categories`
 ) -> dict[str, Tensor]:  # the same with the classes 1 to K in their place, and the background
-    "Weights of a detector for the contiguous labels of `CocoData`, from one with a class for each category id."
+    """Take the weights of a detector with a class for each category id to the contiguous labels of `CocoData`.
+
+    Raises ValueError where a category has no class in the weights."""
     keep, out = torch.tensor([0, *categories]), dict(state)
     for key, rows in state.items():
         if "cls_logits" not in key and "box_predictor" not in key:
@@ -214,7 +220,8 @@ def pick_classes(
         classes = _number_of_classes(state, key)
         if classes <= keep.max():
             raise ValueError(
-                f"{key} has {classes} classes, and category {int(keep.max())} is wanted: these weights are not numbered by category ids"
+                f"{key} has {classes} classes, and category {int(keep.max())} is wanted: "
+                "these weights are not numbered by category ids"
             )
         out[key] = (
             rows.unflatten(0, (-1, classes))[:, keep].flatten(0, 1)
@@ -225,7 +232,7 @@ def pick_classes(
 
 
 def _number_of_classes(state: Mapping[str, Tensor], key: str) -> int:
-    "With the background, of the head that a tensor belongs to."
+    "Return the number of classes, with the background, of the head that a tensor belongs to."
     if "box_predictor" in key:
         return len(state[key.split("box_predictor")[0] + "box_predictor.cls_score.bias"])
     anchors = len(state[key.split("classification_head")[0] + "regression_head.bbox_reg.bias"]) // 4
@@ -233,14 +240,16 @@ def _number_of_classes(state: Mapping[str, Tensor], key: str) -> int:
 
 # %% ../../nbs/method/04e_detectors.ipynb #28c01749
 def detector_paths(detector: nn.Module) -> FeaturePaths:
-    "The levels of a detector's pyramid, fine to coarse, as `stages`, and its class head. ValueError where there is no pyramid."
+    """Return the levels of a detector's pyramid, fine to coarse, as `stages`, and its class head.
+
+    Raises ValueError where there is no pyramid, with what to give instead."""
     if isinstance(getattr(detector, "layers", None), FeaturePaths):
         return detector.layers
     names = {name for name, _ in detector.named_modules()}
     if "backbone.fpn" not in names or not hasattr(detector.backbone.fpn, "inner_blocks"):
         raise ValueError(
-            f"do not know the pyramid of a {type(detector).__name__}: give student_paths= and teacher_paths=, such as 'neck[0]', "
-            "with names from [name for name, _ in model.named_modules()]"
+            f"do not know the pyramid of a {type(detector).__name__}: give student_paths= and teacher_paths=, "
+            "such as 'neck[0]', with names from [name for name, _ in model.named_modules()]"
         )
     keys = [str(i) for i in range(len(detector.backbone.fpn.inner_blocks))]
     extra = detector.backbone.fpn.extra_blocks
@@ -250,7 +259,7 @@ def detector_paths(detector: nn.Module) -> FeaturePaths:
 
 # %% ../../nbs/method/04e_detectors.ipynb #feebfca9
 class Trunk(nn.Module):
-    "The backbone of a detector, with the paths of the detector: gives the maps of its pyramid."
+    "The backbone of a detector, under the module paths of the detector: list of images to the maps of its pyramid."
 
     def __init__(self, detector: nn.Module):
         super().__init__()
@@ -260,12 +269,13 @@ class Trunk(nn.Module):
         return self.backbone(self.transform(images)[0].tensors)
 
 
-def as_is(found):
-    return found
+def as_is(output):
+    "Return the output of a network unchanged: `Taps(..., logits=as_is)`."
+    return output
 
 
 def trunk_taps(detector: nn.Module, paths) -> Taps:
-    "Features of a detector at these paths, with as little of it run as they need."
+    "Make taps of a detector that run its backbone alone where all paths lie in it, else the whole detector."
     ours = isinstance(getattr(detector, "transform", None), GeneralizedRCNNTransform) and isinstance(
         getattr(detector, "backbone", None), nn.Module
     )
@@ -279,7 +289,7 @@ def class_logits(
     maps: Mapping[str, Tensor],  # of its pyramid
     proposals: tuple | None = None,  # of the student: boxes of each image, and the images' sizes; for Faster R-CNN
 ) -> Tensor:  # (B, anchors, classes), or (proposals, classes)
-    "The teacher's class logits, where the student has its own: at the same anchors, or on the student's proposals."
+    "Compute the teacher's class logits where the student has its own: at the same anchors, or on its proposals."
     if hasattr(teacher, "head"):
         return teacher.head.classification_head(list(maps.values()))
     pooled = teacher.roi_heads.box_roi_pool(maps, *proposals)

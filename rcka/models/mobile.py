@@ -15,7 +15,7 @@ __all__ = ['InvertedResidual', 'MobileNetV2', 'mobilenet_v2_half', 'Shuffle', 'S
 
 # %% ../../nbs/method/04d_mobile.ipynb #0ca4e9c0
 class InvertedResidual(nn.Module):
-    "Widen, filter, narrow: (n, c_in, h, w) to (n, c_out, h / stride, w / stride)."
+    "Block that widens, filters by channel and narrows: (n, c_in, h, w) to (n, c_out, h / stride, w / stride)."
 
     def __init__(self, c_in: int, c_out: int, stride: int, widen: int):
         super().__init__()
@@ -37,7 +37,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    "(n, in_channels, h, w) to (n, num_classes). Images of at least 16 x 16 pixels."
+    "MobileNetV2 (Sandler et al. 2018) for images of 16 x 16 or more: (n, in_channels, h, w) to (n, num_classes)."
 
     PLAN = [
         (1, 16, 1, 1),
@@ -80,12 +80,12 @@ class MobileNetV2(nn.Module):
 
 @network
 def mobilenet_v2_half(num_classes: int = 100, in_channels: int = 3) -> MobileNetV2:
-    "MobileNetV2 of half the width, for small images."
+    "Make MobileNetV2 of half the width, for small images."
     return MobileNetV2(0.5, num_classes, in_channels)
 
 # %% ../../nbs/method/04d_mobile.ipynb #5c9aa254
 class Shuffle(nn.Module):
-    "Deal the channels of `groups` groups out in turn: (n, c, h, w) to (n, c, h, w)."
+    "Interleave the channels of `groups` groups: (n, c, h, w) to (n, c, h, w)."
 
     def __init__(self, groups: int):
         super().__init__()
@@ -124,7 +124,7 @@ class ShuffleBlock(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
-    "(n, in_channels, h, w) to (n, num_classes). Images of at least 8 x 8 pixels."
+    "ShuffleNet (Zhang et al. 2018) for images of 8 x 8 or more: (n, in_channels, h, w) to (n, num_classes)."
 
     def __init__(
         self, widths: tuple[int, ...], counts: tuple[int, ...], groups: int, num_classes: int, in_channels: int
@@ -157,7 +157,7 @@ class ShuffleNetV1(nn.Module):
 
 @network
 def shufflenet_v1(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV1:
-    "ShuffleNet of width 1 with three groups, for small images."
+    "Make ShuffleNet of width 1 with three groups, for small images."
     return ShuffleNetV1((240, 480, 960), (4, 8, 4), 3, num_classes, in_channels)
 
 # %% ../../nbs/method/04d_mobile.ipynb #b19edb53
@@ -210,7 +210,7 @@ class HalvingBlock(nn.Module):
 
 # %% ../../nbs/method/04d_mobile.ipynb #d771a172
 class ShuffleNetV2(nn.Module):
-    "(n, in_channels, h, w) to (n, num_classes). Images of at least 8 x 8 pixels."
+    "ShuffleNetV2 (Ma et al. 2018) for images of 8 x 8 or more: (n, in_channels, h, w) to (n, num_classes)."
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class ShuffleNetV2(nn.Module):
 
 @network
 def shufflenet_v2(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV2:
-    "ShuffleNetV2 of width 1, for small images."
+    "Make ShuffleNetV2 of width 1, for small images."
     return ShuffleNetV2((116, 232, 464, 1024), (3, 7, 3), num_classes, in_channels)
 
 # %% ../../nbs/method/04d_mobile.ipynb #f539f5ed
@@ -265,7 +265,7 @@ class SeparableConv(nn.Sequential):
 
 
 class MobileNetV1(nn.Module):
-    "(n, in_channels, h, w) to (n, num_classes). Images of at least 32 x 32 pixels."
+    "MobileNetV1 (Howard et al. 2017) for images of 32 x 32 or more: (n, in_channels, h, w) to (n, num_classes)."
 
     PLAN = [
         (64, 1),
@@ -300,5 +300,5 @@ class MobileNetV1(nn.Module):
 
 @network
 def mobilenet_v1(num_classes: int = 1000, in_channels: int = 3) -> MobileNetV1:
-    "MobileNetV1 of full width, for images of ImageNet's size."
+    "Make MobileNetV1 of full width, for images of ImageNet's size."
     return MobileNetV1(num_classes, in_channels)

@@ -34,7 +34,7 @@ def check_images(
     channels: int,  # what the first convolution takes
     least: int,  # the total stride: a smaller image leaves less than one pixel at the end
 ):
-    "ValueError that says what would do, where a network cannot read `x`."
+    "Raise ValueError where a network cannot read the images `x`, with the shape that it can."
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(
             f"images must be (n, {channels}, height, width), got shape {tuple(x.shape)}; "
@@ -48,7 +48,9 @@ def check_images(
 
 
 def init_weights(model: nn.Module, linear_std: float | None = None):
-    "He et al. (2015) for convolutions, by fan-out; batch norms start as identity; `linear_std` for the classifier, else torch's default."
+    """Initialise convolutions as He et al. (2015, eq. 14), by fan-out, and batch norms as the identity, in place.
+
+    Linear layers get normal weights of deviation `linear_std` and zero biases; None leaves PyTorch's default."""
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -66,13 +68,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def network(f: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    "Decorator: `create_model` knows the function `f(num_classes, in_channels)` by its name."
+    "Register the function `f(num_classes, in_channels)` under its name, for `create_model`; a decorator."
     NETWORKS[f.__name__] = f
     return f
 
 
 def list_models() -> list[str]:
-    "Names of the networks of this package, as `create_model` takes them. Any `torchvision/NAME` and `timm/NAME` goes as well."
+    "List the names of this package's networks. `create_model` takes any `torchvision/NAME` and `timm/NAME` as well."
     return list(NETWORKS)
 
 # %% ../../nbs/method/04_models.ipynb #2e2301a3
@@ -80,12 +82,12 @@ def create_model(
     name: str,  # one of `list_models()`, "torchvision/NAME" or "timm/NAME"
     num_classes: int = 100,  # outputs of the classifier
     in_channels: int = 3,  # 1 for grey images
-    **options,  # weights="cifar100": trained ones, see `list_weights`; torchvision: weights="IMAGENET1K_V1"; timm: pretrained=True
+    **options,  # weights="cifar100", see `list_weights`; torchvision: weights="IMAGENET1K_V1"; timm: pretrained=True
 ) -> nn.Module:  # maps (n, in_channels, height, width) to (n, num_classes)
     """Create a network by name, with fresh weights unless `options` say otherwise.
 
-    ValueError for an unknown name (with the near ones), for weights that there are not (with those there are), and for weights whose
-    hash, classes or channels do not fit."""
+    Raises ValueError for an unknown name (with the near ones), for unknown weights (with the known ones), and for
+    weights whose hash, classes or channels do not fit."""
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
     if not isinstance(in_channels, int) or in_channels < 1:
@@ -118,7 +120,7 @@ def _torchvision(name: str, num_classes: int, in_channels: int, options: dict) -
 
 
 def _reads(model: nn.Module, in_channels: int) -> nn.Module:
-    "Replace the first convolution, which in every classifier of torchvision is the first module, by one for `in_channels`."
+    "Replace the first convolution, the first layer of all classifiers of torchvision, by one for `in_channels`."
     path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
     new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
     parent, _, last = path.rpartition(".")
@@ -141,7 +143,7 @@ ALIASES = [("fc", "linear"), ("linear", "fc"), ("downsample", "shortcut"), ("sho
 
 
 def _read(path: Path):
-    "Tensors and plain values from a file; never code."
+    "Read tensors and plain values from a file; code in it is never run."
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
@@ -161,7 +163,7 @@ def _read(path: Path):
 
 
 def _numpy_scalars() -> list:
-    "Many checkpoints hold an accuracy as a NumPy number, which is data, but which torch refuses unless told."
+    "Return the types of NumPy numbers. Many checkpoints hold an accuracy as one, which torch refuses by default."
     try:
         import numpy as np
     except ImportError:
@@ -190,7 +192,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _weights(content, path: Path) -> dict[str, Tensor]:
-    "The state dict in what a file held."
+    "Return the state dict in the content of a file."
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -203,22 +205,23 @@ def _weights(content, path: Path) -> dict[str, Tensor]:
 
 # %% ../../nbs/method/04_models.ipynb #02681250
 OPTION_A = (
-    "The file is of a residual network whose shortcuts have no parameters (option A of He et al. 2016: subsampled and padded with "
-    "zeros); this network has projections there (option B, 'downsample'). Take a checkpoint of a network with projections, or "
-    "load this one into the network that it was trained with: any nn.Module can be a teacher or a student"
+    "The file is of a residual network whose shortcuts have no parameters (option A of He et al. 2016: subsampled and "
+    "padded with zeros); this network has projections (option B, 'downsample'). Take a checkpoint of a network with "
+    "projections, or load this one into the network that it was trained with: any nn.Module can be teacher or student"
 )
 
 
-def _without_projections(own: Iterable[str], file: Iterable[str]) -> bool:
+def _without_projections(own: Iterable[str], file: Iterable[str]) -> bool:  # keys of the network and of the file
     "Whether the file has the weights of the residual blocks, but of none of their projections."
     block = re.compile(r"layer\d+\.\d+\.conv1\.weight$")
     projection = re.compile(r"layer\d+\.\d+\.(downsample|shortcut)\.")
-    has = lambda keys, what: any(what.search(key) for key in keys)
-    return has(own, projection) and has(file, block) and not has(file, projection)
+    expected = any(projection.search(key) for key in own)
+    blocks, projections = (any(what.search(key) for key in file) for what in (block, projection))
+    return expected and blocks and not projections
 
 
 def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
-    "Load `state` into `model`, all of it or nothing."
+    "Load `state` into `model`, all of it, or raise ValueError and change nothing."
     own, fitted, extra, differ = model.state_dict(), {}, [], []
     for key, value in state.items():
         bare = re.sub(r"^(module\.|_orig_mod\.)+", "", key) if aliases else key
@@ -250,10 +253,13 @@ def load_checkpoint(
     model: nn.Module,  # the network to fill
     path: str | os.PathLike,  # a .pth / .pt of torch.save, or .safetensors
 ) -> nn.Module:  # the same model
-    """Load weights in any layout in circulation: bare or under "model" / "state_dict" / "model_state_dict" / "net", with or without "module.",
-    `fc` or `linear`, `downsample` or `shortcut`. Code in the file is never run.
+    """Load weights in any layout of published checkpoints. Code in the file is never run.
 
-    ValueError, with the keys and shapes that do not fit, leaves the model as it was. `num_batches_tracked` may be missing."""
+    The weights are at the top or under "model", "state_dict", "model_state_dict" or "net"; keys with or without
+    "module."; `fc` or `linear`; `downsample` or `shortcut`. `num_batches_tracked` may be missing.
+
+    Raises ValueError, with the keys and shapes that do not fit, and leaves the model as it was; FileNotFoundError for a
+    missing file."""
     path = Path(path)
     _fit(unwrap(model), _weights(_read(path), path), path, ALIASES)
     return model
@@ -284,7 +290,9 @@ def load_weights(
     model: nn.Module,  # the network to fill
     path: str | os.PathLike,  # a file of `save_weights`
 ) -> nn.Module:  # the same model
-    "Read what `save_weights` wrote; names and shapes must agree. ValueError leaves the model as it was."
+    """Load the weights of a file that `save_weights` wrote.
+
+    Raises ValueError where names or shapes differ, and leaves the model as it was; FileNotFoundError without a file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -303,13 +311,13 @@ CARD = {  # what a card says
     "shape": "channels, height and width of an image",
     "mean": "by channel, of pixels in [0, 1]",
     "std": "by channel",
-    "method": "of distillation; none: trained alone",
+    "method": "of distillation; none: trained without a teacher",
     "teacher": "of the distillation, or null",
     "recipe": "all that was set",
     "source": "where the recipe is from",
     "seed": "of the initial weights and the order of the images",
     "evaluated_on": "test or validation images",
-    "top1": "in per cent: of the last epoch and the best (which was chosen on these images) by the log, and of this file in float32",
+    "top1": "in per cent: of the last and the best epoch (chosen on these images) by the log; of this file in float32",
     "log": "the epochs, a row each",
     "parameters": "their number",
     "dtype": "of the convolutions and the classifier in the file",
@@ -347,30 +355,33 @@ def _read_card(path: Path) -> PretrainedWeights:
 
 
 def _pretrained(name: str, weights: str, num_classes: int, in_channels: int) -> nn.Module:
-    "The network `name` with weights from the package, once all that the card says of them has been checked."
+    "Create the network `name` with weights of the package, after all that their card says has been checked."
     known = list_weights()
     found = next((w for w in known if (w.network, w.weights) == (name, weights)), None)
     if found is None:
-        there = ", ".join(f"{w.network} with {w.weights!r}" for w in known) or "none in this installation"
+        shipped = ", ".join(f"{w.network} with {w.weights!r}" for w in known) or "none in this installation"
         raise ValueError(
-            f"no weights {weights!r} of {name} come with the package; there are: {there}. Other files: load_checkpoint(create_model({name!r}), path)"
+            f"no weights {weights!r} of {name} come with the package; there are: {shipped}. "
+            f"Other files: load_checkpoint(create_model({name!r}), path)"
         )
     card = found.card
     if num_classes != card["classes"]:
         raise ValueError(
-            f"the weights {weights!r} of {name} are for the {card['classes']} classes of {card['dataset']}, not for {num_classes}: "
-            f"create_model({name!r}, num_classes={card['classes']}, weights={weights!r}); for other classes, replace its classifier after that"
+            f"the weights {weights!r} of {name} are for the {card['classes']} classes of {card['dataset']}, "
+            f"not for {num_classes}: create_model({name!r}, num_classes={card['classes']}, weights={weights!r}); "
+            "for other classes, replace its classifier after that"
         )
     if in_channels != card["shape"][0]:
         raise ValueError(
-            f"the weights {weights!r} of {name} are for images of {card['shape'][0]} channels, not {in_channels}: in_channels={card['shape'][0]}"
+            f"the weights {weights!r} of {name} are for images of {card['shape'][0]} channels, not {in_channels}: "
+            f"give in_channels={card['shape'][0]}"
         )
     if not found.file.is_file():
         raise FileNotFoundError(f"{found.file} is missing, though its card is there: install the package again")
     if (digest := _sha256(found.file)) != card["sha256"]:
         raise ValueError(
-            f"{found.file} is not the file that its card describes (SHA-256 {digest[:16]}..., the card says {card['sha256'][:16]}...): "
-            "it was damaged or changed; install the package again"
+            f"{found.file} is not the file that its card describes (SHA-256 {digest[:16]}..., the card says "
+            f"{card['sha256'][:16]}...): it was damaged or changed; install the package again"
         )
     return load_weights(NETWORKS[name](num_classes=num_classes, in_channels=in_channels), found.file)
 
@@ -394,10 +405,10 @@ def export_weights(
     licence: str = "Apache-2.0",
     folder: str | os.PathLike | None = None,  # None: the weights that ship with the package
 ) -> PretrainedWeights:
-    """Write the last weights of a finished run and their card, so that `create_model(network, weights=weights)` loads them.
+    """Write the last weights of a finished run and their card, for `create_model(network, weights=weights)`.
 
-    ValueError where the run is not finished or of another dataset, where the folder does not say what network, seed or recipe it is,
-    where the weights do not score what the log says, and where they are too large to ship."""
+    Raises ValueError where the run is not finished or of another dataset, where the folder does not tell the network,
+    seed or recipe, where the weights do not score what the log says, and where they are too large to ship."""
     run_folder, folder = Path(run_folder), Path(folder or WEIGHTS)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", weights):
         raise ValueError(f"weights must be a name of small letters, digits, - and _, got {weights!r}")
@@ -422,8 +433,8 @@ def export_weights(
     top1 = _top1(model, data)
     if abs(top1 - log[-1]["top1"]) > 0.5:
         raise ValueError(
-            f"{run_folder / 'last.safetensors'} scores {top1:.2f} % on the {data.evaluated_on} images of {data.name}, but the last epoch in its log "
-            f"{log[-1]['top1']:.2f} %: is data what the run was evaluated on?"
+            f"{run_folder / 'last.safetensors'} scores {top1:.2f} % on the {data.evaluated_on} images of {data.name}, "
+            f"but the last epoch in its log {log[-1]['top1']:.2f} %: is data what the run was evaluated on?"
         )
     _check_sum(folder, stem.name, len(content))
     best = max(log, key=lambda row: row["top1"])
@@ -464,19 +475,22 @@ def export_weights(
 
 # %% ../../nbs/method/04_models.ipynb #8d4a8f01
 def _read_log(path: Path) -> list[dict]:
-    "The epochs of a run's metrics.csv; numbers to six digits."
+    "Read the epochs of a run's metrics.csv; numbers to six digits."
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: is it the folder of a run that has begun to train?")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"epoch", "top1"} <= set(rows[0]):
         raise ValueError(f"{path} has no epochs with top1; weights that ship are those of classifiers")
-    number = lambda key, v: int(v) if key == "epoch" else float(f"{float(v):.6g}")
-    return [{key: number(key, v) for key, v in row.items() if v not in (None, "")} for row in rows]
+    log = []
+    for row in rows:
+        values = {key: float(f"{float(v):.6g}") for key, v in row.items() if v not in (None, "")}
+        log.append(values | {"epoch": int(row["epoch"])})
+    return log
 
 
 def _described(folder: Path) -> dict:
-    "What a run's folder says of it: from result.json, else from the trainer's newest checkpoint."
+    "Read what a run's folder tells of it: from result.json, else from its newest checkpoint."
     import rcka  # not while rcka itself is imported
 
     found = dict(dataset=None, network=None, method="none", teacher=None, seed=None, recipe={}, versions={})
@@ -497,18 +511,21 @@ def _described(folder: Path) -> dict:
 
 
 def _small(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], str]:
-    "The tensors in float32 where they fit into a file that ships, else with their matrices and kernels in float16."
-    size = lambda tensors: sum(
-        t.numel() * t.element_size() + 120 for t in tensors.values()
-    )  # 120: its entry in the header
-    if size(tensors) <= LARGEST:
+    "Return the tensors and their dtype: float32 if they fit into a file that ships, else float16 for all but vectors."
+    if _size_of(tensors) <= LARGEST:
         return tensors, "float32"
     half = {k: t.half() if t.is_floating_point() and t.dim() > 1 else t for k, t in tensors.items()}
-    if size(half) > LARGEST:
+    if _size_of(half) > LARGEST:
         raise ValueError(
-            f"{name} is too large to ship: {size(half) / 1e6:.1f} MB in float16, at most {LARGEST / 1e6:.0f} MB are allowed"
+            f"{name} is too large to ship: {_size_of(half) / 1e6:.1f} MB in float16, "
+            f"at most {LARGEST / 1e6:.0f} MB are allowed"
         )
     return half, "float16"
+
+
+def _size_of(tensors: dict[str, Tensor]) -> int:
+    "Return the bytes of a safetensors file, about: an entry in its header takes 120."
+    return sum(t.numel() * t.element_size() + 120 for t in tensors.values())
 
 
 def _check_sum(folder: Path, name: str, new: int):
@@ -516,14 +533,14 @@ def _check_sum(folder: Path, name: str, new: int):
     total = new + sum(p.stat().st_size for p in others)
     if total > LARGEST_SUM:
         raise ValueError(
-            f"with {name} the weights in {folder} would be {total / 1e6:.1f} MB, at most {LARGEST_SUM / 1e6:.0f} MB may ship; "
-            f"there are {', '.join(p.stem for p in others)}"
+            f"with {name} the weights in {folder} would be {total / 1e6:.1f} MB, at most {LARGEST_SUM / 1e6:.0f} MB "
+            f"may ship; others are {', '.join(p.stem for p in others)}"
         )
 
 
 @torch.no_grad()
 def _top1(model: nn.Module, data) -> float:
-    "In per cent, of the test (or validation) images."
+    "Return the top-1 accuracy in per cent, on the test (or validation) images."
     model.eval()
     batches = data.batches(train=False).epoch()
     right = sum((model(images).argmax(1) == targets).sum().item() for images, targets, _ in batches)
@@ -531,7 +548,7 @@ def _top1(model: nn.Module, data) -> float:
 
 
 def _write_card(card: dict, path: Path):
-    "As JSON, an entry a line and an epoch of the log a line, in one step."
+    "Write a card as JSON, atomically: an entry a line, and an epoch of the log a line."
     rows = ",\n  ".join(json.dumps(row) for row in card["log"])
     entries = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in card.items() if k != "log"]
     entries.append(f'"log": [\n  {rows}\n ]')

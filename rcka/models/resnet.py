@@ -15,14 +15,14 @@ __all__ = ['resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56'
 
 # %% ../../nbs/method/04b_resnets.ipynb #a8181d30
 def _projection(c_in: int, c_out: int, stride: int) -> nn.Module:
-    "The identity where shapes agree, else a 1x1 convolution."
+    "Return the identity where shapes agree, else a 1x1 convolution with a batch norm."
     if stride == 1 and c_in == c_out:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
 
 class BasicBlock(nn.Module):
-    "Two 3x3 convolutions: (n, c_in, h, w) to (n, width, h / stride, w / stride)."
+    "Residual block of two 3x3 convolutions: (n, c_in, h, w) to (n, width, h / stride, w / stride)."
 
     expansion, end = 1, "relu2"
 
@@ -42,7 +42,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    "1x1, 3x3, 1x1 convolutions: (n, c_in, h, w) to (n, 4 width, h / stride, w / stride)."
+    "Residual block of 1x1, 3x3, 1x1 convolutions: (n, c_in, h, w) to (n, 4 width, h / stride, w / stride)."
 
     expansion, end = 4, "relu3"
 
@@ -66,7 +66,9 @@ class Bottleneck(nn.Module):
 
 # %% ../../nbs/method/04b_resnets.ipynb #c1d8b230
 class ResNet(nn.Module):
-    "(n, in_channels, h, w) to (n, num_classes). Images of at least 2 ** (stages - 1) pixels a side."
+    """ResNet for small images (He et al. 2016, section 4.2): (n, in_channels, h, w) to (n, num_classes).
+
+    Raises ValueError for images of fewer than 2 ** (stages - 1) pixels a side."""
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class ResNet(nn.Module):
 
 
 def _cifar(depth: int, widths=(16, 16, 32, 64)):
-    "Three stages of basic blocks, depth 6 n + 2 (He et al. 2016, section 4.2)."
+    "Register a ResNet of three stages of basic blocks, depth 6 n + 2 (He et al. 2016, section 4.2)."
 
     def make(num_classes: int = 100, in_channels: int = 3) -> ResNet:
         return ResNet(BasicBlock, ((depth - 2) // 6,) * 3, widths, num_classes, in_channels)
@@ -120,18 +122,18 @@ resnet8x4, resnet32x4 = (_cifar(depth, (32, 64, 128, 256)) for depth in (8, 32))
 
 @network
 def resnet18(num_classes: int = 100, in_channels: int = 3) -> ResNet:
-    "ImageNet's ResNet-18 with the stem for small images: 3x3, no stride, no pooling."
+    "Make ImageNet's ResNet-18 with the stem for small images: 3x3, no stride, no pooling."
     return ResNet(BasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512), num_classes, in_channels)
 
 
 @network
 def resnet50(num_classes: int = 100, in_channels: int = 3) -> ResNet:
-    "ImageNet's ResNet-50 with the stem for small images: 3x3, no stride, no pooling."
+    "Make ImageNet's ResNet-50 with the stem for small images: 3x3, no stride, no pooling."
     return ResNet(Bottleneck, (3, 4, 6, 3), (64, 64, 128, 256, 512), num_classes, in_channels)
 
 # %% ../../nbs/method/04b_resnets.ipynb #a5e54c23
 class WideBlock(nn.Module):
-    "Two 3x3 convolutions, each after its batch norm and activation: (n, c_in, h, w) to (n, width, h / stride, w / stride)."
+    "Two 3x3 convolutions, each after batch norm and ReLU: (n, c_in, h, w) to (n, width, h / stride, w / stride)."
 
     def __init__(self, c_in: int, width: int, stride: int = 1):
         super().__init__()
@@ -150,7 +152,7 @@ class WideBlock(nn.Module):
 
 
 class WideStage(nn.Module):
-    "Blocks in a row, under the name `layer` that checkpoints have."
+    "Wide blocks in sequence, under the name `layer` that checkpoints have."
 
     def __init__(self, count: int, c_in: int, width: int, stride: int):
         super().__init__()
@@ -161,7 +163,9 @@ class WideStage(nn.Module):
 
 # %% ../../nbs/method/04b_resnets.ipynb #e3452c7b
 class WideResNet(nn.Module):
-    "(n, in_channels, h, w) to (n, num_classes). Images of at least 4 x 4 pixels."
+    """Wide ResNet (Zagoruyko and Komodakis 2016): (n, in_channels, h, w) to (n, num_classes).
+
+    Raises ValueError for images smaller than 4 x 4."""
 
     def __init__(
         self,

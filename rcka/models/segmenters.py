@@ -15,7 +15,9 @@ __all__ = ['ARCHITECTURES', 'dilate', 'PyramidHead', 'create_segmenter', 'segmen
 
 # %% ../../nbs/method/04f_segmenters.ipynb #c84c74aa
 def dilate(resnet: nn.Module) -> nn.Module:
-    "In place: output stride 8 instead of 32. The first block of a stage keeps the dilation of the stage before it, as in torchvision."
+    """Change a residual network in place to an output stride of 8 instead of 32, and return it.
+
+    The first block of a stage keeps the dilation of the stage before it, as in torchvision."""
     for stage, before, after in ((resnet.layer3, 1, 2), (resnet.layer4, 2, 4)):
         for i, block in enumerate(stage):
             convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
@@ -28,14 +30,18 @@ def dilate(resnet: nn.Module) -> nn.Module:
 
 
 class PyramidHead(nn.Module):
-    "The pyramid pooling head of PSPNet: (n, c, h, w) to (n, num_classes, h, w). Batch normalisation of a pooled map needs two images."
+    """The pyramid pooling head of PSPNet (Zhao et al. 2017, Fig. 3): (n, c, h, w) to (n, num_classes, h, w).
+
+    Training needs two images: the batch norm of a map that is pooled to one place sees one value an image."""
 
     def __init__(self, c: int, num_classes: int, sizes=(1, 2, 3, 6)):
         super().__init__()
         width = c // 4
-        conv = lambda a, k: nn.Sequential(
-            nn.Conv2d(a, width, k, padding=k // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
+
+        def conv(c_in: int, kernel: int) -> nn.Module:
+            convolution = nn.Conv2d(c_in, width, kernel, padding=kernel // 2, bias=False)
+            return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
+
         self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), conv(c, 1)) for size in sizes)
         self.fuse = nn.Sequential(conv(c + len(sizes) * width, 3), nn.Dropout2d(0.1), nn.Conv2d(width, num_classes, 1))
 
@@ -49,11 +55,13 @@ ARCHITECTURES = ("pspnet", "deeplabv3", "fcn", "lraspp")
 
 def create_segmenter(
     architecture: str,  # one of ARCHITECTURES
-    backbone: str,  # "resnet18" or any other residual network of torchvision; for lraspp and deeplabv3 also "mobilenet_v3_large"
+    backbone: str,  # a residual network of torchvision; for lraspp and deeplabv3 also "mobilenet_v3_large"
     num_classes: int = 19,
     weights_backbone: str | None = None,  # ImageNet weights of torchvision by name, "IMAGENET1K_V1"
 ) -> nn.Module:  # maps (n, 3, H, W) to a dict with "out" (n, num_classes, H, W)
-    "A segmentation network with fresh weights, but for those of the backbone if asked for. Its `layers` name the backbone's stages and the decode head."
+    """Make a segmentation network with fresh weights, but for those of the backbone if `weights_backbone` names some.
+
+    Its `layers` name the backbone's stages and the decode head. Raises ValueError for an unknown name."""
     from torchvision import models
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.models.segmentation import FCN, DeepLabV3, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large
@@ -85,7 +93,9 @@ def create_segmenter(
 
 # %% ../../nbs/method/04f_segmenters.ipynb #3f00ad0c
 def segmenter_paths(model: nn.Module) -> FeaturePaths:
-    "Stages and decode head of a segmentation network of torchvision, or of one that says so itself by `model.layers`."
+    """Return the stages and the decode head of a segmentation network.
+
+    Raises ValueError for a network that is not torchvision's and has no `model.layers`."""
     names = [name for name, _ in model.named_modules()]
     if "backbone.layer4" in names and "classifier" in names:
         return FeaturePaths(

@@ -13,7 +13,9 @@ __all__ = ['vgg8', 'vgg11', 'vgg13', 'vgg16', 'vgg19', 'VGG']
 
 # %% ../../nbs/method/04c_vgg.ipynb #31c7faaa
 class VGG(nn.Module):
-    "(n, in_channels, h, w) to (n, num_classes). Images of at least 8 x 8 pixels."
+    """VGG (Simonyan and Zisserman 2015) with batch norm: (n, in_channels, h, w) to (n, num_classes).
+
+    Raises ValueError for images smaller than 8 x 8."""
 
     def __init__(
         self,

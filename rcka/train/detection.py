@@ -35,7 +35,7 @@ def as_detections(
     found: dict,  # boxes (m, 4) in the pixels of the image as the network saw it, labels (m,), scores (m,)
     size: tuple[int, int],  # (width, height) of the image as the network saw it
 ) -> list[dict]:  # in the layout of COCO's result files, boxes in the original's pixels
-    "What a network found in an image."
+    "Return the detections of an image as COCO's result files have them."
     width, height = data.sizes[i]
     boxes = found["boxes"].detach().double().cpu() * torch.tensor(
         [width / size[0], height / size[1]] * 2, dtype=torch.float64
@@ -48,7 +48,7 @@ def as_detections(
 
 
 def ground_truth(data: CocoData) -> dict:
-    "The content of an annotation file of these images."
+    "Return the content of an annotation file of these images."
     images = [
         {"id": i, "file_name": f, "width": w, "height": h} for i, f, (w, h) in zip(data.ids, data.files, data.sizes)
     ]
@@ -60,7 +60,7 @@ def ground_truth(data: CocoData) -> dict:
     return {
         "info": {},
         "images": images,
-        "annotations": [a | {"id": k} for k, a in enumerate(own, 1)],  # ids of its own: 0 means "no match" to the tools
+        "annotations": [a | {"id": k} for k, a in enumerate(own, 1)],  # new ids: 0 means "no match" to the tools
         "categories": [{"id": c, "name": n} for c, n in zip(data.categories, data.classes)],
     }
 
@@ -69,7 +69,9 @@ def coco_metrics(
     data: CocoData,
     detections: list[dict],  # of `as_detections`, of all images
 ) -> dict[str, float]:  # the twelve numbers, in per cent; -1 where there are no such objects
-    "Average precision and recall as COCO's evaluation has them."
+    """Compute average precision and recall as COCO's evaluation does.
+
+    Raises ValueError for a detection of an unknown image, and for numbers that are not finite."""
     with optional_import():
         from faster_coco_eval import COCO, COCOeval_faster
     known = set(data.ids)
@@ -92,14 +94,14 @@ def coco_metrics(
 
 
 def _nothing_found(truth: dict) -> dict[str, float]:
-    "0, or -1 for a size of which there is nothing to be found."
+    "Return the numbers for no detections: 0, or -1 for sizes without objects."
     areas = [a["area"] for a in truth["annotations"] if not a["iscrowd"]]
-    there = {
+    present = {
         "s": any(a <= 32**2 for a in areas),
         "m": any(32**2 <= a <= 96**2 for a in areas),
         "l": any(a >= 96**2 for a in areas),
     }
-    return {name: 0.0 if there.get(name[-1], True) else -1.0 for name in METRICS}
+    return {name: 0.0 if present.get(name[-1], True) else -1.0 for name in METRICS}
 
 # %% ../../nbs/method/06f_detection.ipynb #fbc80f4e
 def gather_lists(items: list) -> list:
@@ -112,7 +114,7 @@ def gather_lists(items: list) -> list:
 
 # %% ../../nbs/method/06f_detection.ipynb #45d0520c
 def input_size(detector: nn.Module, images: list[Tensor]) -> tuple[int, int]:
-    "Height and width of the batch that the network sees, padding included."
+    "Return height and width of the batch that the network sees, padding included."
     step = getattr(getattr(detector, "transform", None), "size_divisible", 1)
     return tuple(step * math.ceil(max(x.shape[d] for x in images) / step) for d in (1, 2))
 
@@ -122,9 +124,9 @@ def detect(
     detector: nn.Module,
     batches,  # CocoBatches with train=False
     precision: str = "fp32",
-    before=lambda: None,  # called before each batch
+    before=lambda: None,  # is called before each batch
 ) -> list[dict]:  # in the layout of COCO's result files, boxes in the originals' pixels
-    "What a detector finds in all images; several processes share the work. Its mode is put back afterwards."
+    "Detect objects in all images; several processes share the work. The mode of the detector is restored."
     mode, own, world, found = detector.training, rank(), world_size(), []
     detector.eval()
     for batch in batches.epoch(0):
@@ -175,40 +177,46 @@ class DetectionDistiller:
         theirs = list(self.teacher_taps.paths)
         if len(theirs) != len(paths):
             raise ValueError(
-                f"a method compares feature maps in pairs, but the student gives {len(paths)} {paths} and the teacher {len(theirs)} {theirs}"
+                f"a method compares feature maps in pairs, but the student gives {len(paths)} {paths} "
+                f"and the teacher {len(theirs)} {theirs}"
             )
         if self.logits:
             self._check_heads()
 
     def _paths(self, detector, paths) -> list[str]:
+        "Return the paths of the features: those given, or those that the method wants of the pyramid."
         if paths is None:
             return self.method.wants(detector_paths(detector)) if self.method.wants(ANY_LEVELS) else []
         self.method.wants(ANY_LEVELS)
         return list(paths)
 
     def _check_heads(self):
+        "Raise ValueError where the class logits of the two detectors cannot be compared."
         name, ours, theirs = self.method.name, *(detector_paths(d).head for d in (self.student, self.teacher))
         if not ours or ours != theirs:
             raise ValueError(
-                f"method {name!r} compares class logits, and the two detectors must be of one kind: the student has them at {ours or 'no known place'}, the teacher at {theirs or 'no known place'}"
+                f"method {name!r} compares class logits, and the two detectors must be of one kind: the student has "
+                f"them at {ours or 'no known place'}, the teacher at {theirs or 'no known place'}"
             )
         if not isinstance(self.teacher_taps.model, Trunk):
             raise ValueError(
-                f"method {name!r} compares class logits, which is for torchvision's detectors; for others choose one that compares features"
+                f"method {name!r} compares class logits, which is for torchvision's detectors; "
+                "for others choose one that compares features"
             )
         if "roi_heads" in ours:
             self.student.roi_heads.box_roi_pool.register_forward_pre_hook(self._note)
 
     def _note(self, module, args):
+        "Store the proposals of the student; a forward pre-hook of its RoI pooling."
         self.proposals = args[1:]
 
     def teach(self, images: list[Tensor]) -> Outputs:
-        "The teacher's maps: all of them in place of logits, and those that are compared."
+        "Run the teacher: return all maps of its pyramid in place of logits, and those that are compared."
         with torch.no_grad():
             return self.teacher_taps(images)
 
     def teacher_logits(self, maps: Mapping[str, Tensor], ours: Tensor) -> Tensor:
-        "The teacher's class logits, where the student has its own; of the same shape."
+        "Compute the teacher's class logits where the student has its own. Raises ValueError for another shape."
         with torch.no_grad():
             theirs = class_logits(self.teacher, maps, self.proposals)
         self.proposals = None
@@ -220,7 +228,7 @@ class DetectionDistiller:
         )
 
     def prepare(self, train):
-        "Show the method one batch, so that it can make its connectors."
+        "Build the method's connectors from the features of one batch."
         if not self.levels:
             return
         mode, images = self.student.training, first_shard(train).images[:2]
@@ -231,10 +239,11 @@ class DetectionDistiller:
         self.method.to(images[0].device)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "The student's losses and the method's weighted terms. `teacher`: what `teach` gives, if it is there already."
+        "Compute the student's losses and the method's weighted terms. `teacher`: the output of `teach`, if known."
         if relations == "global" and world_size() > 1:
             raise ValueError(
-                "relations='global' is not for detectors, whose batches differ in size from process to process; relations='device' compares within each"
+                "relations='global' is not for detectors, whose batches differ in size from process to process; "
+                "relations='device' compares within each"
             )
         if self.teacher is not None and teacher is None:
             teacher = self.teach(batch.images)
@@ -258,7 +267,7 @@ class DetectionDistiller:
 
     @torch.no_grad()
     def similarities(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, Tensor]]:
-        "Centred intra-PCKA of each level, for the history: {'level0': (sum, number), ...}."
+        "Compute the centred intra-PCKA of each level, for the history: {'level0': (sum, number), ...}."
         pairs = (
             self.method.maps(student, teacher)
             if hasattr(self.method, "maps")
@@ -268,5 +277,5 @@ class DetectionDistiller:
         return {f"level{i}": (x, torch.ones_like(x)) for i, x in enumerate(found)}
 
     def evaluate(self, batches, precision: str = "fp32", before=lambda: None) -> dict[str, float]:
-        "The twelve numbers of COCO's evaluation, in per cent."
+        "Compute the twelve numbers of COCO's evaluation, in per cent."
         return coco_metrics(batches.data, detect(self.student, batches, precision, before))

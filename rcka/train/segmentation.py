@@ -25,17 +25,17 @@ def confusion(
     target: Tensor,  # int64 (B, H, W): classes, and IGNORED
     num_classes: int,
 ) -> Tensor:  # int64 (num_classes, num_classes): pixels of the class of the row that were given the class of the column
-    "torchmetrics' confusion matrix of the pixels that count."
+    "Compute torchmetrics' confusion matrix of the pixels that are not ignored."
     with optional_import():
         from torchmetrics.functional.classification import multiclass_confusion_matrix
-    with determinism(
-        False, search=False
-    ):  # whole numbers add up to the same in any order; in deterministic mode torchmetrics would take a table of pixels by classes squared
+    # whole numbers add up to the same in any order, but in deterministic mode torchmetrics would
+    # make a table of pixels by classes squared
+    with determinism(False, search=False):
         return multiclass_confusion_matrix(answer, target, num_classes, ignore_index=IGNORED, validate_args=False)
 
 
 def iou(counts: Tensor) -> Tensor:
-    "Intersection over union by class (num_classes,), float64, from a confusion matrix; NaN for a class that appears nowhere."
+    "Compute intersection over union by class, float64 (num_classes,), from confusion counts; NaN for an absent class."
     both = counts.diagonal().double()
     return both / (counts.sum(0) + counts.sum(1) - both)
 
@@ -47,7 +47,9 @@ def evaluate_segmentation(
     precision: str = "fp32",
     before=lambda: None,  # called before each batch
 ) -> dict[str, float]:
-    "miou and accuracy by pixel, in per cent. The network's mode is put back afterwards."
+    """Compute mean intersection over union (miou) and accuracy by pixel, in per cent.
+
+    The mode of the network is restored. Raises ValueError where all pixels are ignored."""
     mode, own, world = model.training, rank(), world_size()
     counts = torch.zeros(
         batches.num_classes, batches.num_classes, dtype=torch.int64, device=next(model.parameters()).device
@@ -75,32 +77,30 @@ def pixel_ce(
     logits: Tensor,  # (B, P, H, W)
     target: Tensor,  # int64 (B, H, W): classes, and IGNORED
 ) -> Tensor:  # scalar
-    "Cross-entropy, mean over the pixels that count; 0 where none does."
-    rows = (
-        logits.float().movedim(1, -1).flatten(0, -2)
-    )  # for rows there is a deterministic kernel on a GPU, for maps none
-    return F.cross_entropy(rows, target.flatten(), ignore_index=IGNORED, reduction="sum") / (
-        target != IGNORED
-    ).sum().clamp_min(1)
+    "Compute the mean cross-entropy over the pixels that are not ignored; 0 where all are."
+    rows = logits.float().movedim(1, -1).flatten(0, -2)  # CUDA has a deterministic kernel for rows, none for maps
+    total = F.cross_entropy(rows, target.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (target != IGNORED).sum().clamp_min(1)
 
 # %% ../../nbs/method/06g_segmentation.ipynb #96eca9d7
 class SegmentationDistiller(Distiller):
-    "A segmentation student, perhaps a teacher, and the method between them."
+    "Train a segmentation network, perhaps from a teacher, by a method between them: a task for `Trainer`."
 
     score = "miou"
 
     def _paths(self, model, paths):
-        "Features of the method, and last the decode head, which gives the logits that are compared."
+        "Return the paths of the method's features, and last that of the decode head, whose logits are compared."
         layers = segmenter_paths(model)
         if not layers.head:
             raise ValueError(
-                f"model.layers of {type(model).__name__} must name the decode head: FeaturePaths(stages=(...), head='classifier')"
+                f"model.layers of {type(model).__name__} must name the decode head: "
+                "FeaturePaths(stages=(...), head='classifier')"
             )
         wanted = self.method.wants(layers)
         return [*(wanted if paths is None else paths), layers.head]
 
     def prepare(self, train):
-        "Before the optimiser is made: the method sees one batch, to make its connectors."
+        "Build the method's connectors from the features of one batch."
         if self.teacher is None:
             return
         batch, mode = first_shard(train), self.student.training
@@ -112,21 +112,24 @@ class SegmentationDistiller(Distiller):
         self.method.to(batch.images.device)
 
     def _decoded(self, student: Outputs, teacher: Outputs | None):
-        "What the method compares: logits (B, P, h, w) of the decode heads, at the student's size, and the features."
+        """Return what the method compares: logits (B, P, h, w) of the decode heads, at the student's size; features.
+
+        Raises ValueError where the numbers of classes differ."""
         student, teacher = (o and Outputs(o.features[-1], o.features[:-1]) for o in (student, teacher))
         if teacher is None:
             return student, None
         s, t = student.logits, teacher.logits
         if s.shape[1] != t.shape[1]:
             raise ValueError(
-                f"teacher and student must know the same classes: the teacher's decode head gives {t.shape[1]}, the student's {s.shape[1]}"
+                f"teacher and student must know the same classes: the teacher's decode head gives {t.shape[1]}, "
+                f"the student's {s.shape[1]}"
             )
         if s.shape != t.shape:
             t = F.interpolate(t.float(), s.shape[-2:], mode="bilinear", align_corners=False)
         return student, teacher._replace(logits=t)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "The terms, and how many pixels the student got right. On several devices the cross-entropy is each process's own."
+        "Compute the weighted terms, and count the pixels that are right. Each process has its own cross-entropy."
         if self.teacher is not None and teacher is None:
             with torch.no_grad():
                 teacher = self.teacher_taps(batch.images)
@@ -144,4 +147,5 @@ class SegmentationDistiller(Distiller):
         )
 
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
+        "Compute miou and accuracy of the student, in per cent."
         return evaluate_segmentation(self.student, batches, precision, before)
