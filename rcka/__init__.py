@@ -1,7 +1,8 @@
 """Knowledge distillation by centred kernel alignment.
 
-Losses for a loop of your own: `fcka`, `lcka`, `pcka`; as methods: `RCKA`, `PCKA`, `create_method`; features of any network: `Taps`.
-These need torch and torchvision alone. The trainer (`rcka.train`, `rcka.experiments`) and the command `rcka` need more: see `EXTRAS`."""
+Losses for a loop of your own: `fcka`, `lcka`, `pcka`; as methods: `RCKA`, `PCKA`, `create_method`; features of any
+network: `Taps`. These need torch and torchvision alone. The trainer (`rcka.train`, `rcka.experiments`) and the command
+`rcka` need more: see `EXTRAS`."""
 
 __version__ = "0.1.0"
 
@@ -22,7 +23,10 @@ if TYPE_CHECKING:  # at run time each name is imported when it is first asked fo
 
 _HOMES = {  # the public names, by the module that has them
     "core": ("FeaturePaths", "Outputs"),
-    "methods": ("FCKA", "LCKA", "PCKA", "RCKA", "Method", "create_method", "fcka", "lcka", "list_methods", "pcka", "register"),
+    "methods": (
+        *("FCKA", "LCKA", "PCKA", "RCKA", "fcka", "lcka", "pcka"),
+        *("Method", "create_method", "list_methods", "register"),
+    ),
     "models": ("create_model", "list_models", "load_checkpoint", "save_weights"),
     "similarity": ("Gaussian", "Linear", "Polynomial", "center", "cka", "gram", "hsic", "mmd2"),
     "features": ("Taps", "feature_paths"),

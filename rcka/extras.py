@@ -1,4 +1,6 @@
-"Optional packages: which extra of the package brings which. Needs nothing but Python, so that a missing package can be named at once."
+"""Optional packages, and the extra of this package that installs each.
+
+Needs nothing but Python, so that a missing package can be named at once."""
 
 from contextlib import contextmanager
 
@@ -32,6 +34,7 @@ def optional_import():
         if missing not in EXTRAS:
             raise
         raise ImportError(
-            f"this part of rcka needs {missing}: pip install 'rcka[{EXTRAS[missing]}] @ git+https://github.com/rcka/rcka'",
+            f"this part of rcka needs {missing}: "
+            f"pip install 'rcka[{EXTRAS[missing]}] @ git+https://github.com/rcka/rcka'",
             name=error.name,
         ) from None

@@ -1,4 +1,6 @@
-"rcka.experiments.sweep: what needs processes, kernels, locks, signals and a full disk. Most runs go through the stand-in notebook of sweep_stub."
+"""rcka.experiments.sweep: what needs processes, kernels, locks, signals and a full disk.
+
+Most runs go through the stand-in notebook of sweep_stub."""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"rcka.experiments.sweep on a real Slurm of one node, started here and stopped at the end. Skipped where it cannot start (needs slurm-wlm, munge and root)."
+"""rcka.experiments.sweep on a real Slurm of one node, started here and stopped at the end.
+
+Skipped where it cannot start (needs slurm-wlm, munge and root)."""
 
 import json
 import os

@@ -19,8 +19,9 @@ from ..methods.base import create_method
 
 # %% auto #0
 __all__ = ['ABOUT_TEACHER', 'OUR_CHOICE', 'NOT_PUBLIC', 'HEADER', 'NOTE', 'Results', 'load_results', 'changes', 'PublishedCell',
-           'published_cell', 'disagreements', 'Row', 'Table', 'tables', 'whose_weights', 'evaluated_on', 'cells',
-           'markdown', 'latex', 'as_rows', 'show', 'plot_scores', 'plot_cost', 'report', 'missing', 'save_figures']
+           'plain_name', 'published_cell', 'disagreements', 'Row', 'Table', 'tables', 'whose_weights', 'evaluated_on',
+           'cells', 'markdown', 'latex', 'as_rows', 'show', 'plot_scores', 'plot_cost', 'report', 'missing',
+           'save_figures']
 
 # %% ../../nbs/method/08b_report.ipynb #4964d2fb
 class Results(NamedTuple):
@@ -81,6 +82,11 @@ class PublishedCell(NamedTuple):
         return any(v is not None and v != self.paper for v in (self.own, self.other))
 
 
+def plain_name(name: str) -> str:
+    "Return the name of a network or method as the published tables are searched for it."
+    return name.lower().replace("-", "_").removesuffix("_half").removeprefix("torchvision/")
+
+
 def published_cell(
     dataset: str,
     teacher: str | None,  # None: any
@@ -90,13 +96,12 @@ def published_cell(
     "Find the printed numbers by our names of networks and methods; all None where the tables have no such cell."
     if dataset not in ("cifar100", "imagenet"):
         return PublishedCell()
-    plain = lambda name: name.lower().replace("-", "_").removesuffix("_half").removeprefix("torchvision/")
     for row in published(dataset):
-        if row["student"] != plain(student) or (teacher and row["teacher"] != plain(teacher)):
+        if row["student"] != plain_name(student) or (teacher and row["teacher"] != plain_name(teacher)):
             continue
         if method in ("none", "teacher"):
             return PublishedCell(row["student_top1" if method == "none" else "teacher_top1"])
-        if plain(row["method"]) == method.removesuffix("_released"):
+        if plain_name(row["method"]) == method.removesuffix("_released"):
             names = ("own_top1", "own_source", "other_top1", "other_source", "remark")
             return PublishedCell(row["top1"], *(row[name] for name in names))
     return PublishedCell()
@@ -247,9 +252,12 @@ def _teacher_row(dataset, teacher, student, results) -> Row:
 
 def _caption(runs: list, about: set[str]) -> str:
     "Training protocol, weights, evaluation, seeds, machine, versions and dates, as the results say."
-    says = lambda d: ", ".join(f"{k} {v}" for k, v in d.items())
-    protocol = says(changes(runs[0][0])[0] | (json.loads(next(iter(about))) if len(about) == 1 else {}))
-    listed = lambda values: ", ".join(sorted({str(v) for v in values}))
+    differ = changes(runs[0][0])[0] | (json.loads(next(iter(about))) if len(about) == 1 else {})
+    protocol = ", ".join(f"{k} {v}" for k, v in differ.items())
+
+    def listed(values):
+        return ", ".join(sorted({str(v) for v in values}))
+
     results = [r for _, r in runs]
     return (
         f"Training protocol: {f'the one of the paper but for {protocol}' if protocol else 'the one of the paper'}. "
@@ -284,12 +292,11 @@ def _notes(dataset: str, rows: list[Row]) -> tuple[str, ...]:
         printed += [f"{v:.2f} in {source}" for v, source in ((p.own, p.own_source), (p.other, p.other_source)) if v]
         remark = f" ({p.remark})" if p.remark else ""
         notes.append(f"{row.method}, {row.teacher} → {row.student}, is printed as {', '.join(printed)}{remark}.")
-    plain = lambda name: name.removesuffix("_half").removeprefix("torchvision/")
     for teacher, student in dict.fromkeys((r.teacher, r.student) for r in rows if r.teacher):
         best = [
             f"{r['method']} {r['top1']:.2f} ({r['protocol']}; {r['source']})"
             for r in sorted(published("best"), key=lambda r: r["top1"])
-            if (r["dataset"], r["teacher"], r["student"]) == (dataset, plain(teacher), plain(student))
+            if (r["dataset"], r["teacher"], r["student"]) == (dataset, plain_name(teacher), plain_name(student))
         ]
         if best:
             notes.append(
@@ -317,10 +324,15 @@ HEADER = (
 
 def cells(row: Row) -> tuple[str, ...]:
     "A row as text, in the order of HEADER."
-    spread = lambda v: (
-        "–" if not v else f"{statistics.mean(v):.2f}" + (f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else "")
-    )
-    number = lambda v, form: "–" if v is None else format(v, form)
+
+    def spread(v):
+        if not v:
+            return "–"
+        return f"{statistics.mean(v):.2f}" + (f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else "")
+
+    def number(v, form):
+        return "–" if v is None else format(v, form)
+
     within = {True: "yes", False: "no", None: "–"}[row.within]
     return (
         row.teacher or "–",
@@ -340,15 +352,19 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 NOTE = (
-    "Top-1 in per cent, mean ± standard deviation over seeds. RCKA paper: Zhou et al. 2024; own source: the method's own paper or repository; other source: another paper or repository. "
+    "Top-1 in per cent, mean ± standard deviation over seeds. RCKA paper: Zhou et al. 2024; own source: the method's "
+    "own paper or repository; other source: another paper or repository. "
     "difference: our last epoch less the RCKA paper; within: at most two standard deviations. "
-    "weights: published with the method, or its usual ones; released: of code that the authors of RCKA released; ours; given: set for these runs. "
+    "weights: published with the method, or its usual ones; released: of code that the authors of RCKA released; ours; "
+    "given: set for these runs. "
     "ms/step: wall-clock time over training steps, tests after each epoch included."
 )
 
 
 def markdown(table: Table) -> str:
-    line = lambda values: "| " + " | ".join(values) + " |"
+    def line(values):
+        return "| " + " | ".join(values) + " |"
+
     rule = line(["---"] * 3 + ["---:"] * (len(HEADER) - 3))
     return (
         "\n".join(

@@ -36,14 +36,23 @@ class Throughput(NamedTuple):
             "; on a CPU both want the same cores, and the run gets less than either" if self.device == "cpu" else ""
         )
         if self.data < 0.9 * self.step:
-            found = f"the data bounds it: the step could take {self.step / self.data:.1f} times as many images. More workers on more cores, or smaller files, would help"
+            found = (
+                f"the data bounds it: the step could take {self.step / self.data:.1f} times as many images. "
+                "More workers on more cores, or smaller files, would help"
+            )
         elif self.step < 0.9 * self.data:
-            found = f"the step bounds it: the data could give {self.data / self.step:.1f} times as many images. A faster device, precision='bf16', channels_last or compile would help"
+            found = (
+                f"the step bounds it: the data could give {self.data / self.step:.1f} times as many images. "
+                "A faster device, precision='bf16', channels_last or compile would help"
+            )
         else:
             found = "data and step are about as fast as each other"
         if self.run is None:
             return found + shared
-        return f"{found}{shared}. The run went at {self.run / min(self.data, self.step):.0%} of the slower rate; evaluation, checkpoints and the first batches are the rest"
+        return (
+            f"{found}{shared}. The run went at {self.run / min(self.data, self.step):.0%} of the slower rate; "
+            "evaluation, checkpoints and the first batches are the rest"
+        )
 
     def __str__(self):
         rows = [
