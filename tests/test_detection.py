@@ -337,6 +337,7 @@ def test_images_keep_their_size(drawn):
         assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, batch.targets))
 
 
+@pytest.mark.slow
 def test_resume_to_the_same_weights(drawn, tmp_path):
     def trainer(folder):
         torch.manual_seed(0)
@@ -420,6 +421,7 @@ def tiny(folder, **changes):
     )
 
 
+@pytest.mark.slow
 def test_experiment(tmp_path):
     draw_rectangles(tmp_path, 6)
     draw_rectangles(tmp_path, 4, "val2017", seed=1)
@@ -432,6 +434,7 @@ def test_experiment(tmp_path):
     assert run(given, tmp_path / "runs", progress=False, workers=0).last == result.last
 
 
+@pytest.mark.slow
 def test_a_detector_fits_what_it_sees(drawn):
     "Sixty steps on eight rectangles: it finds them."
     torch.manual_seed(0)
@@ -516,6 +519,7 @@ def in_processes(folder):
         task(next(test.epoch(0)), relations="global")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     "One student comes out, and the numbers of all images, whoever looked at them."
     images, path, _ = draw_rectangles(tmp_path)

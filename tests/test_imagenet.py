@@ -343,6 +343,7 @@ def experiment(folder, **fields):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_off_ends_with_the_same_bits(folder, tmp_path, monkeypatch):
     e = experiment(folder, teacher="resnet14")
     how = dict(device="cpu", progress=False)
@@ -466,6 +467,7 @@ def trained(folder, run_folder, workers):
     return history, torch.cat([p.detach().flatten() for p in student.parameters()])
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(folder, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

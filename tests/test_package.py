@@ -52,6 +52,7 @@ print(len(rcka.list_methods()))
 
 
 @pytest.mark.parametrize("first", ["papermill", "rcka.engine", "rcka.experiments.sweep", "rcka.cli"])
+@pytest.mark.slow
 def test_papermill_and_its_engine_import_in_any_order(first):
     "papermill loads the engine of an installed rcka while it is itself being imported."
     done = python(

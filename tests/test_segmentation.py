@@ -638,6 +638,7 @@ def test_each_process_decodes_its_part(scenes, monkeypatch, world, memory):
         make(True)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     "The relations are taken over the whole batch, with gradients, and the score over all images."
     gradient_and_score(tmp_path / "one.pt")

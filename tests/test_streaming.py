@@ -202,6 +202,7 @@ def worker(rank, port, path):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     import socket
 

@@ -72,6 +72,7 @@ def until(condition, seconds=60):
     return found
 
 
+@pytest.mark.slow
 def test_failures_stay_with_their_run(stub, tmp_path, pool):
     "A kernel that raises and one that is killed: the others are done, both are recorded, and tried again unless asked not to."
     runs, root = pairs("none,kd,rcka", (0, 66, 77)), tmp_path / "runs"
@@ -135,6 +136,7 @@ def test_bad_result_files(stub, tmp_path, pool):
     assert (cut.read_text(), newer.read_text()) == before and len(lines(cut.parent / "starts")) == 1
 
 
+@pytest.mark.slow
 def test_edited_notebook(stub, tmp_path, pool):
     "Every run says from which version of the notebook it is."
     runs, root = pairs(), tmp_path / "runs"
@@ -184,6 +186,7 @@ def ended(process):
     return process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once(stub, tmp_path, pool):
     "On one folder: nothing is run twice, both end, both say that all is done."
     root = tmp_path / "runs"
@@ -193,6 +196,7 @@ def test_two_sweeps_at_once(stub, tmp_path, pool):
     assert len(list(root.iterdir())) == 7 and all(state(p) == "done" for p in root.iterdir())
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(stub, tmp_path, pool):
     "SIGKILL in the middle: no process stays behind, and the next sweep goes on from the last epochs."
     root = tmp_path / "runs"
@@ -348,6 +352,7 @@ def a_run(root, said):
     Path(said).write_text(str(run(e, root, progress=False)))
 
 
+@pytest.mark.slow
 def test_two_notebooks_side_by_side(tmp_path, pool):
     "`run` twice at once: one trains, the other waits and finds its result."
     root, said = tmp_path / "runs", [tmp_path / "a", tmp_path / "b"]

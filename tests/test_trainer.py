@@ -137,6 +137,7 @@ def test_disk_errors_without_a_disk(data, tmp_path, monkeypatch, code):
     assert e.value.errno == code and last_checkpoint(tmp_path) and not list(tmp_path.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint(data, tmp_path):
     "A flipped byte in the newest: said, set aside, and the run ends with the same bits from the one before."
     whole = trainer(data, tmp_path / "whole")
@@ -203,6 +204,7 @@ def test_fused_optimiser_is_sgd(data, tmp_path, device):
     reason="compiling takes minutes on a CPU; RCKA_SLOW=1 runs it",
 )
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 def test_compile_keeps_the_loss_curve(data, tmp_path, device):
     plain = trainer(data, tmp_path / "plain", device=device).fit(progress=False)
     quick = trainer(data, tmp_path / "quick", device=device, compile=True).fit(progress=False)
@@ -297,6 +299,7 @@ def test_a_given_teacher_with_paths_of_its_own(tmp_path):
     assert not any(m._forward_hooks for m in parts.teacher.modules() if m is not parts.teacher.conv1)
 
 
+@pytest.mark.slow
 def test_speed_notebook(tmp_path):
     "The benchmark runs, small."
     import papermill
