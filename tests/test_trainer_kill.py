@@ -65,7 +65,7 @@ def start(*args, **kwargs):
 
 
 def what_is_left(root):
-    "Every byte that counts: weights, metrics, results without dates and timings, the tensors of the last checkpoint."
+    "Every byte that counts: weights, metrics, results without dates, timings and the checkout's commit, the tensors of the last checkpoint."
     from rcka.train.checkpoint import last_checkpoint
 
     left = {}
@@ -74,7 +74,7 @@ def what_is_left(root):
             left[folder.name, name] = (folder / name).read_bytes()
         result = json.loads((folder / "result.json").read_text())
         left[folder.name, "result"] = {
-            k: v for k, v in result.items() if k not in ("seconds", "images_per_second", "finished")
+            k: v for k, v in result.items() if k not in ("seconds", "images_per_second", "finished", "commit")
         }
         state = last_checkpoint(folder)
         del state["learner"]["seconds"]
@@ -200,7 +200,7 @@ def sabotage(moment):
         "before the move": die_at(os, "replace", 20),
         "after the move": die_at(os, "replace", 20, after=True),
         "old ones going": die_at(Path, "unlink", 12),
-        "mid-evaluation": die_at(rcka.train.classification, "autocast", 14),
+        "mid-evaluation": die_at(rcka.train.classification, "autocast", 5),
         "mid-step": die_at(rcka.train.learner, "average_gradients", 12),
         "half written": half_written,
         "before the first file": die_at(os, "replace", 1),

@@ -1,8 +1,18 @@
 "The trainer, its callbacks and its tasks. Written by hand; the modules are exported from nbs/method."
 
-from .callbacks import Callback
+from .callbacks import EMA, Callback, KeepWeights, StopAfter
 from .classification import Distiller
 from .config import TrainConfig
 from .learner import Learner, Trainer, fit_many
 
-__all__ = ["Callback", "Distiller", "Learner", "TrainConfig", "Trainer", "fit_many"]
+__all__ = [
+    "EMA",
+    "Callback",
+    "Distiller",
+    "KeepWeights",
+    "Learner",
+    "StopAfter",
+    "TrainConfig",
+    "Trainer",
+    "fit_many",
+]

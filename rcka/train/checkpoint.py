@@ -22,8 +22,8 @@ from ..methods.base import Method
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'CHECKPOINT_NAME', 'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged',
-           'last_checkpoint', 'digest', 'listing', 'data_identity', 'method_identity', 'weights_digest', 'run_identity',
-           'saved_state']
+           'last_checkpoint', 'saved_state', 'digest', 'listing', 'data_identity', 'method_identity', 'weights_digest',
+           'run_identity']
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #564b4772
 CHECKPOINT_FORMAT = 5
@@ -88,6 +88,15 @@ def last_checkpoint(folder: Path | str) -> dict | None:
             "Start again in another folder, or remove them to start afresh in this one"
         )
     return None
+
+# %% ../../nbs/method/06b_checkpoint.ipynb #5a68b0c0
+def saved_state(folder: Path) -> str:
+    "Return a sentence on the state that a run would go on from."
+    found = checkpoints(folder)
+    if not found:
+        return f"{folder} has no checkpoint yet."
+    epoch, step, _ = CHECKPOINT_NAME.fullmatch(found[-1].name).groups()
+    return f"{folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #b423f8f0
 def digest(*values) -> str:
@@ -214,12 +223,3 @@ def run_identity(task, train, test) -> dict:
     if world_size() > 1:
         dist.broadcast_object_list(found, 0)
     return found[0]
-
-# %% ../../nbs/method/06b_checkpoint.ipynb #5a68b0c0
-def saved_state(folder: Path) -> str:
-    "Return a sentence on the state that a run would go on from."
-    found = checkpoints(folder)
-    if not found:
-        return f"{folder} has no checkpoint yet."
-    epoch, step, _ = CHECKPOINT_NAME.fullmatch(found[-1].name).groups()
-    return f"{folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
