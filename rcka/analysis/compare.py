@@ -61,7 +61,7 @@ def _float64(k: Tensor) -> Tensor:
 
 
 def _size(x: Tensor, dtype) -> Tensor | None:
-    "Return a power of two near the largest feature, to divide by so that products neither overflow nor vanish; None if not needed."
+    "Return a power of two near the largest feature, to divide by against overflow and underflow; None if not needed."
     size = torch.linalg.vector_norm(x[:2], math.inf).to(dtype)
     size = torch.exp2(torch.where(size > 0, size, 1).log2().floor())  # division by a power of two is exact
     if x.device.type == "cpu" and 1e-8 < size.item() < 1e8:  # elsewhere `item` would wait for the device
@@ -87,7 +87,7 @@ def relations(
 ) -> Tensor:  # (n, n) in float64
     """Return the Gram matrix up to what centring removes, summed over blocks of columns.
 
-    It needs memory for `block` values, whatever the width. Raises ValueError where `x` is empty or not real floating point."""
+    It needs memory for `block` values, whatever the width. Raises ValueError where `x` is empty or not real."""
     kernel = as_kernel(kernel)
     if not isinstance(kernel, (Linear, Gaussian, Polynomial)):
         return _float64(getattr(kernel, "up_to_constant", kernel)(as_features(x.detach())))
@@ -122,7 +122,9 @@ def choose_layers(
     # paths "layer1.0.bn2", "fc:input" or patterns "layer?.*.bn?"; None: all leaf modules
     layers: str | Sequence[str] | None = None,
 ) -> list[str]:
-    "Return the paths of the layers, in the network's order for a pattern. Raises ValueError, with similar names, for one that fits nothing."
+    """Return the paths of the layers, in the network's order for a pattern.
+
+    Raises ValueError, with similar names, for a path or a pattern that matches nothing."""
     model = unwrap(model)
     names = [name for name, _ in model.named_modules() if name]
     if layers is None:
@@ -148,7 +150,7 @@ def _no_match(model, pattern: str, names: list[str]):
 # %% ../../nbs/method/09_compare.ipynb #ad02020b
 @torch.no_grad()
 def _survey(model: nn.Module, paths: list[str], images: Tensor) -> list[str]:
-    "Return those of the module paths whose output is a real feature vector for each image, found by a forward pass of a few images."
+    "Return those of the paths whose output is a real feature vector for each image, by a forward pass of a few."
     fits, handles = {}, []
 
     def look(name):
@@ -183,7 +185,8 @@ class LayerRelations(Taps):
     def _note(self, path, value):
         if not value.dim() or len(value) != self.n:
             raise ValueError(
-                f"the output at {path!r} has shape {tuple(value.shape)} for {self.n} images: its first dimension must be the images; choose another layer"
+                f"the output at {path!r} has shape {tuple(value.shape)} for {self.n} images: "
+                "its first dimension must be the images; choose another layer"
             )
         self._seen[path] = tuple(relations(value, kernel, self.block) for kernel in self.kernels)
 
@@ -215,8 +218,10 @@ def _plan(grams: int, budget: int | None, least: int) -> tuple[int | None, int]:
     part = math.isqrt(max(0, budget - 8 * block) // (32 * grams))
     most = 2 * least - 1  # a larger batch splits into equal parts of at least `least`
     if part < most:
+        enough = math.ceil(memory_needed(most, grams, 0) * 4 / 3)
         raise ValueError(
-            f"a budget of {budget} bytes is too small for {grams} Gram matrices: give at least {-(-memory_needed(most, grams, 0) * 4 // 3)}, or choose fewer layers"
+            f"a budget of {budget} bytes is too small for {grams} Gram matrices: "
+            f"give at least {enough}, or choose fewer layers"
         )
     return part, block
 
