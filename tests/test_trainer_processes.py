@@ -13,7 +13,7 @@ from torch import nn
 
 from rcka.core import FeaturePaths
 from rcka.data.memory import Batches
-from rcka.distributed import all_gather, average_gradients, init_distributed, rank, shard, world_size
+from rcka.distributed import average_gradients, init_distributed, rank, shard, world_size
 from rcka.methods.base import create_method
 from rcka.train.classification import Distiller
 from rcka.train.config import TrainConfig

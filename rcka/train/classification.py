@@ -13,7 +13,7 @@ from ..core import FeaturePaths, Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
 from ..features import Taps, feature_paths
 from ..methods.base import Method, Vanilla
-from .config import autocast, cublas_workspace  # noqa: F401
+from .config import autocast
 
 # %% auto #0
 __all__ = ['ANY_PATHS', 'Accuracy', 'evaluate', 'Step', 'head_of', 'batch_statistics', 'Distiller']
