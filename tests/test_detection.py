@@ -430,7 +430,7 @@ def test_experiment(tmp_path):
     result = run(e, tmp_path / "runs", progress=False, workers=0)
     assert set(METRICS) < set(result.last) and "pcka_intra" in result.train and set(result.teacher) == set(METRICS)
     assert Result.load(tmp_path / "runs" / e.key / "result.json") == result
-    given = replace(e, teacher_weights=str(tmp_path / "runs" / e.teachers.key / "last.safetensors"))
+    given = replace(e, teacher_weights=str(tmp_path / "runs" / e.teacher_experiment.key / "last.safetensors"))
     assert run(given, tmp_path / "runs", progress=False, workers=0).last == result.last
 
 

@@ -536,7 +536,7 @@ def test_an_experiment(root, tmp_path):
     assert (
         SegmentationExperiment.from_dict(json.loads(json.dumps(e.to_dict()))) == e
         and e.crop == (24, 32)
-        and e.teachers.teacher is None
+        and e.teacher_experiment.teacher is None
     )
     result = run(e, tmp_path, device="cpu", progress=False)
     assert set(result.last) == {"epoch", "miou", "accuracy"} and set(result.train) == {
@@ -546,9 +546,11 @@ def test_an_experiment(root, tmp_path):
         "lcka_inter",
         "train_accuracy",
     }
-    assert 0 <= result.last["miou"] <= 100 and result.teacher["miou"] == run(e.teachers, tmp_path).last["miou"]
+    assert (
+        0 <= result.last["miou"] <= 100 and result.teacher["miou"] == run(e.teacher_experiment, tmp_path).last["miou"]
+    )
     given = SegmentationExperiment(
-        **{**e.to_dict(), "teacher_weights": str(tmp_path / e.teachers.key / "last.safetensors")}
+        **{**e.to_dict(), "teacher_weights": str(tmp_path / e.teacher_experiment.key / "last.safetensors")}
     )
     assert given.prepare(tmp_path, "cpu", False, {}).scores == pytest.approx(result.teacher)
 
