@@ -9,6 +9,7 @@ EXTRAS = {  # what is optional, by the name one imports, and the extra that brin
     "filelock": "train",
     "pandas": "train",
     "safetensors": "train",
+    "scipy": "train",
     "sklearn": "train",
     "tqdm": "train",
     "matplotlib": "notebook",

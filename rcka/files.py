@@ -16,9 +16,6 @@ from torch import nn
 
 from .extras import optional_import
 
-with optional_import():
-    from filelock import FileLock, Timeout
-
 # %% auto #0
 __all__ = ['write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv', 'data_root', 'checkout']
 
@@ -56,6 +53,8 @@ def folder_lock(folder: Path | str):
     """Lock a folder for this process while the context lasts; make it if it is missing.
 
     Raises `FolderBusy` where another process holds it, OSError where it cannot be written."""
+    with optional_import():
+        from filelock import FileLock, Timeout
     folder = Path(folder)
     lock = FileLock(folder / ".trainer.lock")
     try:

@@ -424,7 +424,7 @@ def test_the_papers_protocol():
         "IMAGENET1K_V1",
     )
     for epoch, lr in [(0, 0.1), (29, 0.1), (30, 0.01), (60, 0.001), (90, 1e-4), (99, 1e-4)]:
-        assert e.recipe.lr_at(epoch) == pytest.approx(lr)
+        assert e.train_config.lr_at(epoch) == pytest.approx(lr)
     assert Experiment.paper("imagenet", None, "mobilenet_v1", "none", batch_size=512).lr == 0.2
     given, how = parse(
         [

@@ -152,7 +152,6 @@ def test_optional_imports_name_their_extra(path):
 @pytest.mark.parametrize(
     "package, extra, module",
     [
-        ("filelock", "train", "rcka.files"),
         ("tqdm", "train", "rcka.train.callbacks"),
         ("filelock", "train", "rcka.experiments.result"),
         ("papermill", "notebook", "rcka.experiments.sweep"),

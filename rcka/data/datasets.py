@@ -338,8 +338,9 @@ def _read_parquet(paths: list[Path], *columns: str):
 
 def _image_bytes(column, path: Path) -> list[bytes]:
     "Return the encoded images of a column in which the hub keeps {bytes, path}."
-    import pyarrow.compute
-    import pyarrow.types
+    with optional_import():
+        import pyarrow.compute
+        import pyarrow.types
 
     kind = column.type
     if not pyarrow.types.is_struct(kind) or "bytes" not in [field.name for field in kind]:

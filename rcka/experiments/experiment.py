@@ -36,7 +36,7 @@ from rcka.experiments.result import (
 from ..files import data_root
 from ..methods.base import create_method
 from ..methods.features import paper_args
-from ..models.registry import create_model, list_models, load_checkpoint
+from ..models.registry import create_model, list_models, list_weights, load_checkpoint
 from ..train.checkpoint import listing
 from ..train.classification import Distiller, evaluate
 from ..train.config import TrainConfig, cublas_workspace
@@ -312,7 +312,9 @@ class Experiment(BaseExperiment):
     teacher_seed: int = 0
     teacher_epochs: int | None = None  # None: as many as the student
     teacher_lr: float | None = None  # None: the student's, or the paper's where that one was not given
-    teacher_weights: str | None = None  # a checkpoint instead of training one, or torchvision's, as "IMAGENET1K_V1"
+    teacher_weights: str | None = (
+        None  # a checkpoint instead of training one; torchvision's, or those of the package, by name
+    )
     # module paths of the features, for networks whose feature paths are not known
     student_paths: tuple | None = None
     teacher_paths: tuple | None = None
@@ -398,10 +400,12 @@ class Experiment(BaseExperiment):
         return Distiller(student, method, teacher, self.student_paths, self.teacher_paths)
 
     def given_teacher(self, data) -> torch.nn.Module:
-        "Return the teacher with the weights that the experiment names: a checkpoint, or torchvision's."
+        "Return the teacher with the weights that the experiment names: a checkpoint, torchvision's, or those of the package."
         by_name = self.teacher_weights.isidentifier() and not Path(self.teacher_weights).exists()
         if self.teacher.startswith("torchvision/") and by_name:
             return torchvision_teacher(self, data)
+        if by_name and self.teacher in {w.network for w in list_weights()}:
+            return create_model(self.teacher, data.num_classes, data.shape[0], weights=self.teacher_weights)
         return super().given_teacher(data)
 
 # %% ../../nbs/method/07_experiments.ipynb #f5396912
