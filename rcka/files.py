@@ -6,9 +6,12 @@ from __future__ import annotations
 import configparser
 import contextlib
 import csv
+import hashlib
 import io
 import os
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,7 +20,8 @@ from torch import nn
 from .extras import optional_import
 
 # %% auto #0
-__all__ = ['write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv', 'data_root', 'checkout']
+__all__ = ['write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv', 'data_root', 'checkout',
+           'digest', 'listing']
 
 # %% ../nbs/method/01b_files.ipynb #09dd4027
 def write_atomic(path: Path | str, data: bytes | str):
@@ -122,3 +126,43 @@ def _is_checkout(folder: Path) -> bool:
     except (configparser.Error, UnicodeDecodeError):
         return False  # somebody else's settings.ini
     return settings.defaults().get("lib_name") == "rcka"
+
+# %% ../nbs/method/01b_files.ipynb #9c1d44ab
+def digest(*values) -> str:
+    "Return the hash of tensors, bytes, numbers, strings, and lists, tuples and dicts of them: 16 hexadecimal digits."
+    h = hashlib.sha256()
+
+    def add(v):
+        if isinstance(v, torch.Tensor):
+            h.update(f"{v.dtype}{tuple(v.shape)}".encode())
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(v, bytes):
+            h.update(f"{len(v)}:".encode())
+            h.update(v)
+        elif isinstance(v, (list, tuple, dict)):
+            h.update(f"{len(v)}(".encode())
+            for x in v.items() if isinstance(v, dict) else v:
+                add(x)
+        else:
+            h.update(f"{v!r},".encode())
+
+    add(values)
+    return h.hexdigest()[:16]
+
+
+def listing(folder: Path | str, files: Iterable[Path | str]) -> str:
+    "Return the hash of the names below a folder, and the sizes, of files; -1 is the size of a missing one."
+
+    def sizes(paths):
+        found = []
+        for path in map(str, paths):
+            name = path.removeprefix(f"{folder}{os.sep}")
+            try:
+                found.append((name, os.stat(path).st_size))
+            except OSError:
+                found.append((name, -1))
+        return found
+
+    files = list(files)
+    with ThreadPoolExecutor(16) as pool:  # a network file system answers many requests at once
+        return digest([part for part in pool.map(sizes, (files[i : i + 1000] for i in range(0, len(files), 1000)))])

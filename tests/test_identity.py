@@ -20,6 +20,7 @@ from rcka.experiments.experiment import SAME_AS_DEFAULT, Experiment, run, run_ma
 from rcka.experiments.launch import kind_of, main
 from rcka.experiments.result import RESULT_FORMAT
 from rcka.experiments.sweep import grid, sweep
+from rcka.files import listing
 from rcka.methods.base import METHODS, Method, create_method, list_methods
 from rcka.models.registry import create_model
 from rcka.train.checkpoint import checkpoints
@@ -170,14 +171,14 @@ def test_files_are_compared_by_name_and_size(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     files = sorted(tmp_path.glob("*/*"))
-    found = [C.listing(tmp_path, files), C.listing(tmp_path, files[:2])]
+    found = [listing(tmp_path, files), C.listing(tmp_path, files[:2])]
     (tmp_path / "a" / "2.jpg").write_bytes(b"longer than before")
-    found.append(C.listing(tmp_path, files))
+    found.append(listing(tmp_path, files))
     (tmp_path / "a" / "2.jpg").rename(tmp_path / "b" / "2.jpg")
-    found.append(C.listing(tmp_path, sorted(tmp_path.glob("*/*"))))
+    found.append(listing(tmp_path, sorted(tmp_path.glob("*/*"))))
     assert len(set(found)) == 4
     moved = tmp_path.rename(tmp_path.with_name("moved"))
-    assert C.listing(moved, sorted(moved.glob("*/*"))) == found[-1], "where the folder lies does not matter"
+    assert listing(moved, sorted(moved.glob("*/*"))) == found[-1], "where the folder lies does not matter"
 
 
 def test_other_batches(data):
@@ -195,8 +196,8 @@ def test_other_batches(data):
 
     other = Own()
     other.targets = torch.tensor([2, 1])
-    assert C.data_identity(Own(), True) == C.data_identity(Own(), True) != C.data_identity(other, True)
-    assert C.data_identity(Says(), True) == {"version": 7}
+    assert C.data_identity(Own()) == C.data_identity(Own()) != C.data_identity(other)
+    assert C.data_identity(Says()) == {"version": 7}
 
 
 # random numbers

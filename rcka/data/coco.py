@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import check_epoch, check_whole, seed_of
-from .memory import identity_of, listing
+from .memory import identity_of
 from ..distributed import as_shard, shard_rows
+from ..files import listing
 
 # %% auto #0
 __all__ = ['Boxes', 'BrokenImage', 'read_image', 'CocoData', 'load_coco', 'draw_rectangles', 'DetectionBatch', 'resized',

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 
 from ..core import Batch, BatchesFailed, check_enough, check_whole, seed_of
 from .folder import SUFFIXES, class_folders, open_image, some_names
-from .memory import Batches, balanced_slice, draw_epoch, identity_of, listing
+from .memory import Batches, balanced_slice, draw_epoch, identity_of
 from ..distributed import as_shard, shard_rows
-from ..files import data_root
+from ..files import data_root, listing
 
 # %% auto #0
 __all__ = ['Files', 'list_files', 'decode', 'chance', 'transforms', 'Decoder', 'default_workers', 'FileBatches', 'FileDataset',

@@ -3,13 +3,9 @@
 # %% ../../nbs/method/05_data.ipynb #88ebb830
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Batch, check_enough, check_epoch, check_whole, seed_of
+from ..files import digest
 
 # %% auto #0
 __all__ = ['Dataset', 'balanced_slice', 'limited', 'validation_split', 'with_validation', 'channel_stats', 'draw_epoch',
-           'crop_flip', 'digest', 'listing', 'identity_of', 'Batches']
+           'crop_flip', 'identity_of', 'Batches']
 
 # %% ../../nbs/method/05_data.ipynb #2c4ed4bd
 def _check_images(images: Tensor, targets: Tensor, name: str, num_classes: int | None = None):
@@ -240,46 +237,6 @@ def crop_flip(
     return F.pad(images, (pad,) * 4).view(b, c, -1).gather(2, where).view(b, c, h, w)
 
 # %% ../../nbs/method/05_data.ipynb #d1a7c0df
-def digest(*values) -> str:
-    "Return the hash of tensors, bytes, numbers, strings, and lists, tuples and dicts of them: 16 hexadecimal digits."
-    h = hashlib.sha256()
-
-    def add(v):
-        if isinstance(v, Tensor):
-            h.update(f"{v.dtype}{tuple(v.shape)}".encode())
-            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(v, bytes):
-            h.update(f"{len(v)}:".encode())
-            h.update(v)
-        elif isinstance(v, (list, tuple, dict)):
-            h.update(f"{len(v)}(".encode())
-            for x in v.items() if isinstance(v, dict) else v:
-                add(x)
-        else:
-            h.update(f"{v!r},".encode())
-
-    add(values)
-    return h.hexdigest()[:16]
-
-
-def listing(folder: Path | str, files: Iterable[Path | str]) -> str:
-    "Return the hash of the names below a folder, and the sizes, of files; -1 is the size of a missing one."
-
-    def sizes(paths):
-        found = []
-        for path in map(str, paths):
-            name = path.removeprefix(f"{folder}{os.sep}")
-            try:
-                found.append((name, os.stat(path).st_size))
-            except OSError:
-                found.append((name, -1))
-        return found
-
-    files = list(files)
-    with ThreadPoolExecutor(16) as pool:  # a network file system answers many requests at once
-        return digest([part for part in pool.map(sizes, (files[i : i + 1000] for i in range(0, len(files), 1000)))])
-
-
 def identity_of(
     content: list,  # what `digest` takes: tensors, or a `listing`
     **settings,  # that decide the batches, as plain values; those that are None are left out

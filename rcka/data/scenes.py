@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import check_epoch, nearest, seed_of
-from .memory import identity_of, listing
+from .memory import identity_of
 from ..distributed import as_shard, shard_rows, world_size
-from ..files import data_root
+from ..files import data_root, listing
 
 # %% auto #0
 __all__ = ['IGNORED', 'CITYSCAPES', 'UNKNOWN', 'label_table', 'list_scenes', 'check_sizes', 'read_scene', 'window', 'SceneReader',

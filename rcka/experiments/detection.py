@@ -9,10 +9,9 @@ from pathlib import Path
 from ..core import nearest
 from ..data.coco import CocoBatches, CocoData, load_coco
 from .experiment import BaseExperiment, Parts, images_below, resolved_args
-from ..files import data_root
+from ..files import data_root, digest
 from ..methods.base import create_method, list_methods
 from ..models.detectors import DETECTORS, NORMS, create_detector
-from ..train.checkpoint import digest
 from ..train.config import TrainConfig
 from ..train.detection import DetectionDistiller
 

@@ -33,11 +33,10 @@ from rcka.experiments.result import (
     package_versions,
     runs_root,
 )
-from ..files import data_root
+from ..files import data_root, listing
 from ..methods.base import create_method
 from ..methods.features import paper_args
 from ..models.registry import create_model, list_models, list_weights, load_checkpoint
-from ..train.checkpoint import listing
 from ..train.classification import Distiller, evaluate
 from ..train.config import TrainConfig, cublas_workspace
 from ..train.learner import Trainer, fit_many

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import warnings
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,13 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from ..distributed import rank, world_size
-from ..files import write_atomic
+from ..files import digest, write_atomic
 from ..methods.base import Method
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'CHECKPOINT_NAME', 'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged',
-           'last_checkpoint', 'saved_state', 'digest', 'listing', 'data_identity', 'method_identity', 'weights_digest',
-           'run_identity']
+           'last_checkpoint', 'saved_state', 'data_identity', 'method_identity', 'weights_digest', 'run_identity']
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #564b4772
 CHECKPOINT_FORMAT = 5
@@ -99,77 +95,14 @@ def saved_state(folder: Path) -> str:
     return f"{folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #b423f8f0
-def digest(*values) -> str:
-    "Return a hash, 16 hexadecimal digits, of tensors, bytes, numbers, strings, and of lists, tuples and dicts of them."
-    h = hashlib.sha256()
+def data_identity(batches) -> dict:
+    """Return what of batches decides a result, as plain values by name.
 
-    def add(v):
-        if isinstance(v, torch.Tensor):
-            h.update(f"{v.dtype}{tuple(v.shape)}".encode())
-            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(v, bytes):
-            h.update(f"{len(v)}:".encode())
-            h.update(v)
-        elif isinstance(v, (list, tuple, dict)):
-            h.update(f"{len(v)}(".encode())
-            for x in v.items() if isinstance(v, dict) else v:
-                add(x)
-        else:
-            h.update(f"{v!r},".encode())
-
-    add(values)
-    return h.hexdigest()[:16]
-
-
-def listing(folder: Path | str, files: Iterable[Path | str]) -> str:
-    "Return a hash of the names below `folder` and the sizes of files. A file that does not exist counts with size -1."
-
-    def sizes(paths):
-        found = []
-        for path in map(str, paths):
-            name = path.removeprefix(f"{folder}{os.sep}")
-            try:
-                found.append((name, os.stat(path).st_size))
-            except OSError:
-                found.append((name, -1))
-        return found
-
-    files = list(files)
-    with ThreadPoolExecutor(16) as pool:  # a file system on a network answers many at once
-        return digest([part for part in pool.map(sizes, (files[i : i + 1000] for i in range(0, len(files), 1000)))])
-
-
-def data_identity(batches, train: bool) -> dict:
-    """Return what of batches decides a result: a hash of the images and targets, and how they are drawn.
-
-    Tensors are hashed; of images in files, names and sizes. Batches of another kind may have `identity()`, which returns
-    a dict of plain values. Without it their targets and their number count."""
+    Batches of this package, and others with a method `identity()`, say it themselves. Of the rest the targets and the
+    number of batches count."""
     if hasattr(batches, "identity"):
         return batches.identity()
-    images, data, reader, targets = (getattr(batches, name, None) for name in ("images", "data", "reader", "targets"))
-    if isinstance(images, torch.Tensor):
-        content = [images, targets]
-    elif hasattr(images, "names"):  # rcka.data.imagenet.Files
-        content = [listing(images.folder, map(images.path, range(len(images)))), targets]
-    elif hasattr(data, "found"):  # rcka.data.coco.CocoData
-        content = [listing(data.folder, (data.folder / name for name in data.files)), data.found, data.classes]
-    elif hasattr(reader, "pairs"):  # rcka.data.scenes.SceneReader
-        content = [listing(reader.pairs[0][0].parents[3], (path for pair in reader.pairs for path in pair))]
-    else:
-        content = [len(batches), targets]
-    drawn = ("batch_size", "seed", "pad", "flip", "crop", "scales", "negatives") if train else ()
-    settings = {
-        name: getattr(batches, name, None)
-        for name in (*drawn, "size", "max_size", "skip_broken", "mean", "std", "dtype")
-    }
-    return {"content": digest(content)} | {name: _plain(v) for name, v in settings.items() if v is not None}
-
-
-def _plain(value):
-    "Return a value as it is after a round trip through a checkpoint or JSON."
-    if isinstance(value, torch.Tensor):
-        return value.flatten().tolist()
-    return list(value) if isinstance(value, tuple) else value if isinstance(value, (bool, int, float)) else str(value)
+    return {"content": digest([len(batches), getattr(batches, "targets", None)])}
 
 
 def method_identity(method: Method) -> dict:
@@ -210,8 +143,8 @@ def run_identity(task, train, test) -> dict:
         }
         groups = {
             "method": method_identity(task.method),
-            "training data": data_identity(train, True),
-            "test data": data_identity(test, False),
+            "training data": data_identity(train),
+            "test data": data_identity(test),
         }
         found[0] = {
             "task": type(task).__name__,
