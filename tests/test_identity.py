@@ -171,7 +171,7 @@ def test_files_are_compared_by_name_and_size(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     files = sorted(tmp_path.glob("*/*"))
-    found = [listing(tmp_path, files), C.listing(tmp_path, files[:2])]
+    found = [listing(tmp_path, files), listing(tmp_path, files[:2])]
     (tmp_path / "a" / "2.jpg").write_bytes(b"longer than before")
     found.append(listing(tmp_path, files))
     (tmp_path / "a" / "2.jpg").rename(tmp_path / "b" / "2.jpg")
