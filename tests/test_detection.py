@@ -308,6 +308,7 @@ def test_terms_are_those_of_the_maps_by_hand(drawn):
     student, teacher = small("fcos").train(), small("fcos")
     batch = next(drawn.batches(4, size=64, max_size=96).epoch(0))
     task = DetectionDistiller(student, create_method("pcka", {"patch_size": 4, "intra": 3.0}), teacher)
+    task.prepare(drawn.batches(4, size=64, max_size=96))
     step, own = task(batch), student(batch.images, batch.targets)
     for k, v in own.items():
         torch.testing.assert_close(step.terms[k], v)

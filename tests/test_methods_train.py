@@ -3,7 +3,6 @@ as they say. Through the trainer: a run is finite, a student learns, and a teach
 
 import copy
 import math
-import re
 from pathlib import Path
 from statistics import mean
 
@@ -13,7 +12,6 @@ from torchvision.models import VisionTransformer
 
 import rcka
 from rcka.data.datasets import load_dataset
-from rcka.data.memory import Dataset
 from rcka.features import feature_paths
 from rcka.methods.base import DenseMethod, create_method, list_methods
 from rcka.models.registry import create_model
@@ -271,37 +269,3 @@ def test_a_teacher_that_knows_more_helps_where_labels_are_few(tmp_path):
         top1.append([rows[-1]["top1"] for rows in fit_many(students, progress=False)])
     alone, kd, rcka_ = map(mean, zip(*top1))
     assert min(map(min, top1)) > 60 and kd > alone and rcka_ > alone, top1
-
-
-def test_readme(tmp_path, monkeypatch):
-    "The README's transformer, as it stands there but for sizes, on images of noise."
-    g = torch.Generator().manual_seed(0)
-    noise = lambda n: torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g)
-    images = Dataset(
-        "noise",
-        noise(64),
-        torch.arange(64) % 10,
-        noise(20),
-        torch.arange(20) % 10,
-        tuple(map(str, range(10))),
-        (0.5, 0.5, 0.5),
-        (0.3, 0.3, 0.3),
-    )
-    (code,) = [
-        c
-        for c in re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)
-        if "VisionTransformer" in c
-    ]
-    for there, here in {
-        'load_dataset("cifar10")': "images",
-        "resnet56": "resnet14",
-        "epochs=60": "epochs=1",
-        "hidden_dim=192": "hidden_dim=24",
-        ".fit()": ".fit(progress=False)",
-    }.items():
-        assert there in code
-        code = code.replace(there, here)
-    monkeypatch.chdir(tmp_path)
-    torch.save(network("resnet14", images, 0).state_dict(), "resnet14.pth")
-    exec(code, {"images": images})
-    assert (tmp_path / "runs/vit/last.safetensors").is_file()

@@ -538,7 +538,7 @@ def test_weights_that_do_not_fit_are_refused(run_of_digits, shipped):
     made = export_weights(folder, "digits", data, source="a test")
     with pytest.raises(ValueError, match=r"for the 10 classes of digits, not for 100: create_model.*num_classes=10"):
         create_model("resnet8", in_channels=1, weights="digits")
-    with pytest.raises(ValueError, match="images of 1 channels, not 3: in_channels=1"):
+    with pytest.raises(ValueError, match="images of 1 channels, not 3: give in_channels=1"):
         create_model("resnet8", 10, weights="digits")
     load = lambda: create_model("resnet8", 10, 1, weights="digits")
     whole = made.file.read_bytes()
@@ -573,7 +573,7 @@ def test_large_networks_ship_in_half_precision_or_not_at_all(run_of_digits, ship
     assert half.card["top1"]["file"] == pytest.approx(accuracy(model, data), abs=1e-3)
     monkeypatch.setattr(registry, "LARGEST_SUM", 2 * half.card["bytes"] - 1)
     export()  # takes the place of the older one
-    with pytest.raises(ValueError, match="with resnet8-more .*there are resnet8-digits"):
+    with pytest.raises(ValueError, match="with resnet8-more .*others are resnet8-digits"):
         export("more")
     monkeypatch.setattr(registry, "LARGEST", 100_000)
     with pytest.raises(ValueError, match="too large to ship: 0.2 MB"):

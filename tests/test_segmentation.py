@@ -552,7 +552,7 @@ def test_an_experiment(root, tmp_path):
     given = SegmentationExperiment(
         **{**e.to_dict(), "teacher_weights": str(tmp_path / e.teacher_experiment.key / "last.safetensors")}
     )
-    assert given.prepare(tmp_path, "cpu", False, {}).scores == pytest.approx(result.teacher)
+    assert given.prepare(tmp_path, "cpu", False, {}).teacher_scores == pytest.approx(result.teacher)
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ def test_stopped_sweep_keeps_every_epoch(tmp_path):
         epochs = kept["epoch"]
         assert f"keeps the state after {epochs} epochs and {kept['step']} steps" in err
         assert not (run / "failure.json").exists() and not kernels_of(root)
-        assert [row["epoch"] for row in kept["history"]] == list(range(1, epochs + 1))
+        assert [row["epoch"] for row in kept["learner"]["history"]] == list(range(1, epochs + 1))
 
 
 DEAF = """

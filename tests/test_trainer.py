@@ -295,7 +295,7 @@ def test_a_given_teacher_with_paths_of_its_own(tmp_path):
     weights = create_model("resnet8", num_classes=10, in_channels=1).state_dict()
     torch.save(weights, tmp_path / "resnet8.pth")
     parts = replace(e, teacher_weights=str(tmp_path / "resnet8.pth")).prepare(tmp_path, "cpu", False, {})
-    assert set(parts.scores) == {"top1", "top5"} and list(parts.task.student_taps.paths) == ["block0.0"]
+    assert set(parts.teacher_scores) == {"top1", "top5"} and list(parts.task.student_taps.paths) == ["block0.0"]
     assert not any(m._forward_hooks for m in parts.teacher.modules() if m is not parts.teacher.conv1)
 
 

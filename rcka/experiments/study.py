@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import nearest
+from .exhibits import record_exhibit
 from .experiment import Experiment, run_many
 from .result import Result, runs_root
 from ..extras import optional_import
@@ -20,7 +21,7 @@ from ..train.learner import Stopped
 
 # %% auto #0
 __all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'STUDIES', 'Scaled', 'Study', 'run_study', 'as_row', 'read_table',
-           'differences_to', 'inflation', 'main']
+           'differences_to', 'inflation', 'main', 'record_study']
 
 # %% ../../nbs/method/08e_study.ipynb #ed0364bb
 @register("scaled")
@@ -212,15 +213,28 @@ def main(args: list[str] | None = None) -> int:
     given = parser.parse_args(args)
     labels = given.methods and given.methods.split(",")
     seeds = given.seeds and [int(s) for s in given.seeds.split(",")]
+    study = STUDIES[given.name]
     try:
-        run_study(STUDIES[given.name], given.out, given.root, labels, seeds, progress=False, channels_last=True)
+        run_study(study, given.out, given.root, labels, seeds, progress=False, channels_last=True)
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return 128 + (stopped.signum or 0)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        record_study(study, Path(given.out))
     return 0
+
+
+def record_study(study: Study, out: Path):
+    "Record what the study's table was made from, beside the other exhibits, where there is a table."
+    if not (path := out / f"{study.name}.csv").exists():
+        return
+    labels = {label for label, _ in read_table(path)}
+    pair = {"teacher": study.teacher, "student": study.student, "dataset": study.settings["dataset"]}
+    made = [{"method": m, "method_args": a} | pair for label, (m, a) in study.methods.items() if label in labels]
+    record_exhibit(out.parent, f"study-{study.name}", [path.relative_to(out.parent)], "nbs/method/08e_study.ipynb", {}, made)
 
 
 if __name__ == "__main__" and "__file__" in globals():
