@@ -234,7 +234,9 @@ def record_study(study: Study, out: Path):
     labels = {label for label, _ in read_table(path)}
     pair = {"teacher": study.teacher, "student": study.student, "dataset": study.settings["dataset"]}
     made = [{"method": m, "method_args": a} | pair for label, (m, a) in study.methods.items() if label in labels]
-    record_exhibit(out.parent, f"study-{study.name}", [path.relative_to(out.parent)], "nbs/method/08e_study.ipynb", {}, made)
+    record_exhibit(
+        out.parent, f"study-{study.name}", [path.relative_to(out.parent)], "nbs/method/08e_study.ipynb", {}, made
+    )
 
 
 if __name__ == "__main__" and "__file__" in globals():
