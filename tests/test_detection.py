@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import os
 import subprocess
 import sys
@@ -374,22 +373,22 @@ def fails(batches, e):
         yield batch
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_mixed_precision(drawn, tmp_path, precision):
-    student, teacher = small("fcos"), small("fcos")
-    task = DetectionDistiller(student, create_method("pcka+mimic", {"pcka.patch_size": 4}), teacher, watch=4)
-    history = Trainer(
-        task,
-        drawn.batches(4, size=64, max_size=96),
-        drawn.batches(8, train=False, size=64, max_size=96),
-        TrainConfig(epochs=3, lr=5e-3, precision=precision),
-        tmp_path,
-    ).fit(progress=False)
-    assert (
-        history[-1]["loss"] < history[0]["loss"]
-        and math.isfinite(history[-1]["loss"])
-        and 0 < history[-1]["level0"] <= 100
-    )
+def test_mixed_precision(drawn, tmp_path):
+    "One epoch in bf16 gives the losses of one in fp32, but for rounding."
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        student, teacher = small("fcos"), small("fcos")
+        task = DetectionDistiller(student, create_method("pcka+mimic", {"pcka.patch_size": 4}), teacher, watch=4)
+        (rows[precision],) = Trainer(
+            task,
+            drawn.batches(4, size=64, max_size=96),
+            drawn.batches(8, train=False, size=64, max_size=96),
+            TrainConfig(epochs=1, lr=1e-3, precision=precision),
+            tmp_path / precision,
+        ).fit(progress=False)
+    assert rows["bf16"]["loss"] == pytest.approx(rows["fp32"]["loss"], rel=0.05)
+    assert 0 < rows["bf16"]["level0"] <= 100
 
 
 # ---- experiments
