@@ -15,7 +15,7 @@ from .experiment import Experiment
 from .result import Result, published, runs_root
 from ..extras import optional_import
 from ..files import as_csv
-from ..methods.base import create_method
+from ..methods import BUILT_IN
 
 # %% auto #0
 __all__ = ['ABOUT_TEACHER', 'OUR_CHOICE', 'NOT_PUBLIC', 'HEADER', 'NOTE', 'Results', 'load_results', 'changes', 'PublishedCell',
@@ -200,9 +200,13 @@ def whose_weights(e: Experiment) -> str:
         return "–"
     if _given(e):
         return "given"
-    of = lambda name: {"rcka_released": "released"}.get(name, "ours" if name in NOT_PUBLIC else "published")
-    builtin = lambda name: type(create_method(name)).__module__.startswith("rcka.")
-    return " + ".join(of(name) if builtin(name) else "own method" for name in e.method.split("+"))
+
+    def of(name: str) -> str:
+        if name not in BUILT_IN:
+            return "own method"
+        return {"rcka_released": "released"}.get(name, "ours" if name in NOT_PUBLIC else "published")
+
+    return " + ".join(map(of, e.method.split("+")))
 
 
 def _given(e: Experiment) -> dict:

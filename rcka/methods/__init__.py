@@ -5,3 +5,5 @@ from .base import Method, Sum, create_method, list_methods, register
 from .cka import FCKA, LCKA, PCKA, RCKA, fcka, lcka, pcka
 
 __all__ = ["FCKA", "LCKA", "PCKA", "RCKA", "Method", "Sum", "create_method", "fcka", "lcka", "list_methods", "pcka", "register"]
+
+BUILT_IN = frozenset(list_methods())  # names of the methods of this package
