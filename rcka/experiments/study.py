@@ -109,7 +109,7 @@ def run_study(
 
 
 def as_row(label: str, seed: int, result: Result) -> dict:
-    "Return what a table keeps of a result: accuracies in per cent, the time of the group's step in milliseconds."
+    "Return what a table keeps of a result: accuracies in per cent, and how they came about."
     e = result.experiment
     images = "validation" if e.get("val_fraction") else "test"
     return {
@@ -121,7 +121,6 @@ def as_row(label: str, seed: int, result: Result) -> dict:
         "epochs": e["epochs"],
         "evaluated_on": images,
         "teacher": "" if result.teacher is None else round(result.teacher["top1"], 3),
-        "key": "-".join(filter(None, (e["method"], f"s{seed}"))),
         "finished": result.finished[:10],
         "device": result.device,
     }
