@@ -184,11 +184,25 @@ def inflation(rows: Iterable[dict]) -> float:
 
 # %% ../../nbs/method/08e_study.ipynb #def0d951
 SHORT = dict(dataset="cifar100", schedule="onecycle", lr=0.2, precision="bf16", teacher_weights="cifar100")
-SCREENED = (
-    "kd dkd dist ikl_kd nkd lskd ttm wttm normkd rld mlkd skd wkd_l fitnet at sp cc vid rkd pkt nst crd ofd reviewkd ickd_c "
-    "mgd srrl dpk fcka lcka rcka cka_places cka_angle procrustes label_cka kernel_cka wkd_f itrd srd ofa kd+fcka dist+fcka "
-    "dist+cka_places lskd+cka_places"
-).split()
+SCREENED = {  # label to method and arguments; None: the usual ones
+    m: (m, None)
+    for m in (
+        "kd dkd dist ikl_kd nkd lskd ttm wttm normkd rld mlkd skd wkd_l fitnet at sp cc vid rkd pkt nst crd ofd reviewkd "
+        "ickd_c mgd srrl dpk fcka lcka rcka rcka_released cka_places cka_angle procrustes label_cka kernel_cka wkd_f itrd "
+        "srd ofa kd+fcka dist+fcka dist+reviewkd kd+cka_places dkd+cka_places dist+cka_places lskd+cka_places skd+cka_places"
+    ).split()
+} | {  # forms and parts of the methods of the paper
+    "fcka uncentred": ("fcka", {"center": False}),
+    "fcka unbiased": ("fcka", {"unbiased": True}),
+    "fcka three stages": ("fcka", {"stages": [-3, -2, -1]}),
+    "lcka intra": ("lcka", {"inter": 0.0}),
+    "lcka inter": ("lcka", {"intra": 0.0}),
+    "lcka uncentred": ("lcka", {"center": False}),
+    "lcka T=4": ("lcka", {"temperature": 4.0}),
+    "cka_places last stage": ("cka_places", {"stages": [-1]}),
+    "dist+fcka three stages": ("dist+fcka", {"fcka.stages": [-3, -2, -1]}),
+    "dist+fcka+cka_places": ("dist+fcka+cka_places", {"fcka.stages": [-3, -2, -1]}),
+}
 FACTORS = [4.0**k for k in range(-3, 4)]
 PAIR = "none kd dkd dist lskd sp rkd reviewkd fcka lcka rcka kd+fcka cka_places".split()
 
@@ -200,7 +214,14 @@ STUDIES = {
             "resnet20",
             "resnet8",
             {"none": ("none", None)}
-            | {f"{m} x{f:g}": ("scaled", {"method": m, "factor": f}) for m in SCREENED for f in FACTORS},
+            | {
+                f"{label} x{f:g}": (
+                    "scaled",
+                    {"method": m, "args": args, "factor": f} if args else {"method": m, "factor": f},
+                )
+                for label, (m, args) in SCREENED.items()
+                for f in FACTORS
+            },
             seeds=(0,),
             settings=SHORT | dict(epochs=6, train_limit=20000, val_fraction=0.1),
         ),
