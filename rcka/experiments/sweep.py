@@ -507,9 +507,7 @@ def _outcomes(future, group: list[tuple], patience: float = 0) -> list[Outcome]:
         time.sleep(patience)  # when a whole job is killed its children may go first, and that is no failure of theirs
         folders = [Path(root) / Experiment.from_dict(values).key for values, root, *_ in group]
         return [
-            Outcome(f.name, "done")
-            if state(f) == "done"
-            else Outcome(f.name, "failed", error=write_failure(f, error))
+            Outcome(f.name, "done") if state(f) == "done" else Outcome(f.name, "failed", error=write_failure(f, error))
             for f in folders
         ]
 
