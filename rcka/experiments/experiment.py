@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,13 +39,13 @@ from ..methods.features import paper_args
 from ..models.registry import create_model, list_models, list_weights, load_checkpoint
 from ..train.classification import Distiller, evaluate
 from ..train.config import TrainConfig, cublas_workspace
-from ..train.learner import Trainer, fit_many
+from ..train.learner import RunsFailed, Trainer, fit_many
 
 # %% auto #0
 __all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'resolved_args', 'RunConfig', 'TrainFields', 'TeacherConfig',
            'DataConfig', 'without_teacher', 'BaseExperiment', 'of_imagenet', 'paper_lr', 'images_below', 'ImageConfig',
            'Experiment', 'torchvision_teacher', 'run', 'find_or_train', 'make_trainer', 'save_result', 'report_found',
-           'run_many', 'check_group_fields']
+           'run_many', 'groups_of', 'check_group_fields']
 
 # %% ../../nbs/method/07_experiments.ipynb #6f71ff4e
 class Parts(NamedTuple):
@@ -579,7 +579,8 @@ def run_many(
 ) -> list[Result]:
     """Run several experiments in one process with one forward pass of the teacher; those that are done are read.
 
-    Raises ValueError where they differ in more than `MAY_DIFFER`, RuntimeError in several processes."""
+    Raises ValueError where they differ in more than `MAY_DIFFER`, RuntimeError in several processes, and `RunsFailed`
+    where some of them failed, after the others are done."""
     for e in experiments[1:]:
         check_group_fields(experiments[0], e)
     root, device = runs_root(root), init_distributed(device)
@@ -598,10 +599,17 @@ def run_many(
             parts = e.prepare(root, device, progress, options, shared=parts)
             trainers[folder] = make_trainer(e, parts, folder, options)
         inputs = {folder: folders[folder].data_inputs() | folders[folder].weight_inputs(root) for folder in trainers}
-        if trainers:
-            fit_many(list(trainers.values()), progress)
+        failed = None
+        try:
+            if trainers:
+                fit_many(list(trainers.values()), progress)
+        except RunsFailed as e:
+            failed = e
         for folder, trainer in trainers.items():
-            save_result(folders[folder], trainer, parts.teacher_scores, inputs[folder], len(trainers))
+            if failed is None or trainer not in failed.failures:
+                save_result(folders[folder], trainer, parts.teacher_scores, inputs[folder], len(trainers))
+        if failed:
+            raise failed
     return [Result.load(root / e.key / "result.json") for e in experiments]
 
 
@@ -612,12 +620,23 @@ MAY_DIFFER = {  # among experiments that share a teacher's forward pass
 }
 
 
+def _shared_fields(e: Experiment) -> dict:
+    "What experiments that share a teacher's forward pass agree in."
+    return {k: v for k, v in e.to_dict().items() if k not in MAY_DIFFER} | {"order of the data": e.data_config.data_seed}
+
+
+def groups_of(experiments: Iterable[Experiment], most: int) -> list[list[Experiment]]:
+    "Return the experiments in groups for `run_many` of at most `most`; those without a teacher each by itself."
+    groups: dict = {}
+    for e in experiments:
+        same = json.dumps(_shared_fields(e)) if e.teacher else e.key
+        groups.setdefault(same, []).append(e)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+
+
 def check_group_fields(a: Experiment, b: Experiment):
     "Raise ValueError where two experiments cannot share a teacher's forward pass."
-    one, other = (
-        {k: v for k, v in e.to_dict().items() if k not in MAY_DIFFER} | {"order of the data": e.data_config.data_seed}
-        for e in (a, b)
-    )
+    one, other = _shared_fields(a), _shared_fields(b)
     differ = [f"{k}: {v!r} and {other[k]!r}" for k, v in one.items() if v != other[k]]
     if differ:
         raise ValueError(f"runs that share a teacher's forward pass must agree in {'; '.join(differ)}")
