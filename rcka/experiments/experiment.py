@@ -622,7 +622,9 @@ MAY_DIFFER = {  # among experiments that share a teacher's forward pass
 
 def _shared_fields(e: Experiment) -> dict:
     "What experiments that share a teacher's forward pass agree in."
-    return {k: v for k, v in e.to_dict().items() if k not in MAY_DIFFER} | {"order of the data": e.data_config.data_seed}
+    return {k: v for k, v in e.to_dict().items() if k not in MAY_DIFFER} | {
+        "order of the data": e.data_config.data_seed
+    }
 
 
 def groups_of(experiments: Iterable[Experiment], most: int) -> list[list[Experiment]]:
