@@ -326,7 +326,10 @@ def sweep(
     param: Fields = None,
     root: Root = None,
     notebook: NotebookPath = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time on this machine.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs, or groups of runs, at the same time on this machine.")] = 1,
+    group: Annotated[
+        int, typer.Option(min=1, help="Runs that share a teacher's forward pass, at most: same results, sooner.")
+    ] = 4,
     retry: Annotated[bool, typer.Option(help="Whether to run again what failed before.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how many runs there would be and what state they are in, and stop.")
@@ -375,7 +378,7 @@ def sweep(
     )
     if dry_run:
         return
-    common: dict = dict(root=folder, notebook=notebook, retry=retry)
+    common: dict = dict(root=folder, notebook=notebook, retry=retry, group=group)
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // workers)
     if executor == "local":
         where: dict = dict(executor=S.Processes(workers), threads=threads)

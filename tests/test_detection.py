@@ -397,11 +397,11 @@ def test_mixed_precision(drawn, tmp_path):
 def tiny(folder, **changes):
     return DetectionExperiment(
         str(folder),
-        "fcos",
         "mobilenet_v3_small",
         "mobilenet_v3_small",
         "pcka",
         {"patch_size": 4},
+        detector="fcos",
         schedule="onecycle",
         **(
             dict(
