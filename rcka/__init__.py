@@ -14,6 +14,7 @@ from rcka.extras import EXTRAS, optional_import
 if TYPE_CHECKING:  # at run time each name is imported when it is first asked for: `rcka --help` must not wait for torch
     from rcka.core import FeaturePaths, Outputs
     from rcka.data import list_datasets, load_dataset
+    from rcka.distillation import distill
     from rcka.experiments import Experiment, Result, published, run, run_many, summary
     from rcka.features import Taps, feature_paths
     from rcka.methods import FCKA, LCKA, PCKA, RCKA, Method, create_method, fcka, lcka, list_methods, pcka, register
@@ -32,6 +33,7 @@ _HOMES = {  # the public names, by the module that has them
     "features": ("Taps", "feature_paths"),
     "data": ("list_datasets", "load_dataset"),
     "train": ("Callback", "Distiller", "TrainConfig", "Trainer"),
+    "distillation": ("distill",),
     "experiments": ("Experiment", "Result", "published", "run", "run_many", "summary"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -43,7 +43,9 @@ def stub(tmp_path, monkeypatch):
 
 def test_every_option_has_help(says):
     root = typer.main.get_command(app)
-    assert {"methods", "models", "datasets", "train", "run", "sweep", "report", "status"} == set(root.commands)
+    assert {"methods", "models", "datasets", "train", "distill", "run", "sweep", "report", "status"} == set(
+        root.commands
+    )
     for name, command in root.commands.items():
         assert command.help, name
         assert not [p.name for p in command.params if not getattr(p, "help", None)], name

@@ -111,7 +111,7 @@ def save_student(
     name: str,  # as for `create_model`
     options: dict | None = None,  # of the network
     classes: tuple[str, ...] = (),  # names of the outputs, in order; empty for an encoder
-    config: InputConfig = InputConfig(),  # the images it takes
+    config: InputConfig | None = None,  # the images it takes
     in_channels: int = 3,
     made_by: dict | None = None,  # what else there is to say, as plain data
 ) -> dict:  # the content of student.json
@@ -124,7 +124,7 @@ def save_student(
         "options": options or {},
         "in_channels": in_channels,
         "classes": list(classes),
-        **config._asdict(),
+        **(config or InputConfig())._asdict(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": hashlib.sha256(content).hexdigest(),
         "versions": {"rcka": rcka.__version__, "torch": str(torch.__version__)},
