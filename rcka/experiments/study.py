@@ -17,7 +17,7 @@ from .experiment import Experiment, run_many
 from .result import Result, runs_root
 from ..extras import optional_import
 from ..files import as_csv, write_atomic
-from ..methods.base import Method, create_method, register
+from ..methods.base import Wrapper, create_method, register
 from ..train.callbacks import NonFiniteLoss
 from ..train.learner import Stopped
 
@@ -27,7 +27,7 @@ __all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'STUDIES', 'Scaled', 'Study',
 
 # %% ../../nbs/method/08e_study.ipynb #ed0364bb
 @register("scaled")
-class Scaled(Method):
+class Scaled(Wrapper):
     "Multiply all terms of another method by one factor; the cross-entropy keeps its factor."
 
     def __init__(
@@ -36,22 +36,10 @@ class Scaled(Method):
         args: dict | None = None,  # its arguments, as for `create_method`
         factor: float = 1.0,
     ):
-        super().__init__()
+        super().__init__(create_method(method, args))
         if not factor > 0:
             raise ValueError(f"factor must be positive, got {factor}")
-        self.inner, self.factor = create_method(method, args), factor
-        self.ce, self.teacher_batch_stats = self.inner.ce, self.inner.teacher_batch_stats
-        if self.inner.dense:
-            raise ValueError(f"scaled takes a method of classifiers, got the dense method {method!r}")
-
-    def wants(self, layers):
-        return self.inner.wants(layers)
-
-    def build(self, student, teacher, **known):
-        self.inner.build(student, teacher, **known)
-
-    def set_epoch(self, epoch):
-        self.inner.set_epoch(epoch)
+        self.factor = factor
 
     def terms(self, student, teacher, target=None, index=None):
         return {name: self.factor * term for name, term in self.inner.terms(student, teacher, target, index).items()}
