@@ -24,8 +24,8 @@ with optional_import():
     from rich.table import Table
 
 # %% auto #0
-__all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'WeightsOf', 'methods', 'models', 'datasets', 'train',
-           'distill', 'run', 'sweep', 'status', 'report', 'main']
+__all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'WeightsOf', 'extensions', 'methods', 'models',
+           'datasets', 'train', 'distill', 'run', 'sweep', 'status', 'report', 'main']
 
 # %% ../nbs/method/08c_cli.ipynb #38af5754
 app = typer.Typer(
@@ -99,6 +99,29 @@ def _runs(root: Path | None) -> Path:
     if root and not root.is_dir():
         raise ValueError(f"there is no folder {root}: --root is the folder that holds the runs")
     return runs_root(root)
+
+# %% ../nbs/method/08c_cli.ipynb #e17e4510
+@app.callback()
+def extensions(
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import a module that registers methods or networks first; may be given several times.",
+        ),
+    ] = None,
+):
+    "Distil, run benchmarks and sweeps of them, and read the tables."
+    from importlib import import_module
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="rcka"):
+        point.load()
+    if modules:
+        sys.path.insert(0, "")  # modules of the working directory
+    for name in modules or []:
+        import_module(name)
 
 # %% ../nbs/method/08c_cli.ipynb #1c81fc86
 @app.command()
