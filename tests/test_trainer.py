@@ -13,10 +13,10 @@ from rcka.data.datasets import load_dataset
 from rcka.experiments.experiment import Experiment
 from rcka.methods.base import create_method
 from rcka.models.registry import create_model
+from rcka.train.callbacks import NonFiniteLoss
 from rcka.train.checkpoint import checkpoints, last_checkpoint
 from rcka.train.classification import Distiller
 from rcka.train.config import TrainConfig
-from rcka.train.callbacks import NonFiniteLoss
 from rcka.train.learner import RunsFailed, Trainer, fit_many
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]

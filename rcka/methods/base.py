@@ -54,6 +54,7 @@ class Method(nn.Module):
     teacher_batch_stats = False  # the teacher's batch normalisations use the statistics of the batch
     dense = False  # for detectors and segmentation networks
     wants_logits = False  # a dense method that compares class logits
+    relations_only = False  # it sees the teacher's features through their Gram matrix alone, whatever their width
 
     def wants(self, layers: FeaturePaths) -> list[str]:
         "Return the module paths whose features this method compares, for a network with these `layers`."
@@ -160,6 +161,11 @@ class Sum(Method):
     @property
     def teacher_batch_stats(self):
         return any(m.teacher_batch_stats for m in self.parts)
+
+    @property
+    def relations_only(self):
+        most = FeaturePaths(*[tuple(map(str, range(64)))] * 2, "pooled", "head")
+        return all(m.relations_only or not m.wants(most) for m in self.parts)
 
     def wants(self, layers):
         wants = [m.wants(layers) for m in self.parts]

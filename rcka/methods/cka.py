@@ -226,6 +226,8 @@ def pcka(
 class FCKA(FeatureMethod):
     "weight * (1 - CKA) of feature maps (Zhou et al. 2024). No connector: the widths may differ."
 
+    relations_only = True
+
     def __init__(
         self,
         weight: float = 16.0,  # of the term
@@ -270,6 +272,7 @@ class RCKA(FeatureMethod):
     "CE + alpha (1 - FCKA) + beta (1 - intra-LCKA) + gamma (1 - inter-LCKA): the combined method (Zhou et al. 2024)."
 
     name = "rcka"
+    relations_only = True
 
     def __init__(
         self,
