@@ -20,10 +20,11 @@ from .callbacks import Callback, Checkpoint, NonFiniteWatch, Progress, SaveResul
 from .checkpoint import run_identity
 from .classification import Distiller
 from .config import TrainConfig, autocast, cublas_workspace, determinism, make_optimizer
+from .teacher_cache import TeacherCache
 
 # %% auto #0
-__all__ = ['Stopped', 'Learner', 'random_state', 'seeded_state', 'set_random_state', 'refuse_memory', 'OutOfMemory', 'fit_many',
-           'one_epoch', 'checked', 'catch_signals', 'shared_teacher', 'check_group', 'Trainer']
+__all__ = ['Stopped', 'Learner', 'random_state', 'seeded_state', 'set_random_state', 'refuse_memory', 'OutOfMemory', 'RunsFailed',
+           'Group', 'fit_many', 'one_epoch', 'checked', 'catch_signals', 'shared_teacher', 'check_group', 'Trainer']
 
 # %% ../../nbs/method/06e_learner.ipynb #244374b9
 class Stopped(KeyboardInterrupt):
@@ -51,11 +52,17 @@ class Learner:
         channels_last: bool = False,  # memory layout of the networks; changes rounding, and speed
         compile: bool = False,  # torch.compile of the networks; changes rounding, and speed
         name: str = "run",  # shown beside the progress bar
+        teacher_cache: TeacherCache | None = None,  # of the training batches, in place of the teacher's forward passes
     ):
         self.task, self.config, self.name = task, config, name
         self.device = next(task.student.parameters()).device
         self.train, self.test = as_batches(train, self.device), as_batches(test, self.device)
         self.switches = {"channels_last": channels_last, "compile": compile}
+        self.teacher_cache = teacher_cache
+        if teacher_cache is not None:
+            if teacher_cache.train is not self.train or teacher_cache.teacher is not task.teacher:
+                raise ValueError("the teacher cache must be made of the teacher and the training batches of the run")
+            teacher_cache.check(task.method, task.teacher_taps.paths)
         networks = [n for n in (task.student, task.teacher) if n is not None]
         if channels_last:
             for net in networks:
@@ -240,7 +247,8 @@ class Learner:
 
     def identity(self) -> dict:
         "Return what decides the result of the run besides its configuration, as plain values by name."
-        return run_identity(self.task, self.train, self.test)
+        kept = {} if self.teacher_cache is None else self.teacher_cache.identity()
+        return run_identity(self.task, self.train, self.test) | {f"teacher cache: {k}": v for k, v in kept.items()}
 
     def saved_state(self) -> str:
         "Return a sentence on what one would start again from."
@@ -297,15 +305,47 @@ class OutOfMemory(RuntimeError):
     "A step did not fit into memory."
 
 
+class RunsFailed(RuntimeError):
+    "Some runs of a group failed, and the others went on to their end; `failures` has the error of each learner."
+
+    def __init__(self, failures: dict[Learner, Exception]):
+        self.failures = failures
+        super().__init__("; ".join(f"{one.name}: {type(e).__name__}: {e}" for one, e in failures.items()))
+
+
+class Group:
+    "The learners of a group that are still running. In one process an error of one run takes that one out."
+
+    def __init__(self, learners: list):
+        self.running, self.failures = list(learners), {}
+        self.isolates = len(learners) > 1 and world_size() == 1  # other processes would wait for this one
+
+    @contextlib.contextmanager
+    def only(self, learner: Learner):
+        "An error inside is the failure of this learner alone."
+        try:
+            yield
+        except Exception as e:
+            if not self.isolates or _no_memory(e):
+                raise
+            self.running.remove(learner)
+            self.failures[learner] = e
+
+
+def _no_memory(e: Exception) -> bool:
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
+
 def fit_many(
     learners: list[Learner],  # with one teacher and the same batches; students and methods of their own
     progress: bool = True,
 ) -> list[list[dict]]:  # their histories
     """Train several students at once; the teacher sees each batch once.
 
-    Raises ValueError where the runs do not fit together, `Stopped` after a signal or `Learner.stop`, `BatchesFailed`,
-    `OutOfMemory`, and what the callbacks raise."""
-    first = learners[0]
+    An error in the step, the evaluation or a callback of one run ends that run alone; it is raised at the end, as
+    `RunsFailed`. Raises ValueError where the runs do not fit together, `Stopped` after a signal or `Learner.stop`,
+    `BatchesFailed`, `OutOfMemory`; a single run raises its own error."""
+    first, group = learners[0], Group(learners)
     for other in learners[1:]:
         check_group(first, other)
     if progress and rank() == 0:
@@ -316,7 +356,7 @@ def fit_many(
                 determinism(first.config.deterministic, search=getattr(first.task, "fixed_shapes", True))
             )
             signals = stack.enter_context(catch_signals())
-            teach = stack.enter_context(shared_teacher([one.task for one in learners]))
+            teach = stack.enter_context(shared_teacher(learners))
             for learner in learners:
                 learner.stop_reason = ""
                 stack.callback(learner.call, "after_fit")
@@ -324,33 +364,41 @@ def fit_many(
                 broadcast(t for part in ("student", "method") for t in learner.parts[part].state_dict().values())
                 learner.since = time.perf_counter()
             for epoch in range(min(one.epoch for one in learners), first.config.epochs):
-                one_epoch([one for one in learners if one.epoch == epoch], teach, signals)
+                if any(one.epoch == epoch for one in group.running):
+                    one_epoch(group, epoch, teach, signals)
             barrier()
     finally:
         if progress and rank() == 0:
             first.callbacks.remove(bar)
+    if group.failures:
+        raise RunsFailed(group.failures)
     return [one.history for one in learners]
 
 
-def one_epoch(learners: list[Learner], teach, signals: list[int]):
-    "Take learners that stand in the same epoch to its end."
-    first = learners[0]
-    epoch, start = first.epoch, min(one.step for one in learners)
+def one_epoch(group: Group, epoch: int, teach, signals: list[int]):
+    "Take the learners that stand in an epoch to its end."
+
+    def here() -> list[Learner]:
+        return [one for one in group.running if one.epoch == epoch]
+
+    learners = here()
+    first, start = learners[0], min(one.step for one in learners)
     for learner in learners:
-        learner.begin_epoch()
+        with group.only(learner):
+            learner.begin_epoch()
 
     def save() -> str:
         "Let the callbacks save; return a sentence on what there is to go on from."
-        for learner in learners:
+        for learner in here():
             learner.call("on_stop")
         saved = rank() == 0 and first.can_save and any(isinstance(c, Checkpoint) for c in first.callbacks)
         return ("The state was saved: " if saved else "") + first.saved_state()
 
     def stop():
         "Leave where a signal came, or a callback asked for it, as soon as no gradient is waiting."
-        asked = [one.stop_reason for one in learners if one.stop_reason]
+        asked = [one.stop_reason for one in here() if one.stop_reason]
         reason = signal.Signals(signals[0]).name if signals else asked[0] if asked else ""
-        if reason and all(one.between_updates for one in learners):
+        if reason and all(one.between_updates for one in here()):
             where = f"{reason} in epoch {epoch + 1}, after step {first.step}."
             raise Stopped(f"{where} {save()} Start again to go on", signals[0] if signals else None)
 
@@ -358,17 +406,21 @@ def one_epoch(learners: list[Learner], teach, signals: list[int]):
         batches = first.train.epoch(epoch, start=start)
         for step, batch in enumerate(checked(batches, len(first.train) - start, save), start):
             stop()
-            batch, behind = shard(batch), [one for one in learners if one.step == step]
-            outputs = teach(batch.images, first.config.precision) if teach and batch else {}
+            batch, behind = shard(batch), [one for one in here() if one.step == step]
+            outputs = teach(batch, epoch) if teach and batch else {}
             for learner in behind:
-                learner.call("before_step", batch)
-                learner.train_step(batch, outputs.get(learner.task))
-                learner.step += 1
-                learner.call("after_step")
-        for learner in learners:
-            learner.end_epoch(before_batch=stop)
+                with group.only(learner):
+                    learner.call("before_step", batch)
+                    learner.train_step(batch, outputs.get(learner.task))
+                    learner.step += 1
+                    learner.call("after_step")
+            if not here():
+                return
+        for learner in here():
+            with group.only(learner):
+                learner.end_epoch(before_batch=stop)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+        if not _no_memory(e):
             raise
         text = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise OutOfMemory(
@@ -419,18 +471,24 @@ def catch_signals():
 
 
 @contextlib.contextmanager
-def shared_teacher(tasks: list):
-    "A function from images to the teacher's outputs for each task, with one forward pass; None where nothing is shared."
+def shared_teacher(learners: list[Learner]):
+    """A function from a batch and its epoch to the teacher's outputs for each task, looked up or from one forward pass.
+
+    None where nothing is shared and each task runs the teacher."""
+    tasks, cache, precision = [one.task for one in learners], learners[0].teacher_cache, learners[0].config.precision
     teacher = tasks[0].teacher
-    if teacher is None or len(tasks) == 1 or not all(isinstance(t, Distiller) for t in tasks):
+    if teacher is None or not all(isinstance(t, Distiller) for t in tasks) or (len(tasks) == 1 and cache is None):
         yield None
         return
     paths = list(dict.fromkeys(p for task in tasks for p in task.teacher_taps.paths))
-    with Taps(teacher, paths) as taps:
+    with contextlib.nullcontext() if cache else Taps(teacher, paths) as taps:
 
-        def teach(images, precision):
-            with torch.no_grad(), autocast(images.device.type, precision):
-                outputs = taps(images)
+        def teach(batch, epoch):
+            if cache:
+                outputs = cache(batch.index, epoch, paths)
+            else:
+                with torch.no_grad(), autocast(batch.images.device.type, precision):
+                    outputs = taps(batch.images)
             at = dict(zip(paths, outputs.features))
             return {t: Outputs(outputs.logits, tuple(at[p] for p in t.teacher_taps.paths)) for t in tasks}
 
@@ -443,6 +501,7 @@ def check_group(a: Learner, b: Learner):
         "the training batches": lambda one: getattr(one.train, "loader", one.train),
         "the test batches": lambda one: getattr(one.test, "loader", one.test),
         "the teacher": lambda one: one.task.teacher,
+        "the teacher cache": lambda one: one.teacher_cache,
     }
     for name, of in shared.items():
         if of(a) is not of(b):
@@ -473,7 +532,7 @@ class Trainer(Learner):
         checkpoint_seconds: float = 60,  # between two checkpoints: about as much work is lost when the process is killed
         keep: int = 2,  # number of checkpoints that stay, the newest
         callbacks: Iterable[Callback] = (),  # called before the trainer's own
-        **options,  # of `Learner`: optimizer_factory, channels_last, compile
+        **options,  # of `Learner`: optimizer_factory, channels_last, compile, teacher_cache
     ):
         self.folder = Path(folder)
         own = [NonFiniteWatch(), SaveResults(folder), Checkpoint(folder, checkpoint_seconds, keep)]
