@@ -2,10 +2,11 @@
 
 The search looks where such inequalities break: ill-conditioned, rank one, two samples, many more features than samples,
 constant rows, duplicates, huge and tiny scales, pairs that are nearly the same, and pairs near which each bound is tight.
-It must find nothing against what is folder_lock, and something against a deliberately false variant of each claim.
+It must find nothing against what is true, and something against a deliberately false variant of each claim.
 """
 
 import functools
+import itertools
 import math
 
 import hypothesis.extra.numpy as hnp
@@ -27,6 +28,7 @@ from rcka.similarity.bounds import (
     procrustes,
     procrustes_bound,
     published_bound,
+    random_pairs,
     relation_bound,
     relation_identity,
     unit_features,
@@ -201,7 +203,7 @@ def search(claim, centred):
     return many, worst, where
 
 
-# ---------------------------------------------------------------- what is folder_lock: functions of (i, centred), for `search`
+# ---------------------------------------------------------------- what is true: functions of (i, centred), for `search`
 
 
 def holds(f, *args):
@@ -293,7 +295,7 @@ FALSE = {  # a claim, and whether it is false when centred, too
         changed(wide, lhs=lambda b, gap, chain: 1e4 * b.lhs, rhs=lambda b, gap, chain: 0.98e4 * b.rhs),
         False,
     ),
-    "Theorem 4, without L": (changed(fine, rhs=lambda b, gap, chain: 2 * gap), True),
+    "Theorem 4, without the Lipschitz constant": (changed(fine, rhs=lambda b, gap, chain: 2 * gap), True),
     "Theorem 5, b the other way": (step("roots", "procrustes"), True),
     "Theorem 5, c the other way": (step("nuclear", "roots"), True),
     "Theorem 5, d the other way": (step("frobenius", "nuclear"), True),
@@ -442,6 +444,137 @@ def test_gradient_follows_the_scale():
     for s in [1e-120, 1e-3, 1e120]:
         assert torch.allclose(cka_gradient(s * x, y) * s, cka_gradient(x, y), rtol=1e-10)
         assert torch.allclose(cka_gradient(x, s * y), cka_gradient(x, y), rtol=1e-10)
+
+
+# ---------------------------------------------------------------- how tight: Theorem 7, rank by rank
+
+
+def centred_basis(n, k, seed=0):
+    "k orthonormal vectors, all orthogonal to 1."
+    basis = normal(torch.Generator().manual_seed(seed), n, k)
+    return torch.linalg.qr(basis - basis.mean(0)).Q
+
+
+def private_directions(alignment, m1, m2, n=16):
+    "Two shared directions, and m1 and m2 private ones of equal strength on either side."
+    b = centred_basis(n, 2 + m1 + m2)
+    common = b[:, :2] * torch.tensor([0.8, 0.6], dtype=b.dtype).sqrt() * alignment**0.25
+    own = [((1 - alignment) / m) ** 0.25 * v for m, v in zip((m1, m2), b[:, 2:].split([m1, m2], 1))]
+    return torch.cat([common, own[0]], 1), torch.cat([common, own[1]], 1)
+
+
+def part_reached(pair, centred=True):
+    chain = feature_chain(*pair, centred)
+    return chain.rank.item(), (chain.procrustes / chain.frobenius).item()
+
+
+@pytest.mark.parametrize("alignment", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("r", range(2, 10))
+def test_theorem_7_equal_private_directions(r, alignment):
+    pair = private_directions(alignment, r // 2, r - r // 2)
+    rank, part = part_reached(pair)
+    expected = 1.0 if r % 2 == 0 else math.sqrt((1 + math.sqrt(1 - 1 / r**2)) / 2)
+    assert rank == r and abs(part - expected) < 1e-9
+    assert abs(cka(*pair) - alignment) < 1e-12
+
+
+@pytest.mark.parametrize("r", [3, 5, 7])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 10.0, 100.0, 1000.0])
+def test_theorem_7_odd_rank_tends_to_the_bound(r, ratio):
+    m = (r - 1) // 2
+    a, b, e = centred_basis(16, r + 1).split([m + 1, m, 1], 1)
+    v = 0.5**0.5 * b[:, :1] + (ratio - 0.5) ** 0.5 * e
+    pair = torch.cat([v, a], 1), torch.cat([v, b], 1)
+    rank, part = part_reached(pair)
+    assert rank == r
+    assert abs(part - (1 - 2 * (math.sqrt(ratio**2 + 0.5) - ratio) / r)) < 1e-7
+    assert 1 - 1 / (2 * r * ratio) - 1e-7 <= part < 1
+    assert abs(1 - cka(*pair) - r / (2 * (ratio**2 + m + 1))) < 1e-9
+
+
+def test_theorem_7_no_pair_of_unit_gram_matrices_differs_by_rank_one():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        x, u = normal(g, 8, 3), normal(g, 8, 1)
+        k, other = (t @ t.mT for t in (x, torch.cat([x, u], 1)))
+        assert other.norm() > k.norm()  # a rank-one difference of one sign changes the norm
+    ranks = torch.cat([feature_chain(x, y, c, 1).rank for _, x, y in draws()[::7] for c in (False, True)])
+    gaps = torch.cat([relation_identity(x, y, c, 1).rhs for _, x, y in draws()[::7] for c in (False, True)])
+    assert (ranks[gaps > 1e-6] >= 2).all()
+
+
+def test_theorem_7_at_zero_alignment_the_odd_constant_is_the_largest():
+    g = torch.Generator().manual_seed(0)
+    for r in (3, 5):
+        best = math.sqrt((1 + math.sqrt(1 - 1 / r**2)) / 2)
+        for m in range(1, r):
+            b = centred_basis(12, r, seed=m)
+            for _ in range(50):
+                x, y = (t * uniform(g, 1, t.shape[1]) for t in b.split([m, r - m], 1))
+                rank, part = part_reached((x, y))
+                assert rank == r and part <= best + 1e-9
+
+
+# ---------------------------------------------------------------- where the gradient vanishes: Theorem 9
+
+
+def components(mu, basis, kept, p):
+    return torch.nn.functional.pad(basis[:, kept] * mu[kept].sqrt(), (0, p - len(kept)))
+
+
+@pytest.mark.parametrize("p", [3, 5])
+def test_theorem_9_stationary_points_and_the_way_up(p):
+    mu = torch.tensor([1.0, 0.8, 0.6, 0.5], dtype=torch.float64)
+    mu, basis = mu / mu.norm(), centred_basis(9, 4)
+    teacher = basis * mu.sqrt()
+    for size in range(1, min(p, 4) + 1):
+        for kept in map(list, itertools.combinations(range(4), size)):
+            student = components(mu, basis, kept, p)
+            f = cka(student, teacher)
+            assert cka_gradient(student, teacher).abs().max() < 1e-12
+            assert abs(f - mu[kept].norm()) < 1e-12
+            out = [i for i in range(4) if i not in kept]
+            if not out:
+                continue
+            unit, v = unit_features(student), basis[:, out[:1]]
+            w = torch.linalg.svd(unit).Vh[-1:]
+            curve = mu[out[0]] - f * (unit @ w.mT).square().sum()
+            measured = (cka(unit + 1e-3 * v @ w, teacher) - f) / 1e-6
+            assert abs(measured - curve) < 1e-4
+            largest = kept == list(range(min(p, 4)))
+            assert (curve > 0) != largest
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_theorem_9_every_direction_leads_up_where_the_two_share_nothing(rank):
+    "Width 3: at rank 3 no w has X w = 0, and the way leads up all the same."
+    g = torch.Generator().manual_seed(0)
+    basis = centred_basis(9, 7)
+    teacher = basis[:, :4] * torch.tensor([1.0, 0.8, 0.6, 0.5], dtype=torch.float64)
+    student = torch.nn.functional.pad(basis[:, 4 : 4 + rank], (0, 3 - rank)) @ orthonormal(g, 1, 3, 3)[0]
+    assert cka(student, teacher) < 1e-25 and cka_gradient(student, teacher).abs().max() < 1e-12
+    th, xh = unit_features(teacher), unit_features(student)
+    for i in range(4):
+        for _ in range(10):
+            w = orthonormal(g, 1, 3, 1)[0].mT
+            up = cka(xh + 1e-3 * basis[:, i : i + 1] @ w, teacher) / 1e-6
+            assert abs(up - basis[:, i] @ th @ th.mT @ basis[:, i]) < 1e-3
+
+
+def test_random_pairs_cover_all_values():
+    x, y = random_pairs(500, n=12, p=6, q=4, seed=3)
+    assert x.shape == (500, 12, 6) and y.shape == (500, 12, 4) and x.dtype == torch.float64
+    values = cka(x, y, center=False, batch_dims=1)
+    assert values.min() < 0.3 and values.max() > 0.99
+    with pytest.raises(ValueError, match="at most p = 6"):
+        random_pairs(2, p=6, q=7)
+
+
+def test_the_trigonometry_of_theorem_2():
+    sympy = pytest.importorskip("sympy")
+    s, t = sympy.symbols("s t", real=True)
+    gap = (sympy.cos(s) - sympy.cos(t)) ** 2 / 2 - sympy.sin((s + t) / 2) ** 2 * (1 - sympy.cos(s - t))
+    assert sympy.simplify(sympy.expand(gap.rewrite(sympy.exp))) == 0
 
 
 # ---------------------------------------------------------------- edges

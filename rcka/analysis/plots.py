@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .compare import BLOCK, LayerRelations, as_batches, evaluating, to_device
+from .style import line_styles
 from ..extras import optional_import
 from ..features import Taps, unwrap
+from ..similarity.bounds import Bound
 from ..similarity.measures import as_kernel, center
 
 # %% auto #0
-__all__ = ['MARKERS', 'DASHES', 'save_figure', 'plot_similarity', 'plot_before_after', 'gram_frame', 'plot_grams', 'plot_along',
-           'plot_cost', 'plot_predicts', 'rank_correlation', 'class_relations', 'plot_class_relations']
+__all__ = ['save_figure', 'plot_similarity', 'plot_before_after', 'gram_frame', 'plot_grams', 'plot_along', 'plot_cost',
+           'plot_predicts', 'rank_correlation', 'class_relations', 'plot_class_relations', 'plot_bound']
 
 # %% ../../nbs/method/09a_plots.ipynb #0278aaca
 def _plt():
@@ -25,21 +27,6 @@ def _plt():
         import matplotlib.pyplot as plt
 
     return plt
-
-
-MARKERS, DASHES = "osD^vP*X<>", ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
-
-
-def _styles(names) -> dict:
-    "Return colour, marker and dash for each name."
-    with optional_import():
-        import seaborn as sns
-
-    palette = sns.color_palette("colorblind", 10)
-    return {
-        name: dict(color=palette[i % 10], marker=MARKERS[i % 10], linestyle=DASHES[i % 5])
-        for i, name in enumerate(dict.fromkeys(names))
-    }
 
 
 def save_figure(
@@ -210,7 +197,7 @@ def plot_along(
     if ax is None:
         ax = _plt().subplots(figsize=(6, 3.2), layout="constrained")[1]
     ends = []
-    for name, style in _styles(frame[by]).items():
+    for name, style in line_styles(frame[by]).items():
         line = frame[frame[by] == name].groupby(x)[y].agg(["mean", "min", "max"])
         ax.plot(line.index, line["mean"], markersize=4, **style)
         ax.fill_between(line.index, line["min"], line["max"], color=style["color"], alpha=0.15, linewidth=0)
@@ -274,7 +261,7 @@ def _scatter(frame, x, y, by, ax):
     if ax is None:
         ax = _plt().subplots(figsize=(5.2, 3.4), layout="constrained")[1]
     means = frame.groupby(by, sort=False)[[x, y]].mean()
-    for name, style in _styles(frame[by]).items():
+    for name, style in line_styles(frame[by]).items():
         look = {k: style[k] for k in ("color", "marker")}
         rows = frame[frame[by] == name]
         ax.scatter(rows[x], rows[y], s=14, alpha=0.6, linewidths=0, **look)
@@ -340,3 +327,23 @@ def plot_class_relations(
         ax.set_title(f"{name}: mean {abs(d.values).mean():.3f}", fontsize=9)
     fig.colorbar(image, ax=axes, label=f"|correlation of logits less {names[0]}'s|")
     return axes[0]
+
+# %% ../../nbs/method/09a_plots.ipynb #c50c6ae7
+def plot_bound(
+    bounds: Mapping[str, Bound],  # by what the legend says; all over the same axes
+    ax=None,
+    log: bool = False,  # logarithmic axes, from the least right-hand side on
+):  # Axes
+    "Draw the two sides of an inequality, a mark for each problem; under the dashed line it holds."
+    if ax is None:
+        ax = _plt().subplots(figsize=(4.5, 4.2), layout="constrained")[1]
+    for (name, bound), style in zip(bounds.items(), line_styles(bounds).values()):
+        look = {k: style[k] for k in ("color", "marker")}
+        ax.scatter(bound.rhs.cpu(), bound.lhs.cpu(), s=16, alpha=0.6, linewidths=0, label=name, **look)
+    right = torch.cat([bound.rhs.flatten() for bound in bounds.values()])
+    ends = [right.min().item() if log else 0.0, right.max().item()]
+    ax.plot(ends, ends, color="black", linestyle="--", linewidth=1, label="equality")
+    if log:
+        ax.set(xscale="log", yscale="log")
+    ax.legend(markerscale=1.8)
+    return ax
