@@ -109,13 +109,14 @@ def create_model(
             + "; or torchvision/NAME, timm/NAME, transformers/NAME, package.module:function"
         )
     weights = options.pop("weights", None)
+    if weights is None:
+        num_classes = 100 if num_classes is None else num_classes
+        return NETWORKS[name](num_classes=num_classes, in_channels=in_channels, **_taken(NETWORKS[name], name, options))
     known = {w.weights: w for w in list_weights() if w.network == name}
     if weights == "pretrained":
         weights = next(iter(known), weights)
     if num_classes is None:
         num_classes = known[weights].card["classes"] if weights in known else 100
-    if weights is None:
-        return NETWORKS[name](num_classes=num_classes, in_channels=in_channels, **_taken(NETWORKS[name], name, options))
     if options:
         raise TypeError(f"{name} takes no options beside its weights, got {', '.join(options)}")
     return _pretrained(name, weights, num_classes, in_channels)
