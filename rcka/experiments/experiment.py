@@ -205,8 +205,8 @@ class BaseExperiment:
 
         None for a file that is missing."""
         paths = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("weights")}
-        if self.teacher and not self.teacher_weights:
-            paths["the teacher's weights"] = root / self.teacher_experiment.key / "last.safetensors"
+        if (trained := self.teacher_experiment) and not self.teacher_weights:
+            paths["the teacher's weights"] = root / trained.key / "last.safetensors"
         return {name: _file_hash(path) for name, path in paths.items() if path}
 
     def given_teacher(self, data) -> torch.nn.Module:
@@ -217,11 +217,11 @@ class BaseExperiment:
         self, data, root: Path, device, progress: bool, options: dict
     ) -> tuple[torch.nn.Module | None, dict | None]:
         "Return the teacher, trained first if need be, and its scores where it was trained by a run."
-        if self.teacher is None:
+        experiment = self.teacher_experiment
+        if experiment is None:
             return None, None
         if self.teacher_weights:
             return self.given_teacher(data).to(device), None
-        experiment = self.teacher_experiment
         folder = root / experiment.key
         result, _ = find_or_train(experiment, root, folder, device, progress, options)
         teacher = load_checkpoint(self.network(self.teacher, data, start=False), folder / "last.safetensors")
@@ -400,6 +400,7 @@ class Experiment(BaseExperiment):
 
     def given_teacher(self, data) -> torch.nn.Module:
         "Return the teacher with the weights that the experiment names: a checkpoint, torchvision's, or those of the package."
+        assert self.teacher and self.teacher_weights
         by_name = self.teacher_weights.isidentifier() and not Path(self.teacher_weights).exists()
         if self.teacher.startswith("torchvision/") and by_name:
             return torchvision_teacher(self, data)
@@ -416,6 +417,7 @@ def torchvision_teacher(experiment: Experiment, data) -> torch.nn.Module:
     from torchvision.models import get_model_weights
 
     name, weights = experiment.teacher, experiment.teacher_weights
+    assert name and weights
     known = get_model_weights(name.split("/")[1]).__members__
     if weights not in known:
         raise ValueError(nearest(weights, known, f"weights of {name}"))
@@ -438,7 +440,7 @@ def run(
     experiment: BaseExperiment,
     root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
     folder: Path | str | None = None,  # folder of this run; None: `root` / `experiment.key`
-    device: str | None = None,  # None: CUDA where there is one, else the CPU
+    device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     progress: bool = True,  # bars in the terminal
     **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile; and workers, which decode images
 ) -> Result:
@@ -521,7 +523,7 @@ def report_found(folder: Path, result: Result):
 def run_many(
     experiments: list[Experiment],  # with the same dataset, batches, teacher, epochs and precision
     root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
-    device: str | None = None,  # None: CUDA where there is one, else the CPU
+    device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     progress: bool = True,
     **options,  # of `Trainer`; and workers
 ) -> list[Result]:
@@ -546,10 +548,10 @@ def run_many(
             parts = e.prepare(root, device, progress, options, shared=parts)
             trainers[folder] = make_trainer(e, parts, folder, options)
         inputs = {folder: folders[folder].data_inputs() | folders[folder].weight_inputs(root) for folder in trainers}
-        if trainers:
+        if parts is not None:
             fit_many(list(trainers.values()), progress)
-        for folder, trainer in trainers.items():
-            save_result(folders[folder], trainer, parts.teacher_scores, inputs[folder], len(trainers))
+            for folder, trainer in trainers.items():
+                save_result(folders[folder], trainer, parts.teacher_scores, inputs[folder], len(trainers))
     return [Result.load(root / e.key / "result.json") for e in experiments]
 
 

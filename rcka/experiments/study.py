@@ -131,9 +131,9 @@ def read_table(path: Path | str) -> dict[tuple[str, int], dict]:
     if not Path(path).exists():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        read = list(csv.DictReader(file))
     number = {"seed": int, "last": float, "best": float, "best_epoch": int, "epochs": int}
-    rows = [{k: number[k](v) if k in number else v for k, v in row.items()} for row in rows]
+    rows: list[dict] = [{k: number[k](v) if k in number else v for k, v in row.items()} for row in read]
     return {(row["label"], row["seed"]): row for row in rows}
 
 # %% ../../nbs/method/08e_study.ipynb #35b945c3

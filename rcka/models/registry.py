@@ -130,7 +130,7 @@ def _reads(model: nn.Module, in_channels: int) -> nn.Module:
 
 def _timm(name: str, num_classes: int, in_channels: int, options: dict) -> nn.Module:
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(f"timm/{name} needs the package timm: pip install timm") from None
     if not timm.is_model(name.split(".")[0]):

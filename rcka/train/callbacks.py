@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..core import check_whole
 from ..distributed import broadcast, rank, world_size
@@ -243,6 +244,7 @@ class Progress(Callback):
 
     def after_epoch(self, learner):
         row = learner.history[-1]
+        assert self.bar is not None
         self.bar.set_postfix(
             loss=f"{row['loss']:.3f}", **{learner.task.score: f"{row[learner.task.score]:.2f}"}, refresh=False
         )
@@ -266,7 +268,8 @@ class EMA(Callback):
     ):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
-        self.decay, self.folder, self.average = decay, folder, None
+        self.decay, self.folder = decay, folder
+        self.average: dict[str, Tensor] = {}  # by the names of the student's state_dict
         self.learner, self.restored = None, False  # whose weights are averaged; whether from a checkpoint
 
     def before_fit(self, learner):

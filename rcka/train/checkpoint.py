@@ -52,7 +52,8 @@ def read_checkpoint(path: Path | str) -> dict:
     "Return the content of a checkpoint. Raises `Damaged` if its bytes do not give its name, ValueError for another format."
     path = Path(path)
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest()[:16] != CHECKPOINT_NAME.fullmatch(path.name)[3]:
+    name = CHECKPOINT_NAME.fullmatch(path.name)
+    if name is None or hashlib.sha256(data).hexdigest()[:16] != name[3]:
         raise Damaged(f"{path} is damaged: its bytes do not give its name")
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
@@ -91,7 +92,7 @@ def saved_state(folder: Path) -> str:
     found = checkpoints(folder)
     if not found:
         return f"{folder} has no checkpoint yet."
-    epoch, step, _ = CHECKPOINT_NAME.fullmatch(found[-1].name).groups()
+    epoch, step = found[-1].name.split("-")[1:3]
     return f"{folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #b423f8f0
@@ -133,7 +134,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def run_identity(task, train, test) -> dict:
     "Return what decides the result of a run besides its configuration, as the first process sees it, in all processes."
-    found = [None]
+    found: list[dict] = [{}]
     if rank() == 0:
         layout = {k: tuple(v.shape) for k, v in task.student.state_dict().items()}
         paths = {
