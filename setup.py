@@ -15,7 +15,10 @@ cfg = parser["DEFAULT"]
 
 extras = {
     name: cfg[f"{name}_requirements"].split()
-    for name in ("train", "notebook", "parquet", "segmentation", "detection", "slurm", "dev", "docs")
+    for name in (
+        *("train", "notebook", "parquet", "segmentation", "detection", "slurm", "dev", "docs"),
+        *("timm", "transformers", "datasets", "hub", "export"),
+    )
 }
 extras["notebook"] += extras["train"]
 extras["parquet"] += extras["train"]

@@ -14,10 +14,11 @@ from rcka.extras import EXTRAS, optional_import
 if TYPE_CHECKING:  # at run time each name is imported when it is first asked for: `rcka --help` must not wait for torch
     from rcka.core import FeaturePaths, Outputs
     from rcka.data import list_datasets, load_dataset
+    from rcka.distillation import distill
     from rcka.experiments import Experiment, Result, published, run, run_many, summary
     from rcka.features import Taps, feature_paths
     from rcka.methods import FCKA, LCKA, PCKA, RCKA, Method, create_method, fcka, lcka, list_methods, pcka, register
-    from rcka.models import create_model, list_models, load_checkpoint, save_weights
+    from rcka.models import create_model, list_models, load_checkpoint, load_student, save_weights, student_transform
     from rcka.similarity import Gaussian, Linear, Polynomial, center, cka, gram, hsic, mmd2
     from rcka.train import Callback, Distiller, TrainConfig, Trainer
 
@@ -27,11 +28,12 @@ _HOMES = {  # the public names, by the module that has them
         *("FCKA", "LCKA", "PCKA", "RCKA", "fcka", "lcka", "pcka"),
         *("Method", "create_method", "list_methods", "register"),
     ),
-    "models": ("create_model", "list_models", "load_checkpoint", "save_weights"),
+    "models": ("create_model", "list_models", "load_checkpoint", "load_student", "save_weights", "student_transform"),
     "similarity": ("Gaussian", "Linear", "Polynomial", "center", "cka", "gram", "hsic", "mmd2"),
     "features": ("Taps", "feature_paths"),
     "data": ("list_datasets", "load_dataset"),
     "train": ("Callback", "Distiller", "TrainConfig", "Trainer"),
+    "distillation": ("distill",),
     "experiments": ("Experiment", "Result", "published", "run", "run_many", "summary"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

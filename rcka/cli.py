@@ -24,8 +24,8 @@ with optional_import():
     from rich.table import Table
 
 # %% auto #0
-__all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'methods', 'models', 'datasets', 'train', 'run', 'sweep', 'status',
-           'report', 'main']
+__all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'WeightsOf', 'extensions', 'methods', 'models',
+           'datasets', 'train', 'distill', 'run', 'sweep', 'status', 'report', 'main']
 
 # %% ../nbs/method/08c_cli.ipynb #38af5754
 app = typer.Typer(
@@ -100,6 +100,29 @@ def _runs(root: Path | None) -> Path:
         raise ValueError(f"there is no folder {root}: --root is the folder that holds the runs")
     return runs_root(root)
 
+# %% ../nbs/method/08c_cli.ipynb #e17e4510
+@app.callback()
+def extensions(
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import a module that registers methods or networks first; may be given several times.",
+        ),
+    ] = None,
+):
+    "Distil, run benchmarks and sweeps of them, and read the tables."
+    from importlib import import_module
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="rcka"):
+        point.load()
+    if modules:
+        sys.path.insert(0, "")  # modules of the working directory
+    for name in modules or []:
+        import_module(name)
+
 # %% ../nbs/method/08c_cli.ipynb #1c81fc86
 @app.command()
 def methods():
@@ -167,6 +190,93 @@ def train(
     from rcka.experiments.launch import main
 
     raise typer.Exit(main(arguments or [], program="rcka train"))
+
+# %% ../nbs/method/08c_cli.ipynb #d1571a11
+Options = Annotated[str | None, typer.Option(metavar="JSON", help="Options of the network, as '{\"img_size\": 32}'.")]
+WeightsOf = Annotated[
+    str | None,
+    typer.Option(
+        help="A file of weights, pretrained, or a name of the library's. Without it the teacher is trained first, the student fresh."
+    ),
+]
+
+
+@app.command()
+def distill(
+    data: Annotated[
+        str, typer.Option(help="A folder with train/CLASS/*.jpg and val/ or test/, or a name of `rcka datasets`.")
+    ],
+    teacher: Annotated[
+        str, typer.Option(help="A network's name, package.module:function, or the folder of an earlier student.")
+    ],
+    student: Annotated[str, typer.Option(help="A network's name, or package.module:function.")],
+    method: Annotated[str, typer.Option(help="A method of `rcka methods`, or several with a plus.")] = "kd+fcka",
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the student, and of a teacher without weights.")] = 5,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results. Without it: below the folder of all runs.")
+    ] = None,
+    teacher_weights: WeightsOf = None,
+    student_weights: WeightsOf = None,
+    teacher_options: Options = None,
+    student_options: Options = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of a side that the student takes.")] = None,
+    batch_size: Annotated[int, typer.Option(min=4, help="Images in a batch.")] = 64,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Train the student without its teacher as well, to compare.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Without it: CUDA where there is one.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", "-p", metavar="NAME=VALUE", help="A field of TrainConfig, as lr=0.01."),
+    ] = None,
+):
+    "Distil your networks on your images; `train` runs a named experiment of the benchmarks."
+    from rcka.core import BatchesFailed
+    from rcka.distillation import distill as run_distill
+    from rcka.train.config import TrainConfig
+
+    sys.path.insert(0, "")  # package.module:function of the working directory
+    fields, hints = _fields(param), get_type_hints(TrainConfig)
+    _known(fields, set(hints) - {"epochs"}, "field of TrainConfig")
+    _check_types(fields, hints)
+    given = {}
+    for name, text in (("teacher_options", teacher_options), ("student_options", student_options)):
+        try:
+            given[name] = json.loads(text) if text else None
+        except ValueError:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be JSON, as '{{\"img_size\": 32}}'; got {text!r}"
+            ) from None
+    try:
+        results = run_distill(
+            data,
+            teacher,
+            student,
+            method,
+            epochs,
+            output,
+            teacher_weights,
+            student_weights,
+            size=size,
+            batch_size=batch_size,
+            alone=alone,
+            device=device,
+            workers=workers,
+            **given,
+            **fields,
+        )
+    except KeyboardInterrupt as error:
+        print(f"stopped ({error}); the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BatchesFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    for who in ("teacher", "student", "alone"):
+        if found := results[who]:
+            print(
+                f"{who}: top-1 " + ("not known, other classes" if found["top1"] is None else f"{found['top1']:.2f} %")
+            )
 
 # %% ../nbs/method/08c_cli.ipynb #713a9a2a
 @app.command()
@@ -326,7 +436,10 @@ def sweep(
     param: Fields = None,
     root: Root = None,
     notebook: NotebookPath = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time on this machine.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs, or groups of runs, at the same time on this machine.")] = 1,
+    group: Annotated[
+        int, typer.Option(min=1, help="Runs that share a teacher's forward pass, at most: same results, sooner.")
+    ] = 4,
     retry: Annotated[bool, typer.Option(help="Whether to run again what failed before.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how many runs there would be and what state they are in, and stop.")
@@ -375,7 +488,7 @@ def sweep(
     )
     if dry_run:
         return
-    common: dict = dict(root=folder, notebook=notebook, retry=retry)
+    common: dict = dict(root=folder, notebook=notebook, retry=retry, group=group)
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // workers)
     if executor == "local":
         where: dict = dict(executor=S.Processes(workers), threads=threads)

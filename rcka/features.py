@@ -111,14 +111,14 @@ def _describe(value) -> str:
 class _Hook:
     "Forward hook that stores the tensor of a place while its owner runs. Copies of a model carry it without an owner."
 
-    def __init__(self, owner=None, path="", place: Place = Place("", False, ())):
+    def __init__(self, owner=None, path="", place: Place | None = None):
         self.owner, self.path, self.place = owner, path, place
 
     def __reduce__(self):
         return _Hook, ()
 
     def __call__(self, module, args, kwargs, output=None):
-        if self.owner is None or not self.owner._running:
+        if self.owner is None or self.place is None or not self.owner._running:
             return
         value = output
         if self.place.input:

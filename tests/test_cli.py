@@ -43,7 +43,9 @@ def stub(tmp_path, monkeypatch):
 
 def test_every_option_has_help(says):
     root = typer.main.get_command(app)
-    assert {"methods", "models", "datasets", "train", "run", "sweep", "report", "status"} == set(root.commands)
+    assert {"methods", "models", "datasets", "train", "distill", "run", "sweep", "report", "status"} == set(
+        root.commands
+    )
     for name, command in root.commands.items():
         assert command.help, name
         assert not [p.name for p in command.params if not getattr(p, "help", None)], name
@@ -258,3 +260,28 @@ def test_a_folder_that_cannot_be_made(says, tmp_path):
 
 def test_nothing_there(says, tmp_path):
     assert "no runs" in says("status", "--root", tmp_path)[1] and "0 results" in says("report", "--root", tmp_path)[1]
+
+
+def test_methods_and_networks_of_others(says, tmp_path, monkeypatch):
+    "--import sees what a module of the working directory registers; a module that is not there is an error."
+    from rcka.methods.base import METHODS
+    from rcka.models.registry import NETWORKS
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_extension.py").write_text("""
+from rcka.methods import Method, register
+from rcka.models import network
+@register("my_method")
+class Mine(Method):
+    "A method of a user."
+@network
+def my_network(num_classes, in_channels): ...
+""")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        code, out, _ = says("--import", "my_extension", "methods")
+        assert code == 0 and "my_method" in out and "my_network" in NETWORKS
+        code, _, err = says("--import", "my_extensio", "methods")
+        assert code == 2 and "my_extensio" in err
+    finally:
+        METHODS.pop("my_method", None), NETWORKS.pop("my_network", None)

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import launch
 
 pytest.importorskip("faster_coco_eval")
 
@@ -397,11 +396,11 @@ def test_mixed_precision(drawn, tmp_path):
 def tiny(folder, **changes):
     return DetectionExperiment(
         str(folder),
-        "fcos",
         "mobilenet_v3_small",
         "mobilenet_v3_small",
         "pcka",
         {"patch_size": 4},
+        detector="fcos",
         schedule="onecycle",
         **(
             dict(
@@ -523,23 +522,7 @@ def in_processes(folder):
 def test_two_processes(tmp_path):
     "One student comes out, and the numbers of all images, whoever looked at them."
     images, path, _ = draw_rectangles(tmp_path)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
-            __file__,
-            str(tmp_path),
-        ],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(__file__, tmp_path)
     one, other = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert one["scores"] == other["scores"] and all(
         torch.equal(a, b) for a, b in zip(one["weights"].values(), other["weights"].values())

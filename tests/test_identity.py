@@ -16,7 +16,7 @@ from PIL import Image
 
 import rcka.train.checkpoint as C
 from rcka.data.datasets import load_dataset
-from rcka.experiments.experiment import SAME_AS_DEFAULT, Experiment, run, run_many
+from rcka.experiments.experiment import Experiment, run, run_many
 from rcka.experiments.launch import kind_of, main
 from rcka.experiments.result import RESULT_FORMAT
 from rcka.experiments.sweep import grid, sweep
@@ -332,16 +332,44 @@ def test_a_changed_default_is_another_experiment(monkeypatch):
     assert replace(new, method_args={"alpha": 4}).key == old.key  # 4 and 4.0 are one value
 
 
-def test_defaults_of_the_optimiser_are_one_run():
-    "Given or left out they are the same configuration, so the same key; another value is another key."
-    plain = Experiment("digits", "resnet8")
-    defaults = {name: getattr(TrainConfig(), name) for name in SAME_AS_DEFAULT}
-    assert replace(plain, **defaults).key == plain.key and plain.train_config == replace(plain, **defaults).train_config
-    others = dict(optimizer="adamw", betas=(0.8, 0.9), decay_norms=False, grad_clip=1.0, accumulate=2, warmup_steps=5)
-    assert set(others) == set(SAME_AS_DEFAULT)
-    for name, value in others.items():
-        e = replace(plain, **{name: value})
-        assert e.key != plain.key and getattr(e.train_config, name) == value
+OPTIMISATION = dict(
+    optimizer="adamw",
+    betas=(0.8, 0.9),
+    decay_norms=False,
+    grad_clip=1.0,
+    accumulate=2,
+    warmup_steps=5,
+    nesterov=True,
+    lr_steps=(0.5,),
+    lr_decay=0.2,
+)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_experiments_of_all_kinds_say_how_to_optimise(name):
+    "A value is in the key and reaches `TrainConfig`; a default, given or left out, is one configuration and one key."
+    plain = kind(name)()
+    assert set(OPTIMISATION) >= set(plain.same_as_default)
+    defaults = {field: getattr(TrainConfig, field) for field in plain.same_as_default}
+    assert replace(plain, **defaults).key == plain.key and replace(plain, **defaults).train_config == plain.train_config
+    for field, value in OPTIMISATION.items():
+        e = replace(plain, **{field: value})
+        assert e.key != plain.key and getattr(e.train_config, field) == value
+    adam = replace(plain, **OPTIMISATION)
+    again = kind(name).from_dict(json.loads(json.dumps(adam.to_dict())))
+    assert again == adam and again.train_config == adam.train_config
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_groups_of_fields(name):
+    "An experiment is composed of groups of fields, and gives each back with what is None filled in."
+    fields, _ = GOLDEN[name]
+    e = kind(name)(**fields, seed=3, data_seed=5, teacher_epochs=7, batch_size=8, lr=0.3)
+    assert e.teacher_config.teacher_epochs == e.teacher_experiment.epochs == 7
+    assert e.teacher_config.teacher_lr == e.teacher_experiment.lr > 0
+    assert (e.data_config.data_seed, replace(e, data_seed=None).data_config.data_seed) == (5, 3)
+    assert (e.data_config.dataset, e.data_config.batch_size) == (fields["dataset"], 8)
+    assert kind(name)().teacher_config is None
 
 
 def test_arguments_of_a_sum_are_those_of_its_parts():

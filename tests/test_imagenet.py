@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import urllib.error
 import warnings
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import launch
 from sklearn.datasets import load_sample_image
 from torch import nn
 from torchvision import datasets, models
@@ -469,26 +469,7 @@ def trained(folder, run_folder, workers):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(folder, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
-            __file__,
-            folder,
-            tmp_path,
-        ],
-        env=env,
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(__file__, folder, tmp_path)
     # batches of 7 are cut to 3 and 3: compare with one process that sees those six
     cut = lambda b: type(b)(*(t[: len(b.targets) // 2 * 2] for t in b))
 

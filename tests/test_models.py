@@ -114,7 +114,7 @@ def test_timm_is_optional(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="pip install timm"):
+    with pytest.raises(ImportError, match=r"rcka\[timm\]"):
         create_model("timm/resnet18")
 
 

@@ -122,7 +122,10 @@ def test_extras_are_those_of_the_settings():
 
     extra_of = {
         {"scikit-learn": "sklearn", "faster-coco-eval": "faster_coco_eval"}.get(name, name): extra
-        for extra in ("train", "notebook", "parquet", "segmentation", "detection", "slurm")
+        for extra in (
+            *("train", "notebook", "parquet", "segmentation", "detection", "slurm"),
+            *("timm", "transformers", "datasets", "hub", "export"),
+        )
         for name in (re.split(r"[<>=!]", r)[0] for r in cfg[f"{extra}_requirements"].split())
     }
     assert rcka.EXTRAS.items() >= {k: v for k, v in extra_of.items() if k != "jupyterlab"}.items()  # it is a program

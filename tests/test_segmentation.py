@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import launch
 from torch import nn
 
 from rcka.core import FeaturePaths
@@ -650,13 +648,6 @@ def test_two_processes_are_one(tmp_path):
         "from rcka.distributed import init_distributed\ninit_distributed('cpu')\n"
         f"from test_segmentation import gradient_and_score\ngradient_and_score({str(tmp_path / 'two.pt')!r})\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch(script)
     (one, scores), (two, same) = (torch.load(tmp_path / f"{n}.pt") for n in ("one", "two"))
     assert (one - two).norm() < 1e-5 * one.norm() and scores == same

@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from rcka.experiments.experiment import Experiment, run
+from rcka.experiments.experiment import Experiment, groups_of, run
 from rcka.experiments.sweep import (
     DiskFull,
     Processes,
@@ -358,6 +358,44 @@ def test_two_notebooks_side_by_side(tmp_path, pool):
     root, said = tmp_path / "runs", [tmp_path / "a", tmp_path / "b"]
     assert all(map(ended, [start(a_run, root, path) for path in said]))
     assert said[0].read_text() == said[1].read_text() and len(list(root.iterdir())) == 2
+
+
+def weights(root, e):
+    return (root / e.key / "last.safetensors").read_bytes()
+
+
+def group_of_three(**fields):
+    "Two runs and one that diverges, and a fourth that sees its images in another order."
+    small = dict(student="resnet8", teacher="resnet8", epochs=2, train_limit=100, test_limit=100, teacher_epochs=1)
+    kinds = [("kd", {}), ("fcka", {"weight": 1e38}), ("fcka", {}), ("sp", {})]
+    seeds = (0, 0, 0, 1)
+    return [
+        Experiment(dataset="digits", method=m, method_args=args, data_seed=seed, **small, **fields)
+        for (m, args), seed in zip(kinds, seeds)
+    ]
+
+
+def test_a_sweep_groups_what_can_share_a_teacher():
+    runs = group_of_three()
+    assert groups_of(runs, 4) == [runs[:3], runs[3:]]
+    assert groups_of(runs, 2) == [runs[:2], runs[2:3], runs[3:]]
+    alone = pairs("none", (0, 1))  # without a teacher there is nothing to share
+    assert groups_of(alone, 4) == [[e] for e in alone]
+
+
+@pytest.mark.slow
+def test_a_group_in_a_sweep(tmp_path, pool):
+    "Bits, pages and failures are those of runs that are alone; the page of a run finds what the group left."
+    runs, alone, together = group_of_three()[:3], tmp_path / "alone", tmp_path / "together"
+    for e in (runs[0], runs[2]):
+        run(e, alone, device="cpu", progress=False)
+    out = {o.key: o for o in sweep(runs, together, pool, every=0.1)}
+    assert [out[e.key].state for e in runs] == ["done", "failed", "done"], out
+    assert "not finite" in out[runs[1].key].error
+    for e in (runs[0], runs[2]):
+        assert weights(alone, e) == weights(together, e)
+        assert json.loads((together / e.key / "result.json").read_text())["group_size"] == 3
+        assert (together / e.key / "notebook.ipynb").exists()
 
 
 def test_validate():

@@ -13,10 +13,11 @@ from rcka.data.datasets import load_dataset
 from rcka.experiments.experiment import Experiment
 from rcka.methods.base import create_method
 from rcka.models.registry import create_model
+from rcka.train.callbacks import NonFiniteLoss
 from rcka.train.checkpoint import checkpoints, last_checkpoint
 from rcka.train.classification import Distiller
 from rcka.train.config import TrainConfig
-from rcka.train.learner import Trainer, fit_many
+from rcka.train.learner import RunsFailed, Trainer, fit_many
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -249,6 +250,39 @@ def test_a_group_gets_the_same_bits(data, tmp_path):
     assert fit_many(again, progress=False) == expected
     for a, b in zip(alone, again):
         assert same(a.task.student, b.task.student)
+
+
+def test_a_run_that_fails_leaves_the_others_of_its_group_alone(data, tmp_path):
+    "One diverges in the second epoch and one cannot write: the rest get the bits that they get alone."
+    train, test, teacher = data.batches(32), data.batches(train=False), network(0)
+
+    def make(where, i):
+        shared = dict(teacher=teacher, train=train, test=test)
+        return trainer(data, tmp_path / where / str(i), seed=i, method=["kd", "kd", "fcka", "at"][i], **shared)
+
+    def breaks(learner, error):
+        step = learner.train_step
+
+        def failing(*args):
+            if learner.epoch == 1:
+                raise error
+            step(*args)
+
+        learner.train_step = failing
+
+    alone = {i: make("alone", i) for i in (0, 3)}
+    expected = {i: t.fit(progress=False) for i, t in alone.items()}
+    group = [make("group", i) for i in range(4)]
+    breaks(group[1], NonFiniteLoss("kd is not finite"))
+    breaks(group[2], OSError("disk"))
+    with pytest.raises(RunsFailed, match="kd is not finite.*OSError: disk") as found:
+        fit_many(group, progress=False)
+    assert list(found.value.failures) == group[1:3]
+    for i, t in alone.items():
+        assert group[i].history == expected[i] and same(t.task.student, group[i].task.student)
+    breaks(single := make("single", 0), OSError("disk"))
+    with pytest.raises(OSError, match="disk"):
+        single.fit(progress=False)
 
 
 def test_random_numbers_outside_are_left_alone(data, tmp_path):

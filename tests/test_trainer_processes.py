@@ -1,6 +1,5 @@
 """The trainer in two processes (gloo, CPU): gradients, whole runs, the launchers, stopping."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ENV, launch
 from torch import nn
 
 from rcka.core import FeaturePaths
@@ -22,28 +22,6 @@ from rcka.train.learner import Trainer
 pytestmark = pytest.mark.slow
 
 REPO = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def launch(*args, n=2, wait=True):
-    "Start this file, or `args`, in `n` processes."
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={n}",
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0",
-        *map(str, args),
-    ]
-    p = subprocess.Popen(
-        command, env=ENV, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    if not wait:
-        return p
-    out = p.communicate(timeout=300)[0]
-    assert p.returncode == 0, out
-    return out
 
 
 class Net(nn.Sequential):

@@ -3,12 +3,13 @@
 # %% ../../nbs/method/07b_detection_experiments.ipynb #c981fb66
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from ..core import nearest
 from ..data.coco import CocoBatches, CocoData, load_coco
-from .experiment import BaseExperiment, Parts, images_below, resolved_args
+from .experiment import BaseExperiment, DataConfig, Parts, images_below, resolved_args
 from ..files import data_root, digest
 from ..methods.base import create_method, list_methods
 from ..models.detectors import DETECTORS, NORMS, create_detector
@@ -16,7 +17,7 @@ from ..train.config import TrainConfig
 from ..train.detection import DetectionDistiller
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_args', 'DetectionExperiment']
+__all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_args', 'BoxConfig', 'DetectionExperiment']
 
 # %% ../../nbs/method/07b_detection_experiments.ipynb #3332f4dd
 SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22))}  # epochs, and after which the rate falls
@@ -52,34 +53,10 @@ def detection_args(
 
 # %% ../../nbs/method/07b_detection_experiments.ipynb #f0460fdd
 @dataclass(frozen=True)
-class DetectionExperiment(BaseExperiment):
-    "One run of a detector on images with boxes: trained alone, or by a method from a teacher of its kind."
-
-    named_by = ("detector", "teacher", "student", "method")
+class BoxConfig(DataConfig):
+    "The images of a detector; the limits keep the first ones."
 
     dataset: str = "coco"  # a folder in COCO's layout, absolute or below the data root
-    detector: str = "retinanet"  # "faster_rcnn", "retinanet" or "fcos"
-    student: str = "resnet50"  # backbone, a classifier of torchvision
-    teacher: str | None = None  # likewise; None with method "none"
-    method: str = "none"  # a name of `list_methods()`, or several with a plus
-    method_args: dict | None = None  # as for `create_method`; None: the published ones for this detector
-    seed: int = 0
-    # how student and teacher are optimised, see `TrainConfig`
-    schedule: str = "2x"  # "1x" or "2x", or one of `TrainConfig` with `epochs`
-    epochs: int | None = None  # None: the schedule's
-    lr_steps: tuple | None = None  # of "step": fractions of the run
-    batch_size: int = 16
-    lr: float | None = None  # None: 0.02 for 16 images, 0.01 for one-stage detectors, in proportion to the batch
-    lr_decay: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    nesterov: bool = False
-    warmup_steps: int = 500
-    precision: str = "fp32"
-    deterministic: bool = False
-    relations: str | None = None  # "device" or None: a method compares within each device
-    watch: int | None = None  # patch size at which the similarity of each level is recorded along training
-    # the images
     size: tuple | int | None = None  # shorter side, or a range to draw from; None: 800, for FCOS 640 to 800
     max_size: int = 1333  # longer side, at most
     flip: bool = True
@@ -87,21 +64,34 @@ class DetectionExperiment(BaseExperiment):
     skip_broken: bool = False  # leave out images that cannot be read, instead of an error
     train_split: str = "train2017"
     test_split: str = "val2017"
-    train_limit: int | None = None  # number of images, the first ones
-    test_limit: int | None = None
-    data_seed: int | None = None  # of order and augmentation; None: `seed`
+
+
+@dataclass(frozen=True)
+class DetectionExperiment(BoxConfig, BaseExperiment):
+    "One run of a detector on images with boxes: trained alone, or by a method from a teacher of its kind."
+
+    named_by: ClassVar[tuple] = ("detector", "teacher", "student", "method")
+    data_class: ClassVar[type[DataConfig]] = BoxConfig
+
+    detector: str = "retinanet"  # "faster_rcnn", "retinanet" or "fcos"
+    student: str = "resnet50"  # backbone, a classifier of torchvision; the teacher likewise
+    schedule: str = "2x"  # "1x" or "2x", or one of `TrainConfig` with `epochs`
+    epochs: int | None = None  # None: the schedule's
+    lr_steps: tuple | None = None  # of "step": fractions of the run; None: the schedule's
+    lr: float | None = None  # None: 0.02 for 16 images, 0.01 for one-stage detectors, in proportion to the batch
+    lr_decay: float = 0.1
+    weight_decay: float = 1e-4
+    nesterov: bool = False
+    warmup_steps: int = 500
+    relations: str | None = None  # "device" or None: a method compares within each device
+    watch: int | None = None  # patch size at which the similarity of each level is recorded along training
     # the detectors
     backbone_weights: str | None = None  # of the student: a file, or a name such as "IMAGENET1K_V1", which downloads
+    teacher_backbone_weights: str | None = None
     norm: str = "frozen"  # "frozen" batch statistics; "batch" or "group" for detectors without pretrained weights
     trainable_layers: int | None = None
     channels: int = 256
     head_convs: int = 4  # FCOS
-    # where the teacher differs
-    teacher_weights: str | None = None  # a detector's checkpoint to load instead of training one
-    teacher_backbone_weights: str | None = None
-    teacher_seed: int = 0
-    teacher_epochs: int | None = None  # None: as many as the student
-    teacher_lr: float | None = None  # None: the student's
 
     def __post_init__(self):
         for name, known in (("detector", DETECTORS), ("norm", NORMS)):
@@ -165,8 +155,9 @@ class DetectionExperiment(BaseExperiment):
 
     @property
     def train_config(self) -> TrainConfig:
-        values = {f.name: getattr(self, f.name) for f in fields(TrainConfig) if hasattr(self, f.name)}
-        return TrainConfig(**values | {"schedule": "step" if self.schedule in SCHEDULES else self.schedule})
+        if self.schedule in SCHEDULES:
+            return replace(self, schedule="step").train_config
+        return super().train_config
 
     @property
     def teacher_experiment(self) -> DetectionExperiment | None:
@@ -213,7 +204,7 @@ class DetectionExperiment(BaseExperiment):
             max_size=self.max_size,
             flip=self.flip,
             negatives=self.negatives,
-            seed=self.order_seed,
+            seed=self.data_config.data_seed,
             device=device,
             workers=workers,
         )

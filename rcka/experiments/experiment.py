@@ -9,11 +9,11 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -39,12 +39,13 @@ from ..methods.features import paper_args
 from ..models.registry import create_model, list_models, list_weights, load_checkpoint
 from ..train.classification import Distiller, evaluate
 from ..train.config import TrainConfig, cublas_workspace
-from ..train.learner import Trainer, fit_many
+from ..train.learner import RunsFailed, Trainer, fit_many
 
 # %% auto #0
-__all__ = ['IMAGENET', 'SAME_AS_DEFAULT', 'MAY_DIFFER', 'Parts', 'resolved_args', 'without_teacher', 'BaseExperiment',
-           'of_imagenet', 'paper_lr', 'images_below', 'Experiment', 'torchvision_teacher', 'run', 'find_or_train',
-           'make_trainer', 'save_result', 'report_found', 'run_many', 'check_group_fields']
+__all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'resolved_args', 'RunConfig', 'TrainFields', 'TeacherConfig',
+           'DataConfig', 'without_teacher', 'BaseExperiment', 'of_imagenet', 'paper_lr', 'images_below', 'ImageConfig',
+           'Experiment', 'torchvision_teacher', 'run', 'find_or_train', 'make_trainer', 'save_result', 'report_found',
+           'run_many', 'groups_of', 'check_group_fields']
 
 # %% ../../nbs/method/07_experiments.ipynb #6f71ff4e
 class Parts(NamedTuple):
@@ -88,6 +89,63 @@ def resolved_args(
     return found
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    "What is trained, from what and by which method."
+
+    dataset: str = ""
+    student: str = ""
+    teacher: str | None = None  # None with method "none"
+    method: str = "none"  # a name of `list_methods()`, or several with a plus
+    method_args: dict | None = None  # as for `create_method`; None: the defaults, or the published ones for this pair
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainFields:
+    "How student and teacher are optimised: the fields of `TrainConfig`, where None is its default."
+
+    epochs: int | None = None
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "step"
+    precision: str = "fp32"
+    deterministic: bool = False
+    relations: str | None = None  # on several devices: "global" (None) or "device"
+    nesterov: bool | None = None
+    lr_steps: tuple | None = None
+    lr_decay: float | None = None
+    warmup_steps: int | None = None
+    optimizer: str | None = None  # "sgd" (None) or "adamw"
+    betas: tuple | None = None
+    decay_norms: bool | None = None
+    grad_clip: float | None = None
+    accumulate: int | None = None
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    "The teacher, and how the run that trains it differs from the student's."
+
+    teacher: str | None = None  # None with method "none"
+    teacher_weights: str | None = None  # a checkpoint to load instead of training one
+    teacher_seed: int = 0
+    teacher_epochs: int | None = None  # None: as many as the student
+    teacher_lr: float | None = None  # None: the student's
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    "The images and their batches."
+
+    dataset: str = ""
+    batch_size: int = 16
+    data_seed: int | None = None  # of order and augmentation of the images; None: `seed`. Runs with one can be grouped
+    train_limit: int | None = None  # number of images
+    test_limit: int | None = None
+
+
 def without_teacher(values: dict) -> dict:
     "Return the fields of an experiment except those about its teacher, for a student that is trained alone."
     return {k: v for k, v in values.items() if not k.startswith("teacher")}
@@ -97,15 +155,18 @@ def _file_hash(path: Path | str) -> str | None:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else None
 
 
-class BaseExperiment:
+@dataclass(frozen=True)
+class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
     """What all kinds of experiment share: plain data that says everything about a run.
 
     A kind is a frozen dataclass with `load_data()`, `files()`, `batches(data, device, options)`,
-    `network(name, data, start)`, `evaluate(network, test)` and `task(student, method, teacher)`. It has at least the
-    fields dataset, student, teacher, method, method_args, seed, data_seed, epochs, lr, teacher_seed, teacher_epochs,
-    teacher_lr and teacher_weights, and completes them in `__post_init__`, which calls `_resolve` first."""
+    `network(name, data, start)`, `evaluate(network, test)` and `task(student, method, teacher)`. Its `__post_init__`
+    calls `_resolve` first, and then sets what is still None and has a value by the protocol of the kind."""
 
-    named_by = ("teacher", "student", "method")  # the fields that are part of its name
+    named_by: ClassVar[tuple] = ("teacher", "student", "method")  # the fields that are part of its name
+    data_class: ClassVar[type[DataConfig]] = DataConfig  # the fields that decide the images
+    # One run has one key, whether a default of `TrainConfig` was given or left out: these are None then.
+    same_as_default: ClassVar[tuple] = ("optimizer", "betas", "decay_norms", "grad_clip", "accumulate")
 
     def to_dict(self) -> dict:
         "Return the fields as plain data, tuples as lists."
@@ -132,9 +193,9 @@ class BaseExperiment:
         object.__setattr__(self, name, value)  # of a frozen dataclass, while it is made
 
     def _resolve(self, example: str):
-        """Turn lists, as JSON has them, into tuples; with method "none", reset the fields about a teacher.
+        """Bring fields to one form: tuples for JSON's lists, None for a default of `TrainConfig`.
 
-        Raises ValueError for a teacher without a method, and for a method without a teacher, such as `example`."""
+        With method "none" the fields about a teacher are reset. Raises ValueError for a teacher without a method, and for a method without a teacher, such as `example`."""
         if self.method == "none":
             for name in ("teacher", "teacher_weights"):
                 if value := getattr(self, name):
@@ -150,6 +211,9 @@ class BaseExperiment:
             about_teacher = f.name.startswith("teacher") or f.name in ("student_paths", "relations", "watch")
             if self.method == "none" and about_teacher:
                 self._set(f.name, f.default)
+        for name in self.same_as_default:
+            if getattr(self, name) == getattr(TrainConfig, name):
+                self._set(name, None)
 
     @property
     def key(self) -> str:
@@ -163,29 +227,41 @@ class BaseExperiment:
     @property
     def train_config(self) -> TrainConfig:
         "How the student is optimised; a field that is None has the default of `TrainConfig`."
-        values = {f.name: getattr(self, f.name, None) for f in fields(TrainConfig)}
+        values = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
         return TrainConfig(**{k: v for k, v in values.items() if v is not None})
 
     @property
-    def order_seed(self) -> int:
-        "The seed of the order and augmentation of the images."
-        return self.seed if self.data_seed is None else self.data_seed
+    def teacher_config(self) -> TeacherConfig | None:
+        "The teacher and the training that it differs in, with the student's values for what is None; None without one."
+        if self.teacher is None:
+            return None
+        found = TeacherConfig(**{f.name: getattr(self, f.name) for f in fields(TeacherConfig)})
+        return replace(
+            found, teacher_epochs=found.teacher_epochs or self.epochs, teacher_lr=found.teacher_lr or self.lr
+        )
+
+    @property
+    def data_config(self) -> DataConfig:
+        "The images and their batches, with the seed of the run where `data_seed` is None."
+        found = self.data_class(**{f.name: getattr(self, f.name) for f in fields(self.data_class)})
+        return replace(found, data_seed=self.seed if self.data_seed is None else self.data_seed)
 
     @property
     def teacher_experiment(self):
         "The experiment that trains this one's teacher; None without a teacher."
-        if self.teacher is None:
+        config = self.teacher_config
+        if config is None:
             return None
         return replace(
             self,
-            student=self.teacher,
+            student=config.teacher,
             teacher=None,
             teacher_weights=None,
             method="none",
             method_args={},
-            seed=self.teacher_seed,
-            epochs=self.teacher_epochs or self.epochs,
-            lr=self.teacher_lr or self.lr,
+            seed=config.teacher_seed,
+            epochs=config.teacher_epochs,
+            lr=config.teacher_lr,
             data_seed=None,
         )
 
@@ -273,58 +349,37 @@ def images_below(folder: Path) -> Iterator[str]:
                 yield os.path.join(base, name)
 
 # %% ../../nbs/method/07_experiments.ipynb #2a4cc122
-SAME_AS_DEFAULT = ("optimizer", "betas", "decay_norms", "grad_clip", "accumulate", "warmup_steps")
-
-
 @dataclass(frozen=True)
-class Experiment(BaseExperiment):
-    "One run of a classifier: a student trained on a dataset, alone or by a method from a teacher."
+class ImageConfig(DataConfig):
+    "The images of a classifier."
 
     dataset: str = "digits"  # a name of `list_datasets()`, or imagefolder:PATH, or imagenet:PATH
-    student: str = "resnet8"  # a name of `list_models()`
-    teacher: str | None = None  # likewise; None with method "none"
-    method: str = "none"  # a name of `list_methods()`, or several with a plus
-    method_args: dict | None = None  # as for `create_method`; None: as published for this pair, else the defaults
-    seed: int = 0
-    # how student and teacher are optimised, see `TrainConfig`
-    epochs: int = 240
     batch_size: int = 64
-    lr: float | None = None  # None: the paper's for this student
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    nesterov: bool = False
-    schedule: str = "step"
-    lr_steps: tuple = (0.625, 0.75, 0.875)
-    lr_decay: float = 0.1
-    precision: str = "fp32"
-    deterministic: bool = False
-    relations: str | None = None  # on several devices: "global" (None) or "device"
-    # None: the default of `TrainConfig`
-    optimizer: str | None = None  # "sgd" (None) or "adamw"
-    betas: tuple | None = None
-    decay_norms: bool | None = None
-    grad_clip: float | None = None
-    accumulate: int | None = None
-    warmup_steps: int | None = None
-    data_seed: int | None = None  # of order and augmentation of the images; None: `seed`. Runs with one can be grouped
-    # where the teacher differs
-    teacher_seed: int = 0
-    teacher_epochs: int | None = None  # None: as many as the student
-    teacher_lr: float | None = None  # None: the student's, or the paper's where that one was not given
-    teacher_weights: str | None = (
-        None  # a checkpoint instead of training one; torchvision's, or those of the package, by name
-    )
-    # module paths of the features, for networks whose feature paths are not known
-    student_paths: tuple | None = None
-    teacher_paths: tuple | None = None
-    # a class-balanced part of the dataset
-    train_limit: int | None = None
-    test_limit: int | None = None
     val_fraction: float | None = None  # evaluate on this part of the training images; None: on the test images
-    # images from files
     image_size: int | None = None  # pixels of a side; None: 224 of imagenet, as they are of an image folder
     evaluate_on: str | None = None  # imagenet: "train" evaluates on the training images, for a folder without val/
     skip_broken: bool | None = None  # imagenet: skip images that cannot be decoded
+
+
+@dataclass(frozen=True)
+class Experiment(ImageConfig, BaseExperiment):
+    """One run of a classifier: a student trained on a dataset, alone or by a method from a teacher.
+
+    `method_args` None: as published for this pair. The limits are numbers of images, a class-balanced part."""
+
+    data_class: ClassVar[type[DataConfig]] = ImageConfig
+    same_as_default: ClassVar[tuple] = (*BaseExperiment.same_as_default, "warmup_steps")
+
+    student: str = "resnet8"  # a name of `list_models()`; the teacher likewise
+    epochs: int = 240
+    lr: float | None = None  # None: the paper's for this student; `teacher_lr` likewise, where this one was not given
+    nesterov: bool = False
+    lr_steps: tuple = (0.625, 0.75, 0.875)
+    lr_decay: float = 0.1
+    # `teacher_weights` may be a name too: of torchvision's, or of those of the package
+    # module paths of the features, for networks whose feature paths are not known
+    student_paths: tuple | None = None
+    teacher_paths: tuple | None = None
 
     def __post_init__(self):
         self._resolve(example="resnet32x4; list_models() has them all")
@@ -341,9 +396,6 @@ class Experiment(BaseExperiment):
             raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {self.batch_size}")
-        for name in SAME_AS_DEFAULT:  # one run has one key, whether a default was given or not
-            if getattr(self, name) == getattr(TrainConfig, name):
-                self._set(name, None)
         self.train_config  # raises what is wrong with it
         self._set("method_args", resolved_args(self.method, self.method_args))
 
@@ -384,7 +436,7 @@ class Experiment(BaseExperiment):
     def batches(self, data: Dataset | FileDataset, device, options: dict) -> tuple[Batches, Batches]:
         "Return training and test batches."
         how = {"device": device} | ({"workers": options.get("workers")} if isinstance(data, FileDataset) else {})
-        train = data.batches(self.batch_size, train=True, seed=self.order_seed, **how)
+        train = data.batches(self.batch_size, train=True, seed=self.data_config.data_seed, **how)
         return train, data.batches(train=False, **how)
 
     def network(self, name: str, data, start: bool = True) -> torch.nn.Module:
@@ -529,7 +581,8 @@ def run_many(
 ) -> list[Result]:
     """Run several experiments in one process with one forward pass of the teacher; those that are done are read.
 
-    Raises ValueError where they differ in more than `MAY_DIFFER`, RuntimeError in several processes."""
+    Raises ValueError where they differ in more than `MAY_DIFFER`, RuntimeError in several processes, and `RunsFailed`
+    where some of them failed, after the others are done."""
     for e in experiments[1:]:
         check_group_fields(experiments[0], e)
     root, device = runs_root(root), init_distributed(device)
@@ -548,42 +601,46 @@ def run_many(
             parts = e.prepare(root, device, progress, options, shared=parts)
             trainers[folder] = make_trainer(e, parts, folder, options)
         inputs = {folder: folders[folder].data_inputs() | folders[folder].weight_inputs(root) for folder in trainers}
+        failed = None
         if parts is not None:
-            fit_many(list(trainers.values()), progress)
+            try:
+                fit_many(list(trainers.values()), progress)
+            except RunsFailed as e:
+                failed = e
             for folder, trainer in trainers.items():
-                save_result(folders[folder], trainer, parts.teacher_scores, inputs[folder], len(trainers))
+                if failed is None or trainer not in failed.failures:
+                    save_result(folders[folder], trainer, parts.teacher_scores, inputs[folder], len(trainers))
+        if failed:
+            raise failed
     return [Result.load(root / e.key / "result.json") for e in experiments]
 
 
-MAY_DIFFER = (  # among experiments that share a teacher's forward pass
-    "student",
-    "method",
-    "method_args",
-    "seed",
-    "data_seed",
-    "student_paths",
-    "teacher_paths",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "nesterov",
-    "schedule",
-    "lr_steps",
-    "lr_decay",
-    "optimizer",
-    "betas",
-    "decay_norms",
-    "grad_clip",
-    "warmup_steps",
-)
+MUST_AGREE = ("epochs", "accumulate", "precision", "deterministic", "relations")  # of the fields about training
+MAY_DIFFER = {  # among experiments that share a teacher's forward pass
+    *("student", "method", "method_args", "seed", "data_seed", "student_paths", "teacher_paths"),
+    *(f.name for f in fields(TrainFields) if f.name not in MUST_AGREE),
+}
+
+
+def _shared_fields(e: Experiment) -> dict:
+    "What experiments that share a teacher's forward pass agree in."
+    return {k: v for k, v in e.to_dict().items() if k not in MAY_DIFFER} | {
+        "order of the data": e.data_config.data_seed
+    }
+
+
+def groups_of(experiments: Iterable[Experiment], most: int) -> list[list[Experiment]]:
+    "Return the experiments in groups for `run_many` of at most `most`; those without a teacher each by itself."
+    groups: dict = {}
+    for e in experiments:
+        same = json.dumps(_shared_fields(e)) if e.teacher else e.key
+        groups.setdefault(same, []).append(e)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
 def check_group_fields(a: Experiment, b: Experiment):
     "Raise ValueError where two experiments cannot share a teacher's forward pass."
-    one, other = (
-        {k: v for k, v in e.to_dict().items() if k not in MAY_DIFFER} | {"order of the data": e.order_seed}
-        for e in (a, b)
-    )
+    one, other = _shared_fields(a), _shared_fields(b)
     differ = [f"{k}: {v!r} and {other[k]!r}" for k, v in one.items() if v != other[k]]
     if differ:
         raise ValueError(f"runs that share a teacher's forward pass must agree in {'; '.join(differ)}")

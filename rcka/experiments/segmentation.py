@@ -5,54 +5,44 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from torch import nn
 
 from ..data.scenes import SceneBatches, Scenes, load_scenes
-from .experiment import BaseExperiment, images_below, resolved_args
+from .experiment import BaseExperiment, DataConfig, images_below, resolved_args
 from ..files import data_root
 from ..models.segmenters import ARCHITECTURES, create_segmenter
 from ..train.segmentation import SegmentationDistiller, evaluate_segmentation
 
 # %% auto #0
-__all__ = ['SegmentationExperiment']
+__all__ = ['SceneConfig', 'SegmentationExperiment']
 
 # %% ../../nbs/method/07c_segmentation_experiments.ipynb #33485403
 @dataclass(frozen=True)
-class SegmentationExperiment(BaseExperiment):
-    "One run of a segmentation network, alone or by a method from a teacher."
+class SceneConfig(DataConfig):
+    "The images of a segmentation network; the limits keep the first ones by name."
 
     dataset: str = "cityscapes"  # or cityscapes:PATH
-    student: str = "pspnet/resnet18"  # architecture/backbone, see `create_segmenter`
-    teacher: str | None = None  # likewise; None with method "none"
-    method: str = "none"  # a name of `list_methods()`, or several with a plus
-    method_args: dict | None = None  # as for `create_method`
-    backbone_weights: str | None = None  # of student and teacher: "IMAGENET1K_V1", which downloads
-    seed: int = 0
-    # how student and teacher are optimised, see `TrainConfig`
     crop: tuple | None = (512, 1024)  # of training, (h, w); None: the whole image
+
+
+@dataclass(frozen=True)
+class SegmentationExperiment(SceneConfig, BaseExperiment):
+    "One run of a segmentation network, alone or by a method from a teacher."
+
+    data_class: ClassVar[type[DataConfig]] = SceneConfig
+    same_as_default: ClassVar[tuple] = (*BaseExperiment.same_as_default, "nesterov", "lr_steps", "lr_decay")
+
+    student: str = "pspnet/resnet18"  # architecture/backbone, see `create_segmenter`; the teacher likewise
     epochs: int = 432
-    batch_size: int = 16
     lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
     schedule: str = "poly"
     warmup_steps: int = 0
-    precision: str = "fp32"
-    deterministic: bool = False
-    relations: str | None = None  # on several devices: "global" (None) or "device", see `TrainConfig`
-    data_seed: int | None = None  # of the order and augmentation of the images; None: `seed`
-    # where the teacher differs
-    teacher_seed: int = 0
-    teacher_epochs: int | None = None  # None: as many as the student
-    teacher_lr: float | None = None  # None: the student's
-    teacher_weights: str | None = None  # a checkpoint to load instead of training one
+    backbone_weights: str | None = None  # of student and teacher: "IMAGENET1K_V1", which downloads
     # module paths of the features, for networks whose feature paths are not known
     student_paths: tuple | None = None
     teacher_paths: tuple | None = None
-    # number of images, the first by name
-    train_limit: int | None = None
-    test_limit: int | None = None
 
     def __post_init__(self):
         self._resolve(example="pspnet/resnet101")
@@ -88,7 +78,7 @@ class SegmentationExperiment(BaseExperiment):
 
     def batches(self, data: Scenes, device, options: dict) -> tuple[SceneBatches, SceneBatches]:
         "Return training and test batches."
-        train = data.batches(self.batch_size, device=device, crop=self.crop, seed=self.order_seed)
+        train = data.batches(self.batch_size, device=device, crop=self.crop, seed=self.data_config.data_seed)
         return train, data.batches(4, train=False, device=device)
 
     def network(self, name: str, data: Scenes, start: bool = True) -> nn.Module:

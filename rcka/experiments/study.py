@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,16 +17,17 @@ from .experiment import Experiment, run_many
 from .result import Result, runs_root
 from ..extras import optional_import
 from ..files import as_csv, write_atomic
-from ..methods.base import Method, create_method, register
+from ..methods.base import Wrapper, create_method, register
+from ..train.callbacks import NonFiniteLoss
 from ..train.learner import Stopped
 
 # %% auto #0
-__all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'STUDIES', 'Scaled', 'Study', 'run_study', 'as_row', 'read_table',
-           'differences_to', 'inflation', 'main', 'record_study']
+__all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'STUDIES', 'Scaled', 'Study', 'run_study', 'run_group', 'as_row', 'read_table',
+           'differences_to', 'inflation', 'accuracy_by_factor', 'factors_to_try', 'run_screen', 'main', 'record_study']
 
 # %% ../../nbs/method/08e_study.ipynb #ed0364bb
 @register("scaled")
-class Scaled(Method):
+class Scaled(Wrapper):
     "Multiply all terms of another method by one factor; the cross-entropy keeps its factor."
 
     def __init__(
@@ -34,22 +36,10 @@ class Scaled(Method):
         args: dict | None = None,  # its arguments, as for `create_method`
         factor: float = 1.0,
     ):
-        super().__init__()
+        super().__init__(create_method(method, args))
         if not factor > 0:
             raise ValueError(f"factor must be positive, got {factor}")
-        self.inner, self.factor = create_method(method, args), factor
-        self.ce, self.teacher_batch_stats = self.inner.ce, self.inner.teacher_batch_stats
-        if self.inner.dense:
-            raise ValueError(f"scaled takes a method of classifiers, got the dense method {method!r}")
-
-    def wants(self, layers):
-        return self.inner.wants(layers)
-
-    def build(self, student, teacher, **known):
-        self.inner.build(student, teacher, **known)
-
-    def set_epoch(self, epoch):
-        self.inner.set_epoch(epoch)
+        self.factor = factor
 
     def terms(self, student, teacher, target=None, index=None):
         return {name: self.factor * term for name, term in self.inner.terms(student, teacher, target, index).items()}
@@ -100,16 +90,28 @@ def run_study(
     groups = [rest[i : i + study.group] for i in range(0, len(rest), study.group)]
     for seed in study.seeds if seeds is None else seeds:
         for group in [alone, *groups] if alone else groups:
-            results = run_many([study.experiment(label, seed) for label in group], root or runs_root(), **options)
-            for label, result in zip(group, results):
+            experiments = [study.experiment(label, seed) for label in group]
+            for label, result in zip(group, run_group(experiments, root or runs_root(), **options)):
                 rows[label, seed] = as_row(label, seed, result)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, as_csv(list(rows.values())))
     return list(rows.values())
 
 
-def as_row(label: str, seed: int, result: Result) -> dict:
-    "Return what a table keeps of a result: accuracies in per cent, and how they came about."
+def run_group(experiments: list[Experiment], root: Path | str, **options) -> Sequence[Result | NonFiniteLoss]:
+    "Run experiments side by side; in the place of one whose loss was not finite, return the error."
+    try:
+        return run_many(experiments, root, **options)
+    except NonFiniteLoss as error:
+        if len(experiments) == 1:
+            return [error]
+    return [result for one in experiments for result in run_group([one], root, **options)]
+
+
+def as_row(label: str, seed: int, result: Result | NonFiniteLoss) -> dict:
+    "Return what a table keeps of a result: accuracies in per cent, and how they came about, or why there is none."
+    if isinstance(result, NonFiniteLoss):
+        return {"label": label, "seed": seed, "last": math.nan, "best": math.nan, "failed": str(result)}
     e = result.experiment
     images = "validation" if e.get("val_fraction") else "test"
     return {
@@ -123,6 +125,7 @@ def as_row(label: str, seed: int, result: Result) -> dict:
         "teacher": "" if result.teacher is None else round(result.teacher["top1"], 3),
         "finished": result.finished[:10],
         "device": result.device,
+        "failed": "",
     }
 
 
@@ -133,7 +136,7 @@ def read_table(path: Path | str) -> dict[tuple[str, int], dict]:
     with open(path, newline="", encoding="utf-8") as file:
         read = list(csv.DictReader(file))
     number = {"seed": int, "last": float, "best": float, "best_epoch": int, "epochs": int}
-    rows: list[dict] = [{k: number[k](v) if k in number else v for k, v in row.items()} for row in read]
+    rows: list[dict] = [{k: number[k](v) if v and k in number else v for k, v in row.items()} for row in read]
     return {(row["label"], row["seed"]): row for row in rows}
 
 # %% ../../nbs/method/08e_study.ipynb #35b945c3
@@ -169,12 +172,26 @@ def inflation(rows: Iterable[dict]) -> float:
 
 # %% ../../nbs/method/08e_study.ipynb #def0d951
 SHORT = dict(dataset="cifar100", schedule="onecycle", lr=0.2, precision="bf16", teacher_weights="cifar100")
-SCREENED = (
-    "kd dkd dist ikl_kd nkd lskd ttm wttm normkd rld mlkd skd wkd_l fitnet at sp cc vid rkd pkt nst crd ofd reviewkd ickd_c "
-    "mgd srrl dpk fcka lcka rcka cka_places cka_angle procrustes label_cka kernel_cka wkd_f itrd srd ofa kd+fcka dist+fcka "
-    "dist+cka_places lskd+cka_places"
-).split()
-FACTORS = (0.25, 1.0, 4.0)
+SCREENED = {  # label to method and arguments; None: the usual ones
+    m: (m, None)
+    for m in (
+        "kd dkd dist ikl_kd nkd lskd ttm wttm normkd rld mlkd skd wkd_l fitnet at sp cc vid rkd pkt nst crd ofd reviewkd "
+        "ickd_c mgd srrl dpk fcka lcka rcka rcka_released cka_places cka_angle procrustes label_cka kernel_cka wkd_f itrd "
+        "srd ofa kd+fcka dist+fcka dist+reviewkd kd+cka_places dkd+cka_places dist+cka_places lskd+cka_places skd+cka_places"
+    ).split()
+} | {  # forms and parts of the methods of the paper
+    "fcka uncentred": ("fcka", {"center": False}),
+    "fcka unbiased": ("fcka", {"unbiased": True}),
+    "fcka three stages": ("fcka", {"stages": [-3, -2, -1]}),
+    "lcka intra": ("lcka", {"inter": 0.0}),
+    "lcka inter": ("lcka", {"intra": 0.0}),
+    "lcka uncentred": ("lcka", {"center": False}),
+    "lcka T=4": ("lcka", {"temperature": 4.0}),
+    "cka_places last stage": ("cka_places", {"stages": [-1]}),
+    "dist+fcka three stages": ("dist+fcka", {"fcka.stages": [-3, -2, -1]}),
+    "dist+fcka+cka_places": ("dist+fcka+cka_places", {"fcka.stages": [-3, -2, -1]}),
+}
+FACTORS = [4.0**k for k in range(-3, 4)]
 PAIR = "none kd dkd dist lskd sp rkd reviewkd fcka lcka rcka kd+fcka cka_places".split()
 
 STUDIES = {
@@ -185,7 +202,14 @@ STUDIES = {
             "resnet20",
             "resnet8",
             {"none": ("none", None)}
-            | {f"{m} x{f:g}": ("scaled", {"method": m, "factor": f}) for m in SCREENED for f in FACTORS},
+            | {
+                f"{label} x{f:g}": (
+                    "scaled",
+                    {"method": m, "args": args, "factor": f} if args else {"method": m, "factor": f},
+                )
+                for label, (m, args) in SCREENED.items()
+                for f in FACTORS
+            },
             seeds=(0,),
             settings=SHORT | dict(epochs=6, train_limit=20000, val_fraction=0.1),
         ),
@@ -201,6 +225,50 @@ STUDIES = {
 }
 
 
+def accuracy_by_factor(rows: Iterable[dict], method: str) -> dict[float, float]:
+    "Return the accuracy of the last epoch at every factor of a method that a screen has tried, by factor."
+    found = {}
+    for row in rows:
+        name, _, factor = row["label"].rpartition(" x")
+        if name == method:  # a run whose loss was not finite is the worst
+            found[float(factor)] = -math.inf if math.isnan(row["last"]) else row["last"]
+    return dict(sorted(found.items()))
+
+
+def factors_to_try(tried: dict[float, float]) -> list[float]:
+    """Return the factors that a screen tries next, by one rule for every method; none when it is done.
+
+    First 1/4, 1 and 4; then, as long as the best factor is the smallest or the largest that was tried, the next one on
+    that side, down to the smallest and up to the largest of `FACTORS`."""
+    if missing := [f for f in (0.25, 1.0, 4.0) if f not in tried]:
+        return missing
+    best = max(tried, key=tried.get)
+    beyond = {min(tried): best / 4, max(tried): best * 4}
+    return [f for f in (beyond.get(best),) if f in FACTORS]
+
+
+def run_screen(study: Study, out: Path | str, methods: Iterable[str] | None = None, **options) -> list[dict]:
+    """Run a screen as `factors_to_try` says and return its table. `methods` are names without factors; None: all.
+
+    Arguments and errors are those of `run_study`."""
+    known = [label for label in study.methods if " x" not in label]
+    known += list(dict.fromkeys(label.rpartition(" x")[0] for label in study.methods if " x" in label))
+    methods = known if methods is None else list(methods)
+    for method in methods:
+        if method not in known:
+            raise ValueError(nearest(method, known, "method of the screen"))
+    while True:
+        rows = read_table(Path(out) / f"{study.name}.csv").values()
+        done = {row["label"] for row in rows}
+        labels = [m for m in methods if m in study.methods and m not in done]
+        for method in methods:
+            if method not in study.methods:
+                labels += [f"{method} x{f:g}" for f in factors_to_try(accuracy_by_factor(rows, method))]
+        if not labels:
+            return list(rows)
+        run_study(study, out, labels=labels, **options)
+
+
 def main(args: list[str] | None = None) -> int:
     "`python -m rcka.experiments.study NAME`: run a study, or go on with it. Return the exit code."
     parser = argparse.ArgumentParser("python -m rcka.experiments.study", description="Run a study, or go on with it.")
@@ -214,7 +282,10 @@ def main(args: list[str] | None = None) -> int:
     seeds = given.seeds and [int(s) for s in given.seeds.split(",")]
     study = STUDIES[given.name]
     try:
-        run_study(study, given.out, given.root, labels, seeds, progress=False, channels_last=True)
+        if given.name.endswith("screen"):
+            run_screen(study, given.out, labels, root=given.root, progress=False, channels_last=True)
+        else:
+            run_study(study, given.out, given.root, labels, seeds, progress=False, channels_last=True)
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return 128 + (stopped.signum or 0)

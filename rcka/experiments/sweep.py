@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ import torch
 import rcka
 from ..core import nearest
 from ..engine import engine
-from .experiment import Experiment, of_imagenet, without_teacher
+from .experiment import Experiment, groups_of, of_imagenet, run_many, without_teacher
 from rcka.experiments.result import (
     SWEEP_LOCK,
     Result,
@@ -50,8 +51,8 @@ with optional_import():
 
 # %% auto #0
 __all__ = ['PATIENCE', 'FULL', 'grid', 'paper_pairs', 'with_teachers', 'validate', 'notebook_for', 'parameters', 'fingerprint',
-           'value_of', 'execute', 'Outcome', 'write_failure', 'environment', 'work', 'state', 'epochs_done',
-           'Processes', 'Work', 'slurm', 'Tally', 'DiskFull', 'sweep']
+           'value_of', 'execute', 'Outcome', 'write_failure', 'environment', 'work', 'work_group', 'train_group',
+           'group_main', 'state', 'epochs_done', 'Processes', 'Work', 'slurm', 'Tally', 'DiskFull', 'sweep']
 
 # %% ../../nbs/method/08_sweep.ipynb #a60dbc75
 def grid(
@@ -261,6 +262,7 @@ def work(
     root: str,  # folder of all runs
     notebook: str,  # path
     threads: int | None = None,  # CPU threads of the kernel
+    trained: bool = False,  # whether `train_group` has just trained it: its result is no reason to leave out the page
 ) -> Outcome:
     "Run one experiment through its notebook, or find what it left."
     e, start = Experiment.from_dict(experiment), time.perf_counter()
@@ -271,7 +273,7 @@ def work(
 
     try:
         with lock_run(folder, SWEEP_LOCK, wait=False):
-            if find_result(e, folder, Path(root)):
+            if not trained and find_result(e, folder, Path(root)):
                 return outcome("found")
             with environment(RCKA_RUNS=str(Path(root).resolve()), OMP_NUM_THREADS=threads):
                 execute(notebook, folder / "notebook.ipynb", e.to_dict())
@@ -284,6 +286,65 @@ def work(
         if _stopping or getattr(error, "ename", "") == "Stopped":  # no failure of the run
             return outcome("stopped", saved_state(folder))
         return outcome("failed", write_failure(folder, error))
+
+
+def work_group(group: list[tuple]) -> list[Outcome]:
+    """Run experiments that share a teacher, each given as the arguments of `work`.
+
+    One process trains them together; then each runs its notebook, which finds the result. What the process has not
+    brought to its end, because one run failed or all of them together need too much memory, goes on there, alone."""
+    start = time.perf_counter()
+    if len(group) > 1:
+        train_group(group)
+    outcomes = []
+    for args in group:
+        done = len(group) > 1 and state(Path(args[1]) / Experiment.from_dict(args[0]).key) == "done"
+        if _stopping and not done:
+            key = Experiment.from_dict(args[0]).key
+            outcomes.append(Outcome(key, "stopped", 0.0, saved_state(Path(args[1]) / key)))
+        else:
+            outcomes.append(work(*args, trained=done)._replace(seconds=round(time.perf_counter() - start, 1)))
+    return outcomes
+
+
+_GROUP = "from rcka.experiments.sweep import group_main; group_main()"
+
+
+def train_group(group: list[tuple]):
+    "Train the runs of a group that nobody else is at work on with `run_many`, in a process of its own."
+    root, threads = Path(group[0][1]), group[0][3]
+    with contextlib.ExitStack() as locks:
+        mine = []
+        for values, *_ in group:
+            with contextlib.suppress(FolderBusy):
+                key = Experiment.from_dict(values).key
+                locks.enter_context(lock_run(root / key, SWEEP_LOCK, wait=False))
+                mine.append(values)
+        if len(mine) < 2:
+            return
+        with environment(RCKA_RUNS=str(root.resolve()), OMP_NUM_THREADS=threads):
+            process = subprocess.Popen(
+                [sys.executable, "-c", _GROUP], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
+        said = process.communicate(json.dumps(mine).encode())[1].decode(errors="replace").strip().splitlines()
+    if process.returncode and not _stopping:
+        why = said[-1] if said else f"exit code {process.returncode}"
+        print(f"a group of {len(mine)} runs failed; each of them goes on alone: {why}", file=sys.stderr)
+
+
+def group_main():
+    "Read experiments from stdin and run them together; save their state and end when the parent process is gone."
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)  # the trainer saves
+        time.sleep(PATIENCE)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    run_many([Experiment.from_dict(values) for values in json.load(sys.stdin)], progress=False)
 
 # %% ../../nbs/method/08_sweep.ipynb #f0d950e5
 def state(folder: Path | str) -> str:
@@ -421,32 +482,35 @@ def _answer(pipe, fn, args, kwargs):
 class Work:
     "What one job does: a few runs at the same time."
 
-    def __call__(self, runs: list[tuple]) -> list[Outcome]:
-        if threading.current_thread() is not threading.main_thread() and len(runs) == 1:
-            return [work(*runs[0])]
+    def __call__(self, groups: list[list[tuple]]) -> list[Outcome]:
+        if threading.current_thread() is not threading.main_thread() and len(groups) == 1:
+            return work_group(groups[0])
         with contextlib.suppress(ValueError):
             # preempted: the runs save first
             signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-        with Processes(len(runs)) as side_by_side:
-            futures = [side_by_side.submit(work, *args) for args in runs]
-            return [_outcome(f, *args[:2], patience=2) for f, args in zip(futures, runs)]
+        with Processes(len(groups)) as side_by_side:
+            futures = [side_by_side.submit(work_group, group) for group in groups]
+            return [o for f, group in zip(futures, groups) for o in _outcomes(f, group, patience=2)]
 
-    def checkpoint(self, runs):
+    def checkpoint(self, groups):
         "submitit asks for this when Slurm takes the job away: the same again."
         with optional_import():
             from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, runs)
+        return DelayedSubmission(self, groups)
 
 
-def _outcome(future, experiment: dict, root: str, patience: float = 0) -> Outcome:
-    "The outcome of a call, also where its process died."
+def _outcomes(future, group: list[tuple], patience: float = 0) -> list[Outcome]:
+    "The outcomes of a call, also where its process died."
     try:
         return future.result()
     except Exception as error:
         time.sleep(patience)  # when a whole job is killed its children may go first, and that is no failure of theirs
-        key = Experiment.from_dict(experiment).key
-        return Outcome(key, "failed", error=write_failure(Path(root) / key, error))
+        folders = [Path(root) / Experiment.from_dict(values).key for values, root, *_ in group]
+        return [
+            Outcome(f.name, "done") if state(f) == "done" else Outcome(f.name, "failed", error=write_failure(f, error))
+            for f in folders
+        ]
 
 
 def slurm(
@@ -492,8 +556,9 @@ class DiskFull(OSError):
 class _Sweep:
     "The state of a sweep: which runs wait, which are submitted, and their outcomes."
 
-    def __init__(self, experiments, root, executor, notebook, retry, runs_per_job, threads):
+    def __init__(self, experiments, root, executor, notebook, retry, runs_per_job, threads, group):
         self.root, self.executor, self.runs_per_job = root, executor, runs_per_job
+        self.group = 1 if notebook else group  # a notebook of one's own may train in its own way
         self.experiments = {e.key: e for e in with_teachers(experiments)}
         self.arguments = {
             k: (e.to_dict(), str(root), str(notebook or notebook_for(e.dataset)), threads)
@@ -546,9 +611,17 @@ class _Sweep:
                     ready.append(key)
                 else:
                     self.settle(Outcome(key, "blocked", error=f"its teacher {teacher.state}: {needed.key}"))
-        for keys in (ready[i : i + self.runs_per_job] for i in range(0, len(ready), self.runs_per_job)):
-            self.flights.append((self.executor.submit(Work(), [self.arguments[k] for k in keys]), keys))
-            self.waiting = [k for k in self.waiting if k not in keys]
+        groups = self.grouped(ready)
+        for some in (groups[i : i + self.runs_per_job] for i in range(0, len(groups), self.runs_per_job)):
+            job = [[self.arguments[k] for k in keys] for keys in some]
+            self.flights.append((self.executor.submit(Work(), job), [k for keys in some for k in keys]))
+        self.waiting = [k for k in self.waiting if k not in ready]
+
+    def grouped(self, keys: list[str]) -> list[list[str]]:
+        "Return the runs in groups that share a teacher's forward pass; image files are decoded for each run by itself."
+        in_memory = [self.experiments[k] for k in keys if not of_imagenet(self.experiments[k].dataset)]
+        groups = [[e.key for e in group] for group in groups_of(in_memory, self.group)]
+        return groups + [[k] for k in keys if of_imagenet(self.experiments[k].dataset)]
 
     def collect(self):
         "Collect outcomes; a run of another process waits until that process is done or gone."
@@ -557,7 +630,7 @@ class _Sweep:
             try:
                 outcomes = future.result()
             except Exception:
-                outcomes = [_outcome(future, *self.arguments[k][:2]) for k in keys]
+                outcomes = _outcomes(future, [self.arguments[k] for k in keys])
             for outcome in outcomes:
                 if outcome.state == "busy":
                     self.elsewhere.add(outcome.key)
@@ -595,16 +668,18 @@ def sweep(
     executor=None,  # interface of concurrent.futures; None: one process at a time on this machine
     notebook: Path | str | None = None,  # None: the benchmark notebook of the dataset
     retry: bool = True,  # whether to try again what failed in an earlier sweep
-    runs_per_job: int = 1,  # how many runs share one submission
+    runs_per_job: int = 1,  # how many runs, or groups of runs, share one submission
     threads: int | None = None,  # CPU threads of each run; None: as the environment says
+    group: int = 4,  # largest number of runs that share a teacher's forward pass; 1: each runs alone
     watch: Callable[[Tally], None] | None = None,  # called after every check
     every: float = 0.5,  # seconds between two checks
 ) -> list[Outcome]:  # of the experiments and the teachers they need
     """Run the experiments that are not done yet; it can be stopped and started at any time.
 
+    Runs that agree in teacher, data, order and settings are trained together, to the bits that each has alone.
     Raises `DiskFull` where results cannot be written. The failure of a run is an outcome, not an error."""
     executor, own = executor or Processes(), executor is None
-    this = _Sweep(experiments, runs_root(root).resolve(), executor, notebook, retry, runs_per_job, threads)
+    this = _Sweep(experiments, runs_root(root).resolve(), executor, notebook, retry, runs_per_job, threads, group)
     try:
         while True:
             this.submit()

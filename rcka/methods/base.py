@@ -15,8 +15,8 @@ from ..similarity.measures import as_features, as_real, full_precision
 
 # %% auto #0
 __all__ = ['METHODS', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods', 'create_method', 'Vanilla', 'Sum',
-           'FeatureMethod', 'need', 'check_samples', 'WarmUp', 'check_maps', 'pooled_to', 'same_size', 'MapMethod',
-           'resize_maps', 'DenseMethod', 'map_mse_loss']
+           'Wrapper', 'FeatureMethod', 'need', 'check_samples', 'WarmUp', 'check_maps', 'pooled_to', 'same_size',
+           'MapMethod', 'resize_maps', 'DenseMethod', 'map_mse_loss']
 
 # %% ../../nbs/method/02_methods.ipynb #4504c7e9
 def class_indices(target: Tensor, method: str) -> Tensor:
@@ -227,6 +227,25 @@ class Sum(Method):
                 raise ValueError(f"two methods give a term of one name: {', '.join(both)}")
             terms |= own
         return terms
+
+
+class Wrapper(Method):
+    "Base class of what changes another method on a classifier: all but `terms` is passed on to `self.inner`."
+
+    def __init__(self, method: Method):
+        super().__init__()
+        if method.dense:
+            raise ValueError(f"{self.name} takes a method of classifiers, got the dense method {method.name!r}")
+        self.inner, self.ce, self.teacher_batch_stats = method, method.ce, method.teacher_batch_stats
+
+    def wants(self, layers):
+        return self.inner.wants(layers)
+
+    def build(self, student, teacher, **known):
+        self.inner.build(student, teacher, **known)
+
+    def set_epoch(self, epoch):
+        self.inner.set_epoch(epoch)
 
 # %% ../../nbs/method/02_methods.ipynb #1bf10cd7
 class FeatureMethod(Method):

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Method, WarmUp, class_indices, create_method, register
+from .base import Method, WarmUp, Wrapper, class_indices, create_method, register
 from .logits import KD, check_logits, kd_loss, split_target
 from ..similarity.measures import as_real, full_precision, unit
 
@@ -29,7 +29,7 @@ def standardize(
 
 
 @register("standardized")
-class Standardized(Method):
+class Standardized(Wrapper):
     """Give another method on logits the standardised logits of both networks (Sun et al., "Logit standardization in knowledge distillation", CVPR 2024).
 
     Its terms keep their names, with "_standardized" after them. The cross-entropy sees the logits as they are.
@@ -40,20 +40,7 @@ class Standardized(Method):
         method: str | Method = "kd",  # a name, or several with a plus; or a method
         args: dict | None = None,  # its arguments, as for `create_method`
     ):
-        super().__init__()
-        self.inner = method if isinstance(method, Method) else create_method(method, args)
-        if self.inner.dense:
-            raise ValueError(f"standardized wants a method on a classifier's logits, got the dense method {method!r}")
-        self.ce = self.inner.ce
-
-    def wants(self, layers):
-        return self.inner.wants(layers)
-
-    def build(self, student, teacher, **kw):
-        self.inner.build(student, teacher, **kw)
-
-    def set_epoch(self, epoch):
-        self.inner.set_epoch(epoch)
+        super().__init__(method if isinstance(method, Method) else create_method(method, args))
 
     def terms(self, student, teacher, target=None, index=None):
         student, teacher = (x._replace(logits=standardize(x.logits)) for x in (student, teacher))

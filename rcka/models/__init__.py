@@ -11,14 +11,21 @@ from .registry import (
     network,
     save_weights,
 )
+from .sources import InputConfig, input_config
+from .student import load_student, save_student, student_transform
 
 __all__ = [
+    "InputConfig",
     "create_model",
     "export_weights",
+    "input_config",
     "list_models",
     "list_weights",
     "load_checkpoint",
+    "load_student",
     "load_weights",
     "network",
+    "save_student",
     "save_weights",
+    "student_transform",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import inspect
 import json
 import os
 import pickle
@@ -22,11 +23,12 @@ from ..core import nearest
 from ..extras import optional_import
 from ..features import unwrap
 from ..files import write_atomic
+from .sources import SOURCES, InputConfig, function_network
 
 # %% auto #0
 __all__ = ['NETWORKS', 'NESTED', 'ALIASES', 'OPTION_A', 'WEIGHTS', 'CARD', 'LARGEST', 'LARGEST_SUM', 'check_images',
-           'init_weights', 'network', 'list_models', 'create_model', 'load_checkpoint', 'save_weights', 'load_weights',
-           'PretrainedWeights', 'list_weights', 'export_weights']
+           'init_weights', 'network', 'list_models', 'create_model', 'load_checkpoint', 'read_weights', 'save_weights',
+           'load_weights', 'PretrainedWeights', 'list_weights', 'export_weights']
 
 # %% ../../nbs/method/04_models.ipynb #63a06061
 def check_images(
@@ -74,68 +76,58 @@ def network(f: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def list_models() -> list[str]:
-    "List the names of this package's networks. `create_model` takes any `torchvision/NAME` and `timm/NAME` as well."
+    "List the names of this package's networks. `create_model` takes those of other libraries as well."
     return list(NETWORKS)
 
 # %% ../../nbs/method/04_models.ipynb #2e2301a3
 def create_model(
-    name: str,  # one of `list_models()`, "torchvision/NAME" or "timm/NAME"
-    num_classes: int = 100,  # outputs of the classifier
+    name: str,  # one of `list_models()`, "torchvision/NAME", "timm/NAME", "transformers/NAME" or "package.module:function"
+    num_classes: int
+    | None = 100,  # outputs of the classifier; None: as many as the weights have; 0: an encoder of timm
     in_channels: int = 3,  # 1 for grey images
-    **options,  # weights="cifar100", see `list_weights`; torchvision: weights="IMAGENET1K_V1"; timm: pretrained=True
+    **options,  # weights="cifar100", see `list_weights`; torchvision: weights="IMAGENET1K_V1"; all: weights="pretrained"
 ) -> nn.Module:  # maps (n, in_channels, height, width) to (n, num_classes)
     """Create a network by name, with fresh weights unless `options` say otherwise.
 
     Raises ValueError for an unknown name (with the near ones), for unknown weights (with the known ones), and for
-    weights whose hash, classes or channels do not fit."""
-    if not isinstance(num_classes, int) or num_classes < 1:
+    weights whose hash, classes or channels do not fit; FileNotFoundError, with the place, for weights that cannot be
+    fetched."""
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 0):
         raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
     if not isinstance(in_channels, int) or in_channels < 1:
         raise ValueError(f"in_channels must be a positive integer, got {in_channels!r}")
     source, _, rest = name.partition("/")
-    if source == "torchvision" and rest:
-        return _torchvision(rest, num_classes, in_channels, options)
-    if source == "timm" and rest:
-        return _timm(rest, num_classes, in_channels, options)
+    if num_classes == 0 and source != "timm":
+        raise ValueError(f"num_classes=0 makes an encoder of a timm network; {name} needs 1 or more")
+    if source in SOURCES and rest:
+        return SOURCES[source](rest, num_classes, in_channels, options)
+    if ":" in name:
+        return function_network(name, num_classes, in_channels, options)
     if name not in NETWORKS:
-        raise ValueError(nearest(name, NETWORKS, "network") + "; or torchvision/NAME, timm/NAME")
-    weights = options.pop("weights", None)
-    if options:
-        raise TypeError(
-            f"options are for torchvision and timm networks; {name} takes weights alone, got {', '.join(options)}"
+        raise ValueError(
+            nearest(name, NETWORKS, "network")
+            + "; or torchvision/NAME, timm/NAME, transformers/NAME, package.module:function"
         )
+    weights = options.pop("weights", None)
+    known = {w.weights: w for w in list_weights() if w.network == name}
+    if weights == "pretrained":
+        weights = next(iter(known), weights)
+    if num_classes is None:
+        num_classes = known[weights].card["classes"] if weights in known else 100
     if weights is None:
-        return NETWORKS[name](num_classes=num_classes, in_channels=in_channels)
+        return NETWORKS[name](num_classes=num_classes, in_channels=in_channels, **_taken(NETWORKS[name], name, options))
+    if options:
+        raise TypeError(f"{name} takes no options beside its weights, got {', '.join(options)}")
     return _pretrained(name, weights, num_classes, in_channels)
 
 
-def _torchvision(name: str, num_classes: int, in_channels: int, options: dict) -> nn.Module:
-    import torchvision.models as zoo
-
-    known = zoo.list_models(module=zoo)
-    if name not in known:
-        raise ValueError(nearest(name, known, "torchvision network"))
-    model = zoo.get_model(name, num_classes=num_classes, **options)
-    return model if in_channels == 3 else _reads(model, in_channels)
-
-
-def _reads(model: nn.Module, in_channels: int) -> nn.Module:
-    "Replace the first convolution, the first layer of all classifiers of torchvision, by one for `in_channels`."
-    path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
-    parent, _, last = path.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
-    return model
-
-
-def _timm(name: str, num_classes: int, in_channels: int, options: dict) -> nn.Module:
-    try:
-        import timm  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError(f"timm/{name} needs the package timm: pip install timm") from None
-    if not timm.is_model(name.split(".")[0]):
-        raise ValueError(nearest(name, timm.list_models(), "timm network", most=20))
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **options)
+def _taken(maker: Callable, name: str, options: dict) -> dict:
+    "Return the options of a network. Raises TypeError for one that its function does not take."
+    parameters = list(inspect.signature(maker).parameters)[2:]
+    for option in options:
+        if option not in parameters:
+            raise TypeError(f"{name} has no option {option}; it takes weights{''.join(f', {p}' for p in parameters)}")
+    return options
 
 # %% ../../nbs/method/04_models.ipynb #ec97a6ac
 NESTED = ("model", "state_dict", "model_state_dict", "net")  # where checkpoints keep the weights
@@ -260,9 +252,14 @@ def load_checkpoint(
 
     Raises ValueError, with the keys and shapes that do not fit, and leaves the model as it was; FileNotFoundError for a
     missing file."""
-    path = Path(path)
-    _fit(unwrap(model), _weights(_read(path), path), path, ALIASES)
+    _fit(unwrap(model), read_weights(path), Path(path), ALIASES)
     return model
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    "Return the weights in a file, by name, as `load_checkpoint` finds them."
+    path = Path(path)
+    return _weights(_read(path), path)
 
 # %% ../../nbs/method/04_models.ipynb #f9a954c2
 def save_weights(
@@ -383,7 +380,9 @@ def _pretrained(name: str, weights: str, num_classes: int, in_channels: int) -> 
             f"{found.file} is not the file that its card describes (SHA-256 {digest[:16]}..., the card says "
             f"{card['sha256'][:16]}...): it was damaged or changed; install the package again"
         )
-    return load_weights(NETWORKS[name](num_classes=num_classes, in_channels=in_channels), found.file)
+    model = load_weights(NETWORKS[name](num_classes=num_classes, in_channels=in_channels), found.file)
+    model.input_config = InputConfig(tuple(card["mean"]), tuple(card["std"]), card["shape"][-1])
+    return model
 
 
 def _sha256(path: Path) -> str:

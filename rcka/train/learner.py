@@ -22,8 +22,8 @@ from .classification import Distiller
 from .config import TrainConfig, autocast, cublas_workspace, determinism, make_optimizer
 
 # %% auto #0
-__all__ = ['Stopped', 'Learner', 'random_state', 'seeded_state', 'set_random_state', 'refuse_memory', 'OutOfMemory', 'fit_many',
-           'one_epoch', 'checked', 'catch_signals', 'shared_teacher', 'check_group', 'Trainer']
+__all__ = ['Stopped', 'Learner', 'random_state', 'seeded_state', 'set_random_state', 'refuse_memory', 'OutOfMemory', 'RunsFailed',
+           'Group', 'fit_many', 'one_epoch', 'checked', 'catch_signals', 'shared_teacher', 'check_group', 'Trainer']
 
 # %% ../../nbs/method/06e_learner.ipynb #244374b9
 class Stopped(KeyboardInterrupt):
@@ -297,15 +297,47 @@ class OutOfMemory(RuntimeError):
     "A step did not fit into memory."
 
 
+class RunsFailed(RuntimeError):
+    "Some runs of a group failed, and the others went on to their end; `failures` has the error of each learner."
+
+    def __init__(self, failures: dict[Learner, Exception]):
+        self.failures = failures
+        super().__init__("; ".join(f"{one.name}: {type(e).__name__}: {e}" for one, e in failures.items()))
+
+
+class Group:
+    "The learners of a group that are still running. In one process an error of one run takes that one out."
+
+    def __init__(self, learners: list):
+        self.running, self.failures = list(learners), {}
+        self.isolates = len(learners) > 1 and world_size() == 1  # other processes would wait for this one
+
+    @contextlib.contextmanager
+    def only(self, learner: Learner):
+        "An error inside is the failure of this learner alone."
+        try:
+            yield
+        except Exception as e:
+            if not self.isolates or _no_memory(e):
+                raise
+            self.running.remove(learner)
+            self.failures[learner] = e
+
+
+def _no_memory(e: Exception) -> bool:
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
+
 def fit_many(
     learners: list[Learner],  # with one teacher and the same batches; students and methods of their own
     progress: bool = True,
 ) -> list[list[dict]]:  # their histories
     """Train several students at once; the teacher sees each batch once.
 
-    Raises ValueError where the runs do not fit together, `Stopped` after a signal or `Learner.stop`, `BatchesFailed`,
-    `OutOfMemory`, and what the callbacks raise."""
-    first = learners[0]
+    An error in the step, the evaluation or a callback of one run ends that run alone; it is raised at the end, as
+    `RunsFailed`. Raises ValueError where the runs do not fit together, `Stopped` after a signal or `Learner.stop`,
+    `BatchesFailed`, `OutOfMemory`; a single run raises its own error."""
+    first, group = learners[0], Group(learners)
     for other in learners[1:]:
         check_group(first, other)
     if progress and rank() == 0:
@@ -324,33 +356,41 @@ def fit_many(
                 broadcast(t for part in ("student", "method") for t in learner.parts[part].state_dict().values())
                 learner.since = time.perf_counter()
             for epoch in range(min(one.epoch for one in learners), first.config.epochs):
-                one_epoch([one for one in learners if one.epoch == epoch], teach, signals)
+                if any(one.epoch == epoch for one in group.running):
+                    one_epoch(group, epoch, teach, signals)
             barrier()
     finally:
         if progress and rank() == 0:
             first.callbacks.remove(bar)
+    if group.failures:
+        raise RunsFailed(group.failures)
     return [one.history for one in learners]
 
 
-def one_epoch(learners: list[Learner], teach, signals: list[int]):
-    "Take learners that stand in the same epoch to its end."
-    first = learners[0]
-    epoch, start = first.epoch, min(one.step for one in learners)
+def one_epoch(group: Group, epoch: int, teach, signals: list[int]):
+    "Take the learners that stand in an epoch to its end."
+
+    def here() -> list[Learner]:
+        return [one for one in group.running if one.epoch == epoch]
+
+    learners = here()
+    first, start = learners[0], min(one.step for one in learners)
     for learner in learners:
-        learner.begin_epoch()
+        with group.only(learner):
+            learner.begin_epoch()
 
     def save() -> str:
         "Let the callbacks save; return a sentence on what there is to go on from."
-        for learner in learners:
+        for learner in here():
             learner.call("on_stop")
         saved = rank() == 0 and first.can_save and any(isinstance(c, Checkpoint) for c in first.callbacks)
         return ("The state was saved: " if saved else "") + first.saved_state()
 
     def stop():
         "Leave where a signal came, or a callback asked for it, as soon as no gradient is waiting."
-        asked = [one.stop_reason for one in learners if one.stop_reason]
+        asked = [one.stop_reason for one in here() if one.stop_reason]
         reason = signal.Signals(signals[0]).name if signals else asked[0] if asked else ""
-        if reason and all(one.between_updates for one in learners):
+        if reason and all(one.between_updates for one in here()):
             where = f"{reason} in epoch {epoch + 1}, after step {first.step}."
             raise Stopped(f"{where} {save()} Start again to go on", signals[0] if signals else None)
 
@@ -358,17 +398,21 @@ def one_epoch(learners: list[Learner], teach, signals: list[int]):
         batches = first.train.epoch(epoch, start=start)
         for step, batch in enumerate(checked(batches, len(first.train) - start, save), start):
             stop()
-            batch, behind = shard(batch), [one for one in learners if one.step == step]
+            batch, behind = shard(batch), [one for one in here() if one.step == step]
             outputs = teach(batch.images, first.config.precision) if teach and batch else {}
             for learner in behind:
-                learner.call("before_step", batch)
-                learner.train_step(batch, outputs.get(learner.task))
-                learner.step += 1
-                learner.call("after_step")
-        for learner in learners:
-            learner.end_epoch(before_batch=stop)
+                with group.only(learner):
+                    learner.call("before_step", batch)
+                    learner.train_step(batch, outputs.get(learner.task))
+                    learner.step += 1
+                    learner.call("after_step")
+            if not here():
+                return
+        for learner in here():
+            with group.only(learner):
+                learner.end_epoch(before_batch=stop)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+        if not _no_memory(e):
             raise
         text = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise OutOfMemory(

@@ -1,0 +1,64 @@
+"Studies: which factors a screen tries, what becomes of a run whose loss is not finite, what the committed tables say."
+
+import math
+
+import pytest
+
+from rcka.experiments.study import (
+    FACTORS,
+    Study,
+    accuracy_by_factor,
+    differences_to,
+    factors_to_try,
+    read_table,
+    run_screen,
+    run_study,
+)
+
+
+@pytest.mark.parametrize("best", FACTORS)
+def test_a_screen_finds_the_best_factor(best):
+    "Whatever factor is the best of a curve with one peak, it is found, with both neighbours tried where there are any."
+    accuracy = {f: -abs(math.log(f / best)) for f in FACTORS}
+    tried = {}
+    while more := factors_to_try(tried):
+        assert not set(more) & set(tried)
+        tried |= {f: accuracy[f] for f in more}
+    assert max(tried, key=tried.get) == best
+    assert {f for f in (best / 4, best * 4) if f in FACTORS} <= set(tried)
+
+
+def test_a_run_that_diverges_is_the_worst():
+    rows = [{"label": f"kd x{f:g}", "last": last} for f, last in ((0.25, 3.0), (1, 2.0), (4, math.nan))]
+    tried = accuracy_by_factor(rows + [{"label": "dkd x1", "last": 9.0}, {"label": "none", "last": 1.0}], "kd")
+    assert tried == {0.25: 3.0, 1.0: 2.0, 4.0: -math.inf}
+    assert factors_to_try(tried) == [0.0625]
+
+
+def study(factors):
+    methods = {f"{m} x{f:g}": ("scaled", {"method": m, "factor": f}) for m in ("kd", "fcka") for f in factors}
+    settings = dict(dataset="digits", epochs=1, batch_size=16, train_limit=64, test_limit=50, teacher_epochs=1)
+    return Study("toy-screen", "resnet8", "resnet8", {"none": ("none", None)} | methods, (0,), settings)
+
+
+def test_a_screen_is_done_once(tmp_path):
+    rows = run_screen(study(FACTORS), tmp_path, root=tmp_path / "runs", progress=False)
+    assert rows[0]["label"] == "none"
+    for method in ("kd", "fcka"):
+        tried = accuracy_by_factor(rows, method)
+        assert {0.25, 1.0, 4.0} <= set(tried) and not factors_to_try(tried)
+    table = (tmp_path / "toy-screen.csv").read_text()
+    assert run_screen(study(FACTORS), tmp_path, root="/nowhere", progress=False) == rows  # nothing is run
+    assert (tmp_path / "toy-screen.csv").read_text() == table
+    with pytest.raises(ValueError, match="did you mean fcka"):
+        run_screen(study(FACTORS), tmp_path, methods=["fckaa"])
+
+
+def test_a_run_that_is_not_finite_does_not_take_others_with_it(tmp_path):
+    rows = run_study(study([1.0, 1e38]), tmp_path, tmp_path / "runs", progress=False)
+    last = {row["label"]: row["last"] for row in rows}
+    assert all(math.isnan(last[label]) == label.endswith("x1e+38") for label in last) and len(last) == 5
+    again = read_table(tmp_path / "toy-screen.csv")
+    assert "not finite" in again["kd x1e+38", 0]["failed"] and not again["kd x1", 0]["failed"]
+    table = differences_to([{**row, "seed": seed} for row in again.values() for seed in (0, 1)])
+    assert table.loc["kd x1e+38", "seeds"] == 0 and table.loc["kd x1", "seeds"] == 2
