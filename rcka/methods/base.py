@@ -19,12 +19,13 @@ __all__ = ['METHODS', 'class_indices', 'stages_at', 'Method', 'register', 'list_
            'MapMethod', 'resize_maps', 'DenseMethod', 'map_mse_loss']
 
 # %% ../../nbs/method/02_methods.ipynb #4504c7e9
-def class_indices(target: Tensor, method: str) -> Tensor:
+def class_indices(target: Tensor | None, method: str) -> Tensor:
     "Check that `target` holds the class of each sample, (n,), for a method that has no form for class probabilities."
-    if target.dim() != 1 or target.is_floating_point():
+    if target is None or target.dim() != 1 or target.is_floating_point():
+        got = "no target" if target is None else f"{tuple(target.shape)} of {target.dtype}"
         raise ValueError(
-            f"method {method} needs the class of each sample, a target (n,) of integers; got {tuple(target.shape)} of "
-            f"{target.dtype}. With soft labels, as from mixup, use a method that does not need classes, such as kd or fcka"
+            f"method {method} needs the class of each sample, a target (n,) of integers; got {got}. "
+            "With soft labels, as from mixup, or without labels use a method that does not need classes, such as kd or fcka"
         )
     return target
 
@@ -53,11 +54,17 @@ class Method(nn.Module):
     ce = 1.0
     teacher_batch_stats = False  # the teacher's batch normalisations use the statistics of the batch
     dense = False  # for detectors and segmentation networks
-    wants_logits = False  # a dense method that compares class logits
+    wants_logits = True  # compares logits; of detectors those of classes
+    smallest = 2  # samples in a batch: with fewer there is nothing to compare
+    relations_only = False  # it sees the teacher's features through their Gram matrix alone, whatever their width
 
     def wants(self, layers: FeaturePaths) -> list[str]:
         "Return the module paths whose features this method compares, for a network with these `layers`."
         return []
+
+    def wants_maps(self, n: int) -> list[bool]:
+        "Return for each of its `n` features whether it has to be a map (n, channels, height, width)."
+        return [False] * n
 
     def build(
         self, student: Outputs, teacher: Outputs, *, head: nn.Module | None = None, targets: Tensor | None = None
@@ -146,6 +153,8 @@ def create_method(
 class Vanilla(Method):
     "Train the student alone: cross-entropy and nothing else."
 
+    wants_logits = False
+
 
 class Sum(Method):
     "Add several methods: all their terms, and one cross-entropy with the product of their factors."
@@ -160,6 +169,23 @@ class Sum(Method):
     @property
     def teacher_batch_stats(self):
         return any(m.teacher_batch_stats for m in self.parts)
+
+    @property
+    def wants_logits(self):
+        return any(m.wants_logits for m in self.parts)
+
+    @property
+    def smallest(self):
+        return max(m.smallest for m in self.parts)
+
+    def wants_maps(self, n):
+        counts = self.feature_counts(n)
+        return [is_map for m, k in zip(self.parts, counts) for is_map in m.wants_maps(k)]
+
+    @property
+    def relations_only(self):
+        most = FeaturePaths(*[tuple(map(str, range(64)))] * 2, "pooled", "head")
+        return all(m.relations_only or not m.wants(most) for m in self.parts)
 
     def wants(self, layers):
         wants = [m.wants(layers) for m in self.parts]
@@ -257,6 +283,7 @@ class FeatureMethod(Method):
     stages: tuple | list | str | None = None  # positions in `FeaturePaths.stages`, "pooled", or None: `default_stages`
     default_stages = slice(1, None)  # all but the stem
     connects = False  # has connectors, made by `build`
+    wants_logits = False
 
     def wants(self, layers: FeaturePaths) -> list[str]:
         if self.stages == "pooled":
@@ -362,6 +389,9 @@ def same_size(x: Tensor, y: Tensor):
 class MapMethod(FeatureMethod):
     "Base class of the methods that compare feature maps (n, channels, height, width)."
 
+    def wants_maps(self, n):
+        return [True] * n
+
     def prepare(self, student, teacher):
         return check_maps(*super().prepare(student, teacher))
 
@@ -380,6 +410,9 @@ class DenseMethod(FeatureMethod):
     dense = True
     connects = True
     default_stages = slice(4)  # levels 0 to 3 of a feature pyramid
+
+    def wants_maps(self, n):
+        return [True] * n
 
     def prepare(self, student, teacher):
         "Check a pair of maps (B, C, H, W). They keep their precision: the losses widen one level at a time."

@@ -58,6 +58,9 @@ class CKAAngle(_MeanDistance):
             raise ValueError(f"over must be 'places' or 'samples', got {over!r}")
         self.weight, self.stages, self.over = weight, stages, over
 
+    def wants_maps(self, n):
+        return [self.over == "places"] * n
+
     def distance(self, student, teacher):
         return angular_distance((place_cka if self.over == "places" else fcka)(student, teacher))
 
@@ -109,6 +112,8 @@ def label_alignment(
 @register("label_cka")
 class LabelCKA(FeatureMethod):
     "weight * mean over stages of 1 - CKA of the student's features and the one-hot labels: centred kernel-target alignment (Cortes et al. 2012) as a loss."
+
+    wants_logits = True  # the student's, for the number of classes
 
     def __init__(
         self,

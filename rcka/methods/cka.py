@@ -226,6 +226,8 @@ def pcka(
 class FCKA(FeatureMethod):
     "weight * (1 - CKA) of feature maps (Zhou et al. 2024). No connector: the widths may differ."
 
+    relations_only = True
+
     def __init__(
         self,
         weight: float = 16.0,  # of the term
@@ -236,6 +238,7 @@ class FCKA(FeatureMethod):
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
+        self.smallest = 4 if unbiased else 2
         self.options = dict(center=center, unbiased=unbiased, gram_of_gram=gram_of_gram)
 
     def terms(self, student, teacher, target=None, index=None):
@@ -258,6 +261,7 @@ class LCKA(Method):
     ):
         super().__init__()
         self.weights = {"lcka_intra": intra, "lcka_inter": inter}
+        self.smallest = 4 if unbiased else 2
         self.options = dict(center=center, unbiased=unbiased, temperature=temperature, normalize_rows=normalize_rows)
 
     def terms(self, student, teacher, target=None, index=None):
@@ -270,6 +274,8 @@ class RCKA(FeatureMethod):
     "CE + alpha (1 - FCKA) + beta (1 - intra-LCKA) + gamma (1 - inter-LCKA): the combined method (Zhou et al. 2024)."
 
     name = "rcka"
+    wants_logits = True
+    relations_only = True
 
     def __init__(
         self,
@@ -287,7 +293,7 @@ class RCKA(FeatureMethod):
         form = dict(center=center, unbiased=unbiased)
         self.fcka = FCKA(alpha, stages, gram_of_gram=gram_of_gram, **form)
         self.lcka = LCKA(beta, gamma, temperature=temperature, normalize_rows=normalize_rows, **form)
-        self.stages = self.fcka.stages
+        self.stages, self.smallest = self.fcka.stages, self.fcka.smallest
 
     def terms(self, student, teacher, target=None, index=None):
         features = self.fcka.terms(student, teacher) if self.fcka.weight else {}

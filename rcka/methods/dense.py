@@ -250,7 +250,7 @@ def dense_kd_loss(
 class DenseKD(Method):
     "Knowledge distillation of class logits of many places (Hinton et al. 2015; class by class as in Yang et al., ICCV 2023): weight * dense_kd_loss. Weight and temperature are ours."
 
-    dense = wants_logits = True
+    dense = True
 
     def __init__(
         self,
@@ -287,7 +287,7 @@ def dense_dist_loss(
 class DenseDIST(Method):
     "DIST (Huang et al., NeurIPS 2022) on class logits of many places: weight * dense_dist_loss. Weights 1 and temperature 1, as in the code released with the paper of this book."
 
-    dense = wants_logits = True
+    dense = True
 
     def __init__(
         self,

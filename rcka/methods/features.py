@@ -495,6 +495,7 @@ class SRRL(FeatureMethod):
     `build` needs `head`, the teacher's classifier. It is used as it is: not trained, not moved, not saved with the method."""
 
     connects = True
+    wants_logits = True
 
     def __init__(
         self,
@@ -506,6 +507,9 @@ class SRRL(FeatureMethod):
 
     def wants(self, layers):
         return [need(layers.stages, "stages", self.name)[-1], need(layers.pooled, "pooled", self.name)]
+
+    def wants_maps(self, n):
+        return [True, False]
 
     def pairs(self, student, teacher):
         if not len(student.features) == len(teacher.features) == 2:

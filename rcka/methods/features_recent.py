@@ -238,6 +238,7 @@ class SRD(FeatureMethod):
     The defaults are the authors' on ImageNet (resnet34 with resnet18); those for CIFAR-100 were not at hand."""
 
     connects = True
+    wants_logits = True
     stages = "pooled"
 
     def __init__(
@@ -317,6 +318,7 @@ class OFA(FeatureMethod):
     The weights are the authors'; epsilon is theirs for Swin-T with resnet18 on CIFAR-100, and 1.5 for DeiT-T with resnet18 on ImageNet. Their branches of tokens have transformer blocks; here tokens are normalised, averaged and classified."""
 
     connects = True
+    wants_logits = True
 
     def __init__(
         self,
