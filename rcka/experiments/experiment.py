@@ -543,14 +543,14 @@ def find_or_train(experiment, root, folder, device, progress, options) -> tuple[
 
 def make_cache(experiment, parts: list[Parts], root: Path, options: dict, progress: bool) -> TeacherCache | None:
     "Make what an experiment keeps of its teacher, for the tasks of all parts, or find it in `root`; None if it keeps nothing."
-    if not getattr(experiment, "teacher_cache", None):
+    teacher, train = parts[0].task.teacher, parts[0].train
+    if teacher is None or not getattr(experiment, "teacher_cache", None):
         return None
-    task, train = parts[0].task, parts[0].train
     paths = [path for p in parts for path in p.task.teacher_taps.paths]
     if options.get("channels_last"):
-        task.teacher.to(memory_format=torch.channels_last)
+        teacher.to(memory_format=torch.channels_last)
     return TeacherCache(
-        task.teacher,
+        teacher,
         train,
         paths,
         root / ".teacher-cache",
