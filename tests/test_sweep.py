@@ -241,7 +241,7 @@ def a_real_sweep(root):
     fields = ["epochs=2000", "batch_size=32", "train_limit=64", "test_limit=40", "schedule=cosine"]
     options = ["--methods", "none", "--seeds", "0", "--root", root, *(text for f in fields for text in ("-p", f))]
     repo = Path(__file__).resolve().parents[1]
-    env = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+    env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(repo)}
     return subprocess.Popen(
         [*command, *map(str, options)],
         env=env,

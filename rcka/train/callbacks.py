@@ -19,7 +19,7 @@ from ..core import check_whole
 from ..distributed import broadcast, rank, world_size
 from ..extras import optional_import
 from ..files import as_csv, as_safetensors, folder_lock, write_atomic
-from .checkpoint import last_checkpoint, save_checkpoint, saved_state
+from .checkpoint import checkpoints, last_checkpoint, remove_old, save_checkpoint, saved_state
 
 with optional_import():
     from tqdm import tqdm
@@ -171,6 +171,8 @@ class Checkpoint(Callback):
         if state[0]:
             self.compare(learner, state[0])
             learner.load_state_dict(state[0]["learner"])
+            if rank() == 0:
+                remove_old(checkpoints(self.folder), self.keep)  # a kill right after a save leaves one more
         if not getattr(learner.train, "exact", True):
             warnings.warn(
                 "a plain DataLoader cannot begin in the middle of an epoch: an interrupted run goes on from the start of "

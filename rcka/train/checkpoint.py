@@ -18,7 +18,7 @@ from ..files import digest, write_atomic
 from ..methods.base import Method
 
 # %% auto #0
-__all__ = ['CHECKPOINT_FORMAT', 'CHECKPOINT_NAME', 'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged',
+__all__ = ['CHECKPOINT_FORMAT', 'CHECKPOINT_NAME', 'checkpoints', 'remove_old', 'save_checkpoint', 'read_checkpoint', 'Damaged',
            'last_checkpoint', 'saved_state', 'data_identity', 'method_identity', 'weights_digest', 'run_identity']
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #564b4772
@@ -32,6 +32,12 @@ def checkpoints(folder: Path | str) -> list[Path]:
     return [p for _, _, _, p in sorted((int(m[1]), int(m[2]), p.stat().st_mtime_ns, p) for m, p in found)]
 
 
+def remove_old(found: list[Path], keep: int):
+    "Remove checkpoints, given oldest first, but for the newest `keep`."
+    for old in found[::-1][keep:]:
+        old.unlink(missing_ok=True)
+
+
 def save_checkpoint(
     folder: Path | str,
     state: dict,  # with "epoch" and "step": where the run stands
@@ -43,8 +49,7 @@ def save_checkpoint(
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
     path = Path(folder) / f"checkpoint-{state['epoch']:04}-{state['step']:06}-{digest[:16]}.pt"
     write_atomic(path, buffer.getbuffer())
-    for old in [p for p in checkpoints(folder) if p != path][::-1][keep - 1 :]:
-        old.unlink(missing_ok=True)
+    remove_old([p for p in checkpoints(folder) if p != path], keep - 1)
     return path
 
 
