@@ -281,6 +281,7 @@ def stopped(root, signum, epochs):
     return err, last_checkpoint(run), run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 def test_stopped_sweep_keeps_every_epoch(tmp_path):
     "Ctrl-C, then SIGTERM, long before a checkpoint is due: every epoch is kept, what is said of it is true, and the same command goes on."
