@@ -250,6 +250,8 @@ def a_real_sweep(root):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # tests that run in the background of a script have Ctrl-C ignored, and so would this process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
