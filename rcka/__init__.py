@@ -38,7 +38,7 @@ _HOMES = {  # the public names, by the module that has them
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["EXTRAS", "optional_import", *_HOME_OF]  # noqa: PLE0604
+__all__ = ["EXTRAS", "optional_import", *_HOME_OF]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

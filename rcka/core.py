@@ -106,9 +106,10 @@ class LoaderBatches:
     def targets(self) -> Tensor | None:
         "The targets of the whole dataset where it has them, as `targets` (torchvision) or as the second of its `tensors`."
         dataset = getattr(self.loader, "dataset", None)
-        if hasattr(dataset, "targets"):
-            return torch.as_tensor(dataset.targets)
-        return dataset.tensors[1] if hasattr(dataset, "tensors") else None
+        if (targets := getattr(dataset, "targets", None)) is not None:
+            return torch.as_tensor(targets)
+        tensors = getattr(dataset, "tensors", None)
+        return None if tensors is None else tensors[1]
 
     def epoch(self, e: int, start: int = 0):
         "Yield the batches of an epoch. Raises ValueError for a `start` in the middle."

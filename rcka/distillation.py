@@ -122,7 +122,7 @@ def distill(
     | None = None,  # pixels of a side that the student takes; None: a dataset's own, else the network's, else 224
     batch_size: int = 64,
     alone: bool = False,  # train the student without the teacher as well, to compare
-    device: str | None = None,  # None: CUDA where there is one, else the CPU
+    device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     workers: int | None = None,  # processes that decode images
     progress: bool = True,
     **config,  # fields of `TrainConfig`, instead of AdamW with a cosine schedule

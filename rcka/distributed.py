@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ def init_distributed(device: str | torch.device | None = None) -> torch.device:
 
         state = PartialState(cpu=str(device) == "cpu" or not torch.cuda.is_available())
         if state.num_processes > 1:
-            return state.device
+            return torch.device(state.device)
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -122,7 +123,7 @@ class _Gather(torch.autograd.Function):  # torch.distributed.nn.functional.all_g
         return grad[ctx.own]
 
 
-def all_gather(x):
+def all_gather(x) -> Any:
     """Concatenate a tensor, or `Outputs`, of all processes along the samples, with gradients.
 
     Shape (n, ...) in each of W processes becomes (W n, ...) in all. In one process, and for None, the argument itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,12 @@ def parse_path(path: str) -> Place:
 def unwrap(model: nn.Module) -> nn.Module:
     "Return the network inside torch.compile and (distributed) data parallel wrappers."
     while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
+        wrapped = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            wrapped = model.module
+        if not isinstance(wrapped, nn.Module):
             return model
+        model = wrapped
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
@@ -111,14 +111,14 @@ def _describe(value) -> str:
 class _Hook:
     "Forward hook that stores the tensor of a place while its owner runs. Copies of a model carry it without an owner."
 
-    def __init__(self, owner=None, path="", place=None):
+    def __init__(self, owner=None, path="", place: Place | None = None):
         self.owner, self.path, self.place = owner, path, place
 
     def __reduce__(self):
         return _Hook, ()
 
     def __call__(self, module, args, kwargs, output=None):
-        if self.owner is None or self.owner._seen is None:
+        if self.owner is None or self.place is None or not self.owner._running:
             return
         value = output
         if self.place.input:
@@ -181,7 +181,8 @@ class Taps:
         if isinstance(paths, str):
             raise TypeError(f"paths must be a list of paths, got the string {paths!r}; write [{paths!r}]")
         self.model, self.paths, self.logits = model, tuple(paths), logits
-        self._seen: dict | None = None
+        self._seen: dict[str, Any] = {}  # by path, of the forward pass that runs
+        self._running = False
         self._written: dict[tuple, dict[str, bool]] = {}  # by (training, grad) and path: is it overwritten later?
         self._now: dict[str, bool] = {}
         modules = {path: find_module(model, path) for path in self.paths}
@@ -192,12 +193,12 @@ class Taps:
             raise RuntimeError("these taps were removed: make new ones with Taps(model, paths)")
         mode = (unwrap(self.model).training, torch.is_grad_enabled())
         self._now = self._written.setdefault(mode, {})
-        self._seen = {}
+        self._seen, self._running = {}, True
         try:
             logits = self.logits(self.model(*args, **kwargs))
             return Outputs(logits, tuple(self._read(path) for path in self.paths))
         finally:
-            self._seen = None
+            self._seen, self._running = {}, False
 
     def _note(self, path: str, value: Tensor):
         "Store the value of a path; called by the hooks."
@@ -302,8 +303,8 @@ def feature_paths(
     `preacts` has one path for each stage, or is empty where the family has no activation at the end of a stage. Raises
     ValueError for a network of an unknown family, with what to write for it."""
     model = unwrap(model)
-    if isinstance(getattr(model, "layers", None), FeaturePaths):
-        return model.layers
+    if isinstance(layers := getattr(model, "layers", None), FeaturePaths):
+        return layers
     names = {name for name, _ in model.named_modules()}
     if getattr(model, "feature_info", None):
         layers = _timm(model)
@@ -315,10 +316,9 @@ def feature_paths(
     if "encoder.layers" in names and "heads.head" in names:
         blocks = [f"encoder.layers.{name}" for name, _ in model.encoder.layers.named_children()]
         return FeaturePaths(("conv_proj", *_spread(blocks)), (), "heads.head:input", "heads.head")
-    if isinstance(getattr(model, "features", None), nn.Sequential) and isinstance(
-        getattr(model, "classifier", None), nn.Sequential
-    ):
-        if any(map(_halves, model.features)) and any(isinstance(m, nn.Linear) for m in model.classifier):
+    features, classifier = getattr(model, "features", None), getattr(model, "classifier", None)
+    if isinstance(features, nn.Sequential) and isinstance(classifier, nn.Sequential):
+        if any(map(_halves, features)) and any(isinstance(m, nn.Linear) for m in classifier):
             return _long_list(model)
     raise ValueError(
         f"do not know the stages of a {type(model).__name__}: give the paths by hand, "

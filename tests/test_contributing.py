@@ -71,7 +71,7 @@ def blocks(section, language):
 
 def call(command, folder, path=root, **how):
     "Run a command in a folder, with the package of `path` and nothing of the shell's."
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RCKA_")} | {"OMP_NUM_THREADS": "1"}
+    env = {"OMP_NUM_THREADS": "1"} | {k: v for k, v in os.environ.items() if not k.startswith("RCKA_")}
     env["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, **how)

@@ -933,7 +933,7 @@ def shell(*args, cwd=REPO, **env):
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **env},
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(REPO), **env},
     )
 
 

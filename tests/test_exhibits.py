@@ -85,6 +85,7 @@ def test_only_a_folder_that_is_named_is_written_to(tmp_path, monkeypatch):
             assert not (writes and re.search(r"checkout\(\)|[\"']figures[\"']", line)), f"{path.name}: {line}"
 
 
+@pytest.mark.slow
 def test_a_page_in_the_checkout_leaves_its_exhibits_alone(tmp_path, monkeypatch):
     "The digits page with other parameters, run from its own folder, as make demo runs it."
     monkeypatch.setenv("RCKA_RUNS", str(tmp_path / "runs"))
@@ -134,6 +135,7 @@ def test_exhibits_are_made_again_from_their_records(tmp_path, monkeypatch):
         remake("b", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_small_sweep_is_a_page(tmp_path, monkeypatch):
     monkeypatch.setenv("RCKA_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("PYTHONPATH", str(root))

@@ -54,6 +54,17 @@ def make_folder(base, train=10, val=3, classes=4):
     return Path(base)
 
 
+@pytest.fixture(autouse=True)
+def workers_end(monkeypatch):
+    "End the workers of each test: a loader that is collected as part of a reference cycle waits 5 s for each of its own."
+    made, real = [], imagenet._loader
+    monkeypatch.setattr(imagenet, "_loader", lambda *args, **how: made.append(real(*args, **how)) or made[-1])
+    yield
+    for loader in made:
+        if loader.num_workers and loader._iterator is not None:
+            loader._iterator._shutdown_workers()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("data") / "imagenet")

@@ -290,7 +290,7 @@ def built(tmp_path_factory):
 def installed(built, tmp_path, *args):
     "Call a program of the environment in an empty folder."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "RCKA_"))}
-    env |= {"JUPYTER_DATA_DIR": str(tmp_path / "jupyter"), "OMP_NUM_THREADS": "1"}
+    env = {"OMP_NUM_THREADS": "1"} | env | {"JUPYTER_DATA_DIR": str(tmp_path / "jupyter")}
     program = built[0] / "venv" / "bin" / args[0]
     return subprocess.run([program, *args[1:]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
 

@@ -241,7 +241,7 @@ def a_real_sweep(root):
     fields = ["epochs=2000", "batch_size=32", "train_limit=64", "test_limit=40", "schedule=cosine"]
     options = ["--methods", "none", "--seeds", "0", "--root", root, *(text for f in fields for text in ("-p", f))]
     repo = Path(__file__).resolve().parents[1]
-    env = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+    env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(repo)}
     return subprocess.Popen(
         [*command, *map(str, options)],
         env=env,
@@ -250,6 +250,8 @@ def a_real_sweep(root):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # tests that run in the background of a script have Ctrl-C ignored, and so would this process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -281,6 +283,7 @@ def stopped(root, signum, epochs):
     return err, last_checkpoint(run), run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 def test_stopped_sweep_keeps_every_epoch(tmp_path):
     "Ctrl-C, then SIGTERM, long before a checkpoint is due: every epoch is kept, what is said of it is true, and the same command goes on."

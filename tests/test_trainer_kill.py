@@ -27,7 +27,6 @@ processes.set_forkserver_preload(
 
 def job(root, device="cpu", method="crd+rcka", checkpoint_seconds=0.0, moment=None):
     "Teacher and student, in this process."
-    torch.set_num_threads(1)
     from rcka.experiments.experiment import Experiment, run
     from rcka.train.callbacks import EMA
 
@@ -190,6 +189,20 @@ def half_written():
     os.fdopen = fdopen
 
 
+def after_the_last():
+    "The last checkpoint of the teacher is written, and none of the older ones is gone yet."
+    import rcka.train.checkpoint as module
+
+    real = module.write_atomic
+
+    def write(path, data):
+        real(path, data)
+        if path.name.startswith("checkpoint-0001-000000"):
+            die()
+
+    module.write_atomic = write
+
+
 def sabotage(moment):
     "Arm this process to die at a moment."
     import rcka.train.classification
@@ -203,6 +216,7 @@ def sabotage(moment):
         "mid-evaluation": die_at(rcka.train.classification, "autocast", 5),
         "mid-step": die_at(rcka.train.learner, "average_gradients", 12),
         "half written": half_written,
+        "last one written": after_the_last,
         "before the first file": die_at(os, "replace", 1),
     }
     moments[moment]()
@@ -218,6 +232,7 @@ def sabotage(moment):
         "mid-evaluation",
         "mid-step",
         "half written",
+        "last one written",
         "before the first file",
     ],
 )

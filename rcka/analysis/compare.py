@@ -368,7 +368,7 @@ def compare(
     wanted = [layers, layers if layers_b is None else layers_b][: len(models)]
     least = 4 if any(estimators) else 2
     accumulators = {(k, u): _FromRelations(unbiased=u) for k in range(len(kernels)) for u in estimators}
-    taps, missing, largest, skipped = None, [], 0, 0
+    taps, missing, largest, skipped = [], [], 0, 0
     with (
         evaluating(*models),
         contextlib.ExitStack() as stack,
@@ -381,7 +381,7 @@ def compare(
         ) as bar,
     ):
         for images in as_batches(loader):
-            if taps is None:
+            if not taps:
                 found = [_usable(m, w, to_device(m, images[:5])) for m, w in zip(models, wanted)]
                 missing = [f[1] for f in found]
                 part, block = _plan(sum(len(f[0]) for f in found) * len(kernels), budget, least)

@@ -217,7 +217,8 @@ def _size_of(folder: Path, record: dict, lenient: bool) -> tuple[int, int]:
     if record.get("width") and record.get("height"):
         return int(record["width"]), int(record["height"])
     try:
-        return tuple(reversed(read_image(folder / record["file_name"]).shape[1:]))
+        height, width = read_image(folder / record["file_name"]).shape[1:]
+        return width, height
     except BrokenImage:
         if lenient:
             return 1, 1  # it will be left out

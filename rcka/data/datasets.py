@@ -11,7 +11,7 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from rcka.data.folder import (
 from .memory import Dataset, channel_stats, limited, with_validation
 from ..extras import optional_import
 from ..files import data_root
+
+if TYPE_CHECKING:
+    from rcka.data.imagenet import FileDataset
 
 # %% auto #0
 __all__ = ['KNOWN', 'DatasetInfo', 'list_datasets', 'load_dataset', 'main']
@@ -75,7 +78,7 @@ class _Known(NamedTuple):
     flip: bool = True
     per_class: tuple[int, int] | None = None  # training and test images of each class
     names: tuple[str, ...] = ()  # of the classes, in the order of their labels
-    columns: tuple[str, str] | None = None  # image and label in the parquet files of the Hugging Face hub
+    columns: tuple[str, str] = ("image", "label")  # image and label in the parquet files of the Hugging Face hub
 
 
 _CIFAR10 = {
@@ -424,7 +427,7 @@ def load_dataset(
     val_fraction: float | None = None,  # evaluate on this part of the training images, see `validation_split`
     val_seed: int = 0,  # chooses these images
     **options,  # imagenet only: val, skip_broken; see `load_imagenet`
-) -> Dataset:
+) -> Dataset | FileDataset:
     """Load a dataset into memory; "imagenet" stays in files, with the same `batches`.
 
     CIFAR-10 and CIFAR-100 are read from torchvision's files, from a folder NAME/{train,test}/CLASS/* or from the

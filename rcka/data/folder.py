@@ -71,8 +71,8 @@ def find_image_folder(path: str, root: Path) -> tuple[Path, Path]:
     """Find the training and the test folder of an image folder, below the root or else below the working directory.
 
     Raises FileNotFoundError where the folder is missing, ValueError where it lacks train/, or both test/ and val/."""
-    path = Path(path).expanduser()
-    places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
+    given = Path(path).expanduser()
+    places = [given] if given.is_absolute() else [root / given, Path.cwd() / given]
     base = next((p for p in places if p.is_dir()), None)
     if base is None:
         raise FileNotFoundError(

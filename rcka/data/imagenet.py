@@ -327,8 +327,8 @@ class FileBatches(Batches):
         return identity_of([files, self.targets], **kept)
 
     def _to_device(self, images: Tensor, index: list[int]) -> Batch:
-        index = torch.tensor(index, dtype=torch.int64).to(self.device)
-        return Batch(self.normalize(images.to(self.device, non_blocking=True)), self.targets[index], index)
+        rows = torch.tensor(index, dtype=torch.int64).to(self.device)
+        return Batch(self.normalize(images.to(self.device, non_blocking=True)), self.targets[rows], rows)
 
     def identity(self) -> dict:
         "Return what decides a result that is trained or evaluated on these batches, as plain values by name."

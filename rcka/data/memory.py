@@ -82,7 +82,8 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(self.train_images.shape[1:])  # (C, H, W)
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
 
     @property
     def channels(self) -> int:

@@ -118,6 +118,8 @@ def check_sizes(pairs: list[tuple[Path, Path]], size: tuple[int, int] | None = N
                 f"{path} has {height} x {width} pixels and those before it {size[0]} x {size[1]}: "
                 "images and masks must have one size"
             )
+    if size is None:
+        raise ValueError("pairs is empty: give at least one image and its mask")
     return size
 
 # %% ../../nbs/method/05e_scenes.ipynb #76fef784

@@ -283,8 +283,8 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
 
         None for a file that is missing."""
         paths = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("weights")}
-        if self.teacher and not self.teacher_weights:
-            paths["the teacher's weights"] = root / self.teacher_experiment.key / "last.safetensors"
+        if (trained := self.teacher_experiment) and not self.teacher_weights:
+            paths["the teacher's weights"] = root / trained.key / "last.safetensors"
         return {name: _file_hash(path) for name, path in paths.items() if path}
 
     def given_teacher(self, data) -> torch.nn.Module:
@@ -295,11 +295,11 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
         self, data, root: Path, device, progress: bool, options: dict
     ) -> tuple[torch.nn.Module | None, dict | None]:
         "Return the teacher, trained first if need be, and its scores where it was trained by a run."
-        if self.teacher is None:
+        experiment = self.teacher_experiment
+        if experiment is None:
             return None, None
         if self.teacher_weights:
             return self.given_teacher(data).to(device), None
-        experiment = self.teacher_experiment
         folder = root / experiment.key
         result, _ = find_or_train(experiment, root, folder, device, progress, options)
         teacher = load_checkpoint(self.network(self.teacher, data, start=False), folder / "last.safetensors")
@@ -460,6 +460,7 @@ class Experiment(ImageConfig, BaseExperiment):
 
     def given_teacher(self, data) -> torch.nn.Module:
         "Return the teacher with the weights that the experiment names: a checkpoint, torchvision's, or those of the package."
+        assert self.teacher and self.teacher_weights
         by_name = self.teacher_weights.isidentifier() and not Path(self.teacher_weights).exists()
         if self.teacher.startswith("torchvision/") and by_name:
             return torchvision_teacher(self, data)
@@ -476,6 +477,7 @@ def torchvision_teacher(experiment: Experiment, data) -> torch.nn.Module:
     from torchvision.models import get_model_weights
 
     name, weights = experiment.teacher, experiment.teacher_weights
+    assert name and weights
     known = get_model_weights(name.split("/")[1]).__members__
     if weights not in known:
         raise ValueError(nearest(weights, known, f"weights of {name}"))
@@ -498,7 +500,7 @@ def run(
     experiment: BaseExperiment,
     root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
     folder: Path | str | None = None,  # folder of this run; None: `root` / `experiment.key`
-    device: str | None = None,  # None: CUDA where there is one, else the CPU
+    device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     progress: bool = True,  # bars in the terminal
     **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile; and workers, which decode images,
     # and cache_budget, bytes that a teacher cache may take
@@ -541,14 +543,14 @@ def find_or_train(experiment, root, folder, device, progress, options) -> tuple[
 
 def make_cache(experiment, parts: list[Parts], root: Path, options: dict, progress: bool) -> TeacherCache | None:
     "Make what an experiment keeps of its teacher, for the tasks of all parts, or find it in `root`; None if it keeps nothing."
-    if not getattr(experiment, "teacher_cache", None):
+    teacher, train = parts[0].task.teacher, parts[0].train
+    if teacher is None or not getattr(experiment, "teacher_cache", None):
         return None
-    task, train = parts[0].task, parts[0].train
     paths = [path for p in parts for path in p.task.teacher_taps.paths]
     if options.get("channels_last"):
-        task.teacher.to(memory_format=torch.channels_last)
+        teacher.to(memory_format=torch.channels_last)
     return TeacherCache(
-        task.teacher,
+        teacher,
         train,
         paths,
         root / ".teacher-cache",
@@ -604,7 +606,7 @@ def report_found(folder: Path, result: Result):
 def run_many(
     experiments: list[Experiment],  # with the same dataset, batches, teacher, epochs and precision
     root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
-    device: str | None = None,  # None: CUDA where there is one, else the CPU
+    device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     progress: bool = True,
     **options,  # of `Trainer`; and workers, cache_budget
 ) -> list[Result]:
@@ -635,14 +637,14 @@ def run_many(
         }
         inputs = {folder: folders[folder].data_inputs() | folders[folder].weight_inputs(root) for folder in trainers}
         failed = None
-        try:
-            if trainers:
+        if parts is not None:
+            try:
                 fit_many(list(trainers.values()), progress)
-        except RunsFailed as e:
-            failed = e
-        for folder, trainer in trainers.items():
-            if failed is None or trainer not in failed.failures:
-                save_result(folders[folder], trainer, parts.teacher_scores, inputs[folder], len(trainers))
+            except RunsFailed as e:
+                failed = e
+            for folder, trainer in trainers.items():
+                if failed is None or trainer not in failed.failures:
+                    save_result(folders[folder], trainer, parts.teacher_scores, inputs[folder], len(trainers))
         if failed:
             raise failed
     return [Result.load(root / e.key / "result.json") for e in experiments]

@@ -155,7 +155,7 @@ class Table:
 def tables(results: list[Result]) -> list[Table]:
     "Return one table for each dataset and protocol."
     runs = [(Experiment.from_dict(r.experiment), r) for r in results]
-    teachers = {e.teacher_experiment.key for e, _ in runs if e.teacher}
+    teachers = {trained.key for e, _ in runs if (trained := e.teacher_experiment)}
     groups: dict[tuple, list] = {}
     for e, r in runs:
         groups.setdefault((e.dataset, json.dumps(changes(e)[0])), []).append((e, r))
@@ -211,8 +211,8 @@ def whose_weights(e: Experiment) -> str:
 
 def _given(e: Experiment) -> dict:
     "The arguments of a method that are not those it has by default on this pair."
-    usual = Experiment(e.dataset, e.student, e.teacher, e.method).method_args
-    return {k: v for k, v in e.method_args.items() if k not in usual or json.dumps(usual[k]) != json.dumps(v)}
+    usual = Experiment(e.dataset, e.student, e.teacher, e.method).method_args or {}
+    return {k: v for k, v in (e.method_args or {}).items() if k not in usual or json.dumps(usual[k]) != json.dumps(v)}
 
 
 def evaluated_on(experiment: dict) -> str:

@@ -7,7 +7,7 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def run_study(
     return list(rows.values())
 
 
-def run_group(experiments: list[Experiment], root: Path | str, **options) -> list[Result | NonFiniteLoss]:
+def run_group(experiments: list[Experiment], root: Path | str, **options) -> Sequence[Result | NonFiniteLoss]:
     "Run experiments side by side; in the place of one whose loss was not finite, return the error."
     try:
         return run_many(experiments, root, **options)
@@ -135,9 +135,9 @@ def read_table(path: Path | str) -> dict[tuple[str, int], dict]:
     if not Path(path).exists():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        read = list(csv.DictReader(file))
     number = {"seed": int, "last": float, "best": float, "best_epoch": int, "epochs": int}
-    rows = [{k: number[k](v) if v and k in number else v for k, v in row.items()} for row in rows]
+    rows: list[dict] = [{k: number[k](v) if v and k in number else v for k, v in row.items()} for row in read]
     return {(row["label"], row["seed"]): row for row in rows}
 
 # %% ../../nbs/method/08e_study.ipynb #35b945c3

@@ -63,9 +63,9 @@ def grid(
     **fields,  # of `Experiment`, the same for all
 ) -> list[Experiment]:
     "Return one experiment for each pair, method and seed. Raises ValueError for unknown names and an empty grid."
-    pairs = paper_pairs(dataset) if pairs == "all" else [_pair(p) for p in _names(pairs)]
+    chosen = paper_pairs(dataset) if pairs == "all" else [_pair(p) for p in _names(pairs)]
     methods, seeds, runs = _names(methods), list(seeds), {}
-    for teacher, student in pairs:
+    for teacher, student in chosen:
         for method in methods:
             for seed in seeds:
                 if method == "none":
@@ -441,6 +441,7 @@ def _child(pipe, environment, fn, args, kwargs):
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGTERM, lambda signum, frame: _stopping.append(signum))
     parent = multiprocessing.parent_process()
+    assert parent is not None
     # not the main thread, where papermill would catch signals
     call = threading.Thread(target=_answer, args=(pipe, fn, args, kwargs), daemon=True)
     call.start()
@@ -603,12 +604,13 @@ class _Sweep:
                 self.settle(self.found(key))
                 continue
             needed = self.experiments[key].teacher_experiment
-            here = needed is not None and needed.key in self.experiments
-            teacher = self.outcomes.get(needed.key) if here else None
-            if teacher and teacher.state not in ("done", "found"):
-                self.settle(Outcome(key, "blocked", error=f"its teacher {teacher.state}: {needed.key}"))
-            elif teacher or not here:
+            if needed is None or needed.key not in self.experiments:
                 ready.append(key)
+            elif teacher := self.outcomes.get(needed.key):
+                if teacher.state in ("done", "found"):
+                    ready.append(key)
+                else:
+                    self.settle(Outcome(key, "blocked", error=f"its teacher {teacher.state}: {needed.key}"))
         groups = self.grouped(ready)
         for some in (groups[i : i + self.runs_per_job] for i in range(0, len(groups), self.runs_per_job)):
             job = [[self.arguments[k] for k in keys] for keys in some]

@@ -66,7 +66,7 @@ class Throughput(NamedTuple):
 def throughput(
     experiment: Experiment,
     root: Path | str | None = None,  # folder of all runs, for the rate of this one; None: see `runs_root`
-    device: str | None = None,  # None: CUDA where there is one, else the CPU
+    device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     steps: int = 8,  # number of batches that are timed, and of steps
     **options,  # as for `run`: workers, channels_last, compile
 ) -> Throughput:

@@ -33,6 +33,8 @@ def angular_distance(
 class _MeanDistance(FeatureMethod):
     "One term, weight * mean over stages of `distance`."
 
+    weight: float
+
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         raise NotImplementedError
 

@@ -116,9 +116,9 @@ def intra_inter(
     cross = student @ teacher.mT if inter else None
     if not center and student.dim() > 2:  # a batch of maps: pass over the small Gram matrices instead of the maps
         x, y = largest_diagonal(a), largest_diagonal(b)
-        a, b, cross = a / x, b / y, cross / x.sqrt() / y.sqrt() if inter else None
+        a, b, cross = a / x, b / y, None if cross is None else cross / x.sqrt() / y.sqrt()
     norms = inner_product(a, a), inner_product(b, b)
-    cross = cross.square().sum((-2, -1)) if inter else None
+    cross = None if cross is None else cross.square().sum((-2, -1))
     if not center:
         return IntraInter(cosine(inner_product(a, b), *norms), cosine(cross, *norms) if inter else None)
     a, b = (k[..., :n, :n] + p * effect * effect.mT for k, effect in ((a, m), (b, l)))

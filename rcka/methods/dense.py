@@ -207,7 +207,7 @@ class FGD(DenseMethod):
             foreground, background = foreground.to(t.device), background.to(t.device)
             features, attentions = fgd_focal_losses(s, t, foreground, background, **self.options)
             focal, attended = focal + features, attended + attentions
-            context = context + fgd_global_loss(s, t, *blocks)
+            context = context + fgd_global_loss(s, t, *blocks.children())
         return {"fgd_focal": focal, "fgd_attention": self.gamma * attended, "fgd_global": self.relation * context}
 
 # %% ../../nbs/method/02e_dense.ipynb #d199e8be

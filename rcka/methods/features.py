@@ -371,7 +371,7 @@ class Fusion(nn.Module):
 
     def forward(self, x, deeper, size):
         x = self.reduce(x)
-        if deeper is not None:
+        if self.gate is not None:
             deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
             gate = self.gate(torch.cat([x, deeper], 1)).sigmoid()
             x = x * gate[:, :1] + deeper * gate[:, 1:]
@@ -388,10 +388,11 @@ def hcl_loss(
     "Squared errors at full size and pooled to 4, 2, 1, weights 1, 1/2, 1/4, ... over their sum (Chen et al. 2021)."
     student, teacher = check_maps(student, teacher)
     sizes = [None] + [size for size in (4, 2, 1) if size < student.shape[-2]]
-    total = sum(
+    errors = [
         F.mse_loss(*((pooled_to(x, (size, size)) if size else x) for x in (student, teacher))) / 2**i
         for i, size in enumerate(sizes)
-    )
+    ]
+    total = sum(errors, student.new_zeros(()))
     return total / (2 - 0.5 ** (len(sizes) - 1))
 
 # %% ../../nbs/method/02d_features.ipynb #318a2c18

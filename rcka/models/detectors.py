@@ -243,8 +243,8 @@ def detector_paths(detector: nn.Module) -> FeaturePaths:
     """Return the levels of a detector's pyramid, fine to coarse, as `stages`, and its class head.
 
     Raises ValueError where there is no pyramid, with what to give instead."""
-    if isinstance(getattr(detector, "layers", None), FeaturePaths):
-        return detector.layers
+    if isinstance(layers := getattr(detector, "layers", None), FeaturePaths):
+        return layers
     names = {name for name, _ in detector.named_modules()}
     if "backbone.fpn" not in names or not hasattr(detector.backbone.fpn, "inner_blocks"):
         raise ValueError(
@@ -292,5 +292,5 @@ def class_logits(
     "Compute the teacher's class logits where the student has its own: at the same anchors, or on its proposals."
     if hasattr(teacher, "head"):
         return teacher.head.classification_head(list(maps.values()))
-    pooled = teacher.roi_heads.box_roi_pool(maps, *proposals)
+    pooled = teacher.roi_heads.box_roi_pool(maps, *(proposals or ()))
     return teacher.roi_heads.box_predictor(teacher.roi_heads.box_head(pooled))[0]

@@ -66,6 +66,8 @@ def torchvision_network(name: str, num_classes: int | None, in_channels: int, op
     try:
         model = zoo.get_model(name, weights=weights, num_classes=num_classes or 1000, **options)
     except OSError as error:
+        if weights is None:
+            raise
         raise FileNotFoundError(
             _missing(f"{weights} of torchvision/{name}", _torch_file(weights.url), error)
         ) from error

@@ -115,7 +115,7 @@ class MinibatchCKA:
     ):
         self.kernel, self.unbiased = as_kernel(kernel), unbiased
         self.samples = 0
-        self.xy = self.xx = self.yy = None  # (A, B), (A,), (B,) in float64: sums of n * HSIC
+        self.xy = self.xx = self.yy = torch.empty(0)  # (A, B), (A,), (B,) in float64: sums of n * HSIC
 
     @torch.no_grad()
     def update(
@@ -142,7 +142,7 @@ class MinibatchCKA:
         return torch.stack(rows), torch.stack(sizes)
 
     def _add(self, xy, xx, yy, samples):
-        if self.xy is None:
+        if not self.samples:
             self.xy, self.xx, self.yy = xy, xx, yy
         elif self.xy.shape != xy.shape:
             raise ValueError(
@@ -160,14 +160,14 @@ class MinibatchCKA:
         "Take over the other's batches, in place. `a + b` gives a new one; accumulators can be pickled and sent."
         if type(other) is not type(self) or (other.kernel, other.unbiased) != (self.kernel, self.unbiased):
             raise ValueError("both accumulators must have the same type, kernel and `unbiased`")
-        return self if other.xy is None else self._add(other.xy, other.xx, other.yy, other.samples)
+        return self if not other.samples else self._add(other.xy, other.xx, other.yy, other.samples)
 
     def __add__(self, other):
         return copy.copy(self).merge(other)
 
     def compute(self) -> Tensor:  # (A, B) in float64
         "CKA of every pair of layers; 0 where a layer is constant. Raises ValueError before any batch and for features that are not finite."
-        if self.xy is None:
+        if not self.samples:
             raise ValueError("no batch yet: call update(a, b) first")
         for side, s in (("a", self.xx), ("b", self.yy)):
             _check_finite(s, f" of {side} are not finite, or too large")

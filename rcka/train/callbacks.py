@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..core import check_whole
 from ..distributed import broadcast, rank, world_size
 from ..extras import optional_import
 from ..files import as_csv, as_safetensors, folder_lock, write_atomic
-from .checkpoint import last_checkpoint, save_checkpoint, saved_state
+from .checkpoint import checkpoints, last_checkpoint, remove_old, save_checkpoint, saved_state
 
 with optional_import():
     from tqdm import tqdm
@@ -170,6 +171,8 @@ class Checkpoint(Callback):
         if state[0]:
             self.compare(learner, state[0])
             learner.load_state_dict(state[0]["learner"])
+            if rank() == 0:
+                remove_old(checkpoints(self.folder), self.keep)  # a kill right after a save leaves one more
         if not getattr(learner.train, "exact", True):
             warnings.warn(
                 "a plain DataLoader cannot begin in the middle of an epoch: an interrupted run goes on from the start of "
@@ -243,6 +246,7 @@ class Progress(Callback):
 
     def after_epoch(self, learner):
         row = learner.history[-1]
+        assert self.bar is not None
         self.bar.set_postfix(
             loss=f"{row['loss']:.3f}", **{learner.task.score: f"{row[learner.task.score]:.2f}"}, refresh=False
         )
@@ -266,7 +270,8 @@ class EMA(Callback):
     ):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
-        self.decay, self.folder, self.average = decay, folder, None
+        self.decay, self.folder = decay, folder
+        self.average: dict[str, Tensor] = {}  # by the names of the student's state_dict
         self.learner, self.restored = None, False  # whose weights are averaged; whether from a checkpoint
 
     def before_fit(self, learner):

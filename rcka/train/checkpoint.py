@@ -18,7 +18,7 @@ from ..files import digest, write_atomic
 from ..methods.base import Method
 
 # %% auto #0
-__all__ = ['CHECKPOINT_FORMAT', 'CHECKPOINT_NAME', 'checkpoints', 'save_checkpoint', 'read_checkpoint', 'Damaged',
+__all__ = ['CHECKPOINT_FORMAT', 'CHECKPOINT_NAME', 'checkpoints', 'remove_old', 'save_checkpoint', 'read_checkpoint', 'Damaged',
            'last_checkpoint', 'saved_state', 'data_identity', 'method_identity', 'weights_digest', 'run_identity']
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #564b4772
@@ -32,6 +32,12 @@ def checkpoints(folder: Path | str) -> list[Path]:
     return [p for _, _, _, p in sorted((int(m[1]), int(m[2]), p.stat().st_mtime_ns, p) for m, p in found)]
 
 
+def remove_old(found: list[Path], keep: int):
+    "Remove checkpoints, given oldest first, but for the newest `keep`."
+    for old in found[::-1][keep:]:
+        old.unlink(missing_ok=True)
+
+
 def save_checkpoint(
     folder: Path | str,
     state: dict,  # with "epoch" and "step": where the run stands
@@ -43,8 +49,7 @@ def save_checkpoint(
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
     path = Path(folder) / f"checkpoint-{state['epoch']:04}-{state['step']:06}-{digest[:16]}.pt"
     write_atomic(path, buffer.getbuffer())
-    for old in [p for p in checkpoints(folder) if p != path][::-1][keep - 1 :]:
-        old.unlink(missing_ok=True)
+    remove_old([p for p in checkpoints(folder) if p != path], keep - 1)
     return path
 
 
@@ -52,7 +57,8 @@ def read_checkpoint(path: Path | str) -> dict:
     "Return the content of a checkpoint. Raises `Damaged` if its bytes do not give its name, ValueError for another format."
     path = Path(path)
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest()[:16] != CHECKPOINT_NAME.fullmatch(path.name)[3]:
+    name = CHECKPOINT_NAME.fullmatch(path.name)
+    if name is None or hashlib.sha256(data).hexdigest()[:16] != name[3]:
         raise Damaged(f"{path} is damaged: its bytes do not give its name")
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
@@ -91,7 +97,7 @@ def saved_state(folder: Path) -> str:
     found = checkpoints(folder)
     if not found:
         return f"{folder} has no checkpoint yet."
-    epoch, step, _ = CHECKPOINT_NAME.fullmatch(found[-1].name).groups()
+    epoch, step = found[-1].name.split("-")[1:3]
     return f"{folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #b423f8f0
@@ -133,7 +139,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def run_identity(task, train, test) -> dict:
     "Return what decides the result of a run besides its configuration, as the first process sees it, in all processes."
-    found = [None]
+    found: list[dict] = [{}]
     if rank() == 0:
         layout = {k: tuple(v.shape) for k, v in task.student.state_dict().items()}
         paths = {

@@ -108,7 +108,7 @@ def gather_lists(items: list) -> list:
     "Return the items of every process, in the order of their ranks."
     if world_size() == 1:
         return items
-    parts = [None] * world_size()
+    parts: list[list] = [[]] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
@@ -116,7 +116,8 @@ def gather_lists(items: list) -> list:
 def input_size(detector: nn.Module, images: list[Tensor]) -> tuple[int, int]:
     "Return height and width of the batch that the network sees, padding included."
     step = getattr(getattr(detector, "transform", None), "size_divisible", 1)
-    return tuple(step * math.ceil(max(x.shape[d] for x in images) / step) for d in (1, 2))
+    height, width = (step * math.ceil(max(x.shape[d] for x in images) / step) for d in (1, 2))
+    return height, width
 
 
 @torch.no_grad()
@@ -251,16 +252,13 @@ class DetectionDistiller:
         if not isinstance(losses, Mapping):
             raise TypeError(f"the student must give a dict of losses in train mode, got {type(losses).__name__}")
         terms = {name: self.method.ce * loss for name, loss in losses.items()}
-        if self.teacher is None:
+        if teacher is None:
             return Step(terms)
-        ours = found[-1] if self.logits else None
-        theirs = (
-            self.teacher_logits(teacher.logits, ours).flatten(0, -2) if self.logits else None
-        )  # (places of all images, classes)
-        student, teacher = (
-            Outputs(ours.flatten(0, -2) if self.logits else None, found[: self.levels]),
-            Outputs(theirs, teacher.features),
-        )
+        ours = theirs = None
+        if self.logits:  # (places of all images, classes)
+            theirs = self.teacher_logits(teacher.logits, found[-1]).flatten(0, -2)
+            ours = found[-1].flatten(0, -2)
+        student, teacher = Outputs(ours, found[: self.levels]), Outputs(theirs, teacher.features)
         size = input_size(self.student, batch.images)
         terms |= self.method.terms(student, teacher, [t | {"input_size": size} for t in batch.targets], batch.index)
         return Step(terms, self.similarities(student, teacher) if self.watch else {})

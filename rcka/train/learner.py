@@ -481,7 +481,7 @@ def shared_teacher(learners: list[Learner]):
         yield None
         return
     paths = list(dict.fromkeys(p for task in tasks for p in task.teacher_taps.paths))
-    with contextlib.nullcontext() if cache else Taps(teacher, paths) as taps:
+    with Taps(teacher, () if cache else paths) as taps:
 
         def teach(batch, epoch):
             if cache:

@@ -115,10 +115,11 @@ class SegmentationDistiller(Distiller):
         """Return what the method compares: logits (B, P, h, w) of the decode heads, at the student's size; features.
 
         Raises ValueError where the numbers of classes differ."""
-        student, teacher = (o and Outputs(o.features[-1], o.features[:-1]) for o in (student, teacher))
+        s = student.features[-1]
+        student = Outputs(s, student.features[:-1])
         if teacher is None:
             return student, None
-        s, t = student.logits, teacher.logits
+        t = teacher.features[-1]
         if s.shape[1] != t.shape[1]:
             raise ValueError(
                 f"teacher and student must know the same classes: the teacher's decode head gives {t.shape[1]}, "
@@ -126,7 +127,7 @@ class SegmentationDistiller(Distiller):
             )
         if s.shape != t.shape:
             t = F.interpolate(t.float(), s.shape[-2:], mode="bilinear", align_corners=False)
-        return student, teacher._replace(logits=t)
+        return student, Outputs(t, teacher.features[:-1])
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
         "Compute the weighted terms, and count the pixels that are right. Each process has its own cross-entropy."

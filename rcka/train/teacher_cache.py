@@ -71,7 +71,7 @@ class Store:
         self.width = math.prod(shape) if width is None else width
         self.block = self.images * self.width * dtype.itemsize  # bytes of one augmentation of all images
         self.left_out, self.energy = 0.0, 0.0  # sums of squares: of what a projection leaves out, and of all
-        self.rows = None if folder else torch.empty(self.views, self.images, self.width, dtype=dtype)
+        self.rows = torch.empty(0 if folder else self.views, self.images, self.width, dtype=dtype)
         self.done = 0  # augmentations that are complete
         if folder:
             self.path = folder / f"{digest(name)}.bin"
