@@ -257,9 +257,13 @@ class Wrapper(Method):
         if method.dense:
             raise ValueError(f"{self.name} takes a method of classifiers, got the dense method {method.name!r}")
         self.inner, self.ce, self.teacher_batch_stats = method, method.ce, method.teacher_batch_stats
+        self.wants_logits, self.smallest = method.wants_logits, method.smallest
 
     def wants(self, layers):
         return self.inner.wants(layers)
+
+    def wants_maps(self, n):
+        return self.inner.wants_maps(n)
 
     def build(self, student, teacher, **known):
         self.inner.build(student, teacher, **known)
