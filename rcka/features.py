@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -102,7 +102,9 @@ def _pick(value, place: Place, path: str) -> Tensor:
             value = value[key]
         except (LookupError, TypeError):
             raise ValueError(f"path {path!r}: no element [{key}] in {_describe(value)}") from None
-    if isinstance(value, (tuple, list)):  # blocks of transformers return a tuple of one, or (tokens, their height and width)
+    if isinstance(
+        value, (tuple, list)
+    ):  # blocks of transformers return a tuple of one, or (tokens, their height and width)
         tensors = [v for v in value if isinstance(v, Tensor)]
         value = tensors[0] if len(tensors) == 1 else value
     if isinstance(value, Tensor):
@@ -265,7 +267,9 @@ class Taps:
         "Return the map, the class token or the mean that a path asks for."
         if form == "cls":
             if value.dim() != 3:
-                raise ValueError(f"path {path!r}: the class token is the first of tokens (n, tokens, channels), got {tuple(value.shape)}")
+                raise ValueError(
+                    f"path {path!r}: the class token is the first of tokens (n, tokens, channels), got {tuple(value.shape)}"
+                )
             return value[:, 0]
         if value.dim() not in (3, 4):
             raise ValueError(
@@ -280,7 +284,9 @@ class Taps:
 
     def _image_size(self, path: str) -> tuple[int, int]:
         if self._size is None:
-            raise ValueError(f"path {path!r}: without images (n, channels, height, width) as input, tokens have no places")
+            raise ValueError(
+                f"path {path!r}: without images (n, channels, height, width) as input, tokens have no places"
+            )
         return self._size
 
     @property

@@ -11,6 +11,7 @@ LAYERS = [  # from the bottom up; what stands on one line may import within its 
     ("core",),
     ("files", "distributed", "similarity", "features"),
     ("methods", "models", "data"),
+    ("pair",),
     ("train",),
     ("engine",),
     ("experiments",),
