@@ -194,13 +194,14 @@ def as_map(
 ) -> Tensor:  # (n, channels, height, width)
     """Return tokens as a map, without those that have no place.
 
-    The height and width are those of the largest grid of the images' shape. Raises ValueError where none fits with 16
-    tokens left over at most."""
-    by_count = {h * w: (h, w) for h, w in _grids(size)}
-    total = tokens.shape[1]
-    for extra in (prefix, *range(17)):
-        if total - extra in by_count:
-            return tokens[:, extra:].mT.unflatten(2, by_count[total - extra])
+    The grid is the largest one with the proportions of the images, else the largest whose width is rounded. Raises
+    ValueError where none fits with eight tokens left over at most."""
+    total, (height, width) = tokens.shape[1], size
+    exact = {h * w: (h, w) for h, w in _grids(size) if h * width == w * height}
+    for by_count in (exact, {h * w: (h, w) for h, w in _grids(size)}):
+        for extra in (prefix, *range(9)):
+            if total - extra in by_count:
+                return tokens[:, extra:].mT.unflatten(2, by_count[total - extra])
     raise ValueError(
         f"{total} tokens are no grid of patches of images of {size[0]} x {size[1]} pixels: choose another module, or the "
         "form ':cls' or ':mean'"
