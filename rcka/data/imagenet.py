@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from ..core import Batch, BatchesFailed, check_enough, check_whole, seed_of
 from .folder import SUFFIXES, class_folders, open_image, some_names
 from .memory import Batches, balanced_slice, draw_epoch, identity_of
-from ..distributed import as_shard, shard_rows
+from ..distributed import as_shard, shard_rows, world_size
 from ..files import data_root, listing
 
 # %% auto #0
@@ -123,12 +123,15 @@ class Decoder(torch.utils.data.Dataset):
         self.files, self.size, self.train, self.seed, self.skip_broken = files, size, train, seed, skip_broken
         self.transform = transforms(size, train)
 
-    def __getitem__(self, step: tuple[int, list[int]]) -> tuple[Tensor, list[int], list[str]]:
-        "Decode (epoch, indices): return images uint8 (B, 3, size, size), their indices, and messages on broken files."
-        epoch, indices = step
+    def __getitem__(self, step: tuple[int | list[int], list[int]]) -> tuple[Tensor, list[int], list[str]]:
+        """Decode (epoch, indices): return images uint8 (B, 3, size, size), their indices, and messages on broken files.
+
+        A list in place of the epoch says which stored augmentation each image has."""
+        drawn, indices = step
         images, found, broken = [], [], []
-        for i in indices:
-            image, i = self._one(epoch, i, broken)
+        for at, i in enumerate(indices):
+            key = ("view", drawn[at]) if isinstance(drawn, list) else (self.seed, drawn)
+            image, i = self._one(key, i, broken)
             if image is not None:
                 images.append(image)
                 found.append(i)
@@ -140,12 +143,12 @@ class Decoder(torch.utils.data.Dataset):
             broken,
         )
 
-    def _one(self, epoch: int, i: int, broken: list[str]) -> tuple[Tensor | None, int]:
+    def _one(self, key: tuple, i: int, broken: list[str]) -> tuple[Tensor | None, int]:
         "Decode image `i`, or, in training with `skip_broken`, the next whole one; return it and its index."
         for j in range(i, i + 100 if self.train and self.skip_broken else i + 1):
             j %= len(self.files)
             try:
-                with chance(self.seed, epoch, j):
+                with chance(*key, j):
                     return self.transform(decode(self.files.path(j))), j
             except Exception as err:  # decoders raise whatever they like
                 broken.append(f"{self.files.path(j)} ({type(err).__name__}: {' '.join(str(err).split())[-120:]})")
@@ -245,12 +248,19 @@ class FileBatches(Batches):
         skip_broken: bool = False,  # warn of a broken image and take the next (training) or leave it out (evaluation)
         dtype: torch.dtype = torch.float32,  # of the images in a batch; normalisation is in float32
         channels_last: bool = False,  # memory format of the images in a batch
+        views: int
+        | None = None,  # training: each image in one of so many stored augmentations; None: a new one each time
     ):
         workers = default_workers() if workers is None else workers
         check_whole(1, batch_size=batch_size, size=size)
         check_whole(0, workers=workers)
         if train:
             check_enough(len(files), batch_size, self.smallest)
+        self._keep_views(views, train)
+        if views and skip_broken:
+            raise ValueError(
+                "views and skip_broken exclude each other: the teacher would not know which images are broken"
+            )
         self.images, self.targets, self.device = files, files.targets.to(device), torch.device(device)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
         self.batch_size, self.train, self.size, self.seed, self.workers = batch_size, train, size, seed, workers
@@ -263,7 +273,9 @@ class FileBatches(Batches):
         order = draw_epoch(n, 0, False, self.seed, e).order if self.train else torch.arange(n)
         steps = [order[at : at + size] for at in range(start * size, len(self) * size, size)]
         self._turn += 1
-        turn, decoded = self._turn, self._decoded(e, steps)
+        view = self.view_at(e) if self.views else None
+        decoded = self._decoded([(e if view is None else view[step], step) for step in steps])
+        turn = self._turn
         for step, (images, index, broken) in zip(steps, decoded):
             if broken:
                 _report(
@@ -276,9 +288,13 @@ class FileBatches(Batches):
             if turn != self._turn:
                 raise RuntimeError("another epoch of these batches was begun; its workers cannot do two at once")
 
-    def _decoded(self, e: int, steps: list[Tensor]):
-        "Iterate over the decoded shard of this process of each step, in order."
-        self._steps.plan = ((e, step[shard_rows(len(step), self.train)].tolist()) for step in steps)
+    def _decoded(self, steps: list[tuple]):
+        "Iterate over the decoded shard of this process of each step, in order: (epoch, indices), or (views, indices)."
+
+        def own(x):
+            return x[shard_rows(len(x), self.train)].tolist() if isinstance(x, Tensor) else x
+
+        self._steps.plan = ((own(drawn), own(step)) for drawn, step in steps)
         if self._loader is None:
             decoder = Decoder(self.images, self.size, self.train, self.seed, self.skip_broken)
             self._loader = _loader(decoder, self._steps, self.workers, pinned=self.device.type == "cuda")
@@ -295,6 +311,21 @@ class FileBatches(Batches):
                 f"it may have been killed for lack of memory: try fewer than workers={self.workers}"
             ) from err
 
+    def view(self, k: int, steps: list[Tensor]) -> Iterator[Tensor]:
+        "Iterate over images in their `k`-th stored augmentation, normalised, a batch for each tensor of indices."
+        if world_size() > 1:
+            raise ValueError("stored augmentations of files are decoded in one process: run this once without torchrun")
+        self._turn += 1
+        for images, _, broken in self._decoded([(torch.full_like(index, k), index) for index in steps]):
+            if broken:
+                _report(broken, self.broken, False, lost=False)
+            yield self.normalize(images.to(self.device, non_blocking=True))
+
+    def view_identity(self) -> dict:
+        files = listing(self.images.folder, map(self.images.path, range(len(self.images))))
+        kept = {name: getattr(self, name) for name in ("size", "mean", "std", "dtype")}
+        return identity_of([files, self.targets], **kept)
+
     def _to_device(self, images: Tensor, index: list[int]) -> Batch:
         index = torch.tensor(index, dtype=torch.int64).to(self.device)
         return Batch(self.normalize(images.to(self.device, non_blocking=True)), self.targets[index], index)
@@ -302,7 +333,7 @@ class FileBatches(Batches):
     def identity(self) -> dict:
         "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
         files = listing(self.images.folder, map(self.images.path, range(len(self.images))))
-        drawn = {"batch_size": self.batch_size, "seed": self.seed} if self.train else {}
+        drawn = {"batch_size": self.batch_size, "seed": self.seed, "views": self.views} if self.train else {}
         kept = {name: getattr(self, name) for name in ("size", "skip_broken", "mean", "std", "dtype")}
         return identity_of([files, self.targets], **drawn, **kept)
 

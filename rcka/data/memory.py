@@ -17,7 +17,7 @@ from ..files import digest
 
 # %% auto #0
 __all__ = ['Dataset', 'balanced_slice', 'limited', 'validation_split', 'with_validation', 'channel_stats', 'draw_epoch',
-           'crop_flip', 'identity_of', 'Batches']
+           'draw_view', 'crop_flip', 'identity_of', 'Batches']
 
 # %% ../../nbs/method/05_data.ipynb #2c4ed4bd
 def _check_images(images: Tensor, targets: Tensor, name: str, num_classes: int | None = None):
@@ -222,6 +222,13 @@ def draw_epoch(n: int, pad: int, flip: bool, seed: int, epoch: int) -> _Draws:
     return _Draws(order, offsets, torch.rand(n, generator=g) < (0.5 if flip else 0))
 
 
+def draw_view(n: int, pad: int, flip: bool, k: int) -> tuple[Tensor, Tensor]:
+    "Draw the `k`-th stored augmentation of each image: offsets (2, N) and flips (N,). No other seed is in it."
+    g = torch.Generator().manual_seed(seed_of("view", k))
+    offsets = torch.randint(0, 2 * pad + 1, (2, n), generator=g)
+    return offsets, torch.rand(n, generator=g) < (0.5 if flip else 0)
+
+
 def crop_flip(
     images: Tensor,  # (B, C, H, W)
     pad: int,  # black pixels added on each side
@@ -277,6 +284,8 @@ class Batches:
         dtype: torch.dtype = torch.float32,  # of the images in a batch; normalisation is in float32
         channels_last: bool = False,  # memory format of the images in a batch
         num_classes: int | None = None,  # if given, targets must be below
+        views: int
+        | None = None,  # training: each image in one of so many stored augmentations; None: a new one each time
     ):
         _check_images(images, targets, "training" if train else "evaluation", num_classes)
         check_whole(1, batch_size=batch_size)
@@ -284,10 +293,18 @@ class Batches:
         _check_normalisation(mean, std, images.shape[1], dtype)
         if train:
             check_enough(len(images), batch_size, self.smallest)
+        self._keep_views(views, train)
         self.images, self.targets = images.to(device), targets.to(device)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
         self.batch_size, self.train, self.pad, self.flip, self.seed = batch_size, train, pad, flip, seed
         self.dtype, self.memory_format = dtype, torch.channels_last if channels_last else torch.contiguous_format
+
+    def _keep_views(self, views: int | None, train: bool):
+        if views is not None:
+            check_whole(1, views=views)
+            if not train:
+                raise ValueError("views are for training: images of an evaluation are not augmented")
+        self.views = views
 
     def __len__(self) -> int:
         "Return the number of batches in an epoch."
@@ -307,9 +324,10 @@ class Batches:
     def _epoch(self, e: int, start: int) -> Iterator[Batch]:
         device, size, augment = self.images.device, self.batch_size, self.train and (self.pad > 0 or self.flip)
         if self.train:
-            order, offsets, flips = (
-                t.to(device) for t in draw_epoch(len(self.images), self.pad, self.flip, self.seed, e)
-            )
+            order, offsets, flips = draw_epoch(len(self.images), self.pad, self.flip, self.seed, e)
+            if self.views:
+                offsets, flips = (t[..., order] for t in self._views_at(e))
+            order, offsets, flips = (t.to(device) for t in (order, offsets, flips))
         else:
             order = torch.arange(len(self.images), device=device)
         for at in range(start * size, len(self) * size, size):
@@ -319,6 +337,32 @@ class Batches:
                 images = crop_flip(images, self.pad, offsets[:, now], flips[now])
             yield Batch(self.normalize(images), self.targets[order[now]], order[now])
 
+    def view_at(self, e: int) -> Tensor:  # int64 (N,) on the CPU, in [0, views)
+        """Return which stored augmentation each image has in epoch `e`.
+
+        Every image goes through all of them in turn, from a first one that the seed draws."""
+        g = torch.Generator().manual_seed(seed_of("views", self.seed))
+        return (torch.randint(0, self.views, (len(self.images),), generator=g) + e) % self.views
+
+    def _views_at(self, e: int) -> tuple[Tensor, Tensor]:
+        "Offsets and flips of the images in epoch `e`, in the order of the dataset."
+        view, n = self.view_at(e), len(self.images)
+        offsets, flips = zip(*(draw_view(n, self.pad, self.flip, k) for k in range(self.views)))
+        every = torch.arange(n)
+        return torch.stack(offsets)[view, :, every].T, torch.stack(flips)[view, every]
+
+    def view(self, k: int, steps: list[Tensor]) -> Iterator[Tensor]:
+        "Iterate over images in their `k`-th stored augmentation, normalised, a batch for each tensor of indices."
+        offsets, flips = (t.to(self.images.device) for t in draw_view(len(self.images), self.pad, self.flip, k))
+        for index in steps:
+            index = index.to(self.images.device)
+            yield self.normalize(crop_flip(self.images[index], self.pad, offsets[:, index], flips[index]))
+
+    def view_identity(self) -> dict:
+        "Return what decides the stored augmentations, as plain values by name; neither the seed nor their number does."
+        kept = {"pad": self.pad, "flip": self.flip, "mean": self.mean, "std": self.std, "dtype": self.dtype}
+        return identity_of([self.images, self.targets], **kept)
+
     def normalize(self, images: Tensor) -> Tensor:
         "Normalise uint8 (B, C, H, W) to the same of `dtype`: as torchvision's ToTensor and Normalize, to the bit."
         images = images.float().div_(255).sub_(self.mean).div_(self.std)
@@ -327,6 +371,7 @@ class Batches:
     def identity(self) -> dict:
         "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
         drawn = {"batch_size": self.batch_size, "seed": self.seed, "pad": self.pad, "flip": self.flip}
+        drawn["views"] = self.views
         return identity_of(
             [self.images, self.targets], **(drawn if self.train else {}), mean=self.mean, std=self.std, dtype=self.dtype
         )

@@ -40,12 +40,13 @@ from ..models.registry import create_model, list_models, list_weights, load_chec
 from ..train.classification import Distiller, evaluate
 from ..train.config import TrainConfig, cublas_workspace
 from ..train.learner import RunsFailed, Trainer, fit_many
+from ..train.teacher_cache import TeacherCache
 
 # %% auto #0
 __all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'resolved_args', 'RunConfig', 'TrainFields', 'TeacherConfig',
            'DataConfig', 'without_teacher', 'BaseExperiment', 'of_imagenet', 'paper_lr', 'images_below', 'ImageConfig',
-           'Experiment', 'torchvision_teacher', 'run', 'find_or_train', 'make_trainer', 'save_result', 'report_found',
-           'run_many', 'groups_of', 'check_group_fields']
+           'Experiment', 'torchvision_teacher', 'run', 'find_or_train', 'make_cache', 'make_trainer', 'save_result',
+           'report_found', 'run_many', 'groups_of', 'check_group_fields']
 
 # %% ../../nbs/method/07_experiments.ipynb #6f71ff4e
 class Parts(NamedTuple):
@@ -57,6 +58,7 @@ class Parts(NamedTuple):
     teacher: torch.nn.Module | None
     teacher_scores: dict | None  # in per cent
     data: object = None  # what `load_data` returned
+    teacher_cache: TeacherCache | None = None
 
 
 def resolved_args(
@@ -377,6 +379,8 @@ class Experiment(ImageConfig, BaseExperiment):
     lr_steps: tuple = (0.625, 0.75, 0.875)
     lr_decay: float = 0.1
     # `teacher_weights` may be a name too: of torchvision's, or of those of the package
+    teacher_cache: int | None = None  # keep its outputs for so many augmentations an image; None: run it on every batch
+    teacher_projection: int | None = None  # and so many numbers of a feature, for methods that see relations only
     # module paths of the features, for networks whose feature paths are not known
     student_paths: tuple | None = None
     teacher_paths: tuple | None = None
@@ -394,6 +398,8 @@ class Experiment(ImageConfig, BaseExperiment):
                 raise ValueError(nearest(name, list_models(), "network"))
         if not of_imagenet(self.dataset) and (self.evaluate_on or self.skip_broken):
             raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}")
+        if self.teacher_projection and not self.teacher_cache:
+            raise ValueError("teacher_projection is of what is kept of the teacher: give teacher_cache, such as 4, too")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {self.batch_size}")
         self.train_config  # raises what is wrong with it
@@ -436,7 +442,9 @@ class Experiment(ImageConfig, BaseExperiment):
     def batches(self, data: Dataset | FileDataset, device, options: dict) -> tuple[Batches, Batches]:
         "Return training and test batches."
         how = {"device": device} | ({"workers": options.get("workers")} if isinstance(data, FileDataset) else {})
-        train = data.batches(self.batch_size, train=True, seed=self.data_config.data_seed, **how)
+        train = data.batches(
+            self.batch_size, train=True, seed=self.data_config.data_seed, views=self.teacher_cache, **how
+        )
         return train, data.batches(train=False, **how)
 
     def network(self, name: str, data, start: bool = True) -> torch.nn.Module:
@@ -492,7 +500,8 @@ def run(
     folder: Path | str | None = None,  # folder of this run; None: `root` / `experiment.key`
     device: str | None = None,  # None: CUDA where there is one, else the CPU
     progress: bool = True,  # bars in the terminal
-    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile; and workers, which decode images
+    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile; and workers, which decode images,
+    # and cache_budget, bytes that a teacher cache may take
 ) -> Result:
     """Run an experiment, or find the result it left.
 
@@ -523,16 +532,38 @@ def find_or_train(experiment, root, folder, device, progress, options) -> tuple[
         if result := find_result(experiment, folder, root):
             return result, True
         parts = experiment.prepare(root, device, progress, options)
+        parts = parts._replace(teacher_cache=make_cache(experiment, [parts], root, options, progress))
         inputs = experiment.data_inputs() | experiment.weight_inputs(root) if first else {}
         trainer = make_trainer(experiment, parts, folder, options)
         trainer.fit(progress)
         return save_result(experiment, trainer, parts.teacher_scores, inputs), False
 
 
+def make_cache(experiment, parts: list[Parts], root: Path, options: dict, progress: bool) -> TeacherCache | None:
+    "Make what an experiment keeps of its teacher, for the tasks of all parts, or find it in `root`; None if it keeps nothing."
+    if not getattr(experiment, "teacher_cache", None):
+        return None
+    task, train = parts[0].task, parts[0].train
+    paths = [path for p in parts for path in p.task.teacher_taps.paths]
+    if options.get("channels_last"):
+        task.teacher.to(memory_format=torch.channels_last)
+    return TeacherCache(
+        task.teacher,
+        train,
+        paths,
+        root / ".teacher-cache",
+        experiment.precision,
+        experiment.teacher_projection,
+        **({"budget": options["cache_budget"]} if options.get("cache_budget") else {}),
+        progress=progress,
+    )
+
+
 def make_trainer(experiment, parts: Parts, folder: Path | str, options: dict) -> Trainer:
     "Return the trainer of an experiment in a folder; `options` are those of `run`."
-    options = {k: v for k, v in options.items() if k != "workers"}
-    return Trainer(parts.task, parts.train, parts.test, experiment.train_config, folder, **options)
+    options = {k: v for k, v in options.items() if k not in ("workers", "cache_budget")}
+    cache = {"teacher_cache": parts.teacher_cache} if parts.teacher_cache else {}
+    return Trainer(parts.task, parts.train, parts.test, experiment.train_config, folder, **cache, **options)
 
 
 def save_result(experiment, trainer: Trainer, teacher_scores: dict | None, inputs: dict, group_size: int = 1) -> Result:
@@ -575,7 +606,7 @@ def run_many(
     root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
     device: str | None = None,  # None: CUDA where there is one, else the CPU
     progress: bool = True,
-    **options,  # of `Trainer`; and workers
+    **options,  # of `Trainer`; and workers, cache_budget
 ) -> list[Result]:
     """Run several experiments in one process with one forward pass of the teacher; those that are done are read.
 
@@ -591,13 +622,17 @@ def run_many(
         for folder in sorted(folders):  # everybody locks in the same order, so that no two wait for each other
             claim_folder(folder, folders[folder])
             locks.enter_context(lock_run(folder))
-        parts, trainers = None, {}
+        parts, found = None, {}
         for folder, e in folders.items():
             if result := find_result(e, folder, root):
                 report_found(folder, result)
                 continue
-            parts = e.prepare(root, device, progress, options, shared=parts)
-            trainers[folder] = make_trainer(e, parts, folder, options)
+            found[folder] = parts = e.prepare(root, device, progress, options, shared=parts)
+        cache = make_cache(experiments[0], list(found.values()), root, options, progress) if found else None
+        trainers = {
+            folder: make_trainer(folders[folder], its._replace(teacher_cache=cache), folder, options)
+            for folder, its in found.items()
+        }
         inputs = {folder: folders[folder].data_inputs() | folders[folder].weight_inputs(root) for folder in trainers}
         failed = None
         try:

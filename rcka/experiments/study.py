@@ -19,7 +19,7 @@ from ..extras import optional_import
 from ..files import as_csv, write_atomic
 from ..methods.base import Wrapper, create_method, register
 from ..train.callbacks import NonFiniteLoss
-from ..train.learner import Stopped
+from ..train.learner import RunsFailed, Stopped
 
 # %% auto #0
 __all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'STUDIES', 'Scaled', 'Study', 'run_study', 'run_group', 'as_row', 'read_table',
@@ -102,9 +102,10 @@ def run_group(experiments: list[Experiment], root: Path | str, **options) -> lis
     "Run experiments side by side; in the place of one whose loss was not finite, return the error."
     try:
         return run_many(experiments, root, **options)
-    except NonFiniteLoss as error:
-        if len(experiments) == 1:
-            return [error]
+    except NonFiniteLoss as error:  # of a single run
+        return [error]
+    except RunsFailed:  # the other runs of the group are done: each says for itself what became of it
+        pass
     return [result for one in experiments for result in run_group([one], root, **options)]
 
 

@@ -56,6 +56,7 @@ class Method(nn.Module):
     dense = False  # for detectors and segmentation networks
     wants_logits = True  # compares logits; of detectors those of classes
     smallest = 2  # samples in a batch: with fewer there is nothing to compare
+    relations_only = False  # it sees the teacher's features through their Gram matrix alone, whatever their width
 
     def wants(self, layers: FeaturePaths) -> list[str]:
         "Return the module paths whose features this method compares, for a network with these `layers`."
@@ -180,6 +181,11 @@ class Sum(Method):
     def wants_maps(self, n):
         counts = self.feature_counts(n)
         return [is_map for m, k in zip(self.parts, counts) for is_map in m.wants_maps(k)]
+
+    @property
+    def relations_only(self):
+        most = FeaturePaths(*[tuple(map(str, range(64)))] * 2, "pooled", "head")
+        return all(m.relations_only or not m.wants(most) for m in self.parts)
 
     def wants(self, layers):
         wants = [m.wants(layers) for m in self.parts]

@@ -226,6 +226,8 @@ def pcka(
 class FCKA(FeatureMethod):
     "weight * (1 - CKA) of feature maps (Zhou et al. 2024). No connector: the widths may differ."
 
+    relations_only = True
+
     def __init__(
         self,
         weight: float = 16.0,  # of the term
@@ -273,6 +275,7 @@ class RCKA(FeatureMethod):
 
     name = "rcka"
     wants_logits = True
+    relations_only = True
 
     def __init__(
         self,

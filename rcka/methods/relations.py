@@ -30,6 +30,8 @@ def sp_loss(
 class SP(FeatureMethod):
     "Similarity-preserving distillation (Tung and Mori, ICCV 2019): weight * |row-normalised Gram difference|^2 / n^2 of the last feature map."
 
+    relations_only = True
+
     def __init__(
         self,
         weight: float = 3000.0,  # of the term
@@ -66,6 +68,8 @@ def _relations(x: Tensor):
 class RKD(FeatureMethod):
     "Relational knowledge distillation (Park et al., CVPR 2019): distance * Huber(relative distances) + angle * Huber(cosines) of the pooled features."
 
+    relations_only = True
+
     def __init__(
         self,
         distance: float = 25.0,  # weight of the distances
@@ -95,6 +99,8 @@ def pkt_loss(
 @register("pkt")
 class PKT(FeatureMethod):
     "Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018): weight * KL of neighbourhoods of the pooled features, mean over pairs."
+
+    relations_only = True
 
     def __init__(
         self,

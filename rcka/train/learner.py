@@ -20,6 +20,7 @@ from .callbacks import Callback, Checkpoint, NonFiniteWatch, Progress, SaveResul
 from .checkpoint import run_identity
 from .classification import Distiller
 from .config import TrainConfig, autocast, cublas_workspace, determinism, make_optimizer
+from .teacher_cache import TeacherCache
 
 # %% auto #0
 __all__ = ['Stopped', 'Learner', 'random_state', 'seeded_state', 'set_random_state', 'refuse_memory', 'OutOfMemory', 'RunsFailed',
@@ -51,11 +52,17 @@ class Learner:
         channels_last: bool = False,  # memory layout of the networks; changes rounding, and speed
         compile: bool = False,  # torch.compile of the networks; changes rounding, and speed
         name: str = "run",  # shown beside the progress bar
+        teacher_cache: TeacherCache | None = None,  # of the training batches, in place of the teacher's forward passes
     ):
         self.task, self.config, self.name = task, config, name
         self.device = next(task.student.parameters()).device
         self.train, self.test = as_batches(train, self.device), as_batches(test, self.device)
         self.switches = {"channels_last": channels_last, "compile": compile}
+        self.teacher_cache = teacher_cache
+        if teacher_cache is not None:
+            if teacher_cache.train is not self.train or teacher_cache.teacher is not task.teacher:
+                raise ValueError("the teacher cache must be made of the teacher and the training batches of the run")
+            teacher_cache.check(task.method, task.teacher_taps.paths)
         networks = [n for n in (task.student, task.teacher) if n is not None]
         if channels_last:
             for net in networks:
@@ -240,7 +247,8 @@ class Learner:
 
     def identity(self) -> dict:
         "Return what decides the result of the run besides its configuration, as plain values by name."
-        return run_identity(self.task, self.train, self.test)
+        kept = {} if self.teacher_cache is None else self.teacher_cache.identity()
+        return run_identity(self.task, self.train, self.test) | {f"teacher cache: {k}": v for k, v in kept.items()}
 
     def saved_state(self) -> str:
         "Return a sentence on what one would start again from."
@@ -348,7 +356,7 @@ def fit_many(
                 determinism(first.config.deterministic, search=getattr(first.task, "fixed_shapes", True))
             )
             signals = stack.enter_context(catch_signals())
-            teach = stack.enter_context(shared_teacher([one.task for one in learners]))
+            teach = stack.enter_context(shared_teacher(learners))
             for learner in learners:
                 learner.stop_reason = ""
                 stack.callback(learner.call, "after_fit")
@@ -399,7 +407,7 @@ def one_epoch(group: Group, epoch: int, teach, signals: list[int]):
         for step, batch in enumerate(checked(batches, len(first.train) - start, save), start):
             stop()
             batch, behind = shard(batch), [one for one in here() if one.step == step]
-            outputs = teach(batch.images, first.config.precision) if teach and batch else {}
+            outputs = teach(batch, epoch) if teach and batch else {}
             for learner in behind:
                 with group.only(learner):
                     learner.call("before_step", batch)
@@ -463,18 +471,24 @@ def catch_signals():
 
 
 @contextlib.contextmanager
-def shared_teacher(tasks: list):
-    "A function from images to the teacher's outputs for each task, with one forward pass; None where nothing is shared."
+def shared_teacher(learners: list[Learner]):
+    """A function from a batch and its epoch to the teacher's outputs for each task, looked up or from one forward pass.
+
+    None where nothing is shared and each task runs the teacher."""
+    tasks, cache, precision = [one.task for one in learners], learners[0].teacher_cache, learners[0].config.precision
     teacher = tasks[0].teacher
-    if teacher is None or len(tasks) == 1 or not all(isinstance(t, Distiller) for t in tasks):
+    if teacher is None or not all(isinstance(t, Distiller) for t in tasks) or (len(tasks) == 1 and cache is None):
         yield None
         return
     paths = list(dict.fromkeys(p for task in tasks for p in task.teacher_taps.paths))
-    with Taps(teacher, paths) as taps:
+    with contextlib.nullcontext() if cache else Taps(teacher, paths) as taps:
 
-        def teach(images, precision):
-            with torch.no_grad(), autocast(images.device.type, precision):
-                outputs = taps(images)
+        def teach(batch, epoch):
+            if cache:
+                outputs = cache(batch.index, epoch, paths)
+            else:
+                with torch.no_grad(), autocast(batch.images.device.type, precision):
+                    outputs = taps(batch.images)
             at = dict(zip(paths, outputs.features))
             return {t: Outputs(outputs.logits, tuple(at[p] for p in t.teacher_taps.paths)) for t in tasks}
 
@@ -487,6 +501,7 @@ def check_group(a: Learner, b: Learner):
         "the training batches": lambda one: getattr(one.train, "loader", one.train),
         "the test batches": lambda one: getattr(one.test, "loader", one.test),
         "the teacher": lambda one: one.task.teacher,
+        "the teacher cache": lambda one: one.teacher_cache,
     }
     for name, of in shared.items():
         if of(a) is not of(b):
@@ -517,7 +532,7 @@ class Trainer(Learner):
         checkpoint_seconds: float = 60,  # between two checkpoints: about as much work is lost when the process is killed
         keep: int = 2,  # number of checkpoints that stay, the newest
         callbacks: Iterable[Callback] = (),  # called before the trainer's own
-        **options,  # of `Learner`: optimizer_factory, channels_last, compile
+        **options,  # of `Learner`: optimizer_factory, channels_last, compile, teacher_cache
     ):
         self.folder = Path(folder)
         own = [NonFiniteWatch(), SaveResults(folder), Checkpoint(folder, checkpoint_seconds, keep)]
