@@ -78,9 +78,7 @@ class Distiller:
             self.student_taps = Taps(student, wanted_paths(self.method, student, student_paths))
             return
         teacher.eval().requires_grad_(False)
-        self.student_taps, self.teacher_taps = paired_taps(
-            self.method, student, teacher, student_paths, teacher_paths
-        )
+        self.student_taps, self.teacher_taps = paired_taps(self.method, student, teacher, student_paths, teacher_paths)
 
     def prepare(self, train):
         "Build the method from the first of the training batches; called before the optimiser is made."
