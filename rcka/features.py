@@ -174,7 +174,7 @@ def _as_noted(noted, path: str, changes: dict[str, bool]) -> Tensor:
         "its value is lost. The next forward keeps a copy"
     )
 
-# %% ../nbs/method/03_features.ipynb #fcbd48b2
+# %% ../nbs/method/03_features.ipynb #70ce0002
 def _is_images(x) -> bool:
     return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()
 
@@ -208,6 +208,7 @@ def as_map(
     )
 
 
+# %% ../nbs/method/03_features.ipynb #fcbd48b2
 class Taps:
     """Run a network and read features by module path, with forward hooks; the network itself is not changed.
 
