@@ -263,7 +263,14 @@ class Wrapper(Method):
         if method.dense:
             raise ValueError(f"{self.name} takes a method of classifiers, got the dense method {method.name!r}")
         self.inner, self.ce, self.teacher_batch_stats = method, method.ce, method.teacher_batch_stats
-        self.wants_logits, self.smallest = method.wants_logits, method.smallest
+
+    @property
+    def wants_logits(self):
+        return self.inner.wants_logits
+
+    @property
+    def smallest(self):
+        return self.inner.smallest
 
     def wants(self, layers):
         return self.inner.wants(layers)
