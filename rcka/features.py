@@ -207,7 +207,6 @@ def as_map(
         "form ':cls' or ':mean'"
     )
 
-
 # %% ../nbs/method/03_features.ipynb #fcbd48b2
 class Taps:
     """Run a network and read features by module path, with forward hooks; the network itself is not changed.

@@ -16,7 +16,7 @@ LAYERS = [  # from the bottom up; what stands on one line may import within its 
     ("engine",),
     ("experiments",),
     ("analysis",),
-    ("distillation",),
+    ("distillation", "loggers"),
     ("cli",),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

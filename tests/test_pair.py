@@ -5,7 +5,6 @@ import io
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from processes import launch
 from torch import nn

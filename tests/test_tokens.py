@@ -141,7 +141,12 @@ def test_methods_on_maps_train_transformers(network, name):
 
 def test_torchvision_s_paths_give_maps():
     "All stages: the same numbers of channels as the features themselves, and the shape of the images."
-    for name, network in [("vit_b_16", None), ("swin_t", None), ("convnext", transformer("convnext")), ("resnet", teacher())]:
+    for name, network in [
+        ("vit_b_16", None),
+        ("swin_t", None),
+        ("convnext", transformer("convnext")),
+        ("resnet", teacher()),
+    ]:
         model = (network or getattr(zoo, name)(weights=None)).eval()
         stages = feature_paths(model).stages if name != "convnext" else ["features.0", "features.1", "features.3"]
         taps = Taps(model, stages)
@@ -155,7 +160,14 @@ def test_torchvision_s_paths_give_maps():
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "pvt_v2_b0", "levit_128s"]
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "swin_tiny_patch4_window7_224",
+        "pvt_v2_b0",
+        "levit_128s",
+    ],
 )
 def test_timm_s_networks_give_maps(name):
     timm = pytest.importorskip("timm")
