@@ -84,7 +84,7 @@ def paired_taps(
     if len(ours) != len(theirs):
         raise ValueError(
             f"a method compares feature maps in pairs, but the student gives {len(ours)} {ours} "
-            f"and the teacher {len(theirs)} {theirs}"
+            f"and the teacher {len(theirs)} {theirs}. Give paths, or the method stages that both have: stages=(-3, -2, -1)"
         )
     return Taps(student, ours, logits), Taps(teacher, theirs, logits)
 
