@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # at run time each name is imported when it is first asked fo
     from rcka.experiments import Experiment, Result, published, run, run_many, summary
     from rcka.features import Taps, feature_paths
     from rcka.methods import FCKA, LCKA, PCKA, RCKA, Method, create_method, fcka, lcka, list_methods, pcka, register
+    from rcka.pair import Pair
     from rcka.models import create_model, list_models, load_checkpoint, load_student, save_weights, student_transform
     from rcka.similarity import Gaussian, Linear, Polynomial, center, cka, gram, hsic, mmd2
     from rcka.train import Callback, Distiller, TrainConfig, Trainer
@@ -31,6 +32,7 @@ _HOMES = {  # the public names, by the module that has them
     "models": ("create_model", "list_models", "load_checkpoint", "load_student", "save_weights", "student_transform"),
     "similarity": ("Gaussian", "Linear", "Polynomial", "center", "cka", "gram", "hsic", "mmd2"),
     "features": ("Taps", "feature_paths"),
+    "pair": ("Pair",),
     "data": ("list_datasets", "load_dataset"),
     "train": ("Callback", "Distiller", "TrainConfig", "Trainer"),
     "distillation": ("distill",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from .core import FeaturePaths, Outputs, nearest
 
 # %% auto #0
-__all__ = ['NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'as_logits', 'Taps', 'feature_paths']
+__all__ = ['FORMS', 'NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'as_logits', 'as_map', 'Taps',
+           'feature_paths']
 
 # %% ../nbs/method/03_features.ipynb #8dbce422
 class Place(NamedTuple):
@@ -22,18 +24,26 @@ class Place(NamedTuple):
     module: str  # name in model.named_modules()
     input: bool  # its first input instead of its output
     index: tuple[int | str, ...]  # which element, where that is a tuple or a dict
+    form: str = ""  # what is made of it: one of `FORMS`, or the tensor as it is
+
+
+FORMS = ("map", "cls", "mean")
 
 
 def parse_path(path: str) -> Place:
-    """Split a path: `'backbone.fpn:input[0][p3]'` becomes `Place('backbone.fpn', True, (0, 'p3'))`.
+    """Split a path: `'backbone.fpn:input[0][p3]:map'` becomes `Place('backbone.fpn', True, (0, 'p3'), 'map')`.
 
     Raises ValueError where it cannot be read."""
-    found = isinstance(path, str) and re.fullmatch(r"([^:\[\]]*)(:input)?((?:\[[^\[\]]+\])*)", path)
+    forms = "|".join(FORMS)
+    found = isinstance(path, str) and re.fullmatch(rf"([^:\[\]]*)(:input)?((?:\[[^\[\]]+\])*)(?::({forms}))?", path)
     if not found:
-        raise ValueError(f"cannot read the path {path!r}: write 'layer1.0.bn2', 'fc:input' or 'backbone.fpn[0]'")
-    module, given, index = found.groups()
+        raise ValueError(
+            f"cannot read the path {path!r}: write 'layer1.0.bn2', 'fc:input', 'backbone.fpn[0]' or 'blocks.11:map'; "
+            f"after the last colon stands one of {', '.join(FORMS)}"
+        )
+    module, given, index, form = found.groups()
     keys = (key.strip("'\"") for key in re.findall(r"\[([^\[\]]+)\]", index))
-    return Place(module, bool(given), tuple(int(k) if re.fullmatch(r"-?\d+", k) else k for k in keys))
+    return Place(module, bool(given), tuple(int(k) if re.fullmatch(r"-?\d+", k) else k for k in keys), form or "")
 
 # %% ../nbs/method/03_features.ipynb #210d2324
 def unwrap(model: nn.Module) -> nn.Module:
@@ -92,6 +102,11 @@ def _pick(value, place: Place, path: str) -> Tensor:
             value = value[key]
         except (LookupError, TypeError):
             raise ValueError(f"path {path!r}: no element [{key}] in {_describe(value)}") from None
+    if isinstance(
+        value, (tuple, list)
+    ):  # blocks of transformers return a tuple of one, or (tokens, their height and width)
+        tensors = [v for v in value if isinstance(v, Tensor)]
+        value = tensors[0] if len(tensors) == 1 else value
     if isinstance(value, Tensor):
         return value
     raise TypeError(
@@ -159,6 +174,39 @@ def _as_noted(noted, path: str, changes: dict[str, bool]) -> Tensor:
         "its value is lost. The next forward keeps a copy"
     )
 
+# %% ../nbs/method/03_features.ipynb #70ce0002
+def _is_images(x) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()
+
+
+@lru_cache
+def _grids(size: tuple[int, int]) -> frozenset[tuple[int, int]]:
+    "Heights and widths of maps that have the shape of images of this size, the width rounded down or up."
+    height, width = size
+    pairs = ((h, w) for h in range(1, 2 * height + 1) for w in (h * width // height, -(-h * width // height)))
+    return frozenset((h, w) for h, w in pairs if w)
+
+
+def as_map(
+    tokens: Tensor,  # (n, tokens, channels), row by row; class and register tokens come first
+    size: tuple[int, int],  # height and width of the images
+    prefix: int = 0,  # number of tokens before those of the places, where it is known
+) -> Tensor:  # (n, channels, height, width)
+    """Return tokens as a map, without those that have no place.
+
+    The grid is the largest one with the proportions of the images, else the largest whose width is rounded. Raises
+    ValueError where none fits with eight tokens left over at most."""
+    total, (height, width) = tokens.shape[1], size
+    exact = {h * w: (h, w) for h, w in _grids(size) if h * width == w * height}
+    for by_count in (exact, {h * w: (h, w) for h, w in _grids(size)}):
+        for extra in (prefix, *range(9)):
+            if total - extra in by_count:
+                return tokens[:, extra:].mT.unflatten(2, by_count[total - extra])
+    raise ValueError(
+        f"{total} tokens are no grid of patches of images of {size[0]} x {size[1]} pixels: choose another module, or the "
+        "form ':cls' or ':mean'"
+    )
+
 # %% ../nbs/method/03_features.ipynb #fcbd48b2
 class Taps:
     """Run a network and read features by module path, with forward hooks; the network itself is not changed.
@@ -181,6 +229,8 @@ class Taps:
         if isinstance(paths, str):
             raise TypeError(f"paths must be a list of paths, got the string {paths!r}; write [{paths!r}]")
         self.model, self.paths, self.logits = model, tuple(paths), logits
+        self._places = {path: parse_path(path) for path in self.paths}
+        self._size: tuple[int, int] | None = None  # height and width of the images of the last forward pass
         self._seen: dict[str, Any] = {}  # by path, of the forward pass that runs
         self._running = False
         self._written: dict[tuple, dict[str, bool]] = {}  # by (training, grad) and path: is it overwritten later?
@@ -194,6 +244,7 @@ class Taps:
         mode = (unwrap(self.model).training, torch.is_grad_enabled())
         self._now = self._written.setdefault(mode, {})
         self._seen, self._running = {}, True
+        self._size = next((tuple(x.shape[2:]) for x in (*args, *kwargs.values()) if _is_images(x)), None)
         try:
             logits = self.logits(self.model(*args, **kwargs))
             return Outputs(logits, tuple(self._read(path) for path in self.paths))
@@ -211,7 +262,58 @@ class Taps:
                 f"the module of path {path!r} did not run in this forward pass; "
                 "under torch.compile, make the taps before the first one"
             )
-        return _as_noted(self._seen[path], path, self._now)
+        value, place = _as_noted(self._seen[path], path, self._now), self._places[path]
+        return self._formed(value, place.form, path) if place.form else value
+
+    def _formed(self, value: Tensor, form: str, path: str) -> Tensor:
+        "Return the map, the class token or the mean that a path asks for."
+        if form == "cls":
+            if value.dim() != 3:
+                raise ValueError(
+                    f"path {path!r}: the class token is the first of tokens (n, tokens, channels), got {tuple(value.shape)}"
+                )
+            return value[:, 0]
+        if value.dim() not in (3, 4):
+            raise ValueError(
+                f"path {path!r} makes a {form} of tokens (n, tokens, channels) or of a map, got {tuple(value.shape)}"
+            )
+        if value.dim() == 4:
+            last = form == "map" or self._channels_last(value)
+            value = value.movedim(-1, 1) if last else value
+        else:
+            value = as_map(value, self._image_size(path), self._prefix)
+        return value if form == "map" else value.mean((2, 3))
+
+    def _image_size(self, path: str) -> tuple[int, int]:
+        if self._size is None:
+            raise ValueError(
+                f"path {path!r}: without images (n, channels, height, width) as input, tokens have no places"
+            )
+        return self._size
+
+    @property
+    def _prefix(self) -> int:
+        return getattr(unwrap(self.model), "num_prefix_tokens", 0) or 0  # timm says it
+
+    def _channels_last(self, value: Tensor) -> bool:
+        "Whether a feature (n, a, b, c) has its channels last: a and b are height and width of the images, made smaller."
+        if self._size is None:
+            return False
+        grids = _grids(self._size)
+        last, first = tuple(value.shape[1:3]) in grids, tuple(value.shape[2:]) in grids
+        model = unwrap(self.model)
+        known = str(getattr(model, "output_fmt", "")).endswith("NHWC") or type(model).__name__ == "SwinTransformer"
+        return last and (not first or known)
+
+    def map_path(self, path: str, value: Tensor, tokens: bool) -> str:
+        """Return the path that gives a feature of the last forward pass as a map (n, channels, height, width).
+
+        That is the path itself, or with ":map" for a map with its channels last and, if `tokens`, for tokens."""
+        if self._places[path].form:
+            return path
+        if value.dim() == 4 and self._channels_last(value):
+            return f"{path}:map"
+        return f"{path}:map" if tokens and value.dim() == 3 and self._size else path
 
     def remove(self):
         "Remove the hooks from the model."
@@ -295,7 +397,7 @@ def _timm(model: nn.Module) -> FeaturePaths:
 
 # %% ../nbs/method/03_features.ipynb #4ffc54d3
 def feature_paths(
-    model: nn.Module,  # a network of rcka.models, torchvision or timm
+    model: nn.Module,  # a network of rcka.models, torchvision, timm or transformers
 ) -> FeaturePaths:  # paths for `Taps`
     """Return the paths of a network's stages (stem first), their pre-activations, the pooled feature and the head.
 
@@ -320,11 +422,28 @@ def feature_paths(
     if isinstance(features, nn.Sequential) and isinstance(classifier, nn.Sequential):
         if any(map(_halves, features)) and any(isinstance(m, nn.Linear) for m in classifier):
             return _long_list(model)
+    if hasattr(getattr(model, "config", None), "model_type") and (layers := _transformers(model)):
+        return layers
     raise ValueError(
         f"do not know the stages of a {type(model).__name__}: give the paths by hand, "
         "model.layers = FeaturePaths(stages=('stem', 'stage1', ...), pooled='fc:input', head='fc'), with names from "
         "[name for name, _ in model.named_modules()]"
     )
+
+
+def _transformers(model: nn.Module) -> FeaturePaths | None:
+    "Return the paths of a network of transformers: those of its outermost list, all or four of them; None without one."
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 2]
+    if not lists:
+        return None
+    name, blocks = lists[0]
+    element = "[0]" if "Swin" in type(blocks[0]).__name__ else ""  # its stages return the map in two forms
+    stages = _spread([f"{name}.{i}{element}" for i in range(len(blocks))])
+    stems = ("embeddings", "embedder", "conv_stem")
+    stem = [p for p, _ in model.named_modules() if p.rpartition(".")[2] in stems][:1]
+    heads = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and not p.startswith(f"{name}.")]
+    head = heads[-1] if heads and heads[-1].count(".") < 2 else ""
+    return FeaturePaths((*stem, *stages), (), f"{head}:input" if head else "", head)
 
 
 def _with_preacts(model: nn.Module, layers: FeaturePaths) -> FeaturePaths:

@@ -11,11 +11,12 @@ LAYERS = [  # from the bottom up; what stands on one line may import within its 
     ("core",),
     ("files", "distributed", "similarity", "features"),
     ("methods", "models", "data"),
+    ("pair",),
     ("train",),
     ("engine",),
     ("experiments",),
     ("analysis",),
-    ("distillation",),
+    ("distillation", "loggers"),
     ("cli",),
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -264,8 +264,19 @@ class Wrapper(Method):
             raise ValueError(f"{self.name} takes a method of classifiers, got the dense method {method.name!r}")
         self.inner, self.ce, self.teacher_batch_stats = method, method.ce, method.teacher_batch_stats
 
+    @property
+    def wants_logits(self):
+        return self.inner.wants_logits
+
+    @property
+    def smallest(self):
+        return self.inner.smallest
+
     def wants(self, layers):
         return self.inner.wants(layers)
+
+    def wants_maps(self, n):
+        return self.inner.wants_maps(n)
 
     def build(self, student, teacher, **known):
         self.inner.build(student, teacher, **known)

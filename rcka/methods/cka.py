@@ -238,8 +238,11 @@ class FCKA(FeatureMethod):
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
-        self.smallest = 4 if unbiased else 2
         self.options = dict(center=center, unbiased=unbiased, gram_of_gram=gram_of_gram)
+
+    @property
+    def smallest(self):
+        return 4 if self.options["unbiased"] else 2
 
     def terms(self, student, teacher, target=None, index=None):
         similarities = [fcka(s, t, **self.options) for s, t in self.pairs(student, teacher)]
@@ -261,8 +264,11 @@ class LCKA(Method):
     ):
         super().__init__()
         self.weights = {"lcka_intra": intra, "lcka_inter": inter}
-        self.smallest = 4 if unbiased else 2
         self.options = dict(center=center, unbiased=unbiased, temperature=temperature, normalize_rows=normalize_rows)
+
+    @property
+    def smallest(self):
+        return 4 if self.options["unbiased"] else 2
 
     def terms(self, student, teacher, target=None, index=None):
         similarities = lcka(student.logits, teacher.logits, **self.options)
@@ -293,7 +299,11 @@ class RCKA(FeatureMethod):
         form = dict(center=center, unbiased=unbiased)
         self.fcka = FCKA(alpha, stages, gram_of_gram=gram_of_gram, **form)
         self.lcka = LCKA(beta, gamma, temperature=temperature, normalize_rows=normalize_rows, **form)
-        self.stages, self.smallest = self.fcka.stages, self.fcka.smallest
+        self.stages = self.fcka.stages
+
+    @property
+    def smallest(self):
+        return self.fcka.smallest
 
     def terms(self, student, teacher, target=None, index=None):
         features = self.fcka.terms(student, teacher) if self.fcka.weight else {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core import FeaturePaths, nearest
 from ..extras import optional_import
-from ..features import as_logits, unwrap
+from ..features import as_logits, feature_paths, unwrap
 
 # %% auto #0
 __all__ = ['SOURCES', 'SMALL', 'InputConfig', 'input_config', 'torchvision_network', 'timm_network', 'TransformersClassifier',
@@ -142,21 +142,13 @@ class TransformersClassifier(nn.Module):
 
 
 def _transformers_layers(network: nn.Module) -> FeaturePaths | None:
-    "Return the stages of a hierarchical network, or some of the blocks of a transformer, and its classifier."
-    lists = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 2]
-    heads = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
-    if not lists or not heads:
+    "Return the feature paths of the network inside; None where they are not known."
+    try:
+        layers = feature_paths(network)
+    except ValueError:
         return None
-    name, blocks = lists[0]  # the outermost; those inside of a stage come later
-    n, most = len(blocks), 4
-    chosen = [round((i + 1) * n / most) - 1 for i in range(most)] if n > most else range(n)
-    stem = next(
-        (p for p, _ in network.named_modules() if p.rpartition(".")[2] in ("embeddings", "embedder", "conv_stem")), None
-    )
-    stages = ([stem] if stem else []) + [f"{name}.{i}" for i in chosen]
-    head = heads[-1]
-    paths = [f"network.{p}" for p in (*stages, head)]
-    return FeaturePaths(tuple(paths[:-1]), (), f"{paths[-1]}:input", paths[-1])
+    inside = lambda path: f"network.{path}" if path else ""
+    return FeaturePaths(tuple(map(inside, layers.stages)), (), inside(layers.pooled), inside(layers.head))
 
 
 def transformers_network(name: str, num_classes: int | None, in_channels: int, options: dict) -> nn.Module:

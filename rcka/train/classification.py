@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..core import FeaturePaths, Outputs, as_batches
+from ..core import Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
-from ..features import Taps, feature_paths
+from ..features import Taps
 from ..methods.base import Method, Vanilla
+from ..pair import batch_statistics, build_method, paired_taps, wanted_paths
 from .config import autocast
 
 # %% auto #0
-__all__ = ['ANY_PATHS', 'Accuracy', 'evaluate', 'Step', 'head_of', 'batch_statistics', 'Distiller']
+__all__ = ['Accuracy', 'evaluate', 'Step', 'Distiller']
 
 # %% ../../nbs/method/06c_classification.ipynb #0749ca0f
 class Accuracy(NamedTuple):
@@ -58,32 +59,6 @@ class Step(NamedTuple):
         str, tuple[torch.Tensor, torch.Tensor]
     ] = {}  # by name a sum and a number; reported as 100 * sum / number
 
-# %% ../../nbs/method/06c_classification.ipynb #e8d0d102
-_STAGES = tuple(f"stage{i}" for i in range(64))  # more than any network has
-ANY_PATHS = FeaturePaths(_STAGES, _STAGES, "pooled", "head")
-
-
-def head_of(model: nn.Module) -> nn.Module | None:
-    "Return the classifier of a network whose feature paths are known, None for another one."
-    try:
-        return model.get_submodule(feature_paths(model).head)
-    except (ValueError, AttributeError):
-        return None
-
-
-@contextlib.contextmanager
-def batch_statistics(model: nn.Module):
-    "Normalise by the statistics of the batch inside, without touching the running statistics."
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(m.training, m.track_running_stats) for m in norms]
-    try:
-        for m in norms:
-            m.training, m.track_running_stats = True, False
-        yield
-    finally:
-        for m, (training, tracks) in zip(norms, before):
-            m.training, m.track_running_stats = training, tracks
-
 # %% ../../nbs/method/06c_classification.ipynb #0c06d4d0
 class Distiller:
     "A student, perhaps a teacher, and the method between them: the task of classification."
@@ -99,24 +74,11 @@ class Distiller:
         teacher_paths=None,
     ):
         self.student, self.teacher, self.method = student, teacher, method or Vanilla()
-        self.student_taps = Taps(student, self._paths(student, student_paths))
         if teacher is None:
+            self.student_taps = Taps(student, wanted_paths(self.method, student, student_paths))
             return
         teacher.eval().requires_grad_(False)
-        self.teacher_taps = Taps(teacher, self._paths(teacher, teacher_paths))
-        ours, theirs = list(self.student_taps.paths), list(self.teacher_taps.paths)
-        if len(ours) != len(theirs):
-            raise ValueError(
-                f"a method compares feature maps in pairs, but the student gives {len(ours)} {ours} "
-                f"and the teacher {len(theirs)} {theirs}"
-            )
-
-    def _paths(self, model, paths):
-        if paths is not None:
-            return list(paths)  # of a sum: those of its parts, in the order of its name
-        if not self.method.wants(ANY_PATHS):
-            return []  # a method that wants no features fits any network
-        return self.method.wants(feature_paths(model))
+        self.student_taps, self.teacher_taps = paired_taps(self.method, student, teacher, student_paths, teacher_paths)
 
     def prepare(self, train):
         "Build the method from the first of the training batches; called before the optimiser is made."
@@ -126,24 +88,21 @@ class Distiller:
         "Build the method's connectors from one batch of images and all training targets."
         if self.teacher is None:
             return
-        mode = self.student.training
-        self.student.eval()  # batch statistics must not see this batch
-        with torch.no_grad():
-            student, teacher = self.student_taps(images), self._teacher_outputs(images)
-        self.student.train(mode)
-        if student.logits.shape != teacher.logits.shape:
-            raise ValueError(
-                "teacher and student must know the same classes: "
-                f"the teacher gives {teacher.logits.shape[1]} logits, the student {student.logits.shape[1]}"
-            )
-        self.method.build(student, teacher, head=head_of(self.teacher), targets=targets)
+        self.student_taps, self.teacher_taps = build_method(
+            self.method,
+            self.student_taps,
+            self.teacher_taps,
+            lambda taps: taps(images),
+            lambda taps: self._teacher_outputs(images, taps),
+            targets,
+        )
         self.method.to(images.device)
 
     @torch.no_grad()
-    def _teacher_outputs(self, images: torch.Tensor) -> Outputs:
+    def _teacher_outputs(self, images: torch.Tensor, taps: Taps | None = None) -> Outputs:
         "Return the teacher's outputs."
         with batch_statistics(self.teacher) if self.method.teacher_batch_stats else contextlib.nullcontext():
-            return self.teacher_taps(images)
+            return (taps or self.teacher_taps)(images)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
         "Return the method's terms and the student's hits. `teacher`: its outputs in eval mode, if they were computed already."
