@@ -12,12 +12,13 @@ from ..data.scenes import IGNORED
 from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
 from ..extras import optional_import
 from ..features import as_logits
+from ..methods.base import Method, Vanilla
 from ..models.segmenters import segmenter_paths
 from .classification import Distiller, Step
 from .config import autocast, determinism
 
 # %% auto #0
-__all__ = ['confusion', 'iou', 'evaluate_segmentation', 'pixel_ce', 'SegmentationDistiller']
+__all__ = ['confusion', 'iou', 'evaluate_segmentation', 'pixel_ce', 'paths_to_head', 'SegmentationDistiller']
 
 # %% ../../nbs/method/06g_segmentation.ipynb #5a11b8e2
 def confusion(
@@ -83,21 +84,28 @@ def pixel_ce(
     return total / (target != IGNORED).sum().clamp_min(1)
 
 # %% ../../nbs/method/06g_segmentation.ipynb #96eca9d7
+def paths_to_head(method: Method, model: nn.Module, paths=None) -> list[str]:
+    """Return the paths of a method's features, those given or those it wants, and last that of the decode head.
+
+    The logits of the decode head are what is compared. Raises ValueError where the network does not name it."""
+    layers = segmenter_paths(model)
+    if not layers.head:
+        raise ValueError(
+            f"model.layers of {type(model).__name__} must name the decode head: "
+            "FeaturePaths(stages=(...), head='classifier')"
+        )
+    return [*(method.wants(layers) if paths is None else paths), layers.head]
+
+
 class SegmentationDistiller(Distiller):
     "Train a segmentation network, perhaps from a teacher, by a method between them: a task for `Trainer`."
 
     score = "miou"
 
-    def _paths(self, model, paths):
-        "Return the paths of the method's features, and last that of the decode head, whose logits are compared."
-        layers = segmenter_paths(model)
-        if not layers.head:
-            raise ValueError(
-                f"model.layers of {type(model).__name__} must name the decode head: "
-                "FeaturePaths(stages=(...), head='classifier')"
-            )
-        wanted = self.method.wants(layers)
-        return [*(wanted if paths is None else paths), layers.head]
+    def __init__(self, student, method: Method | None = None, teacher=None, student_paths=None, teacher_paths=None):
+        method = method or Vanilla()
+        theirs = None if teacher is None else paths_to_head(method, teacher, teacher_paths)
+        super().__init__(student, method, teacher, paths_to_head(method, student, student_paths), theirs)
 
     def prepare(self, train):
         "Build the method's connectors from the features of one batch."
