@@ -162,7 +162,8 @@ class WandB(Logger):
         self.run.log(values, step=epoch)
 
     def figure(self, name, figure, epoch):
-        import matplotlib.pyplot  # noqa: F401  wandb asks for it where it meets a figure
+        with optional_import():
+            import matplotlib.pyplot  # noqa: F401  wandb asks for it where it meets a figure
 
         self.run.log({name: self.wandb.Image(figure)}, step=epoch)
 

@@ -95,7 +95,6 @@ FEATURES = {  # student's path: teacher's path
     "srrl": {MAP: "layer3", POOLED: "fc:input"},
     "reviewkd": {MAP: "layer3", MAP + "[...]": "layer3.1.relu2:input", POOLED: "fc:input"},
 }
-MAPS = [name for name, paths in FEATURES.items() if MAP in paths]
 
 
 def vit(images):
@@ -187,17 +186,6 @@ def test_gradients_arrive_and_a_step_lowers_the_terms(name, student, images, tea
 def test_gradients_on_real_images(name, real_data):
     images = load_dataset("imagefolder:cifar10-jpeg", limit=200, test_limit=100)
     check_gradients(built(name, "resnet8", images, frozen_teacher(images)), fixed_batch(images))
-
-
-@pytest.mark.parametrize("name", MAPS)
-def test_tokens_where_a_map_is_needed(name, images, teacher):
-    "The error says what was got and what would do."
-    pairs = FEATURES[name]
-    distiller = by_paths(name, images, teacher, {TOKENS if p == MAP else p: q for p, q in pairs.items()})
-    batch = fixed_batch(images)
-    with pytest.raises(ValueError, match=r"map.*\((n, channels, height, width|B, C, H, W)\).*got \(48, 17, 32\)"):
-        distiller.build(batch.images, images.train_targets)
-        distiller(batch)
 
 
 def test_the_stages_of_a_vit_are_known(images, teacher):
