@@ -23,7 +23,8 @@ from ..train.learner import RunsFailed, Stopped
 
 # %% auto #0
 __all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'STUDIES', 'Scaled', 'Study', 'run_study', 'run_group', 'as_row', 'read_table',
-           'differences_to', 'inflation', 'accuracy_by_factor', 'factors_to_try', 'run_screen', 'main', 'record_study']
+           'differences_to', 'inflation', 'screened', 'accuracy_by_factor', 'factors_to_try', 'run_screen', 'main',
+           'record_study']
 
 # %% ../../nbs/method/08e_study.ipynb #ed0364bb
 @register("scaled")
@@ -178,7 +179,8 @@ SCREENED = {  # label to method and arguments; None: the usual ones
     for m in (
         "kd dkd dist ikl_kd nkd lskd ttm wttm normkd rld mlkd skd wkd_l fitnet at sp cc vid rkd pkt nst crd ofd reviewkd "
         "ickd_c mgd srrl dpk fcka lcka rcka rcka_released cka_places cka_angle procrustes label_cka kernel_cka wkd_f itrd "
-        "srd ofa kd+fcka dist+fcka dist+reviewkd kd+cka_places dkd+cka_places dist+cka_places lskd+cka_places skd+cka_places"
+        "srd ofa kd+fcka dist+fcka dist+reviewkd kd+cka_places dkd+cka_places dist+cka_places lskd+cka_places skd+cka_places "
+        "reviewkd+cka_places"
     ).split()
 } | {  # forms and parts of the methods of the paper
     "fcka uncentred": ("fcka", {"center": False}),
@@ -192,8 +194,28 @@ SCREENED = {  # label to method and arguments; None: the usual ones
     "dist+fcka three stages": ("dist+fcka", {"fcka.stages": [-3, -2, -1]}),
     "dist+fcka+cka_places": ("dist+fcka+cka_places", {"fcka.stages": [-3, -2, -1]}),
 }
-FACTORS = [4.0**k for k in range(-3, 4)]
-PAIR = "none kd dkd dist lskd sp rkd reviewkd fcka lcka rcka kd+fcka cka_places".split()
+FACTORS = [4.0**k for k in range(-3, 5)]
+PAIR = {  # label to the factor of its usual weights that was best in the screen
+    "kd": 4,
+    "dkd": 1,
+    "dist": 1,
+    "lskd": 4,
+    "sp": 0.25,
+    "rkd": 0.25,
+    "reviewkd": 64,
+    "fcka": 0.25,
+    "lcka": 1,
+    "rcka": 0.25,
+    "kd+fcka": 4,
+    "cka_places": 1,
+}
+
+
+def screened(label: str, factor: float) -> tuple:
+    "Return method and arguments of a screened label with all its terms times a factor."
+    method, args = SCREENED[label]
+    return "scaled", {"method": method, "factor": float(factor)} | ({"args": args} if args else {})
+
 
 STUDIES = {
     study.name: study
@@ -203,14 +225,7 @@ STUDIES = {
             "resnet20",
             "resnet8",
             {"none": ("none", None)}
-            | {
-                f"{label} x{f:g}": (
-                    "scaled",
-                    {"method": m, "args": args, "factor": f} if args else {"method": m, "factor": f},
-                )
-                for label, (m, args) in SCREENED.items()
-                for f in FACTORS
-            },
+            | {f"{label} x{f:g}": screened(label, f) for label in SCREENED for f in FACTORS},
             seeds=(0,),
             settings=SHORT | dict(epochs=6, train_limit=20000, val_fraction=0.1),
         ),
@@ -218,9 +233,9 @@ STUDIES = {
             "cifar100-resnet20-resnet8",
             "resnet20",
             "resnet8",
-            {m: (m, None) for m in PAIR},
-            settings=SHORT | dict(epochs=30),
-            group=4,
+            {"none": ("none", None)} | {label: screened(label, factor) for label, factor in PAIR.items()},
+            settings=SHORT | dict(epochs=10),
+            group=7,
         ),
     )
 }
