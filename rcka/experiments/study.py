@@ -180,7 +180,7 @@ SCREENED = {  # label to method and arguments; None: the usual ones
         "kd dkd dist ikl_kd nkd lskd ttm wttm normkd rld mlkd skd wkd_l fitnet at sp cc vid rkd pkt nst crd ofd reviewkd "
         "ickd_c mgd srrl dpk fcka lcka rcka rcka_released cka_places cka_angle procrustes label_cka kernel_cka wkd_f itrd "
         "srd ofa kd+fcka dist+fcka dist+reviewkd kd+cka_places dkd+cka_places dist+cka_places lskd+cka_places skd+cka_places "
-        "reviewkd+cka_places"
+        "reviewkd+cka_places explained_variance dist+procrustes dist+explained_variance"
     ).split()
 } | {  # forms and parts of the methods of the paper
     "fcka uncentred": ("fcka", {"center": False}),
@@ -224,8 +224,7 @@ STUDIES = {
             "cifar100-screen",
             "resnet20",
             "resnet8",
-            {"none": ("none", None)}
-            | {f"{label} x{f:g}": screened(label, f) for label in SCREENED for f in FACTORS},
+            {"none": ("none", None)} | {f"{label} x{f:g}": screened(label, f) for label in SCREENED for f in FACTORS},
             seeds=(0,),
             settings=SHORT | dict(epochs=6, train_limit=20000, val_fraction=0.1),
         ),
@@ -234,7 +233,7 @@ STUDIES = {
             "resnet20",
             "resnet8",
             {"none": ("none", None)} | {label: screened(label, factor) for label, factor in PAIR.items()},
-            settings=SHORT | dict(epochs=10),
+            settings=SHORT | dict(epochs=6),
             group=7,
         ),
     )
