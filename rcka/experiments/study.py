@@ -198,7 +198,9 @@ def _memory(device: torch.device, peak: bool) -> float:
         return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM" if peak else "VmRSS")), math.nan)
+    return next(
+        (int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM" if peak else "VmRSS")), math.nan
+    )
 
 
 def step_costs(
@@ -281,6 +283,7 @@ PAIR = {  # label to the factor of its usual weights that was best in the screen
     "rcka": 0.25,
     "kd+fcka": 4,
     "cka_places": 1,
+    "dist+cka_places": 1,
 }
 
 
@@ -364,7 +367,9 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--out", default="figures/study", help="folder of the table (default: figures/study)")
     parser.add_argument("--root", help="folder of the runs (default: RCKA_RUNS, else runs/ of the checkout)")
     parser.add_argument("--methods", help="labels of methods, with commas between them (default: all)")
-    parser.add_argument("--costs", action="store_true", help="measure what a step of each method costs, and train nothing")
+    parser.add_argument(
+        "--costs", action="store_true", help="measure what a step of each method costs, and train nothing"
+    )
     parser.add_argument("--seeds", help="seeds, with commas between them (default: those of the study)")
     given = parser.parse_args(args)
     labels = given.methods and given.methods.split(",")
