@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .compare import BLOCK, LayerRelations, as_batches, evaluating, to_device
-from .style import line_styles
+from ..style import line_styles
 from ..extras import optional_import
 from ..features import Taps, unwrap
 from ..similarity.bounds import Bound
