@@ -25,7 +25,7 @@ with optional_import():
 
 # %% auto #0
 __all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'WeightsOf', 'extensions', 'methods', 'models',
-           'datasets', 'train', 'distill', 'run', 'sweep', 'status', 'report', 'main']
+           'datasets', 'train', 'distill', 'export', 'run', 'sweep', 'status', 'report', 'main']
 
 # %% ../nbs/method/08c_cli.ipynb #38af5754
 app = typer.Typer(
@@ -226,6 +226,9 @@ def distill(
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Without it: CUDA where there is one.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
+    export: Annotated[
+        str | None, typer.Option(help="Export the student as well: onnx, torch, or both as onnx+torch.")
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option("--param", "-p", metavar="NAME=VALUE", help="A field of TrainConfig, as lr=0.01."),
@@ -263,6 +266,7 @@ def distill(
             alone=alone,
             device=device,
             workers=workers,
+            export=export,
             **given,
             **fields,
         )
@@ -277,6 +281,29 @@ def distill(
             print(
                 f"{who}: top-1 " + ("not known, other classes" if found["top1"] is None else f"{found['top1']:.2f} %")
             )
+
+# %% ../nbs/method/08c_cli.ipynb #c2f41b74
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="The folder of a student, as `rcka distill` leaves it.")],
+    to: Annotated[str, typer.Option(help="onnx, torch, or both as onnx+torch.")] = "onnx",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images to compare on, as for `rcka distill`. Without it: those it was distilled on."),
+    ] = None,
+):
+    "Export a student as ONNX or as a program of torch.export, compared with the student on real images."
+    from rcka.models.student import read_about
+    from rcka.shipping import check_formats, export_student
+
+    check_formats(to.split("+"))
+    for name in to.split("+"):
+        path = export_student(folder, name, data=data)
+        found = read_about(folder)["exports"][name]
+        print(
+            f"{path}: on {found['images']} images the same classes, logits within {found['largest_difference']:.1e} "
+            f"(the largest is {found['largest_logit']:.1f})"
+        )
 
 # %% ../nbs/method/08c_cli.ipynb #713a9a2a
 @app.command()

@@ -17,8 +17,8 @@ from torch import nn
 from .analysis.compare import compare
 from .analysis.plots import plot_similarity, save_figure
 from .core import check_whole
-from .data.datasets import KNOWN, load_dataset
-from .data.imagenet import FileDataset, load_imagenet
+from .data.imagenet import FileDataset
+from .data.own import open_data
 from .experiments.result import device_name, package_versions, runs_root
 from .extras import optional_import
 from .features import feature_paths
@@ -26,41 +26,15 @@ from .files import as_csv, write_atomic
 from .methods.base import create_method
 from .models.registry import list_models
 from .models.sources import SMALL, InputConfig, adapt_input, input_config, qualify
-from .models.student import load_student, make_network, save_student
+from .models.student import load_student, make_network, read_about, save_student
+from .shipping import EXPORTS, check_formats, export_student
 from .train.callbacks import Callback
 from .train.classification import Distiller, evaluate
 from .train.config import TrainConfig
 from .train.learner import Trainer
 
 # %% auto #0
-__all__ = ['AS_GIVEN', 'open_data', 'costs', 'EpochLines', 'distill', 'report']
-
-# %% ../nbs/method/11_distill.ipynb #e5f85d16
-def open_data(
-    data: str | Path,  # a folder with train/ and val/ or test/, or a name of `list_datasets()`
-    size: int = 224,  # pixels of a side at which a folder's images are cropped
-):  # FileDataset or Dataset
-    "Open images to distil on. Raises ValueError or FileNotFoundError for what is neither a known name nor such a folder."
-    if str(data) in KNOWN:
-        return load_dataset(str(data))
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
-        if "/" in str(data):
-            raise FileNotFoundError(
-                f"there is no folder {folder}: data is a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or a name of `rcka datasets`"
-            )
-        return load_dataset(str(data))  # says which names there are
-    if not (folder / "train").is_dir():
-        raise ValueError(f"{folder} has no folder train/: put the images as train/CLASS/*.jpg and val/CLASS/*.jpg")
-    part = next((p for p in ("val", "test") if (folder / p).is_dir()), None)
-    if part is None:
-        raise ValueError(
-            f"{folder} has neither val/ nor test/: move some images of each class there, with the class folders of train/"
-        )
-    found = load_imagenet(folder.resolve(), size=size, val=part)
-    if found.num_classes < 2:
-        raise ValueError(f"{folder} has one class, {found.classes[0]}: a classifier needs two or more")
-    return found
+__all__ = ['BESIDE', 'AS_GIVEN', 'costs', 'EpochLines', 'distill', 'report']
 
 # %% ../nbs/method/11_distill.ipynb #34ee35f4
 def costs(model: nn.Module, config: InputConfig, channels: int, device) -> dict:
@@ -102,6 +76,7 @@ class EpochLines(Callback):
         )
 
 # %% ../nbs/method/11_distill.ipynb #9ead39de
+BESIDE = ("config", "output", "device", "workers", "progress", "export")  # arguments that decide no result
 AS_GIVEN = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norms": False, "schedule": "cosine"}
 
 
@@ -125,28 +100,33 @@ def distill(
     device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     workers: int | None = None,  # processes that decode images
     progress: bool = True,
+    export: str | None = None,  # the student in other formats as well: "onnx", "torch", or both with a plus
     **config,  # fields of `TrainConfig`, instead of AdamW with a cosine schedule
 ) -> dict:  # the results, as in distill.json
     """Distil a teacher into a student, and write the student, its log and a report to a folder.
 
-    A run that was interrupted goes on; one that is done is read. Teacher and student see the same crops, each at its own
+    A run that was interrupted goes on; one that is done is read, and exported where that was not done yet. Teacher and student see the same crops, each at its own
     size and normalisation. Raises ValueError for a folder of another run, a method whose classes or features do not fit,
     or names that nobody knows, before anything is trained."""
+    given = dict(locals())
     check_whole(1, epochs=epochs, batch_size=batch_size)
     create_method(method, method_args)
-    settings = {
-        k: v for k, v in locals().items() if k not in ("config", "output", "device", "workers", "progress")
-    } | config
+    settings = {k: v for k, v in given.items() if k not in BESIDE} | config
+    formats = export.split("+") if export else []
+    check_formats(formats)
     settings = json.loads(json.dumps(settings | {"data": str(data)}))
     name = "-".join(Path(str(p)).name.replace(":", ".") for p in (data, teacher, student, method))
     folder = Path(output) if output else runs_root() / f"distill-{name}"
-    if results := _earlier(folder, settings):
-        return results
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = _Run(settings, config, folder, device, workers, progress)
-    write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": None}, indent=1) + "\n")
-    results = run.all()
-    write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+    results = _earlier(folder, settings)
+    if results is None:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        run = _Run(settings, config, folder, device, workers, progress)
+        write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": None}, indent=1) + "\n")
+        results = run.all()
+        write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+    for name in formats:
+        if name not in read_about(folder).get("exports", {}) or not (folder / EXPORTS[name]).is_file():
+            export_student(folder, name)
     return results
 
 

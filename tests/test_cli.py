@@ -43,7 +43,7 @@ def stub(tmp_path, monkeypatch):
 
 def test_every_option_has_help(says):
     root = typer.main.get_command(app)
-    assert {"methods", "models", "datasets", "train", "distill", "run", "sweep", "report", "status"} == set(
+    assert {"methods", "models", "datasets", "train", "distill", "export", "run", "sweep", "report", "status"} == set(
         root.commands
     )
     for name, command in root.commands.items():

@@ -85,12 +85,13 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             rcka.distill(**given, output=tmp_path / "parts")
     assert seen == ["teacher", "teacher", "student"]
-    parts = rcka.distill(**given, output=tmp_path / "parts")
+    parts = rcka.distill(**given, output=tmp_path / "parts", export="torch")
     assert parts["student"]["top1"] == whole["student"]["top1"]
     assert (
         json.loads((tmp_path / "parts" / "student.json").read_text())["sha256"]
         == json.loads((tmp_path / "whole" / "student.json").read_text())["sha256"]
     )
+    assert (tmp_path / "parts" / "student.pt2").is_file() and not (tmp_path / "whole" / "student.pt2").exists()
 
 
 @pytest.mark.parametrize(
