@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import rcka
 from .data.own import held_out_images, open_data
 from .extras import optional_import
 from .files import write_atomic
@@ -21,7 +22,8 @@ from .models.sources import InputConfig, input_config
 from .models.student import load_student, read_about
 
 # %% auto #0
-__all__ = ['EXPORTS', 'TOLERANCE', 'check_formats', 'compare_logits', 'export_student']
+__all__ = ['EXPORTS', 'TOLERANCE', 'CARD_MARK', 'PICTURES', 'check_formats', 'compare_logits', 'export_student', 'model_card',
+           'write_card', 'check_repository', 'push_to_hub']
 
 # %% ../nbs/method/11a_ship.ipynb #f2152908
 EXPORTS = {"onnx": "student.onnx", "torch": "student.pt2"}  # the formats, and the files they are written to
@@ -133,6 +135,8 @@ def export_student(
     about = read_about(folder)
     exports = about.get("exports", {}) | {to: written | compared}
     write_atomic(folder / "student.json", json.dumps(about | {"exports": exports}, indent=1) + "\n")
+    if (folder / "README.md").is_file():
+        write_card(folder)
     return folder / EXPORTS[to]
 
 
@@ -147,3 +151,180 @@ def _images_for(student: nn.Module, folder: Path, data: str | Path | None) -> Te
         return held_out_images(open_data(data), 64, config.size, config.mean, config.std)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. To export with other images, give images= or data=") from None
+
+# %% ../nbs/method/11a_ship.ipynb #d20c18cf
+CARD_MARK = "# Written by rcka. Remove this line, and rcka leaves the file as it is."
+
+
+def model_card(
+    folder: Path | str,  # of `save_student`, or of `rcka distill`
+) -> str:
+    "Return a description of a student as Markdown, with a head for the Hugging Face hub. Raises as `read_about`."
+    folder = Path(folder)
+    about, path = read_about(folder), folder / "distill.json"
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    made, results = about["made_by"], run.get("results") or {}
+    settings, title = made.get("settings", {}), about["network"]
+    if teacher := made.get("teacher"):
+        title += f", distilled from {teacher}"
+    parts = [_head(about, results), f"# {title}", *_origin(made, settings), _use(about)]
+    if results:
+        parts.append(_scores(results))
+    parts += [_input(about), _classes(about["classes"]), _training(made, settings), _files(folder, about)]
+    versions = made.get("versions") or about.get("versions", {})
+    parts.append("Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _head(about: dict, results: dict) -> str:
+    "Return the head of a card: what the hub shows and searches."
+    settings = about["made_by"].get("settings", {})
+    head = {
+        "library_name": "rcka",
+        "pipeline_tag": "image-classification" if about["classes"] else "image-feature-extraction",
+        "tags": ["knowledge-distillation", about["network"]],
+    }
+    top1 = results.get("student", {}).get("top1")
+    if top1 is not None:
+        data = settings.get("data", "held-out images")
+        metric = {"type": "accuracy", "name": "top-1, held-out images", "value": round(top1 / 100, 4)}
+        task, dataset = {"type": "image-classification"}, {"name": data, "type": data}
+        result = {"task": task, "dataset": dataset, "metrics": [metric]}
+        head["model-index"] = [{"name": about["network"], "results": [result]}]
+    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
+    return "\n".join(["---", CARD_MARK, *lines, "---"])
+
+
+def _origin(made: dict, settings: dict) -> list[str]:
+    if not settings:
+        return []
+    unlabelled = "" if made.get("labels", True) else ", without labels, so that cross-entropy is left out"
+    origin = f"Trained with the method `{settings['method']}` for {settings['epochs']} epochs on {settings['data']}{unlabelled}."
+    return [origin]
+
+
+def _use(about: dict) -> str:
+    "Return how to load a student, in three lines."
+    call = "probabilities = student(x).softmax(1)" if about["classes"] else "features = student(x)"
+    return f"""## Use
+
+```python
+import rcka  # pip install 'rcka[train] @ git+https://github.com/rcka/rcka'
+student = rcka.load_student(".")  # this folder; of the hub: huggingface_hub.snapshot_download("USER/NAME")
+x = rcka.student_transform(student)(image)[None]  # of a PIL image
+{call}
+```"""
+
+
+def _scores(results: dict) -> str:
+    "Return the table of the networks."
+    lines = [
+        "## Scores",
+        "",
+        "| network | top-1, % | parameters | GFLOPs an image | MB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for who in ("teacher", "student"):
+        found = results[who]
+        top1 = "not known" if found.get("top1") is None else f"{found['top1']:.2f}"
+        flops = f"{found['flops'] / 1e9:.3g}"
+        lines.append(
+            f"| {who}, {found['network']} | {top1} | {found['parameters']:,} | {flops} | {found['megabytes']:.1f} |"
+        )
+    if results.get("alone"):
+        lines.append(f"| student trained alone | {results['alone']['top1']:.2f} | | | |")
+    lines += ["", "On held-out images, which chose nothing; one seed."]
+    for name, what in (
+        ("agreement", "of the held-out images get the teacher's class"),
+        ("cka", "is the CKA of its outputs with the teacher's, times 100"),
+    ):
+        if results["student"].get(name) is not None:
+            lines[-1] += f" {results['student'][name]:.2f} {what}."
+    return "\n".join(lines)
+
+
+def _input(about: dict) -> str:
+    size = "of any size" if about["size"] is None else f"of {about['size']} x {about['size']} pixels"
+    scale = (
+        "as they are" if about["mean"] is None else f"minus {tuple(about['mean'])}, divided by {tuple(about['std'])}"
+    )
+    return f"Input: images of {about['in_channels']} channel(s) {size}, values from 0 to 1, {scale}."
+
+
+def _classes(classes: list[str], most: int = 20) -> str:
+    if not classes:
+        return "Output: the features before the classifier that it was built without."
+    more = f", and {len(classes) - most} more in `student.json`" if len(classes) > most else ""
+    return f"Output: logits of {len(classes)} classes: {', '.join(classes[:most])}{more}."
+
+
+def _training(made: dict, settings: dict) -> str:
+    "Return what the student was trained with, as a table."
+    rows = {f"`{k}`": v for k, v in settings.items() if v is not None and k != "method_args"}
+    rows |= {f"`{settings['method']}`: `{k}`": v for k, v in made.get("method_args", {}).items()}
+    if not rows:
+        return ""
+    table = [f"| {k} | {v if isinstance(v, str) else json.dumps(v)} |" for k, v in rows.items()]
+    return "\n".join(["## Training", "", "| setting | value |", "| --- | --- |", *table])
+
+
+def _files(folder: Path, about: dict) -> str:
+    "Return what else lies in the folder."
+    lines = []
+    for name, found in about.get("exports", {}).items():
+        shape = ", ".join(map(str, ["batch", *found["input"]]))
+        run = {
+            "onnx": 'onnxruntime.InferenceSession("student.onnx").run(None, {"images": x})',
+            "torch": 'torch.export.load("student.pt2").module()(x)',
+        }[name]
+        lines.append(
+            f"- `{found['file']}`: `{run}`, x of shape ({shape}), normalised; compared with the student on {found['images']} images, "
+            f"logits within {found['largest_difference']:.1e}, the same classes."
+        )
+    lines += [f"\n![{what}]({name})" for name, what in PICTURES.items() if (folder / name).is_file()]
+    return "\n".join(["## Files", "", *lines]) if lines else ""
+
+
+PICTURES = {
+    "curves.png": "Loss and accuracy by epoch",
+    "similarity.png": "Similarity (CKA) of the stages of student and teacher",
+}
+
+
+def write_card(folder: Path | str) -> bool:  # whether it was written
+    "Write `model_card` as the folder's README.md, unless there is one that this package did not write."
+    path = Path(folder) / "README.md"
+    if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8"):
+        return False
+    write_atomic(path, model_card(folder))
+    return True
+
+# %% ../nbs/method/11a_ship.ipynb #161fea72
+_SENT = ("README.md", "student.json", "student.safetensors", *EXPORTS.values(), *PICTURES)
+
+
+def check_repository(name: str):
+    "Raise ValueError for what is no name of a repository, ImportError without the hub's client."
+    with optional_import():
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"push_to_hub must be USER/NAME of a repository; got {name!r} ({error})") from None
+
+
+def push_to_hub(
+    folder: Path | str,  # of `save_student`, or of `rcka distill`
+    repository: str,  # USER/NAME
+) -> str:  # the address of the commit
+    "Send a student to a repository of the Hugging Face hub; a new one is private. Raises as `load_student` before anything is sent."
+    with optional_import():
+        from huggingface_hub import HfApi
+    check_repository(repository)
+    load_student(folder)
+    write_card(folder)
+    sent = [name for name in _SENT if (Path(folder) / name).is_file()]
+    api = HfApi(library_name="rcka", library_version=rcka.__version__)
+    api.create_repo(repository, private=True, exist_ok=True)
+    message = f"{read_about(folder)['network']}, by rcka"
+    return str(api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=sent, commit_message=message))

@@ -12,7 +12,7 @@ import rcka
 from rcka.data.own import held_out_images, open_data
 from rcka.models.sources import InputConfig
 from rcka.models.student import make_network, read_about, save_student
-from rcka.shipping import EXPORTS, compare_logits, export_student
+from rcka.shipping import EXPORTS, compare_logits, export_student, push_to_hub, write_card
 
 FORMATS = [
     "torch",
@@ -150,3 +150,103 @@ def test_a_network_of_torchvision_on_photographs(real_data, tmp_path, to):
     save_student(model, tmp_path, "torchvision/mobilenet_v3_small", classes=data.classes, config=config)
     export_student(tmp_path, to, data=real_data / "imagenette")
     assert read_about(tmp_path)["exports"][to]["input"] == [3, 96, 96]
+
+
+def finished(folder):
+    "Write what `rcka distill` writes about a run, beside a student that is there."
+    about = read_about(folder)
+    settings = {"data": "digits", "method": "kd+fcka", "epochs": 7, "alone": True}
+    args = {"kd.weight": 1.0, "fcka.weight": 16.0}
+    about["made_by"] = {"settings": settings, "teacher": "resnet14", "method_args": args, "versions": {"torch": "2.6"}}
+    (folder / "student.json").write_text(json.dumps(about))
+    costs = {"parameters": 77754, "flops": 2e6, "megabytes": 0.3}
+    results = {
+        "teacher": {"network": "resnet14", "top1": 97.5} | costs,
+        "student": {"network": "resnet8", "top1": 95.25} | costs,
+        "alone": {"top1": 94.0},
+    }
+    (folder / "distill.json").write_text(json.dumps({"settings": settings, "results": results}))
+
+
+def test_the_card_is_read_by_the_hub_and_its_code_runs(student, digits, monkeypatch):
+    "The head by the hub's own reader, where it is installed; the code block as it stands, on an image."
+    finished(student)
+    assert write_card(student)
+    text = (student / "README.md").read_text()
+    for said in (
+        "resnet14",
+        "97.50",
+        "95.25",
+        "94.00",
+        "77,754",
+        "`kd+fcka`",
+        "| `kd+fcka`: `fcka.weight` | 16.0 |",
+        "torch 2.6",
+    ):
+        assert said in text, said
+    hub = pytest.importorskip("huggingface_hub")
+    card = hub.ModelCard(text)
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.9525, "digits")
+    assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "rcka"
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(student)
+    names = {"image": digits.test_images[0]}
+    exec(code, names)
+    torch.testing.assert_close(names["probabilities"].sum(), torch.tensor(1.0))
+    assert len(code.splitlines()) == 4
+
+
+def test_the_card_of_an_encoder(tmp_path):
+    "A student without a classifier, that nobody said anything about."
+    torch.manual_seed(0)
+    save_student(make_network("resnet8", 0), tmp_path, "resnet8")
+    text = rcka.shipping.model_card(tmp_path)
+    assert '"image-feature-extraction"' in text and "features = student(x)" in text and "model-index" not in text
+
+
+def test_a_readme_of_somebody_else_stays(student):
+    (student / "README.md").write_text("mine")
+    assert not write_card(student) and (student / "README.md").read_text() == "mine"
+    (student / "README.md").unlink()
+    assert write_card(student) and write_card(student)  # its own it writes again
+
+
+class Hub:
+    "In place of HfApi: keeps what it was asked for, and opens no connection."
+
+    calls: list = []
+
+    def __init__(self, **_):
+        pass
+
+    def create_repo(self, repo_id, **how):
+        self.calls.append(("create", repo_id, how))
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        self.calls.append(("upload", repo_id, set(allow_patterns), folder_path))
+        return f"https://example.org/{repo_id}"
+
+
+def test_a_student_is_sent_to_the_hub(student, monkeypatch):
+    "A private repository gets the student and nothing else of its folder; a damaged one is not sent."
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    finished(student)
+    (student / "student").mkdir()
+    (student / "student" / "checkpoint-1.pt").write_bytes(b"")
+    assert push_to_hub(student, "someone/resnet8") == "https://example.org/someone/resnet8"
+    created, sent = Hub.calls
+    assert created == ("create", "someone/resnet8", {"private": True, "exist_ok": True})
+    assert sent == ("upload", "someone/resnet8", {"README.md", "student.json", "student.safetensors"}, student)
+    Hub.calls.clear()
+    with pytest.raises(ValueError, match="USER/NAME"):
+        push_to_hub(student, "a/b/c")
+    with pytest.raises(ValueError, match="USER/NAME"):  # before anything is trained
+        rcka.distill("digits", "resnet14", "resnet8", output=student / "out", push_to_hub="not a name!")
+    weights = (student / "student.safetensors").read_bytes()
+    (student / "student.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ValueError, match="damaged"):
+        push_to_hub(student, "someone/resnet8")
+    assert not Hub.calls and not (student / "out").exists()

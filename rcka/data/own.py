@@ -3,13 +3,17 @@
 # %% ../../nbs/method/05f_own.ipynb #3973839e
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from .datasets import KNOWN, load_dataset
-from .imagenet import FileDataset, load_imagenet
+from .folder import class_folders, walk_images
+from .imagenet import FileDataset, Files, load_imagenet
 from .memory import Dataset, balanced_slice, limited
 
 # %% auto #0
@@ -19,7 +23,7 @@ __all__ = ['open_data', 'held_out_images']
 def open_data(
     data: str | Path,  # a folder with train/ and val/ or test/, or a name of `list_datasets()`
     size: int = 224,  # pixels of a side at which a folder's images are cropped
-) -> Dataset | FileDataset:
+) -> Dataset | FileDataset:  # with 0 classes where nobody labelled the images
     "Open images to distil on. Raises ValueError or FileNotFoundError for what is neither a known name nor such a folder."
     if str(data) in KNOWN:
         return load_dataset(str(data))
@@ -31,8 +35,13 @@ def open_data(
             )
         return load_dataset(str(data))  # says which names there are
     if not (folder / "train").is_dir():
-        raise ValueError(f"{folder} has no folder train/: put the images as train/CLASS/*.jpg and val/CLASS/*.jpg")
+        raise ValueError(
+            f"{folder} has no folder train/: put the images as train/CLASS/*.jpg and val/CLASS/*.jpg, or as train/*.jpg "
+            "where nobody labelled them"
+        )
     part = next((p for p in ("val", "test") if (folder / p).is_dir()), None)
+    if not class_folders(folder / "train"):
+        return _unlabelled(folder.resolve(), part, size)
     if part is None:
         raise ValueError(
             f"{folder} has neither val/ nor test/: move some images of each class there, with the class folders of train/"
@@ -41,6 +50,31 @@ def open_data(
     if found.num_classes < 2:
         raise ValueError(f"{folder} has one class, {found.classes[0]}: a classifier needs two or more")
     return found
+
+
+_LEAST = 8  # images of a part without labels: debiased CKA needs four, and a batch some more
+
+
+def _unlabelled(folder: Path, part: str | None, size: int) -> FileDataset:
+    "Return the images of a folder without labels; without val/ or test/ every tenth is held out."
+    train = _files(folder / "train")
+    if part:
+        held_out = _files(folder / part)
+    else:
+        tenth = torch.arange(len(train)) % 10 == 9
+        names = np.char.add(b"train/", train.names[tenth.numpy()])
+        train, held_out = train.keep(~tenth), Files(folder, names, train.targets[tenth])
+    for where, files in (("to train on", train), (f"in {part}/" if part else "to hold out, one in ten,", held_out)):
+        if len(files) < _LEAST:
+            raise ValueError(f"{folder} has {len(files)} images {where} and needs {_LEAST} or more")
+    return FileDataset(f"unlabelled:{folder.name}", train, held_out, (), size)
+
+
+def _files(folder: Path) -> Files:
+    "List all images below a folder, in the order of their names, without classes."
+    paths = sorted(path for path, _, _ in walk_images(folder))
+    names = np.array([os.fsencode(os.path.relpath(path, folder)) for path in paths] or [b""])[: len(paths)]
+    return Files(folder, names, torch.zeros(len(paths), dtype=torch.int64))
 
 # %% ../../nbs/method/05f_own.ipynb #290dbddf
 def held_out_images(
