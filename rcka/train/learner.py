@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import BatchesFailed, Outputs, as_batches, seed_of
 from ..distributed import all_reduce, average_gradients, barrier, broadcast, rank, shard, world_size
-from ..features import Taps
+from ..features import Taps, as_stored
 from .callbacks import Callback, Checkpoint, NonFiniteWatch, Progress, SaveResults
 from .checkpoint import run_identity
 from .classification import Distiller
@@ -488,7 +488,7 @@ def shared_teacher(learners: list[Learner]):
                 outputs = cache(batch.index, epoch, paths)
             else:
                 with torch.no_grad(), autocast(batch.images.device.type, precision):
-                    outputs = taps(batch.images)
+                    outputs = taps(as_stored(batch.images, teacher))
             at = dict(zip(paths, outputs.features))
             return {t: Outputs(outputs.logits, tuple(at[p] for p in t.teacher_taps.paths)) for t in tasks}
 
