@@ -228,6 +228,7 @@ class CRD(FeatureMethod):
 
     connects = True
     stages = "pooled"
+    capturable = False  # the memory is a new tensor after each step
 
     def __init__(
         self,
