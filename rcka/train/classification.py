@@ -11,13 +11,14 @@ from torch import nn
 
 from ..core import Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
-from ..features import Taps
+from ..features import Taps, as_logits, as_stored
 from ..methods.base import Method, Vanilla
 from ..pair import batch_statistics, build_method, paired_taps, wanted_paths
+from ..similarity.measures import cka
 from .config import autocast
 
 # %% auto #0
-__all__ = ['Accuracy', 'evaluate', 'Step', 'Distiller']
+__all__ = ['Accuracy', 'evaluate', 'Step', 'Distiller', 'UnlabelledDistiller']
 
 # %% ../../nbs/method/06c_classification.ipynb #0749ca0f
 class Accuracy(NamedTuple):
@@ -42,7 +43,7 @@ def evaluate(
         if not len(targets):
             continue
         with autocast(images.device.type, precision):
-            logits = model(images)
+            logits = model(as_stored(images, model))
         order = logits.topk(min(5, logits.shape[1])).indices
         hits = order == targets[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), hits[:, 0].numel() + torch.zeros_like(counts[0])])
@@ -102,7 +103,7 @@ class Distiller:
     def _teacher_outputs(self, images: torch.Tensor, taps: Taps | None = None) -> Outputs:
         "Return the teacher's outputs."
         with batch_statistics(self.teacher) if self.method.teacher_batch_stats else contextlib.nullcontext():
-            return (taps or self.teacher_taps)(images)
+            return (taps or self.teacher_taps)(as_stored(images, self.teacher))
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
         "Return the method's terms and the student's hits. `teacher`: its outputs in eval mode, if they were computed already."
@@ -121,3 +122,44 @@ class Distiller:
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
         "Return the student's accuracy by name; `before` is called before each batch."
         return evaluate(self.student, batches, precision, before)._asdict()
+
+# %% ../../nbs/method/06c_classification.ipynb #0cd62d8d
+class UnlabelledDistiller(Distiller):
+    """A student that learns from its teacher alone: labels are not read, and there is no cross-entropy.
+
+    The scores are on held-out images: `cka` is the CKA of both networks' outputs, debiased, times 100, and `agreement`, where
+    the method compares logits, the per cent for which both name the same class. Raises ValueError without a teacher, and in
+    several processes."""
+
+    def __init__(self, student, method, teacher, student_paths=None, teacher_paths=None):
+        if teacher is None or world_size() > 1:
+            raise ValueError("without labels a student needs a teacher, and is trained in one process")
+        super().__init__(student, method, teacher, student_paths, teacher_paths)
+        self.score = "agreement" if self.method.wants_logits else "cka"
+
+    def prepare(self, train):
+        self.build(first_shard(train).images, None)
+
+    def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
+        "Return the method's terms. `teacher`: its outputs in eval mode, if they were computed already."
+        if teacher is None or self.method.teacher_batch_stats:
+            teacher = self._teacher_outputs(batch.images)
+        return Step(self.method.terms(self.student_taps(batch.images), teacher, None, batch.index))
+
+    @torch.no_grad()
+    def evaluate(self, batches, precision: str, before) -> dict[str, float]:
+        "Return how near the student's outputs are to the teacher's; `before` is called before each batch."
+        mode, device, found = self.student.training, next(self.student.parameters()).device, []
+        assert self.teacher is not None  # refused by __init__
+        networks = (self.student, self.teacher)
+        self.student.eval()
+        for batch in as_batches(batches, device).epoch(0):
+            before()
+            with autocast(device.type, precision):
+                found.append([as_logits(net(as_stored(batch.images, net))).float() for net in networks])
+        self.student.train(mode)
+        ours, theirs = (torch.cat(outputs) for outputs in zip(*found))
+        scores = {"cka": 100 * cka(ours, theirs, unbiased=True).item()}
+        if self.score == "agreement":
+            scores["agreement"] = 100 * (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
+        return scores
