@@ -284,7 +284,7 @@ PAIR = {  # label to the factor of its usual weights that was best in the screen
     "rcka": 0.25,
     "kd+fcka": 4,
     "cka_places": 1,
-    "dist+cka_places": 1,
+    "dist+procrustes 256": 1,
 }
 
 
