@@ -31,7 +31,7 @@ demo: .venv/.installed
 	$(RUN) papermill --engine rcka --no-progress-bar --log-output -k python3 nbs/benchmarks/digits.ipynb runs/digits.ipynb
 	@echo "The executed notebook is runs/digits.ipynb, the figure runs/figures/digits.png."
 
-EXHIBITS ?= digits digits-resnet56 bounds analysis-digits what-works
+EXHIBITS ?= digits digits-resnet56 bounds analysis-digits ten-classes what-works
 figures: .venv/.installed
 	$(RUN) OMP_NUM_THREADS=1 python -m rcka.experiments.exhibits $(EXHIBITS)
 
