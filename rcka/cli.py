@@ -302,7 +302,7 @@ def distill(
     for who in ("teacher", "student", "alone"):
         if found := results[who]:
             scores = [f"{what}: {found[name]:.2f}" for name, what in SCORES.items() if found.get(name) is not None]
-            print(f"{who}: " + ("; ".join(scores) or "no score, since its classes are others"))
+            print(f"{who}: " + ("; ".join(scores) or "no score: its classes are others, or there are no labels"))
 
 # %% ../nbs/method/08c_cli.ipynb #c2f41b74
 @app.command()

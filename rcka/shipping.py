@@ -235,7 +235,7 @@ def _scores(results: dict) -> str:
         lines.append(f"| student trained alone | {results['alone']['top1']:.2f} | | | |")
     lines += ["", "On held-out images, which chose nothing; one seed."]
     for name, what in (
-        ("agreement", "of the held-out images get the teacher's class"),
+        ("agreement", "% of the held-out images get the teacher's class"),
         ("cka", "is the CKA of its outputs with the teacher's, times 100"),
     ):
         if results["student"].get(name) is not None:
