@@ -56,6 +56,7 @@ class Method(nn.Module):
     dense = False  # for detectors and segmentation networks
     wants_logits = True  # compares logits; of detectors those of classes
     smallest = 2  # samples in a batch: with fewer there is nothing to compare
+    capturable = True  # a step fits a CUDA graph: its kernels do not depend on values, and memory is written in place
     relations_only = False  # it sees the teacher's features through their Gram matrix alone, whatever their width
 
     def wants(self, layers: FeaturePaths) -> list[str]:
@@ -175,6 +176,10 @@ class Sum(Method):
         return any(m.wants_logits for m in self.parts)
 
     @property
+    def capturable(self):
+        return all(m.capturable for m in self.parts)
+
+    @property
     def smallest(self):
         return max(m.smallest for m in self.parts)
 
@@ -267,6 +272,10 @@ class Wrapper(Method):
     @property
     def wants_logits(self):
         return self.inner.wants_logits
+
+    @property
+    def capturable(self):
+        return self.inner.capturable
 
     @property
     def smallest(self):
