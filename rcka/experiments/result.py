@@ -21,6 +21,7 @@ import rcka
 from ..core import nearest
 from ..extras import optional_import
 from ..files import FolderBusy, checkout, write_atomic
+from ..style import PALETTE
 from ..train.callbacks import differences
 
 with optional_import():
@@ -241,7 +242,7 @@ def plot_run(
         if experiment.exists() and json.loads(experiment.read_text()).get("evaluate_on") == "train"
         else "test"
     )
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     columns = [c for c in rows if c not in ("epoch", "lr", "loss")]
     done = Path(folder) / "result.json"
     score = (
@@ -256,19 +257,24 @@ def plot_run(
             rows["epoch"],
             rows[name],
             label=name.replace("_", " "),
-            color=f"C{i}",
+            color=PALETTE[i % len(PALETTE)],
             linestyle=["-", "--", ":", "-."][i % 4],
         )
-    left.set(xlabel="epoch", ylabel="weighted loss term (mean of the epoch)", yscale="log")
+    left.set(xlabel="epoch", ylabel="weighted loss term", yscale="log")
     for i, name in enumerate(shares):
         label = "training (augmented)" if name.startswith("train_") else f"similarity to the teacher, {name}"
-        right.plot(rows["epoch"], rows[name], label=label, color=f"C{(7 + i) % 10}", linestyle=["--", ":", "-."][i % 3])
-    right.plot(rows["epoch"], rows[score], label=tested, color="C0")
+        right.plot(
+            rows["epoch"],
+            rows[name],
+            label=label,
+            color=PALETTE[(i + 1) % len(PALETTE)],
+            linestyle=["--", ":", "-."][i % 3],
+        )
+    right.plot(rows["epoch"], rows[score], label=tested, color=PALETTE[0])
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if score == "top1" else f"{score} (%)")
     for ax in (left, right):
         ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         ax.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
     return fig
 
 # %% ../../nbs/method/07a_results.ipynb #eb27a55f
