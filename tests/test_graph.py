@@ -264,7 +264,7 @@ def test_a_method_that_is_recorded_stays_on_the_device(name):
 
 
 @pytest.mark.skipif(not fakes_work(), reason="this torch has no fake CUDA device")
-@pytest.mark.parametrize("name, why", [("crd", 1), ("procrustes", 0), ("skd", 0)])
+@pytest.mark.parametrize("name, why", [("crd", 1), ("explained_variance", 0), ("procrustes", 0), ("skd", 0)])
 def test_a_method_that_is_not_recorded_has_a_reason(name, why):
     "So the test above can fail."
     assert not create_method(name).capturable and fake_step(name)[why]

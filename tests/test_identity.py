@@ -17,7 +17,7 @@ from PIL import Image
 import rcka.train.checkpoint as C
 from rcka.data.datasets import load_dataset
 from rcka.experiments.experiment import Experiment, run, run_many
-from rcka.experiments.launch import kind_of, main
+from rcka.experiments.launch import kind_of, main, parse
 from rcka.experiments.result import RESULT_FORMAT
 from rcka.experiments.sweep import grid, sweep
 from rcka.files import listing
@@ -25,7 +25,7 @@ from rcka.methods.base import METHODS, Method, create_method, list_methods
 from rcka.models.registry import create_model
 from rcka.train.checkpoint import checkpoints
 from rcka.train.classification import Distiller
-from rcka.train.config import TrainConfig, cublas_workspace
+from rcka.train.config import TrainConfig, auto_precision, cublas_workspace
 from rcka.train.learner import Trainer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -567,3 +567,43 @@ def test_files_of_every_kind(name, tmp_path, monkeypatch):
         (tmp_path / name / places[3]).write_text(places[3].upper())
         found.append(e.data_inputs())
     assert len({str(f) for f in found}) == len(found)
+
+
+# precision="auto"
+
+
+@pytest.fixture
+def bf16(request, monkeypatch):
+    "Whether this machine, as torch is made to see it, has units for bfloat16."
+    auto_precision.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: request.param, raising=False)
+    yield request.param
+    auto_precision.cache_clear()
+
+
+@pytest.mark.parametrize("bf16", [True, False], indirect=True)
+def test_auto_precision_is_settled_when_a_run_is_described(bf16, capsys):
+    "What is stored, and the key, are those of the precision that it becomes; it is said once."
+    expected = "bf16" if bf16 else "fp32"
+    auto = Experiment("digits", precision="auto")
+    assert auto.to_dict()["precision"] == TrainConfig(precision="auto").precision == expected
+    assert auto == Experiment("digits", precision=expected) and auto.key == Experiment("digits", precision=expected).key
+    said = capsys.readouterr().err
+    assert said.count("precision 'auto' is") == 1 and f"is '{expected}': the cpu device" in said
+    experiment, options = parse(["--dataset", "digits", "--precision", "auto"])
+    assert experiment == auto and options.get("channels_last", False) == bf16
+    assert "channels_last" not in parse(["--dataset", "digits", "--precision", expected])[1]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("bf16", [True], indirect=True)
+def test_auto_precision_goes_on_elsewhere_with_what_it_became(bf16, monkeypatch):
+    first = Experiment("digits", precision="auto", epochs=1, train_limit=40, test_limit=20)
+    auto_precision.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert Experiment.from_dict(json.loads(json.dumps(first.to_dict()))).precision == "bf16"
+    assert Experiment("digits", precision="auto").precision == "fp32"
+    assert auto_precision("meta") == "fp32"  # neither cuda nor cpu

@@ -38,7 +38,7 @@ from ..methods.base import create_method
 from ..methods.features import paper_args
 from ..models.registry import create_model, list_models, list_weights, load_checkpoint
 from ..train.classification import Distiller, evaluate
-from ..train.config import TrainConfig, cublas_workspace
+from ..train.config import TrainConfig, auto_precision, cublas_workspace
 from ..train.learner import RunsFailed, Trainer, fit_many
 from ..train.teacher_cache import TeacherCache
 
@@ -213,6 +213,8 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
             about_teacher = f.name.startswith("teacher") or f.name in ("student_paths", "relations", "watch")
             if self.method == "none" and about_teacher:
                 self._set(f.name, f.default)
+        if self.precision == "auto":  # the identity of a run has the precision that it is trained in
+            self._set("precision", auto_precision())
         for name in self.same_as_default:
             if getattr(self, name) == getattr(TrainConfig, name):
                 self._set(name, None)

@@ -107,6 +107,8 @@ def parse(args: list[str] | None = None, program: str = "python -m rcka.train") 
         if "field of an experiment" not in str(e):
             raise
         raise ValueError(f"{e}. It was read as {kind.__name__}: is --kind right?") from e
+    if (values | given).get("precision") == "auto" and experiment.precision == "bf16":
+        options["channels_last"] = True  # the layout in which the kernels of bfloat16 are fastest
     return experiment, options | {"progress": not quiet}
 
 

@@ -129,6 +129,8 @@ def explained_variance(
 class ExplainedVariance(_MeanDistance, MapMethod):
     "weight * mean over stages of the share of the teacher's variance that no linear map of the student's channels explains. Ours."
 
+    capturable = False  # a Cholesky factor waits for the device
+
     def __init__(
         self,
         weight: float = 16.0,  # of the term

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,14 +16,14 @@ import torch
 from torch import nn
 
 # %% auto #0
-__all__ = ['CHOICES', 'TrainConfig', 'along_cosine', 'parameter_groups', 'make_optimizer', 'autocast', 'cublas_workspace',
-           'determinism']
+__all__ = ['CHOICES', 'TrainConfig', 'along_cosine', 'parameter_groups', 'make_optimizer', 'computes_in_bf16', 'auto_precision',
+           'autocast', 'cublas_workspace', 'determinism']
 
 # %% ../../nbs/method/06a_config.ipynb #680f6525
 CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "schedule": ("step", "cosine", "onecycle", "poly"),
-    "precision": ("fp32", "bf16", "fp16"),
+    "precision": ("fp32", "bf16", "fp16", "auto"),
     "relations": (None, "global", "device"),
 }
 
@@ -39,7 +41,7 @@ class TrainConfig:
     lr_steps: tuple = (0.625, 0.75, 0.875)  # of "step": fractions of the run
     lr_decay: float = 0.1  # of "step": the factor at each
     warmup_steps: int = 0  # number of first steps over which the rate grows linearly
-    precision: str = "fp32"  # "fp32", "bf16", or "fp16" (with loss scaling)
+    precision: str = "fp32"  # "fp32", "bf16", "fp16" (with loss scaling); "auto" becomes that of `auto_precision`
     deterministic: bool = False  # refuse kernels whose result can vary; slower on a GPU
     seed: int = 0  # of connectors and of what a method draws; initial weights and data have seeds of their own
     relations: str | None = None  # on several devices: "global" (None) compares the whole batch, "device" each shard
@@ -71,6 +73,8 @@ class TrainConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {getattr(self, name)!r}")
+        if self.precision == "auto":
+            object.__setattr__(self, "precision", auto_precision())
         if self.epochs < 1 or not self.lr > 0:
             raise ValueError(f"epochs and lr must be positive; got {self.epochs} and {self.lr}")
         if self.accumulate < 1 or (self.grad_clip is not None and not self.grad_clip > 0):
@@ -122,6 +126,26 @@ def make_optimizer(
     return optimizer
 
 # %% ../../nbs/method/06a_config.ipynb #72fc00b3
+def computes_in_bf16(device: str) -> bool:
+    "Return whether a device, cuda or cpu, multiplies matrices in bfloat16 faster than in float32, as far as torch says."
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+@functools.cache
+def auto_precision(
+    device: str | None = None,  # cuda or cpu; None: CUDA where there is one
+) -> str:  # "bf16" or "fp32"
+    "Return the precision that the device gains from; say it on stderr, once."
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = "bf16" if computes_in_bf16(device) else "fp32"
+    why = "has units for bfloat16; results differ by rounding" if precision == "bf16" else "has no units for bfloat16"
+    print(f"precision 'auto' is {precision!r}: the {device} device {why}", file=sys.stderr)
+    return precision
+
+
 def autocast(device: str, precision: str):
     "Return the autocast context of a precision."
     if precision == "fp32":
