@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .analysis.compare import compare
+from .analysis.compare import compare_stages
 from .analysis.plots import plot_similarity, save_figure
 from .core import check_whole
 from .data.datasets import KNOWN, load_dataset
+from .data.folder import find_image_folder
 from .data.imagenet import FileDataset, load_imagenet
-from .experiments.result import device_name, package_versions, runs_root
+from .experiments.result import device_name, package_versions, plot_history, runs_root
 from .extras import optional_import
-from .features import feature_paths
 from .files import as_csv, write_atomic
 from .methods.base import create_method
 from .models.registry import list_models
@@ -50,14 +50,8 @@ def open_data(
                 f"there is no folder {folder}: data is a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or a name of `rcka datasets`"
             )
         return load_dataset(str(data))  # says which names there are
-    if not (folder / "train").is_dir():
-        raise ValueError(f"{folder} has no folder train/: put the images as train/CLASS/*.jpg and val/CLASS/*.jpg")
-    part = next((p for p in ("val", "test") if (folder / p).is_dir()), None)
-    if part is None:
-        raise ValueError(
-            f"{folder} has neither val/ nor test/: move some images of each class there, with the class folders of train/"
-        )
-    found = load_imagenet(folder.resolve(), size=size, val=part)
+    train, test = find_image_folder(str(folder.resolve()), folder)
+    found = load_imagenet(train.parent, size=size, val=test.name)
     if found.num_classes < 2:
         raise ValueError(f"{folder} has one class, {found.classes[0]}: a classifier needs two or more")
     return found
@@ -290,28 +284,19 @@ class _Run:
 
     def similarity(self) -> bool:
         "Draw the similarity of the two networks' stages; return whether they are known."
-        try:
-            ours, theirs = (list(feature_paths(net).stages) for net in (self.student, self.teacher))
-        except ValueError:
-            return False
-        images = [b.images for _, b in zip(range(8), self.test.epoch(0)) if len(b.images) >= 4]
-        frame = compare(self.student, self.teacher, images, ours, theirs, names=("student", "teacher"), progress=False)
-        save_figure(plot_similarity(frame), self.folder / "similarity")
-        return True
+        if (frame := compare_stages(self.student, self.teacher, self.test)) is not None:
+            save_figure(plot_similarity(frame), self.folder / "similarity")
+        return frame is not None
 
     def curves(self, histories: dict, teacher_top1: float | None):
         with optional_import():
             import matplotlib.pyplot as plt
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-        for name, history in histories.items():
-            epochs = [row["epoch"] for row in history]
-            left.plot(epochs, [row["loss"] for row in history], marker=".", label=name)
-            right.plot(epochs, [row["top1"] for row in history], marker=".", label=name)
+
+        figure = plot_history(histories, "top1", "held-out images")
         if teacher_top1 is not None:
+            right = figure.axes[1]
             right.axhline(teacher_top1, color="0.5", linestyle="--", label="teacher")
-        left.set(xlabel="epoch", ylabel="training loss")
-        right.set(xlabel="epoch", ylabel="top-1 on held-out images, %")
-        right.legend()
+            right.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         save_figure(figure, self.folder / "curves")
         plt.close("all")
 

@@ -3,6 +3,7 @@
 # %% ../nbs/method/03_features.ipynb #a90cf00c
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .core import FeaturePaths, Outputs, nearest
 
 # %% auto #0
-__all__ = ['FORMS', 'NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'as_logits', 'as_map', 'Taps',
+__all__ = ['FORMS', 'NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'evaluating', 'as_logits', 'as_map', 'Taps',
            'feature_paths']
 
 # %% ../nbs/method/03_features.ipynb #8dbce422
@@ -68,6 +69,19 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
         nearest(name, names, f"{type(unwrap(model)).__name__} module", most=5)
         + ". All names: [name for name, _ in model.named_modules()]"
     )
+
+# %% ../nbs/method/03_features.ipynb #f789debd
+@contextlib.contextmanager
+def evaluating(*models: nn.Module):
+    "Put networks into eval mode inside, and every module back into its own mode afterwards."
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 # %% ../nbs/method/03_features.ipynb #5a9fdf37
 def as_logits(

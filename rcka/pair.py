@@ -9,20 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .core import FeaturePaths, Outputs
+from .core import Outputs
 from .distributed import all_gather
-from .features import Taps, as_logits, feature_paths, unwrap
-from .methods.base import Method, create_method
+from .features import Taps, as_logits, evaluating, feature_paths, unwrap
+from .methods.base import ANY_PATHS, Method, create_method
 
 # %% auto #0
-__all__ = ['ANY_PATHS', 'wanted_paths', 'head_of', 'batch_statistics', 'evaluating', 'paired_taps', 'with_maps', 'build_method',
-           'Pair']
+__all__ = ['wanted_paths', 'head_of', 'batch_statistics', 'paired_taps', 'with_maps', 'build_method', 'Pair']
 
 # %% ../nbs/method/03b_pair.ipynb #7dc9b923
-_STAGES = tuple(f"stage{i}" for i in range(64))  # more than any network has
-ANY_PATHS = FeaturePaths(_STAGES, _STAGES, "pooled", "head")
-
-
 def wanted_paths(
     method: Method,
     model: nn.Module,
@@ -58,18 +53,6 @@ def batch_statistics(model: nn.Module):
             m.training, m.track_running_stats = training, tracks
 
 # %% ../nbs/method/03b_pair.ipynb #3d978cec
-@contextlib.contextmanager
-def evaluating(model: nn.Module):
-    "Put a network in eval mode inside, and every module back into its own mode after."
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
 def paired_taps(
     method: Method,
     student: nn.Module,

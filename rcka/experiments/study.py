@@ -224,8 +224,7 @@ STUDIES = {
             "cifar100-screen",
             "resnet20",
             "resnet8",
-            {"none": ("none", None)}
-            | {f"{label} x{f:g}": screened(label, f) for label in SCREENED for f in FACTORS},
+            {"none": ("none", None)} | {f"{label} x{f:g}": screened(label, f) for label in SCREENED for f in FACTORS},
             seeds=(0,),
             settings=SHORT | dict(epochs=6, train_limit=20000, val_fraction=0.1),
         ),

@@ -14,8 +14,8 @@ from ..core import FeaturePaths, Outputs, nearest
 from ..similarity.measures import as_features, as_real, full_precision
 
 # %% auto #0
-__all__ = ['METHODS', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods', 'create_method', 'Vanilla', 'Sum',
-           'Wrapper', 'FeatureMethod', 'need', 'check_samples', 'WarmUp', 'check_maps', 'pooled_to', 'same_size',
+__all__ = ['METHODS', 'ANY_PATHS', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods', 'create_method', 'Vanilla',
+           'Sum', 'Wrapper', 'FeatureMethod', 'need', 'check_samples', 'WarmUp', 'check_maps', 'pooled_to', 'same_size',
            'MapMethod', 'resize_maps', 'DenseMethod', 'map_mse_loss']
 
 # %% ../../nbs/method/02_methods.ipynb #4504c7e9
@@ -156,6 +156,9 @@ class Vanilla(Method):
     wants_logits = False
 
 
+ANY_PATHS = FeaturePaths(*[tuple(f"stage{i}" for i in range(64))] * 2, "pooled", "head")  # no network has more stages
+
+
 class Sum(Method):
     "Add several methods: all their terms, and one cross-entropy with the product of their factors."
 
@@ -184,8 +187,7 @@ class Sum(Method):
 
     @property
     def relations_only(self):
-        most = FeaturePaths(*[tuple(map(str, range(64)))] * 2, "pooled", "head")
-        return all(m.relations_only or not m.wants(most) for m in self.parts)
+        return all(m.relations_only or not m.wants(ANY_PATHS) for m in self.parts)
 
     def wants(self, layers):
         wants = [m.wants(layers) for m in self.parts]
@@ -204,15 +206,14 @@ class Sum(Method):
             return self.wanted
 
         def asked(part, stages):
-            names = tuple(map(str, range(stages)))
-            return len(part.wants(FeaturePaths(names, names, "pooled", "head")))
+            names = ANY_PATHS.stages[:stages]
+            return len(part.wants(ANY_PATHS._replace(stages=names, preacts=names)))
 
-        most = 64  # stages; no network has more
-        at_most = [asked(part, most) for part in self.parts]
+        at_most = [len(part.wants(ANY_PATHS)) for part in self.parts]
         if sum(k > 0 for k in at_most) == 1:  # a single part compares features: all are its own
             self.wanted = [n if k else 0 for k in at_most]
             return self.wanted
-        for stages in range(1, most):
+        for stages in range(1, len(ANY_PATHS.stages)):
             found = []
             for part, k in zip(self.parts, at_most):
                 try:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core import Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
-from ..features import Taps
+from ..features import Taps, evaluating
 from ..methods.base import Method, Vanilla
 from ..pair import batch_statistics, build_method, paired_taps, wanted_paths
 from .config import autocast
@@ -33,20 +33,19 @@ def evaluate(
     before=lambda: None,  # called before each batch
 ) -> Accuracy:
     "Return the top-1 and top-5 accuracy in per cent; restore the network's mode afterwards."
-    mode, own, world, device = model.training, rank(), world_size(), next(model.parameters()).device
+    own, world, device = rank(), world_size(), next(model.parameters()).device
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # right at once, right among five, all
-    model.eval()
-    for images, targets, _ in as_batches(batches, device).epoch(0):
-        before()
-        images, targets = images[own::world], targets[own::world]
-        if not len(targets):
-            continue
-        with autocast(images.device.type, precision):
-            logits = model(images)
-        order = logits.topk(min(5, logits.shape[1])).indices
-        hits = order == targets[:, None]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), hits[:, 0].numel() + torch.zeros_like(counts[0])])
-    model.train(mode)
+    with evaluating(model):
+        for images, targets, _ in as_batches(batches, device).epoch(0):
+            before()
+            images, targets = images[own::world], targets[own::world]
+            if not len(targets):
+                continue
+            with autocast(images.device.type, precision):
+                logits = model(images)
+            order = logits.topk(min(5, logits.shape[1])).indices
+            hits = order == targets[:, None]
+            counts += torch.stack([hits[:, 0].sum(), hits.sum(), hits[:, 0].numel() + torch.zeros_like(counts[0])])
     top1, top5, n = all_reduce(counts).tolist()
     return Accuracy(100 * top1 / n, 100 * top5 / n)
 
