@@ -168,6 +168,7 @@ def test_optional_imports_name_their_extra(path):
 )
 def test_a_missing_extra_is_named(package, extra, module, monkeypatch):
     "Where a package is missing, the import of a module says how to get it."
+    importlib.import_module(module.rpartition(".")[0])  # its package, which may need the same
     _block(package, monkeypatch)
     spec = importlib.util.find_spec(module)
     with pytest.raises(ImportError, match=rf"{package}.*{_install(extra)}"):
