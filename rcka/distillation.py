@@ -249,7 +249,7 @@ class _Run:
         for hook in filter(None, [*self.hooks, self.teacher_hook]):
             hook.remove()
         save_student(
-            self.student,
+            task.network,
             self.folder,
             self.student_name,
             self.given["student_options"],
@@ -262,7 +262,7 @@ class _Run:
             "teacher": {"network": self.teacher_name, "top1": teacher_top1}
             | costs(self.teacher, self.teacher_input, self.data.shape[0], self.device),
             "student": {"network": self.student_name, "top1": self.shipped_top1(history)}
-            | costs(self.student, self.input, self.data.shape[0], self.device),
+            | costs(task.network, self.input, self.data.shape[0], self.device),
             "alone": alone and {"top1": alone[-1]["top1"]},
             "device": device_name(self.device),
         }

@@ -109,7 +109,8 @@ def build_method(
             f"teacher and student must know the same classes: the teacher gives {theirs.shape[1]} logits, the student "
             f"{ours.shape[1]}. Methods that compare features alone, such as fcka, sp or rkd, take any teacher"
         )
-    method.build(*outputs, head=head_of(teacher.model), targets=targets)
+    heads = {"head": head_of(teacher.model), "student_head": head_of(student.model)}
+    method.build(*outputs, **heads, targets=targets)
     return used[0], used[1]
 
 # %% ../nbs/method/03b_pair.ipynb #46d8e5ef
@@ -157,6 +158,10 @@ class Pair(nn.Module):
     @property
     def teacher(self) -> nn.Module:
         return self._teacher[0]
+
+    def predictor(self) -> nn.Module:
+        "Return the network that predicts: the student, unless the method makes another of it."
+        return self.method.predictor(self.student, self.student_taps.paths)
 
     def _outputs(self, output, features) -> Outputs:
         "Return outputs with the logits; they are None where there are none and the method compares none."

@@ -581,7 +581,7 @@ def save_result(experiment, trainer: Trainer, teacher_scores: dict | None, input
         best=scores(trainer.best),
         train={k: last[k] for k in trained},
         teacher=teacher_scores,
-        parameters=sum(p.numel() for p in trainer.task.student.parameters()),
+        parameters=sum(p.numel() for p in trainer.network.parameters()),
         seconds=round(trainer.seconds, 1),
         images_per_second=round(trainer.train.samples * len(trainer.history) / trainer.seconds, 1),
         device=device_name(trainer.device),

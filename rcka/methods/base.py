@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,9 @@ class Method(nn.Module):
     wants_logits = True  # compares logits; of detectors those of classes
     smallest = 2  # samples in a batch: with fewer there is nothing to compare
     relations_only = False  # it sees the teacher's features through their Gram matrix alone, whatever their width
+    predicted: Tensor | None = (
+        None  # logits of the last batch, of a method that predicts with others than the student's
+    )
 
     def wants(self, layers: FeaturePaths) -> list[str]:
         "Return the module paths whose features this method compares, for a network with these `layers`."
@@ -67,11 +71,19 @@ class Method(nn.Module):
         return [False] * n
 
     def build(
-        self, student: Outputs, teacher: Outputs, *, head: nn.Module | None = None, targets: Tensor | None = None
+        self,
+        student: Outputs,  # of one batch, as an example
+        teacher: Outputs,
+        *,
+        head: nn.Module | None = None,  # the teacher's classifier
+        student_head: nn.Module | None = None,  # the student's
+        targets: Tensor | None = None,  # of all training samples
     ):
-        """Make what is trained beside the student, once, before the optimiser is made.
+        "Make what is trained beside the student, once, before the optimiser is made."
 
-        From example outputs of one batch, the teacher's classifier `head` and the `targets` of all training samples."""
+    def predictor(self, student: nn.Module, paths: Sequence[str]) -> nn.Module:
+        "Return the network that predicts: the student, or one made of it, of its features at `paths` and of what was built."
+        return student
 
     def set_epoch(self, epoch: int):
         "Set the epoch, counted from 0, before it begins: for terms that warm up or decay."
@@ -242,6 +254,18 @@ class Sum(Method):
         for m, s, t in zip(self.parts, self.split(student), self.split(teacher)):
             m.build(s, t, **kw)
 
+    @property
+    def predicted(self):
+        return next((m.predicted for m in self.parts if m.predicted is not None), None)
+
+    def predictor(self, student, paths):
+        paths = list(paths)
+        for m, k in zip(self.parts, self.feature_counts(len(paths))):
+            if (network := m.predictor(student, paths[:k])) is not student:
+                return network
+            paths = paths[k:]
+        return student
+
     def set_epoch(self, epoch):
         for m in self.parts:
             m.set_epoch(epoch)
@@ -278,6 +302,13 @@ class Wrapper(Method):
 
     def wants_maps(self, n):
         return self.inner.wants_maps(n)
+
+    @property
+    def predicted(self):
+        return self.inner.predicted
+
+    def predictor(self, student, paths):
+        return self.inner.predictor(student, paths)
 
     def build(self, student, teacher, **known):
         self.inner.build(student, teacher, **known)
@@ -322,7 +353,7 @@ class FeatureMethod(Method):
         pairs = [self.prepare(s, t) for s, t in zip(student.features, teacher.features)]
         return [(s, t.detach()) for s, t in pairs]
 
-    def build(self, student, teacher, *, head=None, targets=None):
+    def build(self, student, teacher, **known):
         if self.connects:
             pairs = self.pairs(student, teacher)
             like = as_real(pairs[0][0], "student feature")

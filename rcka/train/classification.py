@@ -73,6 +73,7 @@ class Distiller:
         teacher_paths=None,
     ):
         self.student, self.teacher, self.method = student, teacher, method or Vanilla()
+        self.network = student  # the one that predicts
         if teacher is None:
             self.student_taps = Taps(student, wanted_paths(self.method, student, student_paths))
             return
@@ -96,6 +97,7 @@ class Distiller:
             targets,
         )
         self.method.to(images.device)
+        self.network = self.method.predictor(self.student, self.student_taps.paths)
 
     @torch.no_grad()
     def _teacher_outputs(self, images: torch.Tensor, taps: Taps | None = None) -> Outputs:
@@ -111,12 +113,12 @@ class Distiller:
         student, targets, index = self.student_taps(batch.images), batch.targets, batch.index
         if relations != "device":
             student, teacher, targets, index = map(all_gather, (student, teacher, targets, index))
+        terms = self.method(student, teacher, targets, index)
+        logits = student.logits.detach() if self.method.predicted is None else self.method.predicted
         classes = targets.argmax(1) if targets.dim() == 2 else targets  # class probabilities: the most probable
-        hits = (student.logits.detach().argmax(1) == classes).sum()
-        return Step(
-            self.method(student, teacher, targets, index), {"train_top1": (hits, torch.full_like(hits, len(targets)))}
-        )
+        hits = (logits.argmax(1) == classes).sum()
+        return Step(terms, {"train_top1": (hits, torch.full_like(hits, len(targets)))})
 
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
         "Return the student's accuracy by name; `before` is called before each batch."
-        return evaluate(self.student, batches, precision, before)._asdict()
+        return evaluate(self.network, batches, precision, before)._asdict()
