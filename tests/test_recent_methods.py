@@ -801,7 +801,6 @@ def test_adds_up_with_fcka(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_step_on_a_small_network(name):
     "A step of the student on images lowers the loss on them; the teacher stays as it is."
-
     torch.manual_seed(0)
     student, teacher = create_model("resnet8", CLASSES), create_model("resnet14", CLASSES).eval().requires_grad_(False)
     images, target = torch.randn(12, 3, 32, 32), torch.arange(12) % CLASSES

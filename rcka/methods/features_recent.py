@@ -3,8 +3,6 @@
 # %% ../../nbs/method/02g_features_since_2022.ipynb #6208ff5f
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -424,8 +422,11 @@ class SimKD(MapMethod):
         return Projector(student.shape[1:], teacher.shape[1:])
 
     def predictor(self, student, paths):
-        (projector,) = self.built()
-        return ProjectedNetwork(student, paths[0], projector, copy.deepcopy(self._head[0]).requires_grad_(False))
+        (projector,), (head,) = self.built(), self._head
+        like = {"device": head.weight.device, "dtype": head.weight.dtype}
+        own = nn.Linear(head.in_features, head.out_features, head.bias is not None, **like)
+        own.load_state_dict(head.state_dict())  # a copy, so that nobody who moves or averages this network moves the teacher
+        return ProjectedNetwork(student, paths[0], projector, own.requires_grad_(False))
 
     def terms(self, student, teacher, target=None, index=None):
         (projector,) = self.built()
