@@ -425,7 +425,9 @@ class SimKD(MapMethod):
         (projector,), (head,) = self.built(), self._head
         like = {"device": head.weight.device, "dtype": head.weight.dtype}
         own = nn.Linear(head.in_features, head.out_features, head.bias is not None, **like)
-        own.load_state_dict(head.state_dict())  # a copy, so that nobody who moves or averages this network moves the teacher
+        own.load_state_dict(
+            head.state_dict()
+        )  # a copy, so that nobody who moves or averages this network moves the teacher
         return ProjectedNetwork(student, paths[0], projector, own.requires_grad_(False))
 
     def terms(self, student, teacher, target=None, index=None):
