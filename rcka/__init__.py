@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # at run time each name is imported when it is first asked fo
     from rcka.methods import FCKA, LCKA, PCKA, RCKA, Method, create_method, fcka, lcka, list_methods, pcka, register
     from rcka.pair import Pair
     from rcka.models import create_model, list_models, load_checkpoint, load_student, save_weights, student_transform
+    from rcka.shipping import export_student, push_to_hub
     from rcka.similarity import Gaussian, Linear, Polynomial, center, cka, gram, hsic, mmd2
     from rcka.train import Callback, Distiller, TrainConfig, Trainer
 
@@ -36,6 +37,7 @@ _HOMES = {  # the public names, by the module that has them
     "data": ("list_datasets", "load_dataset"),
     "train": ("Callback", "Distiller", "TrainConfig", "Trainer"),
     "distillation": ("distill",),
+    "shipping": ("export_student", "push_to_hub"),
     "experiments": ("Experiment", "Result", "published", "run", "run_many", "summary"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -25,7 +25,7 @@ with optional_import():
 
 # %% auto #0
 __all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'WeightsOf', 'extensions', 'methods', 'models',
-           'datasets', 'train', 'distill', 'run', 'sweep', 'status', 'report', 'main']
+           'datasets', 'train', 'distill', 'export', 'run', 'sweep', 'status', 'report', 'main']
 
 # %% ../nbs/method/08c_cli.ipynb #38af5754
 app = typer.Typer(
@@ -210,14 +210,20 @@ WeightsOf = Annotated[
 @app.command()
 def distill(
     data: Annotated[
-        str, typer.Option(help="A folder with train/CLASS/*.jpg and val/ or test/, or a name of `rcka datasets`.")
+        str,
+        typer.Option(
+            help="A folder with train/CLASS/*.jpg and val/ or test/, without labels train/*.jpg; or a name of `rcka datasets`."
+        ),
     ],
     teacher: Annotated[
         str, typer.Option(help="A network's name, package.module:function, or the folder of an earlier student.")
     ],
     student: Annotated[str, typer.Option(help="A network's name, or package.module:function.")],
     method: Annotated[str, typer.Option(help="A method of `rcka methods`, or several with a plus.")] = "kd+fcka",
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the student, and of a teacher without weights.")] = 5,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Epochs of the student, and of a teacher without weights: 5, or those of the preset."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results. Without it: below the folder of all runs.")
     ] = None,
@@ -232,18 +238,36 @@ def distill(
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Without it: CUDA where there is one.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
+    export: Annotated[
+        str | None, typer.Option(help="Export the student as well: onnx, torch, or both as onnx+torch.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER/NAME",
+            help="Send the student to this repository of the Hugging Face hub; a new one is private.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="A published recipe: crd, torchvision-v2 or deit. Without it: AdamW and a cosine."),
+    ] = None,
     param: Annotated[
         list[str] | None,
-        typer.Option("--param", "-p", metavar="NAME=VALUE", help="A field of TrainConfig, as lr=0.01."),
+        typer.Option(
+            "--param", "-p", metavar="NAME=VALUE", help="A field of TrainConfig or Augment, as lr=0.01 or mixup=0.2."
+        ),
     ] = None,
 ):
     "Distil your networks on your images; `train` runs a named experiment of the benchmarks."
     from rcka.core import BatchesFailed
+    from rcka.data.augment import Augment
+    from rcka.distillation import SCORES
     from rcka.distillation import distill as run_distill
     from rcka.train.config import TrainConfig
 
-    fields, hints = _fields(param), get_type_hints(TrainConfig)
-    _known(fields, set(hints) - {"epochs"}, "field of TrainConfig")
+    fields, hints = _fields(param), get_type_hints(TrainConfig) | get_type_hints(Augment)
+    _known(fields, set(hints) - {"epochs"}, "field of TrainConfig or Augment")
     _check_types(fields, hints)
     given = {}
     for name, text in (("teacher_options", teacher_options), ("student_options", student_options)):
@@ -268,6 +292,9 @@ def distill(
             alone=alone,
             device=device,
             workers=workers,
+            export=export,
+            push_to_hub=push_to_hub,
+            preset=preset,
             **given,
             **fields,
         )
@@ -278,9 +305,31 @@ def distill(
         raise typer.Exit(1) from None
     for who in ("teacher", "student", "alone"):
         if found := results[who]:
-            print(
-                f"{who}: top-1 " + ("not known, other classes" if found["top1"] is None else f"{found['top1']:.2f} %")
-            )
+            scores = [f"{what}: {found[name]:.2f}" for name, what in SCORES.items() if found.get(name) is not None]
+            print(f"{who}: " + ("; ".join(scores) or "no score, since its classes are others"))
+
+# %% ../nbs/method/08c_cli.ipynb #c2f41b74
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="The folder of a student, as `rcka distill` leaves it.")],
+    to: Annotated[str, typer.Option(help="onnx, torch, or both as onnx+torch.")] = "onnx",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images to compare on, as for `rcka distill`. Without it: those it was distilled on."),
+    ] = None,
+):
+    "Export a student as ONNX or as a program of torch.export, compared with the student on real images."
+    from rcka.models.student import read_about
+    from rcka.shipping import check_formats, export_student
+
+    check_formats(to.split("+"))
+    for name in to.split("+"):
+        path = export_student(folder, name, data=data)
+        found = read_about(folder)["exports"][name]
+        print(
+            f"{path}: on {found['images']} images the same classes, logits within {found['largest_difference']:.1e} "
+            f"(the largest is {found['largest_logit']:.1f})"
+        )
 
 # %% ../nbs/method/08c_cli.ipynb #713a9a2a
 @app.command()

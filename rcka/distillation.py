@@ -4,57 +4,42 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import statistics
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .analysis.compare import compare_stages
 from .analysis.plots import plot_similarity, save_figure
-from .core import check_whole
-from .data.datasets import KNOWN, load_dataset
-from .data.folder import find_image_folder
-from .data.imagenet import FileDataset, load_imagenet
+from .core import check_whole, nearest
+from .data.augment import Augment, AugmentedBatches
+from .data.folder import some_names
+from .data.imagenet import FileDataset
+from .data.own import open_data
+from .experiments.experiment import resolved_args
 from .experiments.result import device_name, package_versions, plot_history, runs_root
 from .extras import optional_import
 from .files import as_csv, write_atomic
 from .methods.base import create_method
 from .models.registry import list_models
 from .models.sources import SMALL, InputConfig, adapt_input, input_config, qualify
-from .models.student import load_student, make_network, save_student
+from .models.student import is_file, load_student, make_network, read_about, save_student
+from .shipping import EXPORTS, check_formats, check_repository, export_student, write_card
+from .shipping import push_to_hub as send
 from .train.callbacks import Callback
-from .train.classification import Distiller, evaluate
+from .train.classification import Distiller, UnlabelledDistiller, evaluate
 from .train.config import TrainConfig
 from .train.learner import Trainer
 
 # %% auto #0
-__all__ = ['AS_GIVEN', 'open_data', 'costs', 'EpochLines', 'distill', 'report']
-
-# %% ../nbs/method/11_distill.ipynb #e5f85d16
-def open_data(
-    data: str | Path,  # a folder with train/ and val/ or test/, or a name of `list_datasets()`
-    size: int = 224,  # pixels of a side at which a folder's images are cropped
-):  # FileDataset or Dataset
-    "Open images to distil on. Raises ValueError or FileNotFoundError for what is neither a known name nor such a folder."
-    if str(data) in KNOWN:
-        return load_dataset(str(data))
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
-        if "/" in str(data):
-            raise FileNotFoundError(
-                f"there is no folder {folder}: data is a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or a name of `rcka datasets`"
-            )
-        return load_dataset(str(data))  # says which names there are
-    train, test = find_image_folder(str(folder.resolve()), folder)
-    found = load_imagenet(train.parent, size=size, val=test.name)
-    if found.num_classes < 2:
-        raise ValueError(f"{folder} has one class, {found.classes[0]}: a classifier needs two or more")
-    return found
+__all__ = ['SCORES', 'AS_GIVEN', 'PRESETS', 'BESIDE', 'costs', 'EpochLines', 'Preset', 'recipe', 'distill', 'public', 'report']
 
 # %% ../nbs/method/11_distill.ipynb #34ee35f4
 def costs(model: nn.Module, config: InputConfig, channels: int, device) -> dict:
@@ -84,6 +69,13 @@ def costs(model: nn.Module, config: InputConfig, channels: int, device) -> dict:
     }
 
 
+SCORES = {  # what a score is called in reports
+    "top1": "top-1, %",
+    "agreement": "same class as the teacher, %",
+    "cka": "CKA with the teacher's outputs, times 100",
+}
+
+
 class EpochLines(Callback):
     "Print a line after every epoch."
 
@@ -91,20 +83,85 @@ class EpochLines(Callback):
         row = learner.history[-1]
         print(
             f"{learner.name}: epoch {row['epoch']}/{learner.config.epochs}  loss {row['loss']:.3f}  "
-            f"top-1 {row['top1']:.2f} %  {learner.seconds:.0f} s",
+            f"{SCORES[learner.task.score]}: {row[learner.task.score]:.2f}  {learner.seconds:.0f} s",
             flush=True,
         )
 
-# %% ../nbs/method/11_distill.ipynb #9ead39de
+# %% ../nbs/method/11_distill.ipynb #04a4e8e3
 AS_GIVEN = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norms": False, "schedule": "cosine"}
 
 
+class Preset(NamedTuple):
+    "A published recipe for training."
+
+    source: str
+    epochs: int
+    batch_size: int  # for which the learning rate is meant
+    warmup: float  # part of the run in which the rate rises
+    fields: dict  # of `TrainConfig` and `Augment`
+
+
+PRESETS = {
+    "crd": Preset(
+        "Tian, Krishnan, Isola 2020 (arXiv 1910.10699), CIFAR-100",
+        *(240, 64, 0.0),
+        {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "step"},
+    ),
+    "torchvision-v2": Preset(
+        "Vryniotis 2021, How to train state-of-the-art models using TorchVision's latest primitives (pytorch.org/blog), ResNet-50",
+        *(600, 1024, 5 / 600),
+        {
+            **{"optimizer": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 2e-5, "decay_norms": False},
+            **{"schedule": "cosine", "label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0},
+            **{"augment": "trivialaugment", "erasing": 0.1},
+        },
+    ),
+    "deit": Preset(
+        "Touvron et al. 2021 (arXiv 2012.12877), Table 9",
+        *(300, 1024, 5 / 300),
+        {
+            **{"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norms": False, "schedule": "cosine"},
+            **{"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "augment": "randaugment", "erasing": 0.25},
+        },
+    ),
+}
+
+
+def recipe(
+    preset: str | None,  # a name of `PRESETS`; None: `AS_GIVEN`
+    batch_size: int,
+    given: dict,  # fields that count more
+) -> dict:  # fields of `TrainConfig` and `Augment`
+    "Return the fields of a recipe. Raises ValueError for an unknown preset or field, with the near names."
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(nearest(preset, PRESETS, "preset"))
+    known = [f.name for kind in (TrainConfig, Augment) for f in dataclasses.fields(kind)]
+    for name in given:
+        if name not in known:
+            raise ValueError(nearest(name, known, "field of TrainConfig or Augment"))
+    if preset is None:
+        return AS_GIVEN | given
+    found = PRESETS[preset]
+    return found.fields | {"lr": found.fields["lr"] * batch_size / found.batch_size} | given
+
+# %% ../nbs/method/11_distill.ipynb #9ead39de
+BESIDE = (
+    "config",
+    "output",
+    "device",
+    "workers",
+    "progress",
+    "export",
+    "push_to_hub",
+)  # arguments that decide no result
+
+
 def distill(
-    data: str | Path,  # a folder with train/ and val/ or test/, or a name of `list_datasets()`
+    data: str | Path,  # a folder, with labels or without, or a name of `list_datasets()`: see `open_data`
     teacher: str,  # as for `create_model`; a bare name is completed by `qualify`. Or the folder of an earlier student
     student: str,  # likewise a network's name
     method: str = "kd+fcka",  # a name of `list_methods()`, or several with a plus
-    epochs: int = 5,
+    epochs: int | None = None,  # None: 5, or those of the preset
     output: str | Path | None = None,  # folder of the results; None: below the folder of all runs
     teacher_weights: str
     | None = None,  # a file, "pretrained" or a name of the library's; None: trained on the data first
@@ -119,28 +176,45 @@ def distill(
     device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     workers: int | None = None,  # processes that decode images
     progress: bool = True,
-    **config,  # fields of `TrainConfig`, instead of AdamW with a cosine schedule
+    export: str | None = None,  # the student in other formats as well: "onnx", "torch", or both with a plus
+    push_to_hub: str | None = None,  # a repository of the Hugging Face hub, USER/NAME, that gets the student
+    preset: str | None = None,  # a recipe of `PRESETS`; None: AdamW with a cosine schedule
+    **config,  # fields of `TrainConfig` and of `Augment`, as lr=0.01 or mixup=0.2
 ) -> dict:  # the results, as in distill.json
-    """Distil a teacher into a student, and write the student, its log and a report to a folder.
+    """Distil a teacher into a student, and write the student, its log, a card and a report to a folder.
 
-    A run that was interrupted goes on; one that is done is read. Teacher and student see the same crops, each at its own
-    size and normalisation. Raises ValueError for a folder of another run, a method whose classes or features do not fit,
-    or names that nobody knows, before anything is trained."""
+    A run that was interrupted goes on; one that is done is read, and exported or sent where that was not done yet.
+    Teacher and student see the same crops, each at its own size and normalisation. Without labels the student learns
+    from the teacher alone. Raises ValueError for a folder of another run, a method whose labels, classes or features do
+    not fit, or names that nobody knows, before anything is trained."""
+    given = dict(locals())
+    fields = recipe(preset, batch_size, config)
+    epochs = epochs if epochs is not None else PRESETS[preset].epochs if preset else 5
     check_whole(1, epochs=epochs, batch_size=batch_size)
     create_method(method, method_args)
-    settings = {
-        k: v for k, v in locals().items() if k not in ("config", "output", "device", "workers", "progress")
-    } | config
+    settings = {k: v for k, v in given.items() if k not in BESIDE} | {"epochs": epochs} | config
+    formats = export.split("+") if export else []
+    check_formats(formats)
+    if push_to_hub:
+        check_repository(push_to_hub)
     settings = json.loads(json.dumps(settings | {"data": str(data)}))
     name = "-".join(Path(str(p)).name.replace(":", ".") for p in (data, teacher, student, method))
     folder = Path(output) if output else runs_root() / f"distill-{name}"
-    if results := _earlier(folder, settings):
-        return results
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = _Run(settings, config, folder, device, workers, progress)
-    write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": None}, indent=1) + "\n")
-    results = run.all()
-    write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+    results = _earlier(folder, settings)
+    if results is None:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        run = _Run(settings, fields, folder, device, workers, progress)
+        write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": None}, indent=1) + "\n")
+        results = run.all()
+        write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+    for name in formats:
+        if name not in read_about(folder).get("exports", {}) or not (folder / EXPORTS[name]).is_file():
+            export_student(folder, name)
+    write_card(folder)
+    if push_to_hub:
+        address = send(folder, push_to_hub)
+        if progress:
+            print(f"sent to {address}")
     return results
 
 
@@ -150,7 +224,7 @@ def _earlier(folder: Path, settings: dict) -> dict | None:
     if not (path := folder / "distill.json").is_file():
         return None
     found = json.loads(path.read_text())
-    differ = [k for k in {**found["settings"], **settings} if found["settings"].get(k) != settings.get(k)]
+    differ = [k for k in found["settings"] | settings if found["settings"].get(k) != settings.get(k)]
     if differ:
         said = "; ".join(f"{k}: {found['settings'].get(k)!r} there, {settings.get(k)!r} here" for k in sorted(differ))
         raise ValueError(f"{folder} has a run of other settings ({said}): give another output folder")
@@ -160,25 +234,20 @@ def _earlier(folder: Path, settings: dict) -> dict | None:
 class _Run:
     "The data and networks of a call of `distill`."
 
-    def __init__(self, settings: dict, config: dict, folder: Path, device: torch.device, workers, progress: bool):
+    def __init__(self, settings: dict, fields: dict, folder: Path, device: torch.device, workers, progress: bool):
         self.given, self.folder, self.device, self.progress = settings, folder, device, progress
-        self.config = TrainConfig(epochs=settings["epochs"], **(AS_GIVEN | config))
+        own = [f.name for f in dataclasses.fields(Augment)]
+        self.augment = Augment(**{k: v for k, v in fields.items() if k in own})
+        self.config = TrainConfig(epochs=settings["epochs"], **{k: v for k, v in fields.items() if k not in own})
         data = open_data(settings["data"])
-        self.from_files = isinstance(data, FileDataset)
-        small = not self.from_files and data.shape[-1] <= SMALL
-        self.classes, channels = data.num_classes, data.shape[0]
-        teacher_folder = Path(settings["teacher"]) if (Path(settings["teacher"]) / "student.json").is_file() else None
-        self.student_name = qualify(settings["student"], list_models(), small)
-        self.teacher_name = str(teacher_folder or qualify(settings["teacher"], list_models(), small))
-        torch.manual_seed(self.config.seed)
-        self.student = self.network(self.student_name, "student", channels).to(device)
+        self.from_files, self.labels = isinstance(data, FileDataset), data.num_classes > 0
+        if not self.labels and settings["alone"]:
+            raise ValueError(f"alone=True trains the student on labels, and {settings['data']} has none")
+        self.small = not self.from_files and data.shape[-1] <= SMALL
+        self.classes, self.names, self.channels = data.num_classes, data.classes, data.shape[0]
+        self.make_networks()
         self.fresh = copy.deepcopy(self.student) if settings["alone"] else None
-        self.trains_teacher = not teacher_folder and settings["teacher_weights"] is None
-        if teacher_folder:
-            self.teacher = load_student(teacher_folder, device)
-        else:
-            self.teacher = self.network(self.teacher_name, "teacher", channels).to(device)
-        ours, theirs = input_config(self.student), input_config(self.teacher)
+        ours, theirs = (_for_channels(input_config(net), self.channels) for net in (self.student, self.teacher))
         size = settings["size"] or (ours.size or 224 if self.from_files else data.shape[-1])
         crop = max(size, theirs.size or size) if self.from_files else data.shape[-1]
         self.input = InputConfig(ours.mean or data.mean, ours.std or data.std, size)
@@ -190,15 +259,59 @@ class _Run:
         self.how = {"device": device} | ({"workers": workers} if self.from_files else {})
         self.train = self.data.batches(settings["batch_size"], seed=self.config.seed, **self.how)
         self.test = self.data.batches(settings["batch_size"], train=False, **self.how)
+        if self.augment != Augment():
+            self.train = AugmentedBatches(self.train, self.augment, self.classes, self.config.seed)
+        if settings["preset"] and "warmup_steps" not in fields:
+            warm = round(PRESETS[settings["preset"]].warmup * self.config.epochs * len(self.train))
+            self.config = replace(self.config, warmup_steps=warm)
         crops = self.input._replace(size=crop)
         self.teacher_hook = adapt_input(self.teacher, crops, self.teacher_input)
         self.hooks = [adapt_input(net, crops, self.input) for net in (self.student, self.fresh) if net is not None]
         self.check()
 
-    def network(self, name: str, who: str, channels: int) -> nn.Module:
+    def make_networks(self):
+        "Make the student and the teacher; without labels the student has the outputs that its method needs."
+        given = self.given
+        folder = Path(given["teacher"]) if (Path(given["teacher"]) / "student.json").is_file() else None
+        self.student_name = qualify(given["student"], list_models(), self.small)
+        self.teacher_name = (
+            read_about(folder)["network"] if folder else qualify(given["teacher"], list_models(), self.small)
+        )
+        self.trains_teacher = not folder and given["teacher_weights"] is None
+        if self.trains_teacher and not self.labels:
+            raise ValueError(
+                f"{given['data']} has no labels to train a teacher on: give teacher_weights='pretrained' or a file, or as "
+                "teacher the folder of an earlier student"
+            )
+        torch.manual_seed(self.config.seed)
+        outputs = self.classes
+        if self.labels:  # the student's fresh weights come first: they do not depend on the teacher
+            self.student = self.network(self.student_name, "student", outputs).to(self.device)
+        self.teacher = (
+            load_student(folder, self.device)
+            if folder
+            else self.network(self.teacher_name, "teacher", None if given["teacher_weights"] else self.classes)
+        ).to(self.device)
+        names = tuple(self.teacher.about["classes"]) if folder else ()
+        method = create_method(given["method"], given["method_args"])
+        if self.labels and method.wants_logits and names and names != tuple(self.names):
+            raise ValueError(
+                f"the teacher of {folder} knows other classes ({some_names(list(names))}) than {given['data']} has ({some_names(list(self.names))}), and "
+                f"method={given['method']!r} compares logits: take a method on features, such as fcka, sp or rkd"
+            )
+        if not self.labels:
+            if method.wants_logits:
+                side = input_config(self.teacher).size or given["size"] or 224
+                with torch.no_grad():
+                    outputs = self.teacher.eval()(torch.zeros(2, self.channels, side, side, device=self.device)).shape[
+                        1
+                    ]
+                self.names = names or tuple(map(str, range(outputs)))
+            self.student = self.network(self.student_name, "student", outputs).to(self.device)
+
+    def network(self, name: str, who: str, outputs: int | None) -> nn.Module:
         weights, options = self.given[f"{who}_weights"], self.given[f"{who}_options"]
-        classes = None if who == "teacher" and weights else self.classes
-        return make_network(name, classes, weights, options, channels)
+        return make_network(name, outputs, weights, options, self.channels)
 
     def check(self):
         "Raise ValueError for networks and a method that do not fit; warn of a student that is larger than its teacher."
@@ -214,11 +327,36 @@ class _Run:
         larger, smaller = (sum(p.numel() for p in net.parameters()) for net in (self.student, self.teacher))
         if larger > smaller:
             warnings.warn(f"the student has {larger:,} parameters, more than its teacher's {smaller:,}", stacklevel=4)
-        task = self.task(copy.deepcopy(self.student), copy.deepcopy(self.teacher))
-        task.prepare(self.train)
+        self.check_method()
+
+    def check_method(self):
+        "Take a first step on copies of the networks. Raises ValueError where the method cannot, with what to change."
+        method = self.given["method"]
+        soft, why = self.augment.soft, ""
+        if not self.labels:
+            why = f"{self.given['data']} has no labels"
+        elif soft:
+            why = f"{' and '.join(soft)} give{'s' if len(soft) == 1 else ''} each image probabilities of classes"
+        try:
+            task = self.task(copy.deepcopy(self.student), copy.deepcopy(self.teacher))
+            task.prepare(self.train)
+            with torch.no_grad():
+                terms = task(next(iter(self.train.epoch(0)))).terms
+            if not terms:
+                raise ValueError("it has no term of its own")
+        except ValueError as error:
+            if not why:
+                raise
+            raise ValueError(
+                f"method={method!r} does not go with these images, since {why}: {error}. Methods that do are kd, dist, "
+                "fcka, lcka, rcka, sp and rkd, among others"
+            ) from error
+        if self.progress and not self.labels:
+            print(f"{why}: cross-entropy is left out, the student learns from the teacher alone")
 
     def task(self, student, teacher) -> Distiller:
-        return Distiller(student, create_method(self.given["method"], self.given["method_args"]), teacher)
+        kind = Distiller if self.labels else UnlabelledDistiller
+        return kind(student, create_method(self.given["method"], self.given["method_args"]), teacher)
 
     def fit(self, task: Distiller, name: str) -> list[dict]:
         if self.progress:
@@ -240,6 +378,13 @@ class _Run:
                 )
             self.fit(Distiller(self.teacher), "teacher")
         teacher_top1 = evaluate(self.teacher, self.test).top1 if self.knows_classes() else None
+        made_by = {
+            "settings": public(self.given),
+            "teacher": self.teacher_name,
+            "labels": self.labels,
+            "method_args": resolved_args(self.given["method"], self.given["method_args"]),
+            "versions": package_versions(),
+        }
         task = self.task(self.student, self.teacher)
         history = self.fit(task, "student")
         for taps in (task.student_taps, task.teacher_taps):
@@ -253,16 +398,17 @@ class _Run:
             self.folder,
             self.student_name,
             self.given["student_options"],
-            self.data.classes,
+            self.names,
             self.input,
-            self.data.shape[0],
-            {"settings": self.given, "teacher": self.teacher_name, "versions": package_versions()},
+            self.channels,
+            made_by,
         )
         results = {
             "teacher": {"network": self.teacher_name, "top1": teacher_top1}
-            | costs(self.teacher, self.teacher_input, self.data.shape[0], self.device),
-            "student": {"network": self.student_name, "top1": self.shipped_top1(history)}
-            | costs(task.network, self.input, self.data.shape[0], self.device),
+            | costs(self.teacher, self.teacher_input, self.channels, self.device),
+            "student": {"network": self.student_name}
+            | self.shipped_scores(history)
+            | costs(task.network, self.input, self.channels, self.device),
             "alone": alone and {"top1": alone[-1]["top1"]},
             "device": device_name(self.device),
         }
@@ -272,15 +418,19 @@ class _Run:
         return results
 
     def knows_classes(self) -> bool:
+        if not self.labels:
+            return False
         with torch.no_grad():
             return self.teacher.eval()(next(iter(self.test.epoch(0))).images[:2]).shape[1] == self.classes
 
-    def shipped_top1(self, history) -> float:
-        "Return the accuracy of the student as it was saved, at its own size."
+    def shipped_scores(self, history) -> dict:
+        "Return the scores of the student as it was saved, its accuracy at its own size."
+        if not self.labels:
+            return {"top1": None} | {name: history[-1][name] for name in ("agreement", "cka") if name in history[-1]}
         if not self.from_files:
-            return history[-1]["top1"]
+            return {"top1": history[-1]["top1"]}
         test = replace(self.data, size=self.input.size).batches(self.given["batch_size"], train=False, **self.how)
-        return evaluate(load_student(self.folder, self.device), test).top1
+        return {"top1": evaluate(load_student(self.folder, self.device), test).top1}
 
     def similarity(self) -> bool:
         "Draw the similarity of the two networks' stages; return whether they are known."
@@ -292,13 +442,33 @@ class _Run:
         with optional_import():
             import matplotlib.pyplot as plt
 
-        figure = plot_history(histories, "top1", "held-out images")
+        score = next(name for name in SCORES if name in histories["student"][0])
+        figure = plot_history(histories, score, "held-out images")
+        right = figure.axes[1]
+        right.set(ylabel=SCORES[score])
         if teacher_top1 is not None:
-            right = figure.axes[1]
             right.axhline(teacher_top1, color="0.5", linestyle="--", label="teacher")
             right.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         save_figure(figure, self.folder / "curves")
         plt.close("all")
+
+
+def _for_channels(config: InputConfig, channels: int) -> InputConfig:
+    "Return the normalisation for images of so many channels: grey images get the mean of the three colours'."
+    if config.mean is None or config.std is None or len(config.mean) == channels:
+        return config
+    mean, std = (sum(values) / len(values) for values in (config.mean, config.std))
+    return config._replace(mean=(mean,) * channels, std=(std,) * channels)
+
+
+def public(settings: dict) -> dict:
+    "Return settings as they go into what others read: of paths the last part alone."
+    found = dict(settings)
+    for name in ("data", "teacher", "teacher_weights", "student_weights"):
+        value = found[name]
+        path = value and (name == "data" or Path(value).is_dir() or (name.endswith("weights") and is_file(value)))
+        found[name] = Path(value).name if path else value
+    return found
 
 # %% ../nbs/method/11_distill.ipynb #2d6f5031
 def report(settings: dict, results: dict, similarity: bool) -> str:
@@ -308,17 +478,21 @@ def report(settings: dict, results: dict, similarity: bool) -> str:
         "",
     ]
     lines += [
-        f"Images: {settings['data']}; {settings['epochs']} epochs.",
+        f"Images: {settings['data']}; {settings['epochs']} epochs."
+        + (" They have no labels, so that cross-entropy is left out." if results["student"]["top1"] is None else ""),
         "",
         "| network | top-1, % | parameters | GFLOPs an image | MB | ms an image |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for who in ("teacher", "student"):
         r = results[who]
-        top1 = "other classes" if r["top1"] is None else f"{r['top1']:.2f}"
+        top1 = "not known" if r["top1"] is None else f"{r['top1']:.2f}"
         lines.append(
             f"| {who} | {top1} | {r['parameters']:,} | {r['flops'] / 1e9:.3g} | {r['megabytes']:.1f} | {r['milliseconds']:.2f} |"
         )
+    for name in ("agreement", "cka"):
+        if name in results["student"]:
+            lines += ["", f"The student on held-out images: {SCORES[name]}: {results['student'][name]:.2f}."]
     if results["alone"]:
         lines.append(f"| student alone | {results['alone']['top1']:.2f} | as the student | | | |")
     lines += [

@@ -31,6 +31,7 @@ from rcka.similarity.bounds import (
     random_pairs,
     relation_bound,
     relation_identity,
+    transfer_bound,
     unit_features,
 )
 from rcka.similarity.measures import Gaussian, Linear, Polynomial, cka, gram, mmd2
@@ -575,6 +576,81 @@ def test_the_trigonometry_of_theorem_2():
     s, t = sympy.symbols("s t", real=True)
     gap = (sympy.cos(s) - sympy.cos(t)) ** 2 / 2 - sympy.sin((s + t) / 2) ** 2 * (1 - sympy.cos(s - t))
     assert sympy.simplify(sympy.expand(gap.rewrite(sympy.exp))) == 0
+
+
+# ---------------------------------------------------------------- the teacher's head on the student
+
+
+def heads(seed, n=60, p=7, q=5, classes=4):
+    g = torch.Generator().manual_seed(seed)
+    x = normal(g, n, p) * torch.linspace(0.2, 2, p, dtype=torch.float64) + 1
+    y = x @ normal(g, p, q) * 10.0 ** -(seed % 3) + 0.3 * normal(g, n, q) * (seed % 4)
+    weight, bias = normal(g, classes, p), normal(g, classes)
+    target = (x @ weight.T + bias + normal(g, n, classes)).argmax(1)  # some the teacher gets wrong
+    return x, y, weight, bias, target
+
+
+def wrong(logits, target):
+    "The share that is wrong, a tie counted as wrong."
+    others = logits.scatter(1, target[:, None], -torch.inf).amax(1)
+    return (logits.gather(1, target[:, None])[:, 0] <= others).double().mean()
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("width", [5, 7, 9])
+def test_transfer_bound_against_scipy_and_in_order(seed, width):
+    x, y, weight, bias, target = heads(seed, q=width)
+    rotated, fitted = (transfer_bound(x, y, weight, bias, target, fitted=f) for f in (False, True))
+    for found in (rotated, fitted):
+        assert all(0 <= a <= b <= 1 for a, b in itertools.pairwise(found))
+    z = (x @ weight.T + bias).numpy()
+    inputs = np.column_stack([y.numpy(), np.ones(len(y))])
+    fit = inputs @ scipy.linalg.lstsq(inputs, z - z.mean(1, keepdims=True))[0]
+    assert fitted.wrong == wrong(torch.from_numpy(fit), target)
+    xc, yc = (np.pad(t - t.mean(0), ((0, 0), (0, 9 - t.shape[1]))) for t in (x.numpy(), y.numpy()))
+    scale = (np.linalg.norm(xc @ xc.T) / np.linalg.norm(yc @ yc.T)) ** 0.5
+    turned = scale * yc @ scipy.linalg.orthogonal_procrustes(yc, xc)[0]
+    moved = turned[:, :7] @ weight.numpy().T + (x.mean(0) @ weight.T + bias).numpy()
+    assert rotated.wrong == wrong(torch.from_numpy(moved), target)
+
+
+def test_transfer_bound_of_a_rotated_copy_leaves_the_errors_of_the_teacher():
+    x, _, weight, bias, target = heads(3)
+    turn = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    teacher = wrong(x @ weight.T + bias, target)
+    for fitted in (False, True):
+        found = transfer_bound(x, 3 * x @ turn + 5, weight, bias, target, fitted)
+        assert 0 < teacher == found.wrong == found.logits
+    noise = torch.randn(60, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert transfer_bound(x, noise, weight, bias, target).cka == 1
+
+
+def test_the_lemma_of_the_budget_against_brute_force():
+    x, y, weight, bias, target = heads(7, n=9)
+    found = transfer_bound(x, y, weight, bias, target)
+    margins = x @ weight.T + bias
+    margins = (
+        margins.gather(1, target[:, None]) - margins.scatter(1, target[:, None], -torch.inf).amax(1, True)
+    ).clamp_min(0)
+    xh, yh = unit_features(x), unit_features(y)
+    size = gram(x - x.mean(0)).norm()
+    moved = torch.nn.functional.pad(yh, (0, 2)) @ procrustes(xh, yh).matrix
+    budget = size * ((xh - moved) @ (weight - weight.mean(0)).T).square().sum()
+    most = max(
+        len(s)
+        for k in range(10)
+        for s in itertools.combinations(margins[:, 0], k)
+        if sum(m**2 for m in s) <= 2 * budget
+    )
+    assert found.logits.item() == pytest.approx(most / 9)
+
+
+def test_transfer_bound_names_what_does_not_fit():
+    x, y, weight, bias, target = heads(0)
+    with pytest.raises(ValueError, match=r"weight must be \(classes, 7\)"):
+        transfer_bound(x, y, weight[:, :5], bias, target)
+    with pytest.raises(ValueError, match="y has a zero centred Gram matrix"):
+        transfer_bound(x, torch.ones_like(y), weight, bias, target)
 
 
 # ---------------------------------------------------------------- edges

@@ -43,7 +43,7 @@ def stub(tmp_path, monkeypatch):
 
 def test_every_option_has_help(says):
     root = typer.main.get_command(app)
-    assert {"methods", "models", "datasets", "train", "distill", "run", "sweep", "report", "status"} == set(
+    assert {"methods", "models", "datasets", "train", "distill", "export", "run", "sweep", "report", "status"} == set(
         root.commands
     )
     for name, command in root.commands.items():
@@ -79,6 +79,20 @@ def test_train(says, tmp_path):
     code, _, err = says("train", *small, "--student", "resnet9")
     assert code == 1 and err.startswith("error: ") and "resnet8" in err
     assert says("train", "--epoch", 1)[0] == 2  # no such option
+
+
+@pytest.mark.slow
+def test_distill_and_export(says, tmp_path):
+    "A student of digits by a recipe, its scores, and its export in a command of its own; bad input with near names."
+    given = ("distill", "--data", "digits", "--teacher", "resnet14", "--student", "resnet8", "--output", tmp_path)
+    code, out, err = says(*given, "--epochs", 1, "--preset", "crd", "-p", "mixup=0.2", "--device", "cpu")
+    assert code == 0 and "student: top-1, %: " in out and (tmp_path / "README.md").is_file(), err
+    code, out, err = says("export", tmp_path, "--to", "torch")
+    assert code == 0 and "on 64 images the same classes" in out and (tmp_path / "student.pt2").is_file(), err
+    assert "student.pt2" in (tmp_path / "README.md").read_text()
+    for wrong, near in ((("-p", "mixupp=1"), "mixup"), (("--preset", "deti"), "deit"), (("--export", "onx"), "onnx")):
+        code, _, err = says(*given, *wrong)
+        assert code == 2 and near in err
 
 
 def test_lists(says):

@@ -29,6 +29,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+CLASSES = ("class0", "class1", "class2")
 SMALL = dict(epochs=1, batch_size=16, device="cpu", workers=0, progress=False)
 
 
@@ -37,9 +38,7 @@ def test_a_folder_of_images(photos, tmp_path):
     torch.manual_seed(0)
     teacher = rcka.create_model("torchvision/shufflenet_v2_x0_5", 3)
     theirs = InputConfig((0.5,) * 3, (0.25,) * 3, 48, "bicubic")
-    save_student(
-        teacher, tmp_path / "teacher", "torchvision/shufflenet_v2_x0_5", classes=("a", "b", "c"), config=theirs
-    )
+    save_student(teacher, tmp_path / "teacher", "torchvision/shufflenet_v2_x0_5", classes=CLASSES, config=theirs)
     given = (photos, str(tmp_path / "teacher"), "rcka/resnet8", "kd+fcka")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -55,6 +54,11 @@ def test_a_folder_of_images(photos, tmp_path):
     assert student.about["classes"] == ["class0", "class1", "class2"] and input_config(student).size == 32
     image = Image.open(next((photos / "val" / "class0").iterdir())).convert("RGB")
     assert student(rcka.student_transform(student)(image)[None]).shape == (1, 3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| `kd+fcka`: `fcka.weight` | 16.0 |" in card and "torchvision/shufflenet_v2_x0_5" in card
+    for name in ("README.md", "student.json"):  # what may be sent to others has no path of this machine
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text(), name
+        assert str(photos) not in (tmp_path / "out" / name).read_text(), name
     written = (tmp_path / "out" / "student.safetensors").stat().st_mtime_ns
     assert rcka.distill(*given, output=tmp_path / "out", size=32, alone=True, **SMALL) == results
     assert (tmp_path / "out" / "student.safetensors").stat().st_mtime_ns == written
@@ -85,12 +89,13 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             rcka.distill(**given, output=tmp_path / "parts")
     assert seen == ["teacher", "teacher", "student"]
-    parts = rcka.distill(**given, output=tmp_path / "parts")
+    parts = rcka.distill(**given, output=tmp_path / "parts", export="torch")
     assert parts["student"]["top1"] == whole["student"]["top1"]
     assert (
         json.loads((tmp_path / "parts" / "student.json").read_text())["sha256"]
         == json.loads((tmp_path / "whole" / "student.json").read_text())["sha256"]
     )
+    assert (tmp_path / "parts" / "student.pt2").is_file() and not (tmp_path / "whole" / "student.pt2").exists()
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,11 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
         ({"data": "digit"}, "did you mean digits"),
         ({"data": "no/folder"}, "there is no folder"),
         ({"epochs": 0}, "epochs must be"),
+        ({"preset": "deti"}, "did you mean deit"),
+        ({"mixupp": 0.2}, "did you mean mixup"),
+        ({"mixup": -1}, "mixup must be"),
+        ({"method": "dkd", "mixup": 0.2}, "method='dkd' .* mixup gives .* kd, dist"),
+        ({"method": "kd+nkd", "preset": "torchvision-v2"}, "mixup and cutmix and label_smoothing give"),
         ({"teacher_weights": "cifar100", "teacher": "resnet20"}, "for images of 3 channels"),
     ],
 )
@@ -144,3 +154,168 @@ def test_a_teacher_of_other_classes_is_refused(photos, tmp_path):
 def test_a_student_larger_than_its_teacher_is_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="more than its teacher"):
         rcka.distill("digits", "resnet8", "resnet14", "kd", 1, tmp_path, device="cpu", progress=False)
+
+
+def test_teacher_and_student_see_the_same_crop(photos, tmp_path, monkeypatch):
+    """A teacher of 224 pixels and a student of 96, each with its own normalisation.
+
+    The pixels that both saw, taken back to values from 0 to 1: of training images one is the other, resized; of held-out
+    images both are what torchvision's preset makes of the file."""
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms._presets import ImageClassification
+
+    (tmp_path / "seeing_networks.py").write_text("""
+from torch import nn
+from rcka.models.sources import InputConfig
+SEEN = {"teacher": [], "student": []}
+CONFIG = {
+    "teacher": InputConfig((0.5, 0.4, 0.3), (0.5, 0.25, 0.2), 224, "bicubic"),
+    "student": InputConfig((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 96),
+}
+class Net(nn.Module):
+    def __init__(self, who, num_classes):
+        super().__init__()
+        self.who, self.input_config = who, CONFIG[who]
+        self.pool, self.head = nn.AdaptiveAvgPool2d(4), nn.Linear(48, num_classes)
+    def forward(self, x):
+        SEEN[self.who].append(x.detach().clone())
+        return self.head(self.pool(x).flatten(1))
+def teacher(num_classes): return Net("teacher", num_classes)
+def student(num_classes): return Net("student", num_classes)
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    import seeing_networks as made
+
+    torch.manual_seed(0)
+    rcka.save_weights(made.teacher(3), tmp_path / "teacher.safetensors")
+    given = dict(SMALL, epochs=2, teacher_weights=str(tmp_path / "teacher.safetensors"), output=tmp_path / "out")
+    rcka.distill(photos, "seeing_networks:teacher", "seeing_networks:student", "kd", **given)
+
+    def pixels(who, n):
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in made.CONFIG[who][:2])
+        return [x * std + mean for x in made.SEEN[who] if len(x) == n]
+
+    theirs, ours = pixels("teacher", 16), pixels("student", 16)  # batches of training images
+    assert len(theirs) == len(ours) >= 4 and not torch.equal(theirs[0], theirs[-1])  # another crop in each epoch
+    for large, small in zip(theirs, ours):
+        assert large.shape == (16, 3, 224, 224) and small.shape == (16, 3, 96, 96)
+        torch.testing.assert_close(255 * large, (255 * large).round(), atol=1e-2, rtol=0)  # bytes, not resized again
+        resized = torch.nn.functional.interpolate(large, (96, 96), mode="bilinear", antialias=True)
+        torch.testing.assert_close(small, resized, atol=1e-5, rtol=0)
+    files = sorted((photos / "val").rglob("*.png"))
+    images = [decode_image(str(path), mode=ImageReadMode.RGB) for path in files]
+    for who, size, resize in (("teacher", 224, 256), ("student", 96, 110)):
+        mean, std = made.CONFIG[who][:2]
+        preset = ImageClassification(crop_size=size, resize_size=resize, mean=mean, std=std, antialias=True)
+        seen = [x for x in made.SEEN[who] if len(x) == 15][-1]  # of the student: as it was saved
+        level = 1.01 / 255 / min(std)  # two ways of resizing bytes round differently
+        torch.testing.assert_close(seen, torch.stack([preset(image) for image in images]), atol=level, rtol=0)
+
+
+def test_weights_of_torchvision_say_what_they_want_to_see(monkeypatch):
+    "From the library's own description; the file of the weights is not fetched."
+    import torchvision
+
+    fresh = torchvision.models.efficientnet_b0(num_classes=1000).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kw: fresh)
+    model = rcka.create_model("torchvision/efficientnet_b0", None, weights="pretrained")
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert input_config(model) == InputConfig(*(tuple(v) for v in imagenet), 224, "bicubic")
+    with torch.device("meta"):
+        assert input_config(rcka.create_model("torchvision/vit_b_16", 3)) == InputConfig(size=224)
+
+
+@pytest.fixture
+def loose(photos, tmp_path):
+    "The photographs without classes: train/*.png and val/*.png; and a student of three classes that serves as teacher."
+    for part in ("train", "val"):
+        (tmp_path / "loose" / part).mkdir(parents=True)
+        for path in sorted((photos / part).rglob("*.png")):
+            (tmp_path / "loose" / part / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    torch.manual_seed(0)
+    save_student(rcka.create_model("resnet20", 3), tmp_path / "teacher", "resnet20", classes=CLASSES)
+    return tmp_path / "loose", str(tmp_path / "teacher")
+
+
+def test_without_labels(loose, tmp_path):
+    "Features alone give an encoder, logits a classifier of the teacher's classes; the loss has no cross-entropy."
+    import csv
+
+    data, teacher = loose
+    encoder = rcka.distill(data, teacher, "rcka/resnet8", "fcka", output=tmp_path / "a", size=32, **SMALL)
+    assert encoder["student"]["top1"] is None and -100 <= encoder["student"]["cka"] <= 100
+    student = rcka.load_student(tmp_path / "a")
+    assert student.about["classes"] == [] and student(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+    found = rcka.distill(data, teacher, "rcka/resnet8", "kd", output=tmp_path / "b", size=32, mixup=0.2, **SMALL)
+    assert 0 <= found["student"]["agreement"] <= 100
+    assert rcka.load_student(tmp_path / "b").about["classes"] == list(CLASSES)
+    for name in ("a", "b"):
+        with open(tmp_path / name / "history.csv", newline="") as f:
+            assert "ce" not in next(csv.DictReader(f))
+        assert "cross-entropy is left out" in (tmp_path / name / "README.md").read_text()
+        assert "cross-entropy is left out" in (tmp_path / name / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"method": "dkd"}, "method='dkd' does not go .* no labels.* fcka"),
+        ({"method": "crd"}, "method='crd' does not go .* no labels"),
+        ({"method": "none"}, "method='none' does not go .* no term of its own"),
+        ({"alone": True}, "alone=True trains the student on labels"),
+        ({"teacher": "rcka/resnet20"}, "no labels to train a teacher on"),
+    ],
+)
+def test_what_needs_labels_is_refused_before_training(changes, says, loose, tmp_path):
+    data, teacher = loose
+    given = {"teacher": teacher, "student": "rcka/resnet8", "method": "fcka", "size": 32, "output": tmp_path / "out"}
+    with pytest.raises(ValueError, match=says):
+        rcka.distill(data, **given | changes, **SMALL)
+    assert not list(tmp_path.rglob("metrics.csv")) and not (tmp_path / "out" / "distill.json").exists()
+
+
+def test_a_teacher_of_other_classes(photos, loose, tmp_path):
+    "Features can be compared, with cross-entropy; logits cannot, not even where their number is the same."
+    import csv
+
+    given = dict(student="rcka/resnet8", size=32, output=tmp_path / "out", **SMALL)
+    results = rcka.distill(photos, "rcka/resnet20", method="sp", teacher_weights="cifar100", **given)
+    assert results["teacher"]["top1"] is None and results["student"]["top1"] >= 0
+    with open(tmp_path / "out" / "history.csv", newline="") as f:
+        assert {"ce", "sp"} <= set(next(csv.DictReader(f)))
+    torch.manual_seed(0)
+    others = ("newt", "owl", "pike")
+    save_student(rcka.create_model("resnet20", 3), tmp_path / "others", "resnet20", classes=others)
+    with pytest.raises(ValueError, match="knows other classes .newt, owl, pike.* method='kd'"):
+        rcka.distill(photos, str(tmp_path / "others"), method="kd", **given | {"output": tmp_path / "no"})
+
+
+def test_augmented_to_the_end(tmp_path):
+    "All of it at once with methods on features and logits, a preset, and a run that is done is found again."
+    given = dict(epochs=1, batch_size=64, device="cpu", progress=False, output=tmp_path / "out", preset="deit")
+    results = rcka.distill("digits", "resnet14", "resnet8", "kd+fcka+dist", **given)
+    assert results["student"]["top1"] > 0
+    assert rcka.distill("digits", "resnet14", "resnet8", "kd+fcka+dist", **given) == results
+    with pytest.raises(ValueError, match="preset: 'deit' there, 'crd' here"):
+        rcka.distill("digits", "resnet14", "resnet8", "kd+fcka+dist", **given | {"preset": "crd"})
+    log = json.loads((tmp_path / "out" / "distill.json").read_text())
+    assert log["settings"]["epochs"] == 1
+
+
+def test_presets_are_the_published_recipes():
+    "What the sources say, at their own batch size; the rate is in proportion, and what is given counts more."
+    from rcka.distillation import PRESETS, recipe
+
+    assert {name: (p.epochs, p.batch_size) for name, p in PRESETS.items()} == {
+        "crd": (240, 64),
+        "torchvision-v2": (600, 1024),
+        "deit": (300, 1024),
+    }
+    from rcka.train.config import TrainConfig
+
+    crd = recipe("crd", 64, {})
+    assert TrainConfig(**crd) == TrainConfig()  # the protocol of Tian et al. is the default
+    deit = recipe("deit", 512, {"erasing": 0})
+    assert (deit["lr"], deit["mixup"], deit["cutmix"], deit["erasing"]) == (5e-4, 0.8, 1.0, 0)
+    modern = recipe("torchvision-v2", 1024, {})
+    assert (modern["lr"], modern["weight_decay"], modern["label_smoothing"], modern["mixup"]) == (0.5, 2e-5, 0.1, 0.2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import papermill
 import pytest
 
+import rcka.experiments.study  # noqa: F401  # registers "scaled", which records of studies name
 from rcka.experiments.exhibits import (
     NOT_RECORDED,
     out_of_date,

@@ -16,6 +16,7 @@ LAYERS = [  # from the bottom up; what stands on one line may import within its 
     ("engine",),
     ("experiments",),
     ("analysis",),
+    ("shipping",),
     ("distillation", "loggers"),
     ("cli",),
 ]

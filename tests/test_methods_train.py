@@ -33,6 +33,7 @@ SHORT = {
     "cka_places": {"stages": (-1,)},
     "cka_angle": {"stages": (-1,)},
     "procrustes": {"stages": (-1,)},
+    "explained_variance": {"stages": (-1,)},
 }
 
 
@@ -95,6 +96,8 @@ FEATURES = {  # student's path: teacher's path
             "simkd",
         )
     },
+    # the embedding is linear in the patches, so whatever its weights are they explain the same: the tokens' map
+    "explained_variance": {f"{TOKENS}:map": "layer3"},
     "srrl": {MAP: "layer3", POOLED: "fc:input"},
     "reviewkd": {MAP: "layer3", MAP + "[...]": "layer3.1.relu2:input", POOLED: "fc:input"},
 }

@@ -13,7 +13,13 @@ import rcka.experiments.study  # noqa: F401  registers the method `scaled`
 from rcka.core import Batch, FeaturePaths, Outputs
 from rcka.features import ProjectedNetwork, Projector, Taps, feature_paths
 from rcka.methods.base import create_method, list_methods
-from rcka.methods.candidates import angular_distance, kernel_cka, label_alignment, procrustes_similarity
+from rcka.methods.candidates import (
+    angular_distance,
+    explained_variance,
+    kernel_cka,
+    label_alignment,
+    procrustes_similarity,
+)
 from rcka.methods.cka import fcka
 from rcka.methods.features_recent import (
     cat_loss,
@@ -48,7 +54,7 @@ from rcka.train.config import TrainConfig
 from rcka.train.learner import Trainer
 
 LOGITS = ["lskd", "standardized", "ttm", "wttm", "normkd", "rld", "mlkd", "skd", "wkd_l"]
-CANDIDATES = ["cka_angle", "procrustes", "label_cka", "kernel_cka"]  # ours
+CANDIDATES = ["cka_angle", "procrustes", "explained_variance", "label_cka", "kernel_cka"]  # ours
 FEATURES = ["cka_places", "wkd_f", "itrd", "srd", "ofa", "cat_kd", "sdd", "simkd", *CANDIDATES]
 NAMES = LOGITS + FEATURES
 BUILT = ["wkd_l", "wkd_f", "itrd", "srd", "ofa", "cat_kd", "sdd", "simkd"]  # need `build` before use
@@ -243,6 +249,17 @@ def naive_procrustes(s, t):
     return 1 - 0.5 * (x.square().sum() + y.square().sum() - 2 * ((x @ u) * (y @ v.T)).sum())
 
 
+def naive_explained(s, t):
+    "1 - the residual of a least-squares fit with a penalty on its coefficients, solved as one larger fit without."
+    x, y = (z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) for z in (s, t))
+    x, y = ((z - z.mean(0)) / (z - z.mean(0)).norm() for z in (x, y))
+    width, ridge = x.shape[1], 1e-4
+    longer = torch.cat([x, (ridge / width) ** 0.5 * torch.eye(width, dtype=x.dtype)])
+    wanted = torch.cat([y, torch.zeros(width, y.shape[1], dtype=y.dtype)])
+    w = torch.linalg.lstsq(longer, wanted).solution
+    return 1 - (longer @ w - wanted).square().sum()
+
+
 def naive_gaussian(s, t):
     "The widths are constants."
     h, grams = torch.eye(len(s), dtype=s.dtype) - 1 / len(s), []
@@ -315,6 +332,7 @@ FORMULAS = {
     "cka_places": (place_cka, naive_places, [(3, 5, 4, 4), (3, 7, 4, 4)]),
     "cka_angle": (lambda s, t: angular_distance(place_cka(s, t)), lambda s, t: naive_places(s, t).arccos() * 2 / math.pi, [(3, 5, 4, 4), (3, 7, 4, 4)]),
     "procrustes": (procrustes_similarity, naive_procrustes, [(3, 5, 4, 4), (3, 7, 4, 4)]),
+    "explained_variance": (explained_variance, naive_explained, [(3, 5, 4, 4), (3, 7, 4, 4)]),
     "label_cka": (lambda s: label_alignment(s, Y, CLASSES), naive_label, [(8, 5)]),
     "kernel_cka gaussian": (kernel_cka, naive_gaussian, [(8, 5), (8, 7)]),
     "kernel_cka cosine": (lambda s, t: kernel_cka(s, t, "cosine"), lambda s, t: naive_linear(F.normalize(s), F.normalize(t)), [(8, 5), (8, 7)]),
@@ -619,20 +637,43 @@ def test_candidates_know_their_optima():
     simplex = torch.eye(CLASSES, dtype=torch.float64)[Y]
     assert abs(1 - label_alignment(3 * simplex - 1, Y, CLASSES)) < 1e-12
     assert label_alignment(simplex, Y, CLASSES) > label_alignment(simplex.roll(1, 0), Y, CLASSES) + 0.1
+    mixed = torch.einsum("ncij,cd->ndij", y, torch.randn(7, 9, dtype=torch.float64)) + 1
+    assert 1 - 1e-3 < explained_variance(mixed, y) <= 1  # in any coordinates, but for the ridge
     # the nuclear norm lies between the Frobenius norm and the root of the rank times it
     x = torch.randn(4, 7, 8, 8, dtype=torch.float64)
     assert 0 < procrustes_similarity(x, y) < 1
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
-def test_procrustes_of_constant_channels_is_zero_without_a_gradient(value):
+@pytest.mark.parametrize("similarity", [procrustes_similarity, explained_variance])
+def test_constant_channels_give_zero_without_a_gradient(similarity, value):
     torch.manual_seed(0)
     constant = torch.full((4, 5, 6, 7), value) * torch.rand(1, 5, 1, 1)
     for x, y in [(constant, torch.randn(4, 3, 6, 7)), (torch.randn(4, 3, 6, 7), constant)]:
         x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-        got = procrustes_similarity(x, y)
+        got = similarity(x, y)
         got.backward()
         assert got == 0 and (x.grad == 0).all() and (y.grad == 0).all()
+
+
+@pytest.mark.parametrize("width", [8, 512])
+def test_explained_variance_with_copied_and_dead_channels(width):
+    "A covariance without an inverse: value and gradient are finite, and copies explain no more than the channel itself."
+    torch.manual_seed(0)
+    x, y = torch.randn(4, width, 4, 4), torch.randn(4, 6, 4, 4)
+    x[:, width // 2 :] = x[:, : width // 2]
+    x[:, 0] = 0
+    y[:, :2] = x[:, 1:3]
+    x.requires_grad_()
+    value = explained_variance(x, y)
+    value.backward()
+    assert 0.3 < value <= 1 + 1e-6 and x.grad.isfinite().all()
+    oracle = pytest.importorskip("sklearn.linear_model").LinearRegression()
+    a, b = (z.detach().double().permute(0, 2, 3, 1).flatten(0, 2).numpy() for z in (x[:, 1:4], y))
+    few = explained_variance(x[:, 1:4].double(), y.double()).item()
+    b = b - b.mean(0)
+    residual = b - oracle.fit(a, b).predict(a)
+    assert abs(few - (1 - (residual**2).sum() / (b**2).sum())) < 1e-3
 
 
 def test_fcka_takes_several_stages():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rcka.similarity.measures import Gaussian, cka, hsic
-from rcka.similarity.streaming import MinibatchCKA, StreamingCKA, chance_cka, effective_width
+from rcka.similarity.streaming import MinibatchCKA, StreamingCKA, batch_cka, chance_cka, effective_width
 
 settings.register_profile("rcka", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("rcka")
@@ -183,6 +183,31 @@ def test_chance_cka():
     assert chance_cka(64, 10, 20, unbiased=True) == 0
     with pytest.raises(ValueError, match="positive widths"):
         chance_cka(64, 0, 3)
+
+
+def test_batch_cka_against_the_moments_of_a_wishart_matrix():
+    assert batch_cka(0, 64, 10, 20) == pytest.approx(chance_cka(64, 10, 20))
+    assert batch_cka(1, 64, 10, 10) == pytest.approx(1)
+    assert 1 - batch_cka(0.4, 16, 48, 48) == pytest.approx(16 / 64 * 0.6)
+    with pytest.raises(ValueError, match="a CKA from 0 to 1"):
+        batch_cka(-0.1, 64, 10, 20)
+    # the textbook moments of a Wishart matrix of m degrees of freedom, entry by entry:
+    # E W_ij W_kl = m^2 S_ij S_kl + m (S_ik S_jl + S_il S_jk)
+    g = torch.Generator().manual_seed(0)
+    half = torch.randn(7, 7, generator=g, dtype=torch.float64)
+    s, m, p = half @ half.T, 11, 4
+
+    def second(a, b):  # E |W_ab|_F^2
+        return sum(
+            m * m * s[i, j] ** 2 + m * (s[i, i] * s[j, j] + s[i, j] ** 2) for i in range(*a) for j in range(*b)
+        ).item()
+
+    x, y = (0, p), (p, 7)
+    expected = second(x, y) / (second(x, x) * second(y, y)) ** 0.5
+    xx, yy, xy = s[:p, :p], s[p:, p:], s[:p, p:]
+    rho = (xy.square().sum() / (xx.norm() * yy.norm())).item()
+    widths = [(b.trace() ** 2 / b.square().sum()).item() for b in (xx, yy)]
+    assert batch_cka(rho, m + 1, *widths) == pytest.approx(expected, rel=1e-12)
 
 
 def worker(rank, port, path):

@@ -124,6 +124,16 @@ assert not {{"rcka.train", "accelerate", "pandas", "matplotlib", "typer"}} & set
     assert done.returncode == 0, done.stderr
 
 
+def test_an_image_of_the_size_of_the_network_stays_whole():
+    "As in training on a data set in memory; a larger one is resized and cropped."
+    model = rcka.create_model("resnet8", 3)
+    model.input_config = InputConfig((0.5,) * 3, (0.25,) * 3, 32)
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    transform = rcka.student_transform(model)
+    torch.testing.assert_close(transform(image), (image / 255 - 0.5) / 0.25)
+    assert transform(image.repeat(1, 2, 3)).shape == (3, 32, 32)
+
+
 def test_a_student_that_is_damaged_is_refused(tmp_path):
     save_student(rcka.create_model("resnet8", 3), tmp_path, "resnet8", classes=("a", "b", "c"))
     weights, card = tmp_path / "student.safetensors", tmp_path / "student.json"

@@ -1,11 +1,14 @@
 "Studies: which factors a screen tries, what becomes of a run whose loss is not finite, what the committed tables say."
 
 import math
+from pathlib import Path
 
 import pytest
 
 from rcka.experiments.study import (
     FACTORS,
+    PAIR,
+    STUDIES,
     Study,
     accuracy_by_factor,
     differences_to,
@@ -13,7 +16,10 @@ from rcka.experiments.study import (
     read_table,
     run_screen,
     run_study,
+    step_costs,
 )
+
+TABLES = Path(__file__).parent.parent / "figures" / "study"
 
 
 @pytest.mark.parametrize("best", FACTORS)
@@ -62,3 +68,32 @@ def test_a_run_that_is_not_finite_does_not_take_others_with_it(tmp_path):
     assert "not finite" in again["kd x1e+38", 0]["failed"] and not again["kd x1", 0]["failed"]
     table = differences_to([{**row, "seed": seed} for row in again.values() for seed in (0, 1)])
     assert table.loc["kd x1e+38", "seeds"] == 0 and table.loc["kd x1", "seeds"] == 2
+
+
+def test_the_pair_runs_at_the_factors_that_the_screen_chose():
+    rows = read_table(TABLES / "cifar100-screen.csv").values()
+    assert {row["evaluated_on"] for row in rows if not row["failed"]} == {"validation"}
+    for label, factor in PAIR.items():
+        tried = accuracy_by_factor(rows, label)
+        assert max(tried, key=tried.get) == factor and not factors_to_try(tried), label
+
+
+@pytest.mark.parametrize("path", sorted(TABLES.glob("cifar100-*-*.csv")), ids=lambda p: p.stem)
+def test_a_committed_comparison_is_of_the_study(path):
+    "Every row is of a method and a seed of the study, at its length, on the test images."
+    if path.stem not in STUDIES:
+        assert path.stem.removesuffix("-costs") in STUDIES
+        return
+    study = STUDIES[path.stem]
+    for (label, seed), row in read_table(path).items():
+        assert label in study.methods and seed in study.seeds
+        assert row["failed"] or (row["epochs"] == study.settings["epochs"] and row["evaluated_on"] == "test")
+
+
+def test_costs_of_a_step():
+    methods = {label: (label, None) for label in ("none", "fcka", "reviewkd")}
+    settings = dict(dataset="digits", epochs=1, batch_size=16, train_limit=64, test_limit=50, teacher_epochs=1)
+    rows = step_costs(Study("toy", "resnet8", "resnet8", methods, (0,), settings), rounds=1, steps=1)
+    assert [row["label"] for row in rows] == list(methods) and rows[0]["ratio"] == 1
+    assert all(row["milliseconds"] > 0 and row["peak_mb"] >= 0 for row in rows)
+    assert [row["parameters"] > 0 for row in rows] == [False, False, True]

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .compare import BLOCK, LayerRelations, as_batches, to_device
-from .style import line_styles
+from .style import GREY, line_styles, method_color
+from ..experiments.study import accuracy_by_factor, differences_to
 from ..extras import optional_import
 from ..features import Taps, evaluating, unwrap
 from ..similarity.bounds import Bound
@@ -19,7 +20,8 @@ from ..similarity.measures import as_kernel, center
 
 # %% auto #0
 __all__ = ['save_figure', 'plot_similarity', 'plot_before_after', 'gram_frame', 'plot_grams', 'plot_along', 'plot_cost',
-           'plot_predicts', 'rank_correlation', 'class_relations', 'plot_class_relations', 'plot_bound']
+           'plot_predicts', 'rank_correlation', 'class_relations', 'plot_class_relations', 'plot_study', 'plot_factors',
+           'plot_bound']
 
 # %% ../../nbs/method/09a_plots.ipynb #0278aaca
 def _plt():
@@ -327,6 +329,80 @@ def plot_class_relations(
         ax.set_title(f"{name}: mean {abs(d.values).mean():.3f}", fontsize=9)
     fig.colorbar(image, ax=axes, label=f"|correlation of logits less {names[0]}'s|")
     return axes[0]
+
+# %% ../../nbs/method/09a_plots.ipynb #5tudy0a2
+def plot_study(
+    rows: Iterable[dict],  # of `run_study`, or `read_table(...).values()`
+    baseline: str = "none",  # label that the others are compared with
+    names: Mapping[str, str] | None = None,  # label to what the picture calls it; None: the labels
+    score: str = "last",  # or "best"
+    unit: str = "top-1 (%)",
+):  # Figure
+    "Draw the accuracy of every seed and method, best first, and the paired differences to a baseline with 95 % intervals."
+    rows, names = list(rows), names or {}
+    table = differences_to(rows, baseline, score)
+    size = (10, 0.5 * len(table) + 1)
+    fig, (left, right) = _plt().subplots(1, 2, figsize=size, sharey=True, layout="constrained", width_ratios=[1, 1.1])
+    for y, (label, row) in enumerate(table.iterrows()):
+        color = method_color(label) or GREY
+        values = [r[score] for r in sorted(rows, key=lambda r: r["seed"]) if r["label"] == label]
+        offsets = [0.16 * (i - (len(values) - 1) / 2) for i in range(len(values))]  # no dot hides another
+        left.scatter(values, [y + o for o in offsets], s=22, color=color, alpha=0.7, linewidth=0)
+        left.scatter(row["mean"], y, s=170, marker="|", color=color, linewidth=2.5)
+        left.annotate(
+            f"{row['mean']:.1f}", (1, y), xycoords=("axes fraction", "data"), ha="left", va="center", color=color
+        )
+        if label != baseline:
+            half = 0 if math.isnan(row["half_width"]) else row["half_width"]
+            right.errorbar(row["difference"], y, xerr=half or None, color=color, marker="D", markersize=5, capsize=3)
+            text = f"{row['difference']:+.1f}" + (f" ± {half:.1f}" if half else " (one seed)")
+            right.annotate(text, (1, y), xycoords=("axes fraction", "data"), ha="left", va="center", color=color)
+    right.axvline(0, color=GREY, linewidth=1)
+    left.set(xlabel=unit, yticks=range(len(table)), yticklabels=[names.get(m, m) for m in table.index])
+    left.set_ylim(len(table) - 0.5, -0.5)
+    right.set_xlabel(f"points over {names.get(baseline, baseline)}, 95 % interval")
+    right.tick_params(axis="y", length=0)
+    for ax in (left, right):
+        ax.grid(axis="x", alpha=0.3)
+    return fig
+
+
+def plot_factors(
+    rows: Iterable[dict],  # of `run_screen`
+    methods: Sequence[str],  # labels without factors
+    names: Mapping[str, str] | None = None,
+    columns: int = 5,
+    unit: str = "top-1 (%)",
+):  # Figure
+    "Draw the accuracy of each method against the factor of its weights, a panel for each; the dashed line is the student alone."
+    rows, names = list(rows), names or {}
+    alone = [row["last"] for row in rows if row["label"] == "none"]
+    lines = math.ceil(len(methods) / columns)
+    fig, axes = _plt().subplots(
+        lines,
+        columns,
+        figsize=(2.3 * columns, 1.9 * lines + 0.4),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax in axes.flat[len(methods) :]:
+        ax.set_axis_off()
+    for ax, method in zip(axes.flat, methods):
+        color, tried = method_color(method) or GREY, accuracy_by_factor(rows, method)
+        found = {f: a for f, a in tried.items() if math.isfinite(a)}
+        best = max(found, key=found.get)
+        ax.plot(list(found), list(found.values()), color=color, marker="o", markersize=4)
+        ax.scatter(best, found[best], s=90, facecolor="none", edgecolor=color, linewidth=1.5)
+        for value in alone:
+            ax.axhline(value, color=GREY, linestyle="--", linewidth=1)
+        ax.set_xscale("log", base=4)
+        ax.set_title(f"{names.get(method, method)}: {found[best]:.1f}", fontsize=11)
+        ax.grid(alpha=0.3)
+    fig.supxlabel("factor of the usual weights")
+    fig.supylabel(unit)
+    return fig
 
 # %% ../../nbs/method/09a_plots.ipynb #c50c6ae7
 def plot_bound(

@@ -5,15 +5,22 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import math
+import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from ..core import nearest
+from ..distributed import first_shard, init_distributed
 from .exhibits import record_exhibit
-from .experiment import Experiment, run_many
+from .experiment import Experiment, make_trainer, run_many
 from .result import Result, runs_root
 from ..extras import optional_import
 from ..files import as_csv, write_atomic
@@ -23,8 +30,8 @@ from ..train.learner import RunsFailed, Stopped
 
 # %% auto #0
 __all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'STUDIES', 'Scaled', 'Study', 'run_study', 'run_group', 'as_row', 'read_table',
-           'differences_to', 'inflation', 'screened', 'accuracy_by_factor', 'factors_to_try', 'run_screen', 'main',
-           'record_study']
+           'differences_to', 'inflation', 'step_costs', 'screened', 'accuracy_by_factor', 'factors_to_try',
+           'run_screen', 'main', 'record_study']
 
 # %% ../../nbs/method/08e_study.ipynb #ed0364bb
 @register("scaled")
@@ -172,6 +179,74 @@ def inflation(rows: Iterable[dict]) -> float:
     gaps = [row["best"] - row["last"] for row in rows]
     return sum(gaps) / len(gaps)
 
+# %% ../../nbs/method/08e_study.ipynb #c057a002
+def _reset_peak(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:  # on Linux; elsewhere the memory is NaN
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what was freed goes back to the system, so that it does not count as held
+        if (path := Path("/proc/self/clear_refs")).exists():
+            path.write_text("5")
+
+
+def _memory(device: torch.device, peak: bool) -> float:
+    "Return MiB held now, or at most since `_reset_peak`."
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next(
+        (int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM" if peak else "VmRSS")), math.nan
+    )
+
+
+def step_costs(
+    study: Study,
+    labels: Iterable[str] | None = None,  # of these methods; None: all of them
+    rounds: int = 5,
+    steps: int = 8,  # number of steps in a round
+    device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
+    **options,  # of `run`: channels_last, compile
+) -> list[dict]:
+    """Measure a training step of every method: median milliseconds over the rounds, MiB at its peak, extra parameters.
+
+    The first label is what `ratio` compares with. The teacher's forward pass is part of each step but that of "none"."""
+    device, shared, trainers = init_distributed(device), None, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for label in study.methods if labels is None else labels:
+            experiment = study.experiment(label, study.seeds[0])
+            parts = experiment.prepare(Path(folder), device, False, options, shared if experiment.teacher else None)
+            shared = parts if experiment.teacher else shared
+            trainers[label] = make_trainer(experiment, parts, Path(folder) / str(len(trainers)), options)
+        times, peaks = {label: [] for label in trainers}, {label: [] for label in trainers}
+        for r in range(rounds + 1):
+            for label, trainer in trainers.items():
+                batch = first_shard(trainer.train)
+                if r == 0:  # chooses kernels and allocates what is kept
+                    trainer.begin_epoch()
+                _reset_peak(device)
+                held, began = _memory(device, peak=False), time.perf_counter()
+                for _ in range(steps if r else 2):
+                    trainer.train_step(batch)
+                peak = _memory(device, peak=True)  # waits for the device
+                if r:
+                    times[label].append((time.perf_counter() - began) / steps)
+                    peaks[label].append(peak - held)
+    first = statistics.median(next(iter(times.values())))
+    return [
+        {
+            "label": label,
+            "milliseconds": round(1e3 * statistics.median(times[label]), 2),
+            "ratio": round(statistics.median(times[label]) / first, 2),
+            "peak_mb": round(statistics.median(peaks[label]), 1),
+            "parameters": sum(p.numel() for p in trainer.task.method.parameters()),
+        }
+        for label, trainer in trainers.items()
+    ]
+
 # %% ../../nbs/method/08e_study.ipynb #def0d951
 SHORT = dict(dataset="cifar100", schedule="onecycle", lr=0.2, precision="bf16", teacher_weights="cifar100")
 SCREENED = {  # label to method and arguments; None: the usual ones
@@ -180,7 +255,7 @@ SCREENED = {  # label to method and arguments; None: the usual ones
         "kd dkd dist ikl_kd nkd lskd ttm wttm normkd rld mlkd skd wkd_l fitnet at sp cc vid rkd pkt nst crd ofd reviewkd "
         "ickd_c mgd srrl dpk fcka lcka rcka rcka_released cka_places cka_angle procrustes label_cka kernel_cka wkd_f itrd "
         "srd ofa cat_kd sdd simkd kd+fcka dist+fcka dist+reviewkd kd+cka_places dkd+cka_places dist+cka_places lskd+cka_places skd+cka_places "
-        "reviewkd+cka_places"
+        "reviewkd+cka_places explained_variance dist+procrustes dist+explained_variance"
     ).split()
 } | {  # forms and parts of the methods of the paper
     "fcka uncentred": ("fcka", {"center": False}),
@@ -208,6 +283,7 @@ PAIR = {  # label to the factor of its usual weights that was best in the screen
     "rcka": 0.25,
     "kd+fcka": 4,
     "cka_places": 1,
+    "dist+cka_places": 1,
 }
 
 
@@ -233,7 +309,7 @@ STUDIES = {
             "resnet20",
             "resnet8",
             {"none": ("none", None)} | {label: screened(label, factor) for label, factor in PAIR.items()},
-            settings=SHORT | dict(epochs=10),
+            settings=SHORT | dict(epochs=6),
             group=7,
         ),
     )
@@ -291,13 +367,19 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--out", default="figures/study", help="folder of the table (default: figures/study)")
     parser.add_argument("--root", help="folder of the runs (default: RCKA_RUNS, else runs/ of the checkout)")
     parser.add_argument("--methods", help="labels of methods, with commas between them (default: all)")
+    parser.add_argument(
+        "--costs", action="store_true", help="measure what a step of each method costs, and train nothing"
+    )
     parser.add_argument("--seeds", help="seeds, with commas between them (default: those of the study)")
     given = parser.parse_args(args)
     labels = given.methods and given.methods.split(",")
     seeds = given.seeds and [int(s) for s in given.seeds.split(",")]
     study = STUDIES[given.name]
     try:
-        if given.name.endswith("screen"):
+        if given.costs:
+            rows = step_costs(study, labels, channels_last=True)
+            write_atomic(Path(given.out) / f"{study.name}-costs.csv", as_csv(rows))
+        elif given.name.endswith("screen"):
             run_screen(study, given.out, labels, root=given.root, progress=False, channels_last=True)
         else:
             run_study(study, given.out, given.root, labels, seeds, progress=False, channels_last=True)
@@ -319,9 +401,8 @@ def record_study(study: Study, out: Path):
     labels = {label for label, _ in read_table(path)}
     pair = {"teacher": study.teacher, "student": study.student, "dataset": study.settings["dataset"]}
     made = [{"method": m, "method_args": a} | pair for label, (m, a) in study.methods.items() if label in labels]
-    record_exhibit(
-        out.parent, f"study-{study.name}", [path.relative_to(out.parent)], "nbs/method/08e_study.ipynb", {}, made
-    )
+    files = [p.relative_to(out.parent) for p in (path, out / f"{study.name}-costs.csv") if p.exists()]
+    record_exhibit(out.parent, f"study-{study.name}", files, "nbs/method/08e_study.ipynb", {}, made)
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -15,8 +15,8 @@ from .features_recent import centred_places, place_cka
 from ..similarity.measures import as_features, check_pair, cka, full_precision, unit
 
 # %% auto #0
-__all__ = ['angular_distance', 'CKAAngle', 'procrustes_similarity', 'Procrustes', 'label_alignment', 'LabelCKA', 'kernel_cka',
-           'KernelCKA']
+__all__ = ['angular_distance', 'CKAAngle', 'procrustes_similarity', 'Procrustes', 'explained_variance', 'ExplainedVariance',
+           'label_alignment', 'LabelCKA', 'kernel_cka', 'KernelCKA']
 
 # %% ../../nbs/method/02h_candidates.ipynb #0edf6b40
 @full_precision
@@ -96,6 +96,47 @@ class Procrustes(_MeanDistance, MapMethod):
 
     def distance(self, student, teacher):
         return 1 - procrustes_similarity(student, teacher)
+
+# %% ../../nbs/method/02h_candidates.ipynb #ev0a51c3
+@full_precision
+def explained_variance(
+    student: Tensor,  # (n, c, H, W)
+    teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
+    ridge: float = 1e-4,  # added to the student's covariance, in units of the mean variance of its channels
+) -> Tensor:  # scalar in [0, 1]; 1 at the optimum, but for the ridge
+    """Return the share of the teacher's variance over places that a ridge regression on the student's channels explains.
+
+    Linear regression of Kornblith et al. 2019 (eq. 16) on n h w samples. 0 with a zero gradient where a side is constant in every channel."""
+    student, teacher = same_size(*check_maps(student, teacher))
+    check_pair(student, teacher)
+
+    def normalised(x):
+        x, noise = centred_places(x)
+        seen = x.detach().square().sum() > noise
+        return unit(torch.where(seen, x, 0 * x).flatten(), 0).view_as(x)  # trace of the covariance 1, or 0
+
+    x, y = normalised(student), normalised(teacher)
+    # in float64, and by no less than what rounding leaves in the products: the factorisation never fails
+    penalty = torch.where(x.detach().any(), max(ridge / len(x), 8 * torch.finfo(x.dtype).eps), 1.0)
+    covariance, cross = (x @ x.mT).double(), (x @ y.mT).double()
+    factor = torch.linalg.cholesky(covariance + penalty * torch.eye(len(x), dtype=torch.float64, device=x.device))
+    return torch.linalg.solve_triangular(factor, cross, upper=False).square().sum().to(x.dtype)
+
+
+@register("explained_variance")
+class ExplainedVariance(_MeanDistance, MapMethod):
+    "weight * mean over stages of the share of the teacher's variance that no linear map of the student's channels explains. Ours."
+
+    def __init__(
+        self,
+        weight: float = 16.0,  # of the term
+        stages=(-3, -2, -1),  # which of the network's stages
+    ):
+        super().__init__()
+        self.weight, self.stages = weight, stages
+
+    def distance(self, student, teacher):
+        return 1 - explained_variance(student, teacher)
 
 # %% ../../nbs/method/02h_candidates.ipynb #4801aace
 @full_precision

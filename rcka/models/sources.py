@@ -30,13 +30,14 @@ class InputConfig(NamedTuple):
 
 
 def input_config(model: nn.Module) -> InputConfig:
-    "Return what a network says of its input: its `input_config`, or timm's `pretrained_cfg`; all None where it says nothing."
+    "Return what a network says of its input: its `input_config`, timm's `pretrained_cfg`, or `image_size`; else all None."
     model = unwrap(model)
     if isinstance(found := getattr(model, "input_config", None), InputConfig):
         return found
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if not isinstance(config, dict) or "input_size" not in config:
-        return InputConfig()
+        size = getattr(model, "image_size", None)  # of torchvision's vision transformers
+        return InputConfig(size=size if isinstance(size, int) else None)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
     how = config.get("interpolation", "bilinear")
     return InputConfig(
@@ -186,9 +187,12 @@ def _processor_config(processor, config) -> InputConfig:
     given = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
     sides = [given[key] for key in ("height", "width", "shortest_edge") if key in given]
     bicubic = int(getattr(processor, "resample", None) or 2) == 3
+    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
+    if mean is None or std is None or not getattr(processor, "do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # pixels from 0 to 1, as they are
     return InputConfig(
-        tuple(processor.image_mean),
-        tuple(processor.image_std),
+        tuple(mean),
+        tuple(std),
         _square(size) or max(sides, default=None),
         "bicubic" if bicubic else "bilinear",
     )

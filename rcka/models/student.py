@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -192,14 +193,22 @@ def read_about(folder: Path | str) -> dict:
 def student_transform(
     model: nn.Module,  # of `load_student`
 ):  # from a PIL image or uint8 (3, H, W) to the network's input (3, size, size)
-    "Return the preprocessing of a network's images: resize the shorter side to 8/7 of its size, crop the centre, normalise."
+    """Return the preprocessing of a network's images: resize the shorter side to 8/7 of its size, crop the centre, normalise.
+
+    An image that has the network's size already is neither resized nor cropped."""
+    from torchvision import tv_tensors
     from torchvision.transforms import v2
 
     config = input_config(model)
-    size = (
-        []
-        if config.size is None
-        else [v2.Resize(round(config.size * 256 / 224), antialias=True), v2.CenterCrop(config.size)]
-    )
+    size = [] if config.size is None else [v2.Lambda(partial(_fit, size=config.size), tv_tensors.Image)]
     normalise = [] if config.mean is None else [v2.Normalize(config.mean, config.std)]
     return v2.Compose([v2.ToImage(), *size, v2.ToDtype(torch.float32, scale=True), *normalise])
+
+
+def _fit(image, size: int):
+    "Bring an image to the size of a network."
+    from torchvision.transforms.v2 import functional
+
+    if tuple(image.shape[-2:]) == (size, size):
+        return image
+    return functional.center_crop(functional.resize(image, [round(size * 256 / 224)], antialias=True), [size, size])

@@ -21,7 +21,7 @@ from rcka.similarity.measures import (
 )
 
 # %% auto #0
-__all__ = ['Bound', 'unit_features', 'random_pairs', 'relation_identity', 'linear_bound', 'Published', 'published_bound', 'angle_bound', 'lipschitz', 'relation_bound', 'Rotation', 'procrustes', 'FeatureChain', 'feature_chain', 'procrustes_bound', 'feature_bound', 'cka_gradient']
+__all__ = ['Bound', 'unit_features', 'random_pairs', 'relation_identity', 'linear_bound', 'Published', 'published_bound', 'angle_bound', 'lipschitz', 'relation_bound', 'Rotation', 'procrustes', 'FeatureChain', 'feature_chain', 'procrustes_bound', 'feature_bound', 'cka_gradient', 'Transfer', 'transfer_bound']
 
 # %% ../../nbs/theory/02a_identity.ipynb #253d2573
 class Bound(NamedTuple):
@@ -335,3 +335,56 @@ def cka_gradient(
     push = xh @ (xh.mT @ xh) * (yh.mT @ xh).square().sum((-2, -1), keepdim=True)  # CKA K X
     grad = 2 * (pull - push) / torch.where(size > 0, size, torch.ones_like(size))
     return grad.reshape(x.shape).to(x.dtype)
+
+# %% ../../nbs/theory/02e_accuracy.ipynb #560098ee
+class Transfer(NamedTuple):
+    "Theorem 10: how many samples the teacher's head gets wrong on the student, and what bounds it. Shares from 0 to 1."
+
+    wrong: Tensor  # (): by the moved head
+    logits: Tensor  # (): at most, from the distance of the logits
+    features: Tensor  # (): at most, from the distance of the features and the norm of the head
+    cka: Tensor  # (): at most, from CKA and the norm of the head
+
+# %% ../../nbs/theory/02e_accuracy.ipynb #29671154
+@full_precision
+def transfer_bound(
+    x: Tensor,  # (n, ...): the features that go into the teacher's head
+    y: Tensor,  # (n, ...): the student's features of the same samples; the width may differ
+    weight: Tensor,  # (classes, p): of the teacher's head
+    bias: Tensor,  # (classes,)
+    target: Tensor,  # (n,): labels
+    fitted: bool = False,  # fit the head by least squares, (ii), instead of rotating it, (i)
+) -> Transfer:  # each at most the next
+    "Theorem 10: bounds on the error of the teacher's head after it is moved to the student's features. Float64."
+    x, y = (t.double() for t in _features(x, y, True, 0))
+    if weight.shape[1:] != x.shape[1:] or target.shape != x.shape[:1]:
+        raise ValueError(
+            f"weight must be (classes, {x.shape[1]}) and target ({len(x)},), got {tuple(weight.shape)} and {tuple(target.shape)}"
+        )
+    w = weight.double() - weight.double().mean(0)
+    logits = x @ w.mT + (bias.double() - bias.double().mean())
+    xc, xh, yh = shifted(x), unit_features(x), unit_features(y, name="y")
+    size = (xc @ xc.mT).norm()
+    if fitted:
+        u, s, _ = torch.linalg.svd(yh, full_matrices=False)
+        u = u[:, s > len(y) * torch.finfo(s.dtype).eps * s[0]]
+        lost = xh - u @ (u.mT @ xh)
+        norm = (w @ w.mT).norm()
+        gap = _gap(xh @ xh.mT, yh @ yh.mT)
+        by_features, by_cka = norm * (lost @ lost.mT).norm(), norm * (gap * (2 - gap)).sqrt()  # 1 - CKA^2
+    else:
+        rotated = _pad(yh, max(xh.shape[1], yh.shape[1])) @ procrustes(xh, yh).matrix
+        lost = xh - rotated[:, : xh.shape[1]]
+        norm, chain = torch.linalg.matrix_norm(w, 2).square(), feature_chain(x, y)
+        by_features, by_cka = norm * chain.procrustes, norm * chain.frobenius
+    change = size.sqrt() * lost @ w.mT
+    costs = _margin(logits, target).sort().values.square().cumsum(0) / 2
+    budgets = change.square().sum(), size * by_features, size * by_cka
+    wrong = (_margin(logits - change, target) == 0).double().mean()
+    return Transfer(wrong, *((costs <= budget).double().mean() for budget in budgets))
+
+
+def _margin(logits: Tensor, target: Tensor) -> Tensor:
+    "(n, classes) to (n,): the label's logit less the largest other one; 0 where that is negative."
+    own = logits.gather(1, target[:, None])
+    return (own - logits.scatter(1, target[:, None], -torch.inf).amax(1, keepdim=True))[:, 0].clamp_min(0)

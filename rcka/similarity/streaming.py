@@ -22,7 +22,7 @@ from rcka.similarity.measures import (
 )
 
 # %% auto #0
-__all__ = ['chance_cka', 'effective_width', 'MinibatchCKA', 'StreamingCKA']
+__all__ = ['chance_cka', 'effective_width', 'MinibatchCKA', 'StreamingCKA', 'batch_cka']
 
 # %% ../../nbs/theory/03_estimators.ipynb #2a0ad34f
 def chance_cka(
@@ -283,3 +283,17 @@ class StreamingCKA:
             h = h - n / (n - 2) * self.t + torch.outer(trace, trace) / ((n - 1) * (n - 2))
         value = cosine(h, h.diagonal()[:, None], h.diagonal())
         return value if self.split is None else value[: self.split, self.split :]
+
+# %% ../../nbs/theory/03b_minibatch.ipynb #caf7fe10
+def batch_cka(
+    population: float,  # CKA in the population, 0 to 1
+    n: int,  # samples in a batch
+    p: float,  # (effective) width of one side
+    q: float,  # (effective) width of the other
+) -> float:
+    "What the biased CKA of a batch is centred on, for Gaussian features: $(n\\rho + \\sqrt{pq})/\\sqrt{(n+p)(n+q)}$ (03b_minibatch, Proposition 4)."
+    if n < 2 or not min(p, q) > 0 or not 0 <= population <= 1:
+        raise ValueError(
+            f"need n >= 2 samples, positive widths and a CKA from 0 to 1, got n={n}, p={p}, q={q}, population={population}"
+        )
+    return (n * population + (p * q) ** 0.5) / ((n + p) * (n + q)) ** 0.5

@@ -11,13 +11,14 @@ from torch import nn
 
 from ..core import Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
-from ..features import Taps, evaluating
+from ..features import Taps, as_logits, evaluating
 from ..methods.base import Method, Vanilla
 from ..pair import batch_statistics, build_method, paired_taps, wanted_paths
+from ..similarity.measures import cka
 from .config import autocast
 
 # %% auto #0
-__all__ = ['Accuracy', 'evaluate', 'Step', 'Distiller']
+__all__ = ['Accuracy', 'evaluate', 'Step', 'Distiller', 'UnlabelledDistiller']
 
 # %% ../../nbs/method/06c_classification.ipynb #0749ca0f
 class Accuracy(NamedTuple):
@@ -122,3 +123,43 @@ class Distiller:
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
         "Return the student's accuracy by name; `before` is called before each batch."
         return evaluate(self.network, batches, precision, before)._asdict()
+
+# %% ../../nbs/method/06c_classification.ipynb #0cd62d8d
+class UnlabelledDistiller(Distiller):
+    """A student that learns from its teacher alone: labels are not read, and there is no cross-entropy.
+
+    The scores are on held-out images: `cka` is the CKA of both networks' outputs, debiased, times 100, and `agreement`, where
+    the method compares logits, the per cent for which both name the same class. Raises ValueError without a teacher, and in
+    several processes."""
+
+    def __init__(self, student, method, teacher, student_paths=None, teacher_paths=None):
+        if teacher is None or world_size() > 1:
+            raise ValueError("without labels a student needs a teacher, and is trained in one process")
+        super().__init__(student, method, teacher, student_paths, teacher_paths)
+        self.score = "agreement" if self.method.wants_logits else "cka"
+
+    def prepare(self, train):
+        self.build(first_shard(train).images, None)
+
+    def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
+        "Return the method's terms. `teacher`: its outputs in eval mode, if they were computed already."
+        if teacher is None or self.method.teacher_batch_stats:
+            teacher = self._teacher_outputs(batch.images)
+        return Step(self.method.terms(self.student_taps(batch.images), teacher, None, batch.index))
+
+    @torch.no_grad()
+    def evaluate(self, batches, precision: str, before) -> dict[str, float]:
+        "Return how near the student's outputs are to the teacher's; `before` is called before each batch."
+        device, found = next(self.student.parameters()).device, []
+        assert self.teacher is not None  # refused by __init__
+        networks = (self.network, self.teacher)
+        with evaluating(self.network):
+            for batch in as_batches(batches, device).epoch(0):
+                before()
+                with autocast(device.type, precision):
+                    found.append([as_logits(net(batch.images)).float() for net in networks])
+        ours, theirs = (torch.cat(outputs) for outputs in zip(*found))
+        scores = {"cka": 100 * cka(ours, theirs, unbiased=True).item()}
+        if self.score == "agreement":
+            scores["agreement"] = 100 * (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
+        return scores
