@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .core import FeaturePaths, Outputs, nearest
 
 # %% auto #0
-__all__ = ['FORMS', 'NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'evaluating', 'as_logits', 'as_map', 'Taps',
-           'feature_paths', 'Projector', 'ProjectedNetwork']
+__all__ = ['FORMS', 'NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'evaluating', 'as_logits', 'as_stored',
+           'as_map', 'Taps', 'feature_paths', 'Projector', 'ProjectedNetwork']
 
 # %% ../nbs/method/03_features.ipynb #8dbce422
 class Place(NamedTuple):
@@ -191,6 +191,16 @@ def _as_noted(noted, path: str, changes: dict[str, bool]) -> Tensor:
 # %% ../nbs/method/03_features.ipynb #70ce0002
 def _is_images(x) -> bool:
     return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()
+
+
+def as_stored(
+    x,  # a batch of images, or anything else a network takes
+    model: nn.Module,
+):  # images in the dtype of the model; anything else as it is
+    "Return float images in half precision for a network whose weights are stored in it, which autocast would not do outside."
+    dtype = next((p.dtype for p in model.parameters()), None)
+    half = dtype in (torch.bfloat16, torch.float16)
+    return x.to(dtype) if half and isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 @lru_cache

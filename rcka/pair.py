@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .core import Outputs
 from .distributed import all_gather
-from .features import Taps, as_logits, evaluating, feature_paths, unwrap
+from .features import Taps, as_logits, as_stored, evaluating, feature_paths, unwrap
 from .methods.base import ANY_PATHS, Method, create_method
 
 # %% auto #0
@@ -178,7 +178,7 @@ class Pair(nn.Module):
         if self.teacher.training:
             self.teacher.eval()
         with batch_statistics(self.teacher) if self.method.teacher_batch_stats else contextlib.nullcontext():
-            return self._outputs(*_call(taps or self.teacher_taps, inputs))
+            return self._outputs(*_call(taps or self.teacher_taps, as_stored(inputs, self.teacher)))
 
     def forward(
         self,

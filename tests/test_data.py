@@ -11,8 +11,10 @@ import sys
 import tarfile
 import threading
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -133,6 +135,21 @@ def test_dtype_and_memory_format():
     half = make(dtype=torch.bfloat16, channels_last=True)
     assert half.dtype == torch.bfloat16 and half.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(half, make().bfloat16())
+
+
+@pytest.mark.parametrize("device, size", [("cpu", 125), ("meta", 500)])
+def test_evaluation_batches_fit_the_cache_of_a_cpu(images, device, size):
+    test = replace(
+        images, test_images=images.test_images.repeat(6, 1, 1, 1), test_targets=images.test_targets.repeat(6)
+    )
+    with mock.patch("rcka.data.memory._check_images"):  # it looks at values
+        assert test.batches(train=False, device=device).batch_size == size
+        assert test.batches(40, train=False, device=device).batch_size == 40
+    if device == "cpu":  # the images, their order and what a run is known by are the same
+        default, whole = test.batches(train=False), test.batches(500, train=False)
+        assert default.identity() == whole.identity()
+        for a, b in zip(zip(*default.epoch()), zip(*whole.epoch()), strict=True):
+            assert torch.equal(torch.cat(a), torch.cat(b))
 
 
 @pytest.mark.cuda

@@ -233,6 +233,17 @@ def test_under_autocast(name, precision):
         assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in pair.parameters())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_teacher_stored_in_half_precision(name):
+    "Without autocast: the teacher's images are brought to its precision, and its outputs widened by the losses."
+    method = create_method(name, SMALL.get(name))
+    torch.manual_seed(0)
+    with Pair(Small(4), Small(6).bfloat16(), method, images(), targets=TARGETS) as pair:
+        terms = pair(images(), TARGETS, torch.arange(6))
+        sum(terms.values()).backward()
+        assert all(term.isfinite() and term.dtype == torch.float32 for term in terms.values())
+
+
 def test_a_distiller_uses_maps_of_tokens_too():
     torch.manual_seed(0)
     vit = torchvision.models.VisionTransformer(16, 4, 4, 2, 8, 16, num_classes=5)

@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcka import Gaussian, cka, fcka, gram, hsic, lcka, mmd2
+from rcka.similarity.measures import as_features, in_memory_order
 
 sizes = dict(seed=st.integers(0, 10**6), n=st.integers(4, 20), p=st.integers(1, 40), q=st.integers(1, 40))
 forms = st.sampled_from(
@@ -129,3 +131,56 @@ def test_autocast_and_half_precision():
         inside = fcka(x, y)
     assert inside.dtype == torch.float32 and inside == fcka(x, y)
     assert abs(fcka(x.bfloat16(), y.bfloat16()) - fcka(x, y)) < 1e-2
+
+
+# maps in channels_last
+
+
+@pytest.mark.parametrize("form", [dict(), dict(center=False), dict(unbiased=True), dict(gram_of_gram=True)])
+def test_fcka_of_maps_in_channels_last(form):
+    "Value and gradient are those of the plain layout, and the gradient has the layout of the map."
+    torch.manual_seed(0)
+    maps = torch.randn(8, 6, 5, 4, dtype=torch.float64), torch.randn(8, 7, 3, 3, dtype=torch.float64)
+    plain = [x.clone().requires_grad_() for x in maps]
+    last = [x.clone(memory_format=torch.channels_last).requires_grad_() for x in maps]
+    values = [fcka(*plain, **form), fcka(*last, **form), fcka(plain[0], last[1], **form)]
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(values[2], values[0])
+    for a, b in zip(torch.autograd.grad(values[0], plain), torch.autograd.grad(values[1], last)):
+        torch.testing.assert_close(b, a)
+        assert b.is_contiguous(memory_format=torch.channels_last)
+
+
+class Copies(TorchDispatchMode):
+    "Counts the operations that copy a tensor of `size` numbers."
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.seen = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        copies = {"clone", "copy_", "contiguous", "_reshape_copy", "_to_copy"}
+        if func.overloadpacket.__name__ in copies and isinstance(out, torch.Tensor) and out.numel() == self.size:
+            self.seen.append(str(func))
+        return out
+
+
+def test_fcka_copies_no_map():
+    x = torch.randn(8, 6, 5, 4).to(memory_format=torch.channels_last)
+    flat = as_features(in_memory_order(x))
+    assert flat.data_ptr() == x.data_ptr() and flat.is_contiguous() and flat.shape == (8, 120)
+    torch.testing.assert_close(flat.unflatten(1, (5, 4, 6)).permute(0, 3, 1, 2), x)
+    maps = [torch.randn(8, 6, 5, 4).to(memory_format=torch.channels_last).requires_grad_() for _ in range(2)]
+    with Copies(x.numel()) as found:
+        fcka(*maps).backward()
+    assert not found.seen
+    with Copies(x.numel()) as found:  # so the line above can fail
+        cka(*maps).backward()
+    assert found.seen
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 3, 2), (4, 1, 5, 1), (1, 3, 2, 2), (4, 2, 3, 2, 2)])
+def test_memory_order_of_plain_features_is_their_own(shape):
+    x = torch.randn(shape)
+    assert torch.equal(as_features(in_memory_order(x)), as_features(x))

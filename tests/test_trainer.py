@@ -1,5 +1,6 @@
 "The trainer: full disks, read-only folders, precisions, fast paths against plain ones, groups of runs."
 
+import copy
 import errno
 import os
 import subprocess
@@ -15,9 +16,10 @@ from rcka.methods.base import create_method
 from rcka.models.registry import create_model
 from rcka.train.callbacks import NonFiniteLoss
 from rcka.train.checkpoint import checkpoints, last_checkpoint
-from rcka.train.classification import Distiller
+from rcka.train.classification import Distiller, evaluate
 from rcka.train.config import TrainConfig
 from rcka.train.learner import RunsFailed, Trainer, fit_many
+from rcka.train.teacher_cache import TeacherCache
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -188,6 +190,33 @@ def test_fast_paths_keep_the_loss_curve(data, tmp_path, device, fast, tolerance)
     ).fit(progress=False)
     for a, b in zip(plain, quick, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+
+
+@pytest.mark.parametrize("method", ["kd", "rcka", "fitnet", "srrl", "crd"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_teacher_stored_in_bf16(data, tmp_path, precision, method):
+    "Its images are brought to its precision, also where the connectors are built, outside of autocast."
+    teacher = network(0)
+    plain = trainer(data, tmp_path / "plain", method=method, teacher=copy.deepcopy(teacher), epochs=1).fit(False)
+    stored = trainer(
+        data, tmp_path / "bf16", method=method, teacher=teacher.bfloat16(), epochs=1, config={"precision": precision}
+    )
+    (row,) = stored.fit(progress=False)
+    assert row["loss"] == pytest.approx(plain[0]["loss"], rel=0.1)
+
+
+def test_a_group_with_a_teacher_stored_in_bf16(data, tmp_path):
+    "Sharing its forward pass, or what was kept of it, gives the bits of its own runs."
+    train, test, teacher = data.batches(32, views=2), data.batches(train=False), network(0).bfloat16()
+    make = lambda where, m, **k: trainer(
+        data, tmp_path / where / m, method=m, teacher=teacher, train=train, test=test, epochs=1, **k
+    )
+    together = fit_many([make("many", m) for m in ("kd", "rcka")], progress=False)
+    assert together == [make("alone", m).fit(progress=False) for m in ("kd", "rcka")]
+    cache = TeacherCache(teacher, train, ["layer3"])
+    (row,) = make("cache", "rcka", teacher_cache=cache).fit(progress=False)
+    assert row["loss"] == pytest.approx(together[1][0]["loss"], rel=1e-3)
+    assert evaluate(teacher, test).top1 >= 0
 
 
 @pytest.mark.parametrize("device", DEVICES)

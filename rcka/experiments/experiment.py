@@ -502,7 +502,7 @@ def run(
     folder: Path | str | None = None,  # folder of this run; None: `root` / `experiment.key`
     device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     progress: bool = True,  # bars in the terminal
-    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile; and workers, which decode images,
+    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile, cuda_graph; and workers, which decode,
     # and cache_budget, bytes that a teacher cache may take
 ) -> Result:
     """Run an experiment, or find the result it left.

@@ -76,6 +76,9 @@ def make_parser(kind: type[BaseExperiment], program: str) -> argparse.ArgumentPa
     how.add_argument("--channels_last", action="store_true", help="memory layout of the networks; rounds differently")
     how.add_argument("--compile", action="store_true", help="torch.compile of the networks; rounds differently")
     how.add_argument(
+        "--cuda_graph", action="store_true", help="a training step by one launch, where it can be captured"
+    )
+    how.add_argument(
         "--workers",
         type=int,
         help="number of processes that decode images (default: one for each core); for detectors of threads "
@@ -91,7 +94,7 @@ def parse(args: list[str] | None = None, program: str = "python -m rcka.train") 
     given = vars(make_parser(kind, program).parse_args(args))
     file, quiet, _ = (given.pop(name) for name in ("file", "quiet", "kind"))
     options = {}
-    for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "workers"):
+    for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "cuda_graph", "workers"):
         value = given.pop(name)
         if value is not None and value is not False:
             options[name] = value

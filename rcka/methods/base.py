@@ -57,6 +57,7 @@ class Method(nn.Module):
     dense = False  # for detectors and segmentation networks
     wants_logits = True  # compares logits; of detectors those of classes
     smallest = 2  # samples in a batch: with fewer there is nothing to compare
+    capturable = True  # a step fits a CUDA graph: its kernels do not depend on values, and memory is written in place
     relations_only = False  # it sees the teacher's features through their Gram matrix alone, whatever their width
     predicted: Tensor | None = (
         None  # logits of the last batch, of a method that predicts with others than the student's
@@ -190,6 +191,10 @@ class Sum(Method):
         return any(m.wants_logits for m in self.parts)
 
     @property
+    def capturable(self):
+        return all(m.capturable for m in self.parts)
+
+    @property
     def smallest(self):
         return max(m.smallest for m in self.parts)
 
@@ -292,6 +297,10 @@ class Wrapper(Method):
     @property
     def wants_logits(self):
         return self.inner.wants_logits
+
+    @property
+    def capturable(self):
+        return self.inner.capturable
 
     @property
     def smallest(self):

@@ -86,6 +86,8 @@ def procrustes_similarity(
 class Procrustes(_MeanDistance, MapMethod):
     "weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared Procrustes distance. Ours."
 
+    capturable = False  # singular values wait for the device
+
     def __init__(
         self,
         weight: float = 16.0,  # of the term

@@ -19,6 +19,7 @@ from rcka.similarity.measures import (
     cosine,
     debias,
     full_precision,
+    in_memory_order,
     inner_product,
     scaled,
     unit,
@@ -38,7 +39,8 @@ def fcka(
     gram_of_gram: bool = False,  # align the Gram matrices of the row-normalised Gram matrices
 ) -> Tensor:  # scalar similarity, 1 at the optimum
     "Similarity of two feature maps: linear CKA of the flattened features (Zhou et al. 2024, section 3)."
-    student, teacher = as_features(student, "student"), as_features(teacher, "teacher")
+    sides = {"student": student, "teacher": teacher}  # relations do not see the order of features: no copy of a map
+    student, teacher = (as_features(in_memory_order(as_real(x, side)), side) for side, x in sides.items())
     if gram_of_gram:
         check_pair(student, teacher)
         student, teacher = (F.normalize(x @ x.mT, dim=-1) for x in (student, teacher))

@@ -228,6 +228,7 @@ class CRD(FeatureMethod):
 
     connects = True
     stages = "pooled"
+    capturable = False  # the memory is a new tensor after each step
 
     def __init__(
         self,
@@ -538,7 +539,7 @@ class SRRL(FeatureMethod):
         (connect,) = self.built()
         ((s, t),) = self.pairs(student, teacher)
         h, head = connect(s).mean((2, 3)), self.head[0]
-        frozen = {name: p.detach() for name, p in head.named_parameters()}
+        frozen = {name: p.detach().to(h.dtype) for name, p in head.named_parameters()}
         judged = torch.func.functional_call(head, frozen, (h,))
         return {
             "srrl_feature": self.alpha * F.mse_loss(as_real(h, "student"), t.flatten(1)),

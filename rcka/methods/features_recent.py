@@ -415,7 +415,9 @@ class SimKD(MapMethod):
                 f"simkd predicts with the teacher's linear classifier, of as many channels as its map has, {t.shape[1]}: "
                 f"build(..., head=that module); got {head}"
             )
-        self._head = (head,)  # in a tuple, so that it is no submodule
+        own = nn.Linear(head.in_features, head.out_features, head.bias is not None, device=t.device, dtype=t.dtype)
+        own.load_state_dict(head.state_dict())  # a copy: nobody who moves or averages it moves the teacher
+        self._head = (own.requires_grad_(False),)  # in a tuple, so that it is no submodule
         super().build(student, teacher)
 
     def connector(self, student, teacher):
@@ -423,12 +425,7 @@ class SimKD(MapMethod):
 
     def predictor(self, student, paths):
         (projector,), (head,) = self.built(), self._head
-        like = {"device": head.weight.device, "dtype": head.weight.dtype}
-        own = nn.Linear(head.in_features, head.out_features, head.bias is not None, **like)
-        own.load_state_dict(
-            head.state_dict()
-        )  # a copy, so that nobody who moves or averages this network moves the teacher
-        return ProjectedNetwork(student, paths[0], projector, own.requires_grad_(False))
+        return ProjectedNetwork(student, paths[0], projector, head)
 
     def terms(self, student, teacher, target=None, index=None):
         (projector,) = self.built()

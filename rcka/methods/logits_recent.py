@@ -272,6 +272,8 @@ class SKD(Method):
 
     The weights are 0.9 in the released code; its masks of the less confident half act on means already taken and halve both, which the defaults say plainly. The same for all pairs."""
 
+    capturable = False  # a Cholesky factor waits for the device
+
     def __init__(
         self,
         instance: float = 0.45,  # weight of KD

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['KERNELS', 'full_precision', 'as_real', 'to_float64', 'as_features', 'check_pair', 'shifted', 'Linear', 'Polynomial',
-           'Gaussian', 'as_kernel', 'gram', 'center', 'double_center', 'u_center', 'inner_product', 'hsic', 'scaled',
-           'cosine', 'debias', 'centred_gram', 'cka', 'mmd2', 'unit']
+__all__ = ['KERNELS', 'full_precision', 'as_real', 'to_float64', 'as_features', 'in_memory_order', 'check_pair', 'shifted',
+           'Linear', 'Polynomial', 'Gaussian', 'as_kernel', 'gram', 'center', 'double_center', 'u_center',
+           'inner_product', 'hsic', 'scaled', 'cosine', 'debias', 'centred_gram', 'cka', 'mmd2', 'unit']
 
 # %% ../../nbs/theory/01_similarity.ipynb #669a408f
 def full_precision(f):
@@ -62,6 +62,15 @@ def as_features(
     if 0 in x.shape:
         raise ValueError(f"{name} is empty: its shape is {tuple(x.shape)}")
     return x
+
+
+def in_memory_order(
+    x: Tensor,  # (n, ...)
+) -> Tensor:  # (n, ...): the dimensions after the first, slowest in memory first
+    """Return a view of `x` that flattens to (n, p) without a copy, whatever its memory format.
+
+    The order of the p features is another one for maps in `channels_last`: for relations of samples, which do not see it."""
+    return x.permute(0, *sorted(range(1, x.dim()), key=x.stride, reverse=True)) if x.dim() > 2 else x
 
 
 def check_pair(x: Tensor, y: Tensor, batch_dims: int = 0, least: int = 1, why: str = ""):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core import Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
-from ..features import Taps, as_logits, evaluating
+from ..features import Taps, as_logits, as_stored, evaluating
 from ..methods.base import Method, Vanilla
 from ..pair import batch_statistics, build_method, paired_taps, wanted_paths
 from ..similarity.measures import cka
@@ -43,7 +43,7 @@ def evaluate(
             if not len(targets):
                 continue
             with autocast(images.device.type, precision):
-                logits = model(images)
+                logits = model(as_stored(images, model))
             order = logits.topk(min(5, logits.shape[1])).indices
             hits = order == targets[:, None]
             counts += torch.stack([hits[:, 0].sum(), hits.sum(), hits[:, 0].numel() + torch.zeros_like(counts[0])])
@@ -104,7 +104,7 @@ class Distiller:
     def _teacher_outputs(self, images: torch.Tensor, taps: Taps | None = None) -> Outputs:
         "Return the teacher's outputs."
         with batch_statistics(self.teacher) if self.method.teacher_batch_stats else contextlib.nullcontext():
-            return (taps or self.teacher_taps)(images)
+            return (taps or self.teacher_taps)(as_stored(images, self.teacher))
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
         "Return the method's terms and the student's hits. `teacher`: its outputs in eval mode, if they were computed already."
@@ -157,7 +157,7 @@ class UnlabelledDistiller(Distiller):
             for batch in as_batches(batches, device).epoch(0):
                 before()
                 with autocast(device.type, precision):
-                    found.append([as_logits(net(batch.images)).float() for net in networks])
+                    found.append([as_logits(net(as_stored(batch.images, net))).float() for net in networks])
         ours, theirs = (torch.cat(outputs) for outputs in zip(*found))
         scores = {"cka": 100 * cka(ours, theirs, unbiased=True).item()}
         if self.score == "agreement":

@@ -7,19 +7,21 @@ import contextlib
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core import BatchesFailed, Outputs, as_batches, seed_of
 from ..distributed import all_reduce, average_gradients, barrier, broadcast, rank, shard, world_size
-from ..features import Taps
+from ..features import Taps, as_stored
 from .callbacks import Callback, Checkpoint, NonFiniteWatch, Progress, SaveResults
 from .checkpoint import run_identity
 from .classification import Distiller
 from .config import TrainConfig, autocast, cublas_workspace, determinism, make_optimizer
+from .graph import GraphedStep
 from .teacher_cache import TeacherCache
 
 # %% auto #0
@@ -53,11 +55,13 @@ class Learner:
         compile: bool = False,  # torch.compile of the networks; changes rounding, and speed
         name: str = "run",  # shown beside the progress bar
         teacher_cache: TeacherCache | None = None,  # of the training batches, in place of the teacher's forward passes
+        cuda_graph: bool = False,  # take a step by one launch where it can be captured: see `GraphedStep`
     ):
         self.task, self.config, self.name = task, config, name
         self.device = next(task.student.parameters()).device
         self.train, self.test = as_batches(train, self.device), as_batches(test, self.device)
         self.switches = {"channels_last": channels_last, "compile": compile}
+        self.switches |= {"cuda_graph": True} if cuda_graph else {}
         self.teacher_cache = teacher_cache
         if teacher_cache is not None:
             if teacher_cache.train is not self.train or teacher_cache.teacher is not task.teacher:
@@ -90,6 +94,9 @@ class Learner:
         self.history: list[dict] = []  # a row an epoch
         self.seconds, self.since = 0.0, time.perf_counter()  # of work, over all parts of the run
         self.stop_reason = ""
+        self.graphed = GraphedStep(self) if cuda_graph else None
+        if self.graphed and self.graphed.reason:
+            warnings.warn(f"cuda_graph: steps stay ordinary ones, since {self.graphed.reason}", stacklevel=2)
 
     def fit(self, progress: bool = True) -> list[dict]:
         "Train to the last epoch and return the history, one dict an epoch. A run that was interrupted goes on."
@@ -123,6 +130,13 @@ class Learner:
         """Train on one batch; with `accumulate` the optimiser steps after the last one of a group.
 
         `batch` is None where it has too few images for all processes. `teacher`: its outputs, if computed already."""
+        if self.graphed and batch is not None:
+            self.graphed(batch, teacher)
+        else:
+            self.eager_step(batch, teacher)
+
+    def eager_step(self, batch, teacher: Outputs | None = None):
+        "Train on one batch, one kernel after the other."
         config, steps = self.config, len(self.train)
         if batch is not None:
             self.backward(batch, teacher)
@@ -132,18 +146,28 @@ class Learner:
 
     def backward(self, batch, teacher: Outputs | None):
         "Add the gradients of one batch, and keep the values of its terms."
-        config, steps = self.config, len(self.train)
-        group_size = min(config.accumulate, steps - self.step // config.accumulate * config.accumulate)
+        accumulate, steps = self.config.accumulate, len(self.train)
+        group_size = min(accumulate, steps - self.step // accumulate * accumulate)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(self.epoch, self.step, steps)
+            group["lr"] = self.lr
         with self.own_random():
-            with autocast(self.device.type, config.precision):
-                terms, counts = self.task(batch, teacher, config.relations)
-            loss = sum(terms.values())
-            self.scaler.scale(loss / group_size if group_size > 1 else loss).backward()
+            row = self.differentiate(batch, teacher, group_size)
+        self.values.append(row)
+
+    @property
+    def lr(self) -> float:
+        "The learning rate of the step that comes next."
+        return self.config.lr_at(self.epoch, self.step, len(self.train))
+
+    def differentiate(self, batch, teacher: Outputs | None, group_size: int = 1) -> Tensor:
+        "Add the gradients of one batch; return the loss, its terms and what is counted, in a row."
+        with autocast(self.device.type, self.config.precision):
+            terms, counts = self.task(batch, teacher, self.config.relations)
+        loss = sum(terms.values())
+        self.scaler.scale(loss / group_size if group_size > 1 else loss).backward()
         self.names, self.counted = ["loss", *terms], list(counts)
         counted = [value for pair in counts.values() for value in pair]
-        self.values.append(torch.stack([loss.detach(), *(v.detach() for v in terms.values()), *counted]))
+        return torch.stack([loss.detach(), *(v.detach() for v in terms.values()), *counted])
 
     def update(self):
         "Take one step of the optimiser with the gradients of the batches that wait."
@@ -226,6 +250,8 @@ class Learner:
         for name in ("epoch", "step", "names", "counted", "history", "seconds", "random"):
             setattr(self, name, state[name])
         self.values = list(state["values"].to(self.device))
+        if self.graphed:
+            self.graphed.reset()
         callbacks = list(self.callbacks)
         for name, own in state["callbacks"]:
             callback = next((c for c in callbacks if type(c).__name__ == name), None)
@@ -493,7 +519,7 @@ def shared_teacher(learners: list[Learner]):
                 outputs = cache(batch.index, epoch, paths)
             else:
                 with torch.no_grad(), autocast(batch.images.device.type, precision):
-                    outputs = taps(batch.images)
+                    outputs = taps(as_stored(batch.images, teacher))
             at = dict(zip(paths, outputs.features))
             return {t: Outputs(outputs.logits, tuple(at[p] for p in t.teacher_taps.paths)) for t in tasks}
 
@@ -537,7 +563,7 @@ class Trainer(Learner):
         checkpoint_seconds: float = 60,  # between two checkpoints: about as much work is lost when the process is killed
         keep: int = 2,  # number of checkpoints that stay, the newest
         callbacks: Iterable[Callback] = (),  # called before the trainer's own
-        **options,  # of `Learner`: optimizer_factory, channels_last, compile, teacher_cache
+        **options,  # of `Learner`: optimizer_factory, channels_last, compile, teacher_cache, cuda_graph
     ):
         self.folder = Path(folder)
         own = [NonFiniteWatch(), SaveResults(folder), Checkpoint(folder, checkpoint_seconds, keep)]

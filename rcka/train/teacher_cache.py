@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core import Outputs, check_whole
 from ..distributed import barrier, rank
 from ..extras import optional_import
-from ..features import Taps
+from ..features import Taps, as_stored
 from ..files import digest, write_atomic
 from ..methods.base import Method
 from .checkpoint import weights_digest
@@ -191,7 +191,7 @@ class TeacherCache:
         "Iterate over the teacher's outputs for images in their `k`-th augmentation: a list, logits first."
         for images in self.train.view(k, steps):
             with autocast(self.device.type, self.precision):
-                outputs = taps(images)
+                outputs = taps(as_stored(images, self.teacher))
             yield [outputs.logits, *outputs.features]
 
     def _stores(self, taps: Taps, budget: int) -> dict[str | None, Store]:
