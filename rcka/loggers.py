@@ -37,7 +37,9 @@ def curves(learner):  # a matplotlib Figure
     with optional_import():
         from matplotlib.figure import Figure
 
-    return plot_history({learner.name: learner.history}, learner.task.score, figure=Figure(figsize=(9, 3)))
+    return plot_history(
+        {learner.name: learner.history}, learner.task.score, figure=Figure(figsize=(9, 3.6), layout="constrained")
+    )
 
 # %% ../nbs/method/11b_loggers.ipynb #561fae2c
 class Logger(Callback):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "rcka"
 LAYERS = [  # from the bottom up; what stands on one line may import within its own package only
     ("extras",),
-    ("core",),
+    ("core", "style"),
     ("files", "distributed", "similarity", "features"),
     ("methods", "models", "data"),
     ("pair",),

@@ -188,7 +188,7 @@ def _install(extra):
 def _missing_in_use():
     import rcka
     from rcka.data.datasets import load_dataset
-    from rcka.experiments.report import _colors
+    from rcka.experiments.report import _tidy
     from rcka.experiments.result import plot_history, summary
     from rcka.experiments.sweep import slurm
     from rcka.train.segmentation import confusion
@@ -198,7 +198,7 @@ def _missing_in_use():
         "sklearn": ("train", lambda: load_dataset("digits")),
         "safetensors": ("train", lambda: rcka.save_weights(rcka.create_model("resnet8"), "no.safetensors")),
         "matplotlib": ("notebook", lambda: plot_history({}, "top1")),
-        "seaborn": ("notebook", lambda: _colors(None, [])),
+        "seaborn": ("notebook", lambda: _tidy(None)),
         "torchmetrics": (
             "segmentation",
             lambda: confusion(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).long(), 2),

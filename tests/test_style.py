@@ -4,7 +4,7 @@ import colorsys
 
 import pytest
 
-from rcka.analysis import style
+from rcka import style
 
 
 def test_a_method_has_one_colour_however_it_is_written():

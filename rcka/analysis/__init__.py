@@ -1,5 +1,7 @@
 "Similarity of two networks, layer by layer, and its pictures. Written by hand; the modules are exported from nbs/method."
 
+from rcka import style as style  # the look of the figures is of use also below this package
+
 from .compare import compare, load_comparison, relations, save_comparison
 from .plots import (
     class_relations,

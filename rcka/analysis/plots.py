@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .compare import BLOCK, LayerRelations, as_batches, to_device
-from .style import GREY, line_styles, method_color
 from ..experiments.study import accuracy_by_factor, differences_to
 from ..extras import optional_import
 from ..features import Taps, evaluating, unwrap
 from ..similarity.bounds import Bound
 from ..similarity.measures import as_kernel, center
+from ..style import GREY, line_styles, method_color
 
 # %% auto #0
 __all__ = ['save_figure', 'plot_similarity', 'plot_before_after', 'gram_frame', 'plot_grams', 'plot_along', 'plot_cost',

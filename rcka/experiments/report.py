@@ -16,6 +16,7 @@ from .result import Result, published, runs_root
 from ..extras import optional_import
 from ..files import as_csv
 from ..methods import BUILT_IN
+from ..style import RC, line_styles
 
 # %% auto #0
 __all__ = ['ABOUT_TEACHER', 'OUR_CHOICE', 'NOT_PUBLIC', 'HEADER', 'NOTE', 'Results', 'load_results', 'changes', 'PublishedCell',
@@ -515,25 +516,17 @@ def _panels(table: Table, height: float):
         columns,
         squeeze=False,
         layout="constrained",
-        figsize=(max(4.5, 3.4 * columns), tall * math.ceil(len(pairs) / columns)),
+        figsize=(max(4.5, 4.5 * columns if columns < 3 else 11), tall * math.ceil(len(pairs) / columns)),
     )
     for ax in list(axes.flat)[len(pairs) :]:
         ax.set_axis_off()
     return fig, axes.flat
 
 
-def _colors(table: Table, names: list[str]) -> list:
-    "One colour a method throughout a table."
-    with optional_import():
-        import seaborn as sns
-
-    order = sorted({r.method for r in table.rows})
-    palette = (
-        sns.color_palette("colorblind", max(10, len(order)))
-        if len(order) <= 10
-        else sns.color_palette("husl", len(order))
-    )
-    return [palette[order.index(n)] for n in names]
+def _looks(table: Table) -> dict[str, dict]:
+    "Colour and marker of each method, the same throughout a table."
+    looks = line_styles(sorted({r.method for r in table.rows if r.method != "teacher"}))
+    return {name: {"color": look["color"], "marker": look["marker"]} for name, look in looks.items()}
 
 
 def _title(pair) -> str:
@@ -552,71 +545,44 @@ def _tidy(fig):
     return fig
 
 # %% ../../nbs/method/08b_report.ipynb #9dc09c05
+_SOURCES = {"RCKA paper": ("paper", "D"), "own source": ("own", "^"), "other source": ("other", "s")}  # field, marker
+
+
 def plot_scores(table: Table):
     "Draw each seed as a dot, mean and standard deviation, and the published numbers, one panel a pair: a matplotlib Figure."
-    with optional_import():
-        import seaborn as sns
-
-    fig, axes = _panels(table, 0.42)
+    fig, axes = _panels(table, 0.5)
+    looks = _looks(table)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):
-        names = [r.method for r in rows if r.method != "teacher"]
-        points = [(v, r.method) for r in rows if r.method != "teacher" for v in r.last]
-        values, where = [p[0] for p in points], [p[1] for p in points]
-        sns.pointplot(
-            x=values,
-            y=where,
-            order=names,
-            errorbar="sd",
-            linestyle="none",
-            marker="|",
-            markersize=14,
-            capsize=0.2,
-            color="0.3",
-            ax=ax,
-        )
-        sns.stripplot(
-            x=values,
-            y=where,
-            order=names,
-            hue=where,
-            hue_order=names,
-            palette=_colors(table, names),
-            jitter=False,
-            size=6,
-            alpha=0.8,
-            legend=False,
-            ax=ax,
-        )
-        scored = [r.published for r in rows if r.method != "teacher"]
-        for label, source, marker in (
-            ("RCKA paper", "paper", "D"),
-            ("own source", "own", "^"),
-            ("other source", "other", "s"),
-        ):
-            known = [(v, i) for i, cell in enumerate(scored) if (v := getattr(cell, source)) is not None]
+        scored = [r for r in rows if r.method != "teacher"]
+        for i, row in enumerate(scored):  # the dots above the bar, so that neither hides the other
+            color = looks[row.method]["color"]
+            ax.plot(row.last, [i - 0.16] * len(row.last), "o", color=color, markersize=6, alpha=0.8, linestyle="none")
+            error = statistics.stdev(row.last) if len(row.last) > 1 else None
+            ax.errorbar(statistics.mean(row.last), i + 0.16, xerr=error, fmt="|", markersize=10, color=color, capsize=3)
+        for label, (source, marker) in _SOURCES.items():
+            known = [(v, i + 0.16) for i, r in enumerate(scored) if (v := getattr(r.published, source)) is not None]
             if known:
-                ax.plot(
-                    *zip(*known), marker, color="black", fillstyle="none", markersize=8, linestyle="none", label=label
-                )
+                look = dict(color="black", fillstyle="none", markersize=8, linestyle="none")
+                ax.plot(*zip(*known), marker, label=label, **look)
         for r in rows:
             if r.method == "teacher":
                 ax.axvline(statistics.mean(r.last), color="0.5", linestyle="--", label="our teacher")
-        ax.set(title=_title(pair), xlabel="top-1, last epoch (%)", ylabel="")
+        ax.set_yticks(range(len(scored)), [r.method for r in scored])
+        ax.set(title=_title(pair), xlabel="top-1, last epoch (%)", ylim=(len(scored) - 0.5, -0.5))
+        ax.grid(axis="x", alpha=0.3)
+        ax.margins(x=0.08)
     return _tidy(fig)
 
 # %% ../../nbs/method/08b_report.ipynb #0c76030b
 def plot_cost(table: Table):
     "A matplotlib Figure: accuracy (mean and standard deviation) against the time of a step, one panel a pair."
     fig, axes = _panels(table, 0.6)
+    looks = _looks(table)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):
-        rows = [r for r in rows if r.cost is not None]
-        order = sorted({r.method for r in table.rows})
-        for row, color in zip(rows, _colors(table, [r.method for r in rows])):
+        for row in (r for r in rows if r.cost is not None and r.method in looks):
             error = statistics.stdev(row.last) if len(row.last) > 1 else None
-            marker = "osD^vP*XhdpH<>"[order.index(row.method) % 14]
-            ax.errorbar(
-                row.cost, statistics.mean(row.last), error, fmt=marker, color=color, capsize=3, label=row.method
-            )
+            look = dict(linestyle="none", capsize=3, label=row.method) | looks[row.method]
+            ax.errorbar(row.cost, statistics.mean(row.last), error, **look)
         ax.set(title=_title(pair), xlabel="cost (ms a training step)", ylabel="top-1, last epoch (%)")
         ax.margins(0.15)
     return _tidy(fig)
@@ -667,8 +633,9 @@ def save_figures(made: list[Table], folder: Path | str) -> list[Path]:
         if seen[name] > 1:
             name = f"{name}_{seen[name]}"
         for kind, plot in (("scores", plot_scores), ("cost", plot_cost)):
-            fig = plot(table)
-            paths.append(folder / f"{name}_{kind}.png")
-            fig.savefig(paths[-1], dpi=110)
+            with plt.rc_context(RC):
+                fig = plot(table)
+                paths.append(folder / f"{name}_{kind}.png")
+                fig.savefig(paths[-1], dpi=110)
             plt.close(fig)
     return paths

@@ -21,6 +21,7 @@ import rcka
 from ..core import nearest
 from ..extras import optional_import
 from ..files import FolderBusy, checkout, write_atomic
+from ..style import PALETTE
 from ..train.callbacks import differences
 
 with optional_import():
@@ -237,9 +238,10 @@ def plot_history(
     with optional_import():
         import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(9, 3)) if figure is None else figure
+    if figure is None:
+        figure = plt.figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.set(xlabel="epoch", ylabel="weighted loss term (mean of the epoch)", yscale="log")
+    left.set(xlabel="epoch", ylabel="weighted loss term", yscale="log")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if score == "top1" else f"{score} (%)")
 
     def line(ax, rows, column, **style):
@@ -247,10 +249,14 @@ def plot_history(
         ax.plot([row["epoch"] for row in rows], [row[column] for row in rows], marker=marker, **style)
 
     if len(histories) > 1:
-        left.set(ylabel="loss (mean of the epoch)")
+        left.set(ylabel="loss")
         for i, (name, rows) in enumerate(histories.items()):
-            line(left, rows, "loss", label=name, color=f"C{i}", linestyle=["-", "--", ":", "-."][i % 4])
-            line(right, rows, score, label=name, color=f"C{i}", linestyle=["-", "--", ":", "-."][i % 4])
+            line(
+                left, rows, "loss", label=name, color=PALETTE[i % len(PALETTE)], linestyle=["-", "--", ":", "-."][i % 4]
+            )
+            line(
+                right, rows, score, label=name, color=PALETTE[i % len(PALETTE)], linestyle=["-", "--", ":", "-."][i % 4]
+            )
     else:
         (rows,) = histories.values()
         columns = [c for c in rows[0] if c not in ("epoch", "lr", "loss")]
@@ -258,16 +264,22 @@ def plot_history(
         shares = [c for c in before if c.startswith(("train_", "level"))]
         for i, name in enumerate(c for c in before if c not in shares):
             label, dash = name.replace("_", " "), ["-", "--", ":", "-."][i % 4]
-            line(left, rows, name, label=label, color=f"C{i}", linestyle=dash)
+            line(left, rows, name, label=label, color=PALETTE[i % len(PALETTE)], linestyle=dash)
         for i, name in enumerate(shares):
             label = "training (augmented)" if name.startswith("train_") else f"similarity to the teacher, {name}"
-            line(right, rows, name, label=label, color=f"C{(7 + i) % 10}", linestyle=["--", ":", "-."][i % 3])
-        line(right, rows, score, label=tested, color="C0")
+            line(
+                right,
+                rows,
+                name,
+                label=label,
+                color=PALETTE[(i + 1) % len(PALETTE)],
+                linestyle=["--", ":", "-."][i % 3],
+            )
+        line(right, rows, score, label=tested, color=PALETTE[0])
     for ax in (left, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     return figure
 
 
