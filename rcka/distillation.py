@@ -345,8 +345,8 @@ class _Run:
             if not terms:
                 raise ValueError("it has no term of its own")
         except ValueError as error:
-            if not why:
-                raise
+            if not why or not any(word in str(error) for word in ("class", "target", "no term")):
+                raise  # of features that do not fit, say: the labels are not what is wrong
             raise ValueError(
                 f"method={method!r} does not go with these images, since {why}: {error}. Methods that do are kd, dist, "
                 "fcka, lcka, rcka, sp and rkd, among others"

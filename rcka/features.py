@@ -368,6 +368,9 @@ NAMED_STAGES = {  # torchvision's families whose stages are modules: (stages, he
 }
 
 
+_HEADS = (nn.Linear, nn.Identity)  # of a classifier; of an encoder, whose classifier was taken off
+
+
 def _halves(module: nn.Module) -> bool:
     "Whether some part of a module has a stride of two."
     return any(
@@ -385,9 +388,10 @@ def _long_list(model: nn.Module) -> FeaturePaths:
     halving = pools or [i for i, m in enumerate(model.features) if i and _halves(m)] + [len(model.features) - 1]
     ends = [i - 1 for i in halving]
     stages = [f"features.{i}" for i in (ends if pools or ends[0] == 0 else [0, *ends[1:]])]
-    head = [name for name, m in model.classifier.named_children() if isinstance(m, nn.Linear)][-1]
+    name, last = [(name, m) for name, m in model.classifier.named_children() if isinstance(m, _HEADS)][-1]
+    head = "" if isinstance(last, nn.Identity) else f"classifier.{name}"
     preacts = [f"{stage}:input" for stage in stages] if pools else ()
-    return FeaturePaths(tuple(stages), tuple(preacts), f"classifier.{head}:input", f"classifier.{head}")
+    return FeaturePaths(tuple(stages), tuple(preacts), f"classifier.{name}:input", head)
 
 # %% ../nbs/method/03_features.ipynb #3c4c9a08
 def _spread(blocks: list[str], n: int = 4) -> list[str]:
@@ -415,9 +419,9 @@ def _timm(model: nn.Module) -> FeaturePaths:
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     head = config.get("classifier") or ""
     head = head if isinstance(head, str) else head[0]
-    if head not in names or not isinstance(model.get_submodule(head), nn.Linear):
-        head = ""
-    return FeaturePaths(tuple(stages), (), f"{head}:input" if head else "", head)
+    if head not in names or not isinstance(found := model.get_submodule(head), _HEADS):
+        return FeaturePaths(tuple(stages))
+    return FeaturePaths(tuple(stages), (), f"{head}:input", "" if isinstance(found, nn.Identity) else head)
 
 # %% ../nbs/method/03_features.ipynb #4ffc54d3
 def feature_paths(
@@ -437,14 +441,16 @@ def feature_paths(
         if layers.stages:
             return _with_preacts(model, layers)
     for stages, head in NAMED_STAGES.values():
-        if names.issuperset((*stages, head)) and isinstance(model.get_submodule(head), nn.Linear):
-            return _with_preacts(model, FeaturePaths(stages, (), f"{head}:input", head))
+        if names.issuperset((*stages, head)) and isinstance(found := model.get_submodule(head), _HEADS):
+            head_path = "" if isinstance(found, nn.Identity) else head
+            return _with_preacts(model, FeaturePaths(stages, (), f"{head}:input", head_path))
     if "encoder.layers" in names and "heads.head" in names:
         blocks = [f"encoder.layers.{name}" for name, _ in model.encoder.layers.named_children()]
-        return FeaturePaths(("conv_proj", *_spread(blocks)), (), "heads.head:input", "heads.head")
+        head = "" if isinstance(model.get_submodule("heads.head"), nn.Identity) else "heads.head"
+        return FeaturePaths(("conv_proj", *_spread(blocks)), (), "heads.head:input", head)
     features, classifier = getattr(model, "features", None), getattr(model, "classifier", None)
     if isinstance(features, nn.Sequential) and isinstance(classifier, nn.Sequential):
-        if any(map(_halves, features)) and any(isinstance(m, nn.Linear) for m in classifier):
+        if any(map(_halves, features)) and any(isinstance(m, _HEADS) for m in classifier):
             return _long_list(model)
     if hasattr(getattr(model, "config", None), "model_type") and (layers := _transformers(model)):
         return layers

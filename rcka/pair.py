@@ -32,9 +32,10 @@ def wanted_paths(
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    "Return the classifier of a network whose feature paths are known, None for another one."
+    "Return the classifier of a network whose feature paths are known, None for another one and for an encoder."
     try:
-        return model.get_submodule(feature_paths(model).head)
+        path = feature_paths(model).head
+        return model.get_submodule(path) if path else None
     except (ValueError, AttributeError):
         return None
 

@@ -319,3 +319,34 @@ def test_presets_are_the_published_recipes():
     assert (deit["lr"], deit["mixup"], deit["cutmix"], deit["erasing"]) == (5e-4, 0.8, 1.0, 0)
     modern = recipe("torchvision-v2", 1024, {})
     assert (modern["lr"], modern["weight_decay"], modern["label_smoothing"], modern["mixup"]) == (0.5, 2e-5, 0.1, 0.2)
+
+
+@pytest.mark.slow
+def test_an_encoder_of_timm_teaches_without_labels(loose, tmp_path):
+    "As those of DINO and CLIP: no classifier, tokens, a normalisation of its own, weights from a file."
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    data, options = loose[0], {"img_size": 32, "patch_size": 8}
+    encoder = rcka.create_model("timm/vit_tiny_patch16_224", 0, **options)
+    rcka.save_weights(encoder, tmp_path / "encoder.safetensors")
+    given = dict(teacher_weights=str(tmp_path / "encoder.safetensors"), teacher_options=options, size=48, **SMALL)
+    found = rcka.distill(
+        *(data, "timm/vit_tiny_patch16_224", "rcka/resnet8", "sp"),
+        output=tmp_path / "out",
+        method_args={"stages": "pooled"},
+        **given,
+    )
+    assert -100 <= found["student"]["cka"] <= 100
+    student = rcka.load_student(tmp_path / "out")
+    assert student(torch.zeros(2, 3, 48, 48)).shape == (2, 64) and input_config(student).size == 48
+
+
+@pytest.mark.slow
+def test_grey_images_and_a_network_described_for_colours(tmp_path):
+    "timm's description has three channels whatever the network reads; the digits get the mean of the three."
+    pytest.importorskip("timm")
+    given = dict(
+        epochs=1, batch_size=256, device="cpu", progress=False, student_options={"img_size": 8, "patch_size": 4}
+    )
+    rcka.distill("digits", "resnet8", "timm/vit_tiny_patch16_224", "kd", output=tmp_path, **given)
+    assert input_config(rcka.load_student(tmp_path)).mean == (0.5,)

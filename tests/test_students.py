@@ -73,6 +73,24 @@ def test_the_classifier_alone_is_fresh_for_other_classes(tmp_path):
         make_network("torchvision/mobilenet_v3_small", 3, str(tmp_path / "none.pth"))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "shufflenet_v2_x0_5", "densenet121", "regnet_y_400mf", "convnext_tiny", "swin_t"),
+        *("mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"),
+    ],
+)
+def test_an_encoder_returns_its_pooled_feature(name):
+    "Without a classifier the feature paths are still known; there is no head."
+    torch.manual_seed(0)
+    model, x = make_network(f"torchvision/{name}", 0).eval(), torch.randn(2, 3, 64, 64)
+    paths = rcka.feature_paths(model)
+    with torch.no_grad():
+        output, (pooled,) = rcka.Taps(model, [paths.pooled])(x)
+    assert torch.equal(pooled.flatten(1), output) and output.dim() == 2 and not paths.head
+    assert paths.stages == rcka.feature_paths(make_network(f"torchvision/{name}", 3)).stages
+
+
 def test_weights_that_ship_say_what_they_want_to_see():
     config = input_config(rcka.create_model("resnet20", None, weights="pretrained"))
     assert config.size == 32 and len(config.mean) == len(config.std) == 3

@@ -266,6 +266,7 @@ SCREENED = {  # label to method and arguments; None: the usual ones
     "lcka uncentred": ("lcka", {"center": False}),
     "lcka T=4": ("lcka", {"temperature": 4.0}),
     "cka_places last stage": ("cka_places", {"stages": [-1]}),
+    "dist+procrustes 256": ("dist+procrustes", {"procrustes.weight": 256.0}),  # 16 times the usual one
     "dist+fcka three stages": ("dist+fcka", {"fcka.stages": [-3, -2, -1]}),
     "dist+fcka+cka_places": ("dist+fcka+cka_places", {"fcka.stages": [-3, -2, -1]}),
 }
