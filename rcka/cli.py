@@ -92,6 +92,12 @@ def _check_types(values: dict, hints: dict):
             raise ValueError(f"parameter {name} must be {expected}, got {value!r}")
 
 
+def _stopped(why: str = "") -> typer.Exit:
+    "Say on stderr that the command was stopped and goes on; return the exit to raise."
+    print(f"stopped{f' ({why})' if why else ''}; the same command goes on from here", file=sys.stderr)
+    return typer.Exit(130)
+
+
 def _runs(root: Path | None) -> Path:
     "The folder of all runs, to be read: one that was given must be there."
     from rcka.experiments.result import runs_root
@@ -116,10 +122,10 @@ def extensions(
     from importlib import import_module
     from importlib.metadata import entry_points
 
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # MODULE, and a network as package.module:function, of the working directory
     for point in entry_points(group="rcka"):
         point.load()
-    if modules:
-        sys.path.insert(0, "")  # modules of the working directory
     for name in modules or []:
         import_module(name)
 
@@ -260,7 +266,6 @@ def distill(
     from rcka.distillation import distill as run_distill
     from rcka.train.config import TrainConfig
 
-    sys.path.insert(0, "")  # package.module:function of the working directory
     fields, hints = _fields(param), get_type_hints(TrainConfig) | get_type_hints(Augment)
     _known(fields, set(hints) - {"epochs"}, "field of TrainConfig or Augment")
     _check_types(fields, hints)
@@ -294,8 +299,7 @@ def distill(
             **fields,
         )
     except KeyboardInterrupt as error:
-        print(f"stopped ({error}); the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise _stopped(str(error)) from None
     except BatchesFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -378,8 +382,7 @@ def run(
     except (KeyboardInterrupt, Exception) as error:
         name = getattr(error, "ename", "")  # of what was raised in the notebook
         if isinstance(error, KeyboardInterrupt) or name == "KeyboardInterrupt":
-            print("stopped; the same command goes on from here", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise _stopped() from None
         if experiment is None and not name:
             raise
         line = S.write_failure(folder, error) if experiment else f"{name}: {getattr(error, 'evalue', '')}"
@@ -555,8 +558,7 @@ def sweep(
                 runs, watch=_SweepProgress(bar, S.fingerprint(notebook or S.notebook_for(dataset))), **common, **where
             )
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise _stopped() from None
     bad = [o for o in outcomes if o.state not in ("done", "found")]
     print(
         f"{len(outcomes) - len(bad)} of {len(outcomes)} runs are done"

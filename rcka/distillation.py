@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .analysis.compare import compare
+from .analysis.compare import compare_stages
 from .analysis.plots import plot_similarity, save_figure
 from .core import check_whole, nearest
 from .data.augment import Augment, AugmentedBatches
@@ -24,9 +24,8 @@ from .data.folder import some_names
 from .data.imagenet import FileDataset
 from .data.own import open_data
 from .experiments.experiment import resolved_args
-from .experiments.result import device_name, package_versions, runs_root
+from .experiments.result import device_name, package_versions, plot_history, runs_root
 from .extras import optional_import
-from .features import feature_paths
 from .files import as_csv, write_atomic
 from .methods.base import create_method
 from .models.registry import list_models
@@ -395,7 +394,7 @@ class _Run:
         for hook in filter(None, [*self.hooks, self.teacher_hook]):
             hook.remove()
         save_student(
-            self.student,
+            task.network,
             self.folder,
             self.student_name,
             self.given["student_options"],
@@ -409,7 +408,7 @@ class _Run:
             | costs(self.teacher, self.teacher_input, self.channels, self.device),
             "student": {"network": self.student_name}
             | self.shipped_scores(history)
-            | costs(self.student, self.input, self.channels, self.device),
+            | costs(task.network, self.input, self.channels, self.device),
             "alone": alone and {"top1": alone[-1]["top1"]},
             "device": device_name(self.device),
         }
@@ -435,30 +434,21 @@ class _Run:
 
     def similarity(self) -> bool:
         "Draw the similarity of the two networks' stages; return whether they are known."
-        try:
-            ours, theirs = (list(feature_paths(net).stages) for net in (self.student, self.teacher))
-        except ValueError:
-            return False
-        images = [b.images for _, b in zip(range(8), self.test.epoch(0)) if len(b.images) >= 4]
-        frame = compare(self.student, self.teacher, images, ours, theirs, names=("student", "teacher"), progress=False)
-        save_figure(plot_similarity(frame), self.folder / "similarity")
-        return True
+        if (frame := compare_stages(self.student, self.teacher, self.test)) is not None:
+            save_figure(plot_similarity(frame), self.folder / "similarity")
+        return frame is not None
 
     def curves(self, histories: dict, teacher_top1: float | None):
         with optional_import():
             import matplotlib.pyplot as plt
-        score = ""
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-        for name, history in histories.items():
-            epochs = [row["epoch"] for row in history]
-            left.plot(epochs, [row["loss"] for row in history], marker=".", label=name)
-            score = next(name for name in SCORES if name in history[0])
-            right.plot(epochs, [row[score] for row in history], marker=".", label=name)
+
+        score = next(name for name in SCORES if name in histories["student"][0])
+        figure = plot_history(histories, score, "held-out images")
+        right = figure.axes[1]
+        right.set(ylabel=SCORES[score])
         if teacher_top1 is not None:
             right.axhline(teacher_top1, color="0.5", linestyle="--", label="teacher")
-        left.set(xlabel="epoch", ylabel="training loss")
-        right.set(xlabel="epoch", ylabel=f"held-out images: {SCORES[score]}")
-        right.legend()
+            right.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         save_figure(figure, self.folder / "curves")
         plt.close("all")
 

@@ -3,6 +3,7 @@
 # %% ../nbs/method/03_features.ipynb #a90cf00c
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from .core import FeaturePaths, Outputs, nearest
 
 # %% auto #0
-__all__ = ['FORMS', 'NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'as_logits', 'as_stored', 'as_map', 'Taps',
-           'feature_paths']
+__all__ = ['FORMS', 'NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'evaluating', 'as_logits', 'as_stored',
+           'as_map', 'Taps', 'feature_paths', 'Projector', 'ProjectedNetwork']
 
 # %% ../nbs/method/03_features.ipynb #8dbce422
 class Place(NamedTuple):
@@ -68,6 +69,19 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
         nearest(name, names, f"{type(unwrap(model)).__name__} module", most=5)
         + ". All names: [name for name, _ in model.named_modules()]"
     )
+
+# %% ../nbs/method/03_features.ipynb #f789debd
+@contextlib.contextmanager
+def evaluating(*models: nn.Module):
+    "Put networks into eval mode inside, and every module back into its own mode afterwards."
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 # %% ../nbs/method/03_features.ipynb #5a9fdf37
 def as_logits(
@@ -469,3 +483,53 @@ def _with_preacts(model: nn.Module, layers: FeaturePaths) -> FeaturePaths:
     stem = next((f"{name}:input" for name in ("act1", "relu") if hasattr(model, name)), "")
     preacts = (stem, *(_last_relu(model, stage) for stage in layers.stages[1:]))
     return layers._replace(preacts=preacts) if all(preacts) else layers
+
+# %% ../nbs/method/03_features.ipynb #05f8434c
+class Projector(nn.Sequential):
+    """Map a student's map to the channels of a teacher's: convolutions of 1x1, 3x3 and 1x1, each with batch norm and ReLU.
+
+    Half as wide inside as the teacher (Chen et al., CVPR 2022). A student's map that is larger is averaged down first."""
+
+    def __init__(
+        self,
+        student: Sequence[int],  # channels, height and width of its map
+        teacher: Sequence[int],
+    ):
+        (c, h, w), (d, u, v) = student, teacher
+        inner = max(1, d // 2)
+        smaller: list[nn.Module] = []
+        if h > u or w > v:
+            whole = h % u == 0 and w % v == 0
+            smaller = [nn.AvgPool2d((h // u, w // v)) if whole else nn.AdaptiveAvgPool2d((min(h, u), min(w, v)))]
+        layers = [
+            layer
+            for a, b, size in ((c, inner, 1), (inner, inner, 3), (inner, d, 1))
+            for layer in (nn.Conv2d(a, b, size, padding=size // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+        ]
+        super().__init__(*smaller, *layers)
+        self.shapes = [list(student), list(teacher)]
+
+
+class ProjectedNetwork(nn.Module):
+    """A network whose map goes through a projector into another network's classifier.
+
+    Logits are the classifier of the mean over places. The network's own classifier runs and is not used."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        path: str,  # of its map (n, channels, height, width)
+        projector: nn.Module,
+        head: nn.Module,  # the classifier
+    ):
+        super().__init__()
+        self.network, self.path, self.projector, self.head = network, path, projector, head
+        self.taps = Taps(network, [path])
+        with contextlib.suppress(ValueError):
+            known = feature_paths(network)
+            stages, preacts = (tuple(f"network.{p}" for p in paths) for paths in (known.stages, known.preacts))
+            self.layers = FeaturePaths(stages, preacts, "head:input", "head")
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        (features,) = self.taps(*args, **kwargs).features
+        return self.head(self.projector(features).mean((2, 3)))

@@ -7,56 +7,39 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .analysis.compare import compare
+from .analysis.compare import compare_stages
 from .analysis.plots import plot_similarity
 from .distributed import rank
+from .experiments.result import plot_history
 from .extras import optional_import
-from .features import feature_paths
 from .train.callbacks import Callback
 
 # %% auto #0
-__all__ = ['curves', 'similarity', 'Logger', 'TensorBoard', 'WandB', 'MLflow']
+__all__ = ['similarity', 'curves', 'Logger', 'TensorBoard', 'WandB', 'MLflow']
 
 # %% ../nbs/method/11b_loggers.ipynb #d6588152
-def curves(history: list[dict], score: str):  # a matplotlib Figure
-    "Draw the loss terms, and the score, along the epochs."
-    with optional_import():
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs, names = [row["epoch"] for row in history], list(history[-1])
-    for name in names[names.index("loss") : names.index(score)]:
-        if not name.startswith("train_"):
-            left.plot(epochs, [row[name] for row in history], marker=".", label=name)
-    right.plot(epochs, [row[score] for row in history], marker=".", color="black")
-    left.set(xlabel="epoch", ylabel="loss terms, weighted", yscale="log")
-    right.set(xlabel="epoch", ylabel=score)
-    for ax in (left, right):
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    left.legend()
-    return figure
-
-
 def similarity(learner, batches: int = 8):  # a matplotlib Figure, or None
     "Draw the CKA of the student's and the teacher's stages on test images; None without a teacher or known stages."
     task = learner.task
-    if task.teacher is None:
+    frame = None if task.teacher is None else compare_stages(task.student, task.teacher, learner.test, batches)
+    if frame is None:
         return None
-    try:
-        ours, theirs = (list(feature_paths(net).stages) for net in (task.student, task.teacher))
-    except ValueError:
-        return None
-    images = [b.images for _, b in zip(range(batches), learner.test.epoch(0)) if len(b.images) >= 4]
-    if not images:
-        return None
-    frame = compare(task.student, task.teacher, images, ours, theirs, names=("student", "teacher"), progress=False)
     with optional_import():
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.5 + 0.6 * len(theirs), 2 + 0.5 * len(ours)), layout="constrained")
+    figure = Figure(figsize=(2.5 + 0.6 * frame.shape[1], 2 + 0.5 * frame.shape[0]), layout="constrained")
     plot_similarity(frame, figure.subplots())
     return figure
+
+
+def curves(learner):  # a matplotlib Figure
+    "Draw the loss terms and the score of a run along its epochs."
+    with optional_import():
+        from matplotlib.figure import Figure
+
+    return plot_history(
+        {learner.name: learner.history}, learner.task.score, figure=Figure(figsize=(9, 3.6), layout="constrained")
+    )
 
 # %% ../nbs/method/11b_loggers.ipynb #561fae2c
 class Logger(Callback):
@@ -93,7 +76,7 @@ class Logger(Callback):
         row = learner.history[-1]
         self.log({name: value for name, value in row.items() if name != "epoch"}, row["epoch"])
         if learner.epoch == learner.config.epochs:
-            figures = {"curves": curves(learner.history, learner.task.score), "similarity": similarity(learner)}
+            figures = {"curves": curves(learner), "similarity": similarity(learner)}
             for name, figure in figures.items():
                 if figure is not None:
                     self.figure(name, figure, row["epoch"])

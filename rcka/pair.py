@@ -9,20 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .core import FeaturePaths, Outputs
+from .core import Outputs
 from .distributed import all_gather
-from .features import Taps, as_logits, as_stored, feature_paths, unwrap
-from .methods.base import Method, create_method
+from .features import Taps, as_logits, as_stored, evaluating, feature_paths, unwrap
+from .methods.base import ANY_PATHS, Method, create_method
 
 # %% auto #0
-__all__ = ['ANY_PATHS', 'wanted_paths', 'head_of', 'batch_statistics', 'evaluating', 'paired_taps', 'with_maps', 'build_method',
-           'Pair']
+__all__ = ['wanted_paths', 'head_of', 'batch_statistics', 'paired_taps', 'with_maps', 'build_method', 'Pair']
 
 # %% ../nbs/method/03b_pair.ipynb #7dc9b923
-_STAGES = tuple(f"stage{i}" for i in range(64))  # more than any network has
-ANY_PATHS = FeaturePaths(_STAGES, _STAGES, "pooled", "head")
-
-
 def wanted_paths(
     method: Method,
     model: nn.Module,
@@ -59,18 +54,6 @@ def batch_statistics(model: nn.Module):
             m.training, m.track_running_stats = training, tracks
 
 # %% ../nbs/method/03b_pair.ipynb #3d978cec
-@contextlib.contextmanager
-def evaluating(model: nn.Module):
-    "Put a network in eval mode inside, and every module back into its own mode after."
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
 def paired_taps(
     method: Method,
     student: nn.Module,
@@ -127,7 +110,8 @@ def build_method(
             f"teacher and student must know the same classes: the teacher gives {theirs.shape[1]} logits, the student "
             f"{ours.shape[1]}. Methods that compare features alone, such as fcka, sp or rkd, take any teacher"
         )
-    method.build(*outputs, head=head_of(teacher.model), targets=targets)
+    heads = {"head": head_of(teacher.model), "student_head": head_of(student.model)}
+    method.build(*outputs, **heads, targets=targets)
     return used[0], used[1]
 
 # %% ../nbs/method/03b_pair.ipynb #46d8e5ef
@@ -175,6 +159,10 @@ class Pair(nn.Module):
     @property
     def teacher(self) -> nn.Module:
         return self._teacher[0]
+
+    def predictor(self) -> nn.Module:
+        "Return the network that predicts: the student, unless the method makes another of it."
+        return self.method.predictor(self.student, self.student_taps.paths)
 
     def _outputs(self, output, features) -> Outputs:
         "Return outputs with the logits; they are None where there are none and the method compares none."

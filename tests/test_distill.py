@@ -132,7 +132,7 @@ def test_bad_folders(photos, tmp_path):
     from shutil import copytree
 
     copytree(photos / "train", tmp_path / "a" / "train")
-    with pytest.raises(ValueError, match="neither val/ nor test/"):
+    with pytest.raises(ValueError, match="neither test/ nor val/"):
         rcka.distill(tmp_path / "a", "resnet18", "resnet8", output=tmp_path / "out", **SMALL)
     copytree(photos / "val" / "class0", tmp_path / "a" / "val" / "class9")
     with pytest.raises(ValueError, match="not in train: class9"):

@@ -168,6 +168,7 @@ def test_optional_imports_name_their_extra(path):
 )
 def test_a_missing_extra_is_named(package, extra, module, monkeypatch):
     "Where a package is missing, the import of a module says how to get it."
+    importlib.import_module(module.rpartition(".")[0])  # its package, which may need the same
     _block(package, monkeypatch)
     spec = importlib.util.find_spec(module)
     with pytest.raises(ImportError, match=rf"{package}.*{_install(extra)}"):
@@ -188,7 +189,7 @@ def _missing_in_use():
     import rcka
     from rcka.data.datasets import load_dataset
     from rcka.experiments.report import _tidy
-    from rcka.experiments.result import plot_run, summary
+    from rcka.experiments.result import plot_history, summary
     from rcka.experiments.sweep import slurm
     from rcka.train.segmentation import confusion
 
@@ -196,7 +197,7 @@ def _missing_in_use():
         "pandas": ("train", lambda: summary([])),
         "sklearn": ("train", lambda: load_dataset("digits")),
         "safetensors": ("train", lambda: rcka.save_weights(rcka.create_model("resnet8"), "no.safetensors")),
-        "matplotlib": ("notebook", lambda: plot_run("nowhere")),
+        "matplotlib": ("notebook", lambda: plot_history({}, "top1")),
         "seaborn": ("notebook", lambda: _tidy(None)),
         "torchmetrics": (
             "segmentation",

@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from rcka.core import FeaturePaths, Outputs
+import rcka.experiments.study  # noqa: F401  registers the method `scaled`
+from rcka.core import Batch, FeaturePaths, Outputs
+from rcka.features import ProjectedNetwork, Projector, Taps, feature_paths
 from rcka.methods.base import create_method, list_methods
 from rcka.methods.candidates import (
     angular_distance,
@@ -30,6 +33,7 @@ from rcka.methods.features_recent import (
 from rcka.methods.logits import correlation, kd_loss
 from rcka.methods.logits_recent import (
     class_costs,
+    class_maps,
     mlkd_losses,
     normkd_loss,
     rld_loss,
@@ -40,13 +44,20 @@ from rcka.methods.logits_recent import (
     ttm_loss,
     wkd_logit_losses,
 )
+from rcka.models.registry import create_model, load_weights
+from rcka.models.student import load_student, save_student
+from rcka.pair import Pair
 from rcka.similarity.measures import cka
+from rcka.train.callbacks import EMA
+from rcka.train.classification import Distiller, evaluate
+from rcka.train.config import TrainConfig
+from rcka.train.learner import Trainer
 
 LOGITS = ["lskd", "standardized", "ttm", "wttm", "normkd", "rld", "mlkd", "skd", "wkd_l"]
 CANDIDATES = ["cka_angle", "procrustes", "explained_variance", "label_cka", "kernel_cka"]  # ours
-FEATURES = ["cka_places", "wkd_f", "itrd", "srd", "ofa", *CANDIDATES]
+FEATURES = ["cka_places", "wkd_f", "itrd", "srd", "ofa", "cat_kd", "sdd", "simkd", *CANDIDATES]
 NAMES = LOGITS + FEATURES
-BUILT = ["wkd_l", "wkd_f", "itrd", "srd", "ofa"]  # need `build` before use
+BUILT = ["wkd_l", "wkd_f", "itrd", "srd", "ofa", "cat_kd", "sdd", "simkd"]  # need `build` before use
 CLASSES = 6
 STUDENT = ([(4, 8, 8), (4, 8, 8), (6, 4, 4), (8, 2, 2)], 8)  # stem and stages, pooled width
 TEACHER = ([(8, 8, 8), (8, 8, 8), (12, 4, 4), (16, 2, 2)], 16)
@@ -61,12 +72,17 @@ def outputs(method, family, n=8, dtype=torch.float64, grad=False, fill=None):
     return Outputs(make(n, CLASSES).requires_grad_(grad), features)
 
 
+def heads(dtype=torch.float64):
+    "The classifiers of both networks, as `build` takes them."
+    return {"head": nn.Linear(16, CLASSES, dtype=dtype), "student_head": nn.Linear(8, CLASSES, dtype=dtype)}
+
+
 def make(name, n=8, dtype=torch.float64, args=None, **kw):
     "A built method with a batch."
     torch.manual_seed(0)
     method = create_method(name, args)
     s, t = outputs(method, STUDENT, n, dtype, grad=True, **kw), outputs(method, TEACHER, n, dtype, **kw)
-    method.build(s, t, head=nn.Linear(16, CLASSES, dtype=dtype), targets=torch.arange(20) % CLASSES)
+    method.build(s, t, **heads(dtype), targets=torch.arange(20) % CLASSES)
     return method, s, t, torch.arange(n) % CLASSES
 
 
@@ -162,6 +178,29 @@ def naive_sdd(s, t, target, tau):
     return loss
 
 
+def naive_sdd_dkd(s, t, target, alpha, beta, tau):
+    "The same cells, with DKD: two binary distributions and the other classes among themselves."
+    boxes = [(i, i + k, j, j + k) for k in (4, 2, 1) for i in range(0, 4, k) for j in range(0, 4, k)]
+    loss = 0
+    for a, b, y in zip(s, t, target):
+        whole = b.mean((1, 2)).argmax() == y
+        for i, k, j, l in boxes:
+            u, v = (x[:, i:k, j:l].mean((1, 2)) for x in (a, b))
+            weight = 1 if (v.argmax() == y) == whole else 2
+            p, q = (v / tau).softmax(0), (u / tau).softmax(0)
+            rest = [c for c in range(len(p)) if c != y]
+            true = naive_kl((p[y], 1 - p[y]), (q[y], 1 - q[y]))
+            others = naive_kl(p[rest] / p[rest].sum(), q[rest] / q[rest].sum())
+            loss = loss + weight * tau**2 * (alpha * true + beta * others) / (len(s) * len(boxes))
+    return loss
+
+
+def naive_class_maps(x, head, bias):
+    "The classifier, one place at a time."
+    maps = [[x[:, :, i, j] @ head.weight.T + (head.bias if bias else 0) for j in range(4)] for i in range(4)]
+    return torch.stack([torch.stack(row, -1) for row in maps], -2)
+
+
 def naive_wkd_f(s, t, ratio, eps):
     loss = 0
     for a, b in zip(s, t):
@@ -251,6 +290,25 @@ def naive_cat(s, t, normalize):
     return (s - t).pow(2).mean()
 
 
+HEADS = [nn.Linear(c, CLASSES, dtype=torch.float64).requires_grad_(False) for c in (5, 7)]
+
+
+def by_classifiers(name, s, t, maps):
+    "A method on class maps: as registered, or from maps made in another way, its weight times the formula."
+    if maps is class_maps:
+        method = create_method(name)
+        method.build(*(Outputs(x[:, :CLASSES, 0, 0], (x,)) for x in (s, t)), head=HEADS[1], student_head=HEADS[0])
+        return method.terms(Outputs(None, (s,)), Outputs(None, (t,)), Y[:3])[name]
+    a, b = (maps(x, head, name == "sdd") for x, head in zip((s, t.detach()), HEADS))
+    return 0.9 * naive_sdd(a, b, Y[:3], 4.0) if name == "sdd" else 15 * naive_cat_whole(a, b)
+
+
+def naive_cat_whole(s, t):
+    "Two 4 x 4 maps down to 2 x 2."
+    pool = lambda x: torch.stack([x[:, :, i : i + 2, j : j + 2].mean((2, 3)) for i in (0, 2) for j in (0, 2)], 2)
+    return (pool(s) - pool(t)).pow(2).mean()
+
+
 Y = torch.arange(8) % CLASSES
 COSTS = class_costs(torch.randn(CLASSES, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
 FORMULAS = {
@@ -264,6 +322,8 @@ FORMULAS = {
     **{f"skd {d}": (lambda s, t, d=d: skd_direction_loss(s, t, 0.1, d), lambda s, t, d=d: naive_skd(s, t, 0.1, d), [(8, 6)] * 2) for d in (True, False)},
     **{f"wkd_l {i}": (lambda s, t, i=i: wkd_logit_losses(s, t, Y, COSTS, 2.0)[i], lambda s, t, i=i: naive_wkd(s, t, Y, COSTS, 2.0, 0.05, 10)[i], [(8, 6)] * 2) for i in range(2)},
     "sdd": (lambda s, t: sdd_loss(s, t, Y[:3]), lambda s, t: naive_sdd(s, t, Y[:3], 4.0), [(3, 6, 4, 4)] * 2),
+    "sdd dkd": (lambda s, t: sdd_loss(s, t, Y[:3], dkd=(2.0, 5.0)), lambda s, t: naive_sdd_dkd(s, t, Y[:3], 2.0, 5.0, 4.0), [(3, 6, 4, 4)] * 2),
+    **{f"{name} by the classifiers": (lambda s, t, name=name: by_classifiers(name, s, t, class_maps), lambda s, t, name=name: by_classifiers(name, s, t, naive_class_maps), [(3, 5, 4, 4), (3, 7, 4, 4)]) for name in ("sdd", "cat_kd")},
     "wkd_f": (lambda s, t: wkd_feature_loss(s, t, 3.0), lambda s, t: naive_wkd_f(s, t, 3.0, 1e-5), [(3, 5, 4, 4), (3, 5, 2, 3)]),
     "itrd correlation": (lambda s, t: itrd_correlation_loss(s, t, 1.5), lambda s, t: naive_itrd(s, t, 1.5), [(8, 5)] * 2),
     "itrd mutual": (itrd_mutual_loss, naive_mutual, [(8, 5), (8, 7)]),
@@ -774,25 +834,22 @@ def test_the_loss_falls(name):
 def test_adds_up_with_fcka(name):
     both = create_method(f"{name}+fcka")
     s, t = outputs(both, STUDENT), outputs(both, TEACHER)
-    both.build(s, t, head=nn.Linear(16, CLASSES).double(), targets=Y)
+    both.build(s, t, **heads(), targets=Y)
     terms = both(s, t, Y)
-    assert "fcka" in terms and len(terms) > 2 and all(v.isfinite() for v in terms.values())
+    assert "fcka" in terms and len(terms) > (2 if both.ce else 1) and all(v.isfinite() for v in terms.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_step_on_a_small_network(name):
     "A step of the student on images lowers the loss on them; the teacher stays as it is."
-    from rcka.features import Taps, feature_paths
-    from rcka.models.registry import create_model
-
     torch.manual_seed(0)
     student, teacher = create_model("resnet8", CLASSES), create_model("resnet14", CLASSES).eval().requires_grad_(False)
     images, target = torch.randn(12, 3, 32, 32), torch.arange(12) % CLASSES
     method = create_method(name, {"warmup": 1} if name == "rld" else None)
     ours, theirs = (Taps(net, method.wants(feature_paths(net))) for net in (student, teacher))
-    head = teacher.get_submodule(feature_paths(teacher).head)
+    own = (net.get_submodule(feature_paths(net).head) for net in (teacher, student))
     before = copy.deepcopy(teacher.state_dict())
-    method.build(ours(images), theirs(images), head=head, targets=target)
+    method.build(ours(images), theirs(images), **dict(zip(("head", "student_head"), own)), targets=target)
     opt = torch.optim.SGD([*student.parameters(), *method.parameters()], lr=1e-3)
     losses = []
     for _ in range(2):
@@ -896,3 +953,146 @@ def test_itrd_uses_the_embedding_for_relations_only_where_widths_differ():
     embedded = method.connectors[0](s.features[0])
     expected = (1 - correlation(embedded, t.features[0], 0) * 7 / 8).pow(2.02).sum().log2()
     torch.testing.assert_close(method.terms(s, t)["itrd_correlation"], 2 * expected)
+
+
+# the classifiers of both networks
+
+
+def test_class_maps_average_to_the_logits_of_a_network():
+    torch.manual_seed(0)
+    network = create_model("resnet8", CLASSES).eval()
+    paths = feature_paths(network)
+    with torch.no_grad():
+        logits, (last,) = Taps(network, paths.stages[-1:])(torch.randn(4, 3, 32, 32))
+        maps = class_maps(last, network.get_submodule(paths.head))
+    torch.testing.assert_close(maps.mean((2, 3)), logits)
+
+
+@pytest.mark.parametrize("name", ["cat_kd", "sdd"])
+def test_the_classifier_of_the_student_is_trained_where_it_is(name):
+    method, s, t, target = make(name)
+    ours, theirs = method._heads
+    total(method.terms(s, t, target)).backward()
+    assert ours.weight.grad.abs().sum() > 0 and theirs.weight.grad is None
+    assert not list(method.parameters()) and not method.state_dict()
+    for missing in ({"head": theirs}, {"student_head": ours}, {"head": theirs, "student_head": nn.Conv2d(8, 6, 3)}):
+        with pytest.raises(ValueError, match=f"{name} applies the .* linear classifier"):
+            create_method(name).build(s, t, **missing)
+    with pytest.raises(ValueError, match="classifier of 9 channels"):
+        create_method(name).build(s, t, head=theirs, student_head=nn.Linear(9, CLASSES, dtype=torch.float64))
+
+
+def test_sdd_leaves_out_grids_that_are_finer_than_a_map():
+    method, s, t, target = make("sdd")  # maps of 2 x 2
+    fewer, *_ = make("sdd", args={"scales": (1, 2)})
+    fewer._heads = method._heads
+    torch.testing.assert_close(method.terms(s, t, target)["sdd"], fewer.terms(s, t, target)["sdd"])
+    plain = create_method("sdd", {"scales": (1,), "weight": 1.0})
+    plain._heads = method._heads
+    logits = [h(o.features[0].mean((2, 3))) for h, o in zip(method._heads, (s, t))]
+    torch.testing.assert_close(plain.terms(s, t, target)["sdd"], kd_loss(*logits, 4.0))
+    warm = create_method("sdd", {"warmup": 4})
+    warm._heads = method._heads
+    warm.set_epoch(0)
+    torch.testing.assert_close(warm.terms(s, t, target)["sdd"], method.terms(s, t, target)["sdd"] / 4)
+
+
+def test_cat_kd_does_not_see_the_bias():
+    method, s, t, _ = make("cat_kd")
+    before = method.terms(s, t)["cat_kd"]
+    with torch.no_grad():
+        method._heads[0].bias += 3
+    assert method.terms(s, t)["cat_kd"] == before
+
+
+# SimKD
+
+
+@pytest.mark.parametrize("larger", ["teacher", "student", "neither"])
+def test_simkd_against_the_formula(larger):
+    """The projector written as products of matrices and shifts, in eval mode with statistics of its own; the larger map averaged down."""
+    torch.manual_seed(0)
+    s = torch.randn(3, 5, *(4, 4) if larger == "student" else (2, 2), dtype=torch.float64, requires_grad=True)
+    t = torch.randn(3, 6, *(4, 4) if larger == "teacher" else (2, 2), dtype=torch.float64)
+    method, head = create_method("simkd", {"weight": 2.0}), nn.Linear(6, CLASSES).double()
+    method.build(Outputs(None, (s,)), Outputs(None, (t,)), head=head)
+    method.double().eval()
+    for m in method.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
+            nn.init.normal_(m.weight), nn.init.normal_(m.bias)
+    convs, norms = ([m for m in method.modules() if isinstance(m, k)] for k in (nn.Conv2d, nn.BatchNorm2d))
+    assert [tuple(c.weight.shape) for c in convs] == [(3, 5, 1, 1), (3, 3, 3, 3), (6, 3, 1, 1)]
+    quarter = lambda x: (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
+    x, y = (quarter(z) if z.shape[-1] == 4 else z for z in (s, t))
+    for conv, norm in zip(convs, norms):
+        around, k = F.pad(x, (1, 1, 1, 1)), conv.weight.shape[-1]
+        x = sum(
+            torch.einsum(
+                "dc,nchw->ndhw", conv.weight[:, :, i, j], around[:, :, i + 1 - k // 2 :, j + 1 - k // 2 :][:, :, :2, :2]
+            )
+            for i in range(k)
+            for j in range(k)
+        )
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        x = ((x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]).clamp_min(0)
+    expected = 2 * (x - y).square().sum() / y.numel()
+    got = method.terms(Outputs(None, (s,)), Outputs(None, (t,)))["simkd"]
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, s), torch.autograd.grad(expected, s, retain_graph=True))
+    torch.testing.assert_close(method.predicted, x.mean((2, 3)) @ head.weight.T + head.bias)
+    network = method.predictor(nn.Sequential(nn.Identity(), nn.Flatten()), ["0"])
+    torch.testing.assert_close(network(s), method.predicted)
+
+
+def test_simkd_predicts_with_the_classifier_of_the_teacher_and_is_saved_with_it(tmp_path):
+    torch.manual_seed(0)
+    student, teacher = create_model("resnet8", CLASSES), create_model("resnet14", CLASSES)
+    batches = [(torch.randn(16, 3, 16, 16), torch.randint(CLASSES, (16,))) for _ in range(2)]
+    loader = DataLoader(TensorDataset(*(torch.cat(x) for x in zip(*batches))), 16)
+    task = Distiller(student, create_method("simkd"), teacher)
+    ema = EMA(0.5, tmp_path)
+    with pytest.warns(UserWarning, match="plain DataLoader"):
+        rows = Trainer(task, loader, loader, TrainConfig(epochs=2, lr=0.05), tmp_path, callbacks=[ema]).fit(
+            progress=False
+        )
+    assert all(0 <= row[k] <= 100 for row in rows for k in ("top1", "train_top1", "ema_top1"))
+    network = task.network.eval()
+    assert isinstance(network, ProjectedNetwork) and network.network is student
+    assert torch.equal(network.head.weight, teacher.fc.weight) and network.head is not teacher.fc
+    assert evaluate(network, loader).top1 == rows[-1]["top1"]
+    assert feature_paths(network).stages[-1] == "network." + feature_paths(student).stages[-1]
+
+    images = batches[0][0]
+    with torch.no_grad():
+        expected = network(images)
+    fresh = ProjectedNetwork(
+        create_model("resnet8", CLASSES), network.path, Projector(*network.projector.shapes), nn.Linear(64, CLASSES)
+    )
+    for file in ("last", "ema"):
+        load_weights(fresh, tmp_path / f"{file}.safetensors")
+    load_weights(fresh, tmp_path / "last.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(images), expected)
+    save_student(network, tmp_path, "resnet8", classes=tuple("abcdef"))
+    with torch.no_grad():
+        torch.testing.assert_close(load_student(tmp_path)(images), expected)
+
+
+def test_simkd_in_a_sum_and_in_a_wrapper_predicts_too():
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 16, 16)
+    for name, args in (("at+simkd", None), ("scaled", {"method": "simkd", "factor": 4.0})):
+        student, teacher = create_model("resnet8", CLASSES), create_model("resnet14", CLASSES)
+        task = Distiller(student, create_method(name, args), teacher)
+        task.build(images, torch.arange(8) % CLASSES)
+        task(Batch(images, torch.arange(8) % CLASSES, torch.arange(8)))
+        assert isinstance(task.network, ProjectedNetwork) and task.network.path == feature_paths(student).stages[-1]
+        task.method.eval(), task.network.eval()
+        task(Batch(images, torch.arange(8) % CLASSES, torch.arange(8)))
+    with Pair(student, teacher, "simkd", images) as pair:
+        assert pair.predictor()(images).shape == (8, CLASSES)
+    with pytest.raises(ValueError, match="linear classifier, of as many channels as its map has, 64"):
+        create_method("simkd").build(
+            *(Outputs(None, (torch.randn(2, 64, 2, 2),)) for _ in range(2)), head=nn.Linear(8, 2)
+        )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import nearest
 from ..extras import optional_import
-from ..features import Taps, find_module, unwrap
+from ..features import Taps, evaluating, feature_paths, find_module, unwrap
 from ..files import write_atomic
 from rcka.similarity.measures import (
     Gaussian,
@@ -35,7 +35,7 @@ from ..similarity.streaming import MinibatchCKA
 
 # %% auto #0
 __all__ = ['BLOCK', 'COMPARISON_FORMAT', 'relations', 'choose_layers', 'LayerRelations', 'memory_needed', 'as_batches',
-           'to_device', 'evaluating', 'compare', 'save_comparison', 'load_comparison']
+           'to_device', 'compare', 'compare_stages', 'save_comparison', 'load_comparison']
 
 # %% ../../nbs/method/09_compare.ipynb #2f01d209
 BLOCK = 1 << 18  # number of feature values of one layer that are processed at once
@@ -254,19 +254,6 @@ def to_device(model: nn.Module, images: Tensor) -> Tensor:
     return images.to(at.device)
 
 
-@contextlib.contextmanager
-def evaluating(*models: nn.Module):
-    "Put networks into eval mode, and every module back into its own mode afterwards."
-    modes = [(m, m.training) for model in models for m in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
 def _names(models, names) -> list[str]:
     if names is not None:
         if len(names) != 2:
@@ -414,6 +401,23 @@ def compare(
     if isinstance(kernel, (tuple, list)) or isinstance(unbiased, (tuple, list)):
         return results
     return next(iter(results.values()))
+
+# %% ../../nbs/method/09_compare.ipynb #dfe5c214
+def compare_stages(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches,  # as for `compare`
+    most: int = 8,  # batches to look at
+):  # pandas.DataFrame (stages of the student, stages of the teacher), or None
+    "Compute the debiased CKA between the stages of two networks; None where a network's stages are not known."
+    try:
+        ours, theirs = (list(feature_paths(net).stages) for net in (student, teacher))
+    except ValueError:
+        return None
+    images = [x for x in itertools.islice(as_batches(batches), most) if len(x) >= 4]
+    if not images:
+        return None
+    return compare(student, teacher, images, ours, theirs, names=("student", "teacher"), progress=False)
 
 # %% ../../nbs/method/09_compare.ipynb #607105c4
 COMPARISON_FORMAT = 1

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .compare import BLOCK, LayerRelations, as_batches, evaluating, to_device
+from .compare import BLOCK, LayerRelations, as_batches, to_device
 from ..experiments.study import accuracy_by_factor, differences_to
 from ..extras import optional_import
-from ..features import Taps, unwrap
+from ..features import Taps, evaluating, unwrap
 from ..similarity.bounds import Bound
 from ..similarity.measures import as_kernel, center
 from ..style import GREY, line_styles, method_color

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .datasets import KNOWN, load_dataset
-from .folder import class_folders, walk_images
+from .folder import class_folders, find_image_folder, walk_images
 from .imagenet import FileDataset, Files, load_imagenet
 from .memory import Dataset, balanced_slice, limited
 
@@ -39,14 +39,11 @@ def open_data(
             f"{folder} has no folder train/: put the images as train/CLASS/*.jpg and val/CLASS/*.jpg, or as train/*.jpg "
             "where nobody labelled them"
         )
-    part = next((p for p in ("val", "test") if (folder / p).is_dir()), None)
     if not class_folders(folder / "train"):
+        part = next((p for p in ("test", "val") if (folder / p).is_dir()), None)
         return _unlabelled(folder.resolve(), part, size)
-    if part is None:
-        raise ValueError(
-            f"{folder} has neither val/ nor test/: move some images of each class there, with the class folders of train/"
-        )
-    found = load_imagenet(folder.resolve(), size=size, val=part)
+    train, test = find_image_folder(str(folder.resolve()), folder)
+    found = load_imagenet(train.parent, size=size, val=test.name)
     if found.num_classes < 2:
         raise ValueError(f"{folder} has one class, {found.classes[0]}: a classifier needs two or more")
     return found

@@ -40,7 +40,7 @@ from ..models.registry import create_model, list_models, list_weights, load_chec
 from ..train.classification import Distiller, evaluate
 from ..train.config import TrainConfig, auto_precision, cublas_workspace
 from ..train.learner import RunsFailed, Trainer, fit_many
-from ..train.teacher_cache import TeacherCache
+from ..train.teacher_cache import BUDGET, TeacherCache
 
 # %% auto #0
 __all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'resolved_args', 'RunConfig', 'TrainFields', 'TeacherConfig',
@@ -558,7 +558,7 @@ def make_cache(experiment, parts: list[Parts], root: Path, options: dict, progre
         root / ".teacher-cache",
         experiment.precision,
         experiment.teacher_projection,
-        **({"budget": options["cache_budget"]} if options.get("cache_budget") else {}),
+        budget=options.get("cache_budget") or BUDGET,
         progress=progress,
     )
 
@@ -566,8 +566,8 @@ def make_cache(experiment, parts: list[Parts], root: Path, options: dict, progre
 def make_trainer(experiment, parts: Parts, folder: Path | str, options: dict) -> Trainer:
     "Return the trainer of an experiment in a folder; `options` are those of `run`."
     options = {k: v for k, v in options.items() if k not in ("workers", "cache_budget")}
-    cache = {"teacher_cache": parts.teacher_cache} if parts.teacher_cache else {}
-    return Trainer(parts.task, parts.train, parts.test, experiment.train_config, folder, **cache, **options)
+    config, cache = experiment.train_config, parts.teacher_cache
+    return Trainer(parts.task, parts.train, parts.test, config, folder, teacher_cache=cache, **options)
 
 
 def save_result(experiment, trainer: Trainer, teacher_scores: dict | None, inputs: dict, group_size: int = 1) -> Result:
@@ -583,7 +583,7 @@ def save_result(experiment, trainer: Trainer, teacher_scores: dict | None, input
         best=scores(trainer.best),
         train={k: last[k] for k in trained},
         teacher=teacher_scores,
-        parameters=sum(p.numel() for p in trainer.task.student.parameters()),
+        parameters=sum(p.numel() for p in trainer.network.parameters()),
         seconds=round(trainer.seconds, 1),
         images_per_second=round(trainer.train.samples * len(trainer.history) / trainer.seconds, 1),
         device=device_name(trainer.device),

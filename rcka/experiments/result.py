@@ -29,7 +29,8 @@ with optional_import():
 
 # %% auto #0
 __all__ = ['RESULT_FORMAT', 'RUN_LOCK', 'SWEEP_LOCK', 'TABLES', 'Result', 'runs_root', 'package_versions', 'git_commit',
-           'device_name', 'lock_run', 'is_running', 'claim_folder', 'find_result', 'summary', 'plot_run', 'published']
+           'device_name', 'lock_run', 'is_running', 'claim_folder', 'find_result', 'summary', 'plot_history',
+           'plot_run', 'published']
 
 # %% ../../nbs/method/07a_results.ipynb #d07f4ba6
 RESULT_FORMAT = 3  # 1 did not have all arguments of the method; 2 had another name for `group_size`
@@ -227,55 +228,74 @@ def summary(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/method/07a_results.ipynb #2b16620f
+def plot_history(
+    histories: dict[str, list[dict]],  # by the name of a run: a row an epoch, with the columns of metrics.csv
+    score: str,  # the column of the metric; other metrics stand after it
+    tested: str = "test",  # the images that it was measured on
+    figure=None,  # a matplotlib Figure to draw in; None: a new one of pyplot
+):  # the Figure
+    "Draw the loss terms of one run, or the losses of several, and their score along the epochs."
+    with optional_import():
+        import matplotlib.pyplot as plt
+
+    if figure is None:
+        figure = plt.figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(xlabel="epoch", ylabel="weighted loss term", yscale="log")
+    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if score == "top1" else f"{score} (%)")
+
+    def line(ax, rows, column, **style):
+        marker = "." if len(rows) == 1 else None  # a single epoch is no line
+        ax.plot([row["epoch"] for row in rows], [row[column] for row in rows], marker=marker, **style)
+
+    if len(histories) > 1:
+        left.set(ylabel="loss")
+        for i, (name, rows) in enumerate(histories.items()):
+            line(
+                left, rows, "loss", label=name, color=PALETTE[i % len(PALETTE)], linestyle=["-", "--", ":", "-."][i % 4]
+            )
+            line(
+                right, rows, score, label=name, color=PALETTE[i % len(PALETTE)], linestyle=["-", "--", ":", "-."][i % 4]
+            )
+    else:
+        (rows,) = histories.values()
+        columns = [c for c in rows[0] if c not in ("epoch", "lr", "loss")]
+        before = columns[: columns.index(score)]
+        shares = [c for c in before if c.startswith(("train_", "level"))]
+        for i, name in enumerate(c for c in before if c not in shares):
+            label, dash = name.replace("_", " "), ["-", "--", ":", "-."][i % 4]
+            line(left, rows, name, label=label, color=PALETTE[i % len(PALETTE)], linestyle=dash)
+        for i, name in enumerate(shares):
+            label = "training (augmented)" if name.startswith("train_") else f"similarity to the teacher, {name}"
+            line(
+                right,
+                rows,
+                name,
+                label=label,
+                color=PALETTE[(i + 1) % len(PALETTE)],
+                linestyle=["--", ":", "-."][i % 3],
+            )
+        line(right, rows, score, label=tested, color=PALETTE[0])
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def plot_run(
     folder: Path | str,  # of a run
 ):  # a matplotlib Figure: the loss terms, and the score, epoch by epoch
     "Draw the loss terms and the score of a run along its epochs, from its metrics.csv."
     with optional_import():
-        import matplotlib.pyplot as plt
         import pandas as pd
 
-    rows = pd.read_csv(Path(folder) / "metrics.csv")
-    experiment = Path(folder) / "experiment.json"
-    tested = (
-        "training (not augmented)"
-        if experiment.exists() and json.loads(experiment.read_text()).get("evaluate_on") == "train"
-        else "test"
-    )
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    columns = [c for c in rows if c not in ("epoch", "lr", "loss")]
-    done = Path(folder) / "result.json"
-    score = (
-        Result.load(done).score
-        if done.exists()
-        else next((c for c in ("top1", "AP", "miou") if c in columns), columns[-1])
-    )
-    before = columns[: columns.index(score)]  # after it come other scores
-    shares = [c for c in before if c.startswith(("train_", "level"))]
-    for i, name in enumerate(c for c in before if c not in shares):
-        left.plot(
-            rows["epoch"],
-            rows[name],
-            label=name.replace("_", " "),
-            color=PALETTE[i % len(PALETTE)],
-            linestyle=["-", "--", ":", "-."][i % 4],
-        )
-    left.set(xlabel="epoch", ylabel="weighted loss term", yscale="log")
-    for i, name in enumerate(shares):
-        label = "training (augmented)" if name.startswith("train_") else f"similarity to the teacher, {name}"
-        right.plot(
-            rows["epoch"],
-            rows[name],
-            label=label,
-            color=PALETTE[(i + 1) % len(PALETTE)],
-            linestyle=["--", ":", "-."][i % 3],
-        )
-    right.plot(rows["epoch"], rows[score], label=tested, color=PALETTE[0])
-    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if score == "top1" else f"{score} (%)")
-    for ax in (left, right):
-        ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-        ax.spines[["top", "right"]].set_visible(False)
-    return fig
+    rows = pd.read_csv(Path(folder) / "metrics.csv").to_dict("records")
+    experiment, done = Path(folder) / "experiment.json", Path(folder) / "result.json"
+    trained = experiment.exists() and json.loads(experiment.read_text()).get("evaluate_on") == "train"
+    score = next((c for c in ("top1", "AP", "miou") if c in rows[0]), list(rows[0])[-1])
+    score = Result.load(done).score if done.exists() else score
+    return plot_history({"run": rows}, score, "training (not augmented)" if trained else "test")
 
 # %% ../../nbs/method/07a_results.ipynb #eb27a55f
 TABLES = Path(rcka.__file__).parent / "tables"

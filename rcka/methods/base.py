@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from ..core import FeaturePaths, Outputs, nearest
 from ..similarity.measures import as_features, as_real, full_precision
 
 # %% auto #0
-__all__ = ['METHODS', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods', 'create_method', 'Vanilla', 'Sum',
-           'Wrapper', 'FeatureMethod', 'need', 'check_samples', 'WarmUp', 'check_maps', 'pooled_to', 'same_size',
+__all__ = ['METHODS', 'ANY_PATHS', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods', 'create_method', 'Vanilla',
+           'Sum', 'Wrapper', 'FeatureMethod', 'need', 'check_samples', 'WarmUp', 'check_maps', 'pooled_to', 'same_size',
            'MapMethod', 'resize_maps', 'DenseMethod', 'map_mse_loss']
 
 # %% ../../nbs/method/02_methods.ipynb #4504c7e9
@@ -58,6 +59,9 @@ class Method(nn.Module):
     smallest = 2  # samples in a batch: with fewer there is nothing to compare
     capturable = True  # a step fits a CUDA graph: its kernels do not depend on values, and memory is written in place
     relations_only = False  # it sees the teacher's features through their Gram matrix alone, whatever their width
+    predicted: Tensor | None = (
+        None  # logits of the last batch, of a method that predicts with others than the student's
+    )
 
     def wants(self, layers: FeaturePaths) -> list[str]:
         "Return the module paths whose features this method compares, for a network with these `layers`."
@@ -68,11 +72,19 @@ class Method(nn.Module):
         return [False] * n
 
     def build(
-        self, student: Outputs, teacher: Outputs, *, head: nn.Module | None = None, targets: Tensor | None = None
+        self,
+        student: Outputs,  # of one batch, as an example
+        teacher: Outputs,
+        *,
+        head: nn.Module | None = None,  # the teacher's classifier
+        student_head: nn.Module | None = None,  # the student's
+        targets: Tensor | None = None,  # of all training samples
     ):
-        """Make what is trained beside the student, once, before the optimiser is made.
+        "Make what is trained beside the student, once, before the optimiser is made."
 
-        From example outputs of one batch, the teacher's classifier `head` and the `targets` of all training samples."""
+    def predictor(self, student: nn.Module, paths: Sequence[str]) -> nn.Module:
+        "Return the network that predicts: the student, or one made of it, of its features at `paths` and of what was built."
+        return student
 
     def set_epoch(self, epoch: int):
         "Set the epoch, counted from 0, before it begins: for terms that warm up or decay."
@@ -157,6 +169,9 @@ class Vanilla(Method):
     wants_logits = False
 
 
+ANY_PATHS = FeaturePaths(*[tuple(f"stage{i}" for i in range(64))] * 2, "pooled", "head")  # no network has more stages
+
+
 class Sum(Method):
     "Add several methods: all their terms, and one cross-entropy with the product of their factors."
 
@@ -189,8 +204,7 @@ class Sum(Method):
 
     @property
     def relations_only(self):
-        most = FeaturePaths(*[tuple(map(str, range(64)))] * 2, "pooled", "head")
-        return all(m.relations_only or not m.wants(most) for m in self.parts)
+        return all(m.relations_only or not m.wants(ANY_PATHS) for m in self.parts)
 
     def wants(self, layers):
         wants = [m.wants(layers) for m in self.parts]
@@ -209,15 +223,14 @@ class Sum(Method):
             return self.wanted
 
         def asked(part, stages):
-            names = tuple(map(str, range(stages)))
-            return len(part.wants(FeaturePaths(names, names, "pooled", "head")))
+            names = ANY_PATHS.stages[:stages]
+            return len(part.wants(ANY_PATHS._replace(stages=names, preacts=names)))
 
-        most = 64  # stages; no network has more
-        at_most = [asked(part, most) for part in self.parts]
+        at_most = [len(part.wants(ANY_PATHS)) for part in self.parts]
         if sum(k > 0 for k in at_most) == 1:  # a single part compares features: all are its own
             self.wanted = [n if k else 0 for k in at_most]
             return self.wanted
-        for stages in range(1, most):
+        for stages in range(1, len(ANY_PATHS.stages)):
             found = []
             for part, k in zip(self.parts, at_most):
                 try:
@@ -245,6 +258,18 @@ class Sum(Method):
     def build(self, student, teacher, **kw):
         for m, s, t in zip(self.parts, self.split(student), self.split(teacher)):
             m.build(s, t, **kw)
+
+    @property
+    def predicted(self):
+        return next((m.predicted for m in self.parts if m.predicted is not None), None)
+
+    def predictor(self, student, paths):
+        paths = list(paths)
+        for m, k in zip(self.parts, self.feature_counts(len(paths))):
+            if (network := m.predictor(student, paths[:k])) is not student:
+                return network
+            paths = paths[k:]
+        return student
 
     def set_epoch(self, epoch):
         for m in self.parts:
@@ -286,6 +311,13 @@ class Wrapper(Method):
 
     def wants_maps(self, n):
         return self.inner.wants_maps(n)
+
+    @property
+    def predicted(self):
+        return self.inner.predicted
+
+    def predictor(self, student, paths):
+        return self.inner.predictor(student, paths)
 
     def build(self, student, teacher, **known):
         self.inner.build(student, teacher, **known)
@@ -330,7 +362,7 @@ class FeatureMethod(Method):
         pairs = [self.prepare(s, t) for s, t in zip(student.features, teacher.features)]
         return [(s, t.detach()) for s, t in pairs]
 
-    def build(self, student, teacher, *, head=None, targets=None):
+    def build(self, student, teacher, **known):
         if self.connects:
             pairs = self.pairs(student, teacher)
             like = as_real(pairs[0][0], "student feature")

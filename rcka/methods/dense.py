@@ -188,7 +188,7 @@ class FGD(DenseMethod):
         self.options = dict(alpha=alpha, beta=beta, temperature=temperature)
         self.gamma, self.relation, self.stages = gamma, relation, stages
 
-    def build(self, student, teacher, *, head=None, targets=None):
+    def build(self, student, teacher, **known):
         super().build(student, teacher)
         first = as_real(teacher.features[0], "teacher")
         widths = [t.shape[1] for t in teacher.features]

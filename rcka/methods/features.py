@@ -243,7 +243,7 @@ class CRD(FeatureMethod):
         self.weight, self.negatives, self.temperature = weight, negatives, temperature
         self.width, self.momentum, self.replacement = width, momentum, replacement
 
-    def build(self, student, teacher, *, head=None, targets=None):
+    def build(self, student, teacher, *, targets=None, **known):
         if targets is None:
             raise ValueError("crd keeps a memory of all training samples: build(..., targets=their classes)")
         super().build(student, teacher)
@@ -431,7 +431,7 @@ class ReviewKD(WarmUp, MapMethod):
             )
         return super().pairs(maps(student, self.student_preacts), maps(teacher, True))
 
-    def build(self, student, teacher, *, head=None, targets=None):
+    def build(self, student, teacher, **known):
         self.mid = min(self.width, self.pairs(student, teacher)[-1][0].shape[1])
         super().build(student, teacher)
         self.connectors[-1].gate = None  # nothing is deeper than the pooled vector
@@ -521,7 +521,7 @@ class SRRL(FeatureMethod):
             student._replace(features=student.features[:1]), teacher._replace(features=teacher.features[1:])
         )
 
-    def build(self, student, teacher, *, head=None, targets=None):
+    def build(self, student, teacher, *, head=None, **known):
         if head is None:
             raise ValueError("srrl lets the teacher's classifier judge: build(..., head=that module)")
         super().build(student, teacher)
@@ -641,6 +641,12 @@ _CIFAR_IKL = {  # alpha and beta, from the configurations published with IKL; 1 
     ("resnet50", "mobilenet_v2"): (1.0, 12.0),
     ("resnet32x4", "shufflenet_v2"): (3.0, 12.0),
 }
+_CIFAR_CAT = {  # from the configurations published with CAT-KD; weight 15 elsewhere, which is that of resnet32x4 with resnet8x4
+    ("wrn_40_2", "wrn_16_2"): dict(weight=12.0),
+    ("vgg13", "vgg8"): dict(weight=4.5),
+    ("resnet110", "resnet32"): dict(weight=1.8),
+    ("resnet32x4", "shufflenet_v1"): dict(weight=600.0, size=4, normalize=True),
+}
 _IMAGENET = {
     "kd": dict(temperature=1.0, weight=0.5, ce=0.5),
     "dist": dict(temperature=1.0),
@@ -679,6 +685,8 @@ def paper_args(
         return {"weight": _CIFAR_REVIEW[pair]}
     if method == "ikl_kd" and pair in _CIFAR_IKL:
         return dict(zip(("alpha", "beta"), _CIFAR_IKL[pair]))
+    if method == "cat_kd":
+        return dict(_CIFAR_CAT.get(pair, {}))
     return {}
 
 # %% ../../nbs/method/02d_features.ipynb #a65f1193

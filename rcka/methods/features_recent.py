@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..features import ProjectedNetwork, Projector
 from rcka.methods.base import (
     FeatureMethod,
     MapMethod,
@@ -21,12 +22,12 @@ from rcka.methods.base import (
 from .cka import largest_diagonal
 from .features import regressor
 from .logits import check_logits, correlation, kd_loss
-from .logits_recent import CosineDecay
+from .logits_recent import ClassMapMethod, CosineDecay
 from ..similarity.measures import as_real, check_pair, cosine, full_precision, unit
 
 # %% auto #0
 __all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF', 'itrd_correlation_loss', 'itrd_mutual_loss',
-           'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss']
+           'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss', 'CATKD', 'SimKD']
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #b0bfd456
 class _Moments(torch.autograd.Function):
@@ -332,7 +333,7 @@ class OFA(FeatureMethod):
         self.weights, self.stages = (logits, branches), stages
         self.options = dict(epsilon=epsilon, temperature=temperature)
 
-    def build(self, student, teacher, *, head=None, targets=None):
+    def build(self, student, teacher, **known):
         pairs = self.pairs(student, teacher)
         wide = lambda x: x.shape[1] if x.dim() == 4 else x.shape[-1]
         width, classes = max(map(wide, pairs[-1])), student.logits.shape[1]
@@ -365,3 +366,71 @@ def cat_loss(
     if normalize:
         maps = (unit(x.flatten(2)) for x in maps)
     return F.mse_loss(*maps)
+
+
+@register("cat_kd")
+class CATKD(ClassMapMethod):
+    """Class attention transfer (Guo et al., CVPR 2023): weight * mean squared difference of the class activation maps.
+
+    `build` needs the classifiers of both networks. `weight` depends on the pair (1.8 to 15, with `normalize` 600): see
+    `paper_args`; the default is that of resnet32x4 with resnet8x4."""
+
+    bias = False
+
+    def __init__(
+        self,
+        weight: float = 15.0,  # of the term
+        size: int = 2,  # maps are averaged down to size x size
+        normalize: bool = False,  # each class's map to unit length first
+    ):
+        super().__init__()
+        self.weight, self.size, self.normalize = weight, size, normalize
+
+    def terms(self, student, teacher, target=None, index=None):
+        return {"cat_kd": self.weight * cat_loss(*self.class_maps(student, teacher), self.size, self.normalize)}
+
+# %% ../../nbs/method/02g_features_since_2022.ipynb #a19d389b
+@register("simkd")
+class SimKD(MapMethod):
+    """Reused teacher classifier (Chen et al., "Knowledge distillation with the reused teacher classifier", CVPR 2022): weight * mean squared error of the projected last map, and no cross-entropy.
+
+    `build` needs `head`, the teacher's classifier, with which the student predicts: see `predictor`. The weight is the
+    authors', the same for all pairs. The larger of two maps is averaged down to the other's size."""
+
+    connects = True
+    stages = (-1,)
+    ce = 0.0
+
+    def __init__(
+        self,
+        weight: float = 1.0,  # of the term
+    ):
+        super().__init__()
+        self.weight = weight
+
+    def build(self, student, teacher, *, head=None, **known):
+        ((_, t),) = self.pairs(student, teacher)
+        if not isinstance(head, nn.Linear) or head.in_features != t.shape[1]:
+            raise ValueError(
+                f"simkd predicts with the teacher's linear classifier, of as many channels as its map has, {t.shape[1]}: "
+                f"build(..., head=that module); got {head}"
+            )
+        own = nn.Linear(head.in_features, head.out_features, head.bias is not None, device=t.device, dtype=t.dtype)
+        own.load_state_dict(head.state_dict())  # a copy: nobody who moves or averages it moves the teacher
+        self._head = (own.requires_grad_(False),)  # in a tuple, so that it is no submodule
+        super().build(student, teacher)
+
+    def connector(self, student, teacher):
+        return Projector(student.shape[1:], teacher.shape[1:])
+
+    def predictor(self, student, paths):
+        (projector,), (head,) = self.built(), self._head
+        return ProjectedNetwork(student, paths[0], projector, head)
+
+    def terms(self, student, teacher, target=None, index=None):
+        (projector,) = self.built()
+        ((s, t),) = self.pairs(student, teacher)
+        projected = as_real(projector(s), "student")
+        with torch.no_grad():
+            self.predicted = self._head[0](projected.mean((2, 3)))
+        return {"simkd": self.weight * F.mse_loss(*same_size(projected, t))}

@@ -188,7 +188,7 @@ class IKLKD(WarmUp, Method):
         self.alpha, self.beta, self.temperature, self.weight_temperature = alpha, beta, temperature, weight_temperature
         self.by_class, self.warmup = by_class, warmup
 
-    def build(self, student, teacher, *, head=None, targets=None):
+    def build(self, student, teacher, **known):
         if not self.by_class:
             return
         z = as_real(teacher.logits, "teacher_logits")

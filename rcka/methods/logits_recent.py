@@ -6,16 +6,17 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .base import Method, WarmUp, Wrapper, class_indices, create_method, register
+from .base import MapMethod, Method, WarmUp, Wrapper, class_indices, create_method, pooled_to, register
 from .logits import KD, check_logits, kd_loss, split_target
 from ..similarity.measures import as_real, full_precision, unit
 
 # %% auto #0
 __all__ = ['standardize', 'Standardized', 'LSKD', 'ttm_loss', 'TTM', 'WTTM', 'normkd_loss', 'NormKD', 'rld_loss', 'RLD',
            'mlkd_losses', 'MLKD', 'skd_direction_loss', 'SKD', 'class_costs', 'transport_cost', 'wkd_logit_losses',
-           'CosineDecay', 'WKDL', 'sdd_loss']
+           'CosineDecay', 'WKDL', 'class_maps', 'ClassMapMethod', 'sdd_loss', 'SDD']
 
 # %% ../../nbs/method/02f_logits_since_2022.ipynb #6e5d13c8
 @full_precision
@@ -377,7 +378,7 @@ class WKDL(CosineDecay, Method):
         self.options = dict(temperature=temperature, regularization=regularization, iterations=iterations)
         self.costs = costs  # no buffer: a constant that `build` makes anew is no memory to save
 
-    def build(self, student, teacher, *, head=None, targets=None):
+    def build(self, student, teacher, *, head=None, **known):
         if self.costs is None:
             weight = getattr(head, "weight", None)
             if weight is None or weight.dim() != 2:
@@ -398,14 +399,64 @@ class WKDL(CosineDecay, Method):
 
 # %% ../../nbs/method/02f_logits_since_2022.ipynb #225f3c18
 @full_precision
+def class_maps(
+    features: Tensor,  # (n, C, H, W): the map whose average goes into the classifier
+    head: nn.Module,  # the classifier: a linear layer, or a 1x1 convolution
+    bias: bool = True,  # False: class activation maps, without the classifier's bias
+) -> Tensor:  # (n, classes, H, W)
+    "Apply a classifier at every place of a map. With the bias, the average over places is the logits."
+    features, weight = as_real(features, "features"), head.weight.flatten(1)
+    if features.dim() != 4 or features.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"a classifier of {weight.shape[1]} channels cannot be applied at every place of {tuple(features.shape)}: "
+            "give the path of the map that is averaged before it"
+        )
+    own = head.bias.to(features.dtype) if bias and head.bias is not None else None
+    return F.conv2d(features, weight.to(features.dtype)[:, :, None, None], own)
+
+
+class ClassMapMethod(MapMethod):
+    """Base class of the methods that apply both classifiers at every place of the last map.
+
+    The classifiers are those of the networks: not trained, moved or saved with the method, though the student's is
+    trained through it."""
+
+    stages = (-1,)
+    wants_logits = True
+    bias = True  # of the classifiers, in the maps
+
+    def build(self, student, teacher, *, head=None, student_head=None, **known):
+        for who, one in (("student", student_head), ("teacher", head)):
+            weight = getattr(one, "weight", None)
+            if weight is None or weight.dim() < 2 or weight[0, 0].numel() != 1:
+                raise ValueError(
+                    f"{self.name} applies the {who}'s linear classifier at every place: build(..., head=the teacher's, "
+                    f"student_head=the student's); got {type(one).__name__}"
+                )
+        self._heads = student_head, head  # in a tuple, so that they are no submodules
+        self.class_maps(student, teacher)
+
+    def class_maps(self, student, teacher) -> tuple[Tensor, Tensor]:
+        "Return the maps of both networks, (n, classes, H, W) and (n, classes, U, V); the teacher's without a gradient."
+        if not hasattr(self, "_heads"):
+            raise RuntimeError(
+                f"{self.name} needs both classifiers: call method.build(student, teacher, head=..., student_head=...) first"
+            )
+        ((s, t),) = self.pairs(student, teacher)
+        ours, theirs = self._heads
+        return class_maps(s, ours, self.bias), class_maps(t, theirs, self.bias).detach()
+
+
+@full_precision
 def sdd_loss(
     student: Tensor,  # (n, classes, H, W): the student's classifier applied at every place of its last map
     teacher: Tensor,  # (n, classes, U, V): the same of the teacher
     target: Tensor,  # (n,): the true classes
     scales=(1, 2, 4),  # cells a side of each grid; the first must be 1, the whole image
     temperature: float = 4.0,  # softens both
+    dkd: tuple[float, float] | None = None,  # weights alpha and beta of DKD for the logits of a cell; None: KD
 ) -> Tensor:  # scalar, 0 at the optimum
-    'KD of the logits of every cell, mean over cells; a cell counts twice where the teacher is right about the cell or about the image, but not about both (Wei et al., "Scale decoupled distillation", CVPR 2024).'
+    'KD or DKD of the logits of every cell, mean over cells; a cell counts twice where the teacher is right about the cell or about the image, but not about both (Wei et al., "Scale decoupled distillation", CVPR 2024).'
     if not scales or scales[0] != 1:
         raise ValueError(f"scales must begin with 1, the whole image; got {tuple(scales)}")
     for who, x in (("student", student), ("teacher", teacher)):
@@ -413,13 +464,47 @@ def sdd_loss(
             raise ValueError(
                 f"sdd_loss compares maps of logits (n, classes, H, W) of at least {max(scales)} places a side, got {tuple(x.shape)} of the {who}"
             )
-    cells = lambda x: torch.cat([torch.nn.functional.adaptive_avg_pool2d(x, k).flatten(2) for k in scales], 2).mT
+    cells = lambda x: torch.cat([pooled_to(x, (k, k)).flatten(2) for k in scales], 2).mT
     s, t = (cells(as_real(x, who)) for x, who in ((student, "student"), (teacher, "teacher")))  # (n, cells, classes)
     if s.shape != t.shape:
         raise ValueError(
             f"student and teacher must agree in samples and classes, got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     right = t.argmax(-1) == target[:, None]
-    weights = 1 + (right != right[:, :1]).to(s.dtype)
-    log_q, log_p = ((z / temperature).log_softmax(-1) for z in (s, t))
-    return temperature**2 * (weights * (log_p.exp() * (log_p - log_q)).sum(-1)).mean()
+    weights = 1.0 + (right != right[:, :1])
+    if dkd is None:
+        log_q, log_p = ((z / temperature).log_softmax(-1) for z in (s, t))
+        loss = (log_p.exp() * (log_p - log_q)).sum(-1)
+    else:
+        rows = target.repeat_interleave(s.shape[1])
+        (q, q_rest, mask), (p, p_rest, _) = (split_target(z.flatten(0, 1) / temperature, rows) for z in (s, t))
+        true, others = ((p.exp() * (p - q)).sum(1), (p_rest.exp().masked_fill(mask, 0) * (p_rest - q_rest)).sum(1))
+        loss = (dkd[0] * true + dkd[1] * others).view_as(weights)
+    return temperature**2 * (weights * loss).mean()
+
+
+@register("sdd")
+class SDD(WarmUp, ClassMapMethod):
+    """Scale-decoupled distillation (Wei, Luo, Luo, CVPR 2024): weight * KD or DKD of the logits of the image and of its cells.
+
+    `build` needs the classifiers of both networks. The formula and the scales are the authors'; their configurations
+    were not at hand: the weights are those of KD in the library that they build on. Grids finer than a map are left out."""
+
+    def __init__(
+        self,
+        weight: float = 0.9,  # of the term
+        temperature: float = 4.0,  # softens both
+        scales=(1, 2, 4),  # cells a side of each grid
+        dkd: tuple[float, float] | None = None,  # alpha and beta of DKD for a cell; None: KD
+        ce: float = 0.1,  # of the cross-entropy
+        warmup: int = 0,  # epochs over which the term grows; the authors do that for DKD
+    ):
+        super().__init__()
+        self.weight, self.temperature, self.scales, self.dkd = weight, temperature, tuple(scales), dkd
+        self.ce, self.warmup = ce, warmup
+
+    def terms(self, student, teacher, target, index=None):
+        target = class_indices(target, self.name)
+        s, t = self.class_maps(student, teacher)
+        scales = [k for k in self.scales if k <= min(*s.shape[2:], *t.shape[2:])]
+        return {"sdd": self.warm * self.weight * sdd_loss(s, t, target, scales, self.temperature, self.dkd)}

@@ -20,7 +20,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from torchvision.ops.poolers import initLevelMapper
 
 from ..core import FeaturePaths, nearest
-from ..features import Taps
+from ..features import Taps, evaluating
 from .registry import load_checkpoint
 
 # %% auto #0
@@ -38,15 +38,13 @@ NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": _group_n
 
 def _stages(body: nn.Module) -> dict[int, tuple[str, int]]:
     "Find for each stride of a backbone the last module that works at it, and its channels: {4: ('layer1', 64), ...}."
-    mode, found = body.training, {}
-    x = torch.zeros(1, 3, 128, 128)
-    with torch.no_grad():
-        for name, module in body.eval().named_children():
+    found, x = {}, torch.zeros(1, 3, 128, 128)
+    with torch.no_grad(), evaluating(body):
+        for name, module in body.named_children():
             if isinstance(module, (nn.AdaptiveAvgPool2d, nn.Linear)):
                 break
             x = module(x)
             found[128 // x.shape[-1]] = (name, x.shape[1])
-    body.train(mode)
     return found
 
 

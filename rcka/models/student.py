@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import rcka
-from ..features import feature_paths, find_module, unwrap
+from ..features import ProjectedNetwork, Projector, feature_paths, find_module, unwrap
 from ..files import as_safetensors, write_atomic
 from .registry import create_model, load_checkpoint, load_weights, read_weights
 from .sources import InputConfig, input_config
@@ -131,6 +131,9 @@ def save_student(
         "versions": {"rcka": rcka.__version__, "torch": str(torch.__version__)},
         "made_by": made_by or {},
     }
+    if isinstance(end := unwrap(model), ProjectedNetwork):
+        assert isinstance(end.projector, Projector)
+        about["projector"] = {"path": end.path, "shapes": end.projector.shapes, "bias": end.head.bias is not None}
     write_atomic(folder / "student.safetensors", content)
     write_atomic(folder / "student.json", json.dumps(about, indent=1) + "\n")
     return about
@@ -153,6 +156,9 @@ def load_student(
             "it was damaged or exchanged; copy it again"
         )
     model = make_network(about["network"], len(about["classes"]), None, about["options"], about["in_channels"])
+    if end := about.get("projector"):
+        head = nn.Linear(end["shapes"][1][0], len(about["classes"]), bias=end["bias"])
+        model = ProjectedNetwork(model, end["path"], Projector(*end["shapes"]), head)
     model = load_weights(model, path).to(device).eval()
     model.about = about
     model.input_config = InputConfig(

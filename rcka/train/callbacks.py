@@ -122,12 +122,11 @@ class SaveResults(Callback):
     def after_epoch(self, learner):
         if rank() != 0:
             return
-        student = learner.task.student
         with saving(learner, self.folder):
             if learner.best is learner.history[-1]:
-                write_atomic(self.folder / "best.safetensors", as_safetensors(student))
+                write_atomic(self.folder / "best.safetensors", as_safetensors(learner.network))
             if learner.epoch == learner.config.epochs:
-                write_atomic(self.folder / "last.safetensors", as_safetensors(student))
+                write_atomic(self.folder / "last.safetensors", as_safetensors(learner.network))
             write_atomic(self.folder / "metrics.csv", as_csv(learner.history))
 
 
@@ -278,7 +277,7 @@ class EMA(Callback):
         if self.restored or self.learner is learner:  # the run goes on
             self.average = {name: value.to(learner.device) for name, value in self.average.items()}
         else:
-            self.average = copy.deepcopy(learner.task.student.state_dict())
+            self.average = copy.deepcopy(learner.network.state_dict())
         self.learner = learner
 
     def after_fit(self, learner):
@@ -288,7 +287,7 @@ class EMA(Callback):
     def after_step(self, learner):
         if not learner.between_updates:
             return
-        for name, value in learner.task.student.state_dict().items():
+        for name, value in learner.network.state_dict().items():
             average = self.average[name]
             if average.is_floating_point():
                 average.lerp_(value, 1 - self.decay)
@@ -296,7 +295,7 @@ class EMA(Callback):
                 average.copy_(value)
 
     def after_epoch(self, learner):
-        student = learner.task.student
+        student = learner.network
         broadcast(self.average.values())  # each process has seen other statistics of batch normalisation
         own = copy.deepcopy(student.state_dict())
         student.load_state_dict(self.average)
@@ -331,7 +330,7 @@ class KeepWeights(Callback):
             with saving(learner, self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 path = self.folder / f"epoch-{learner.epoch:04}.safetensors"
-                write_atomic(path, as_safetensors(learner.task.student))
+                write_atomic(path, as_safetensors(learner.network))
 
 
 class StopAfter(Callback):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core import Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
-from ..features import Taps, as_logits, as_stored
+from ..features import Taps, as_logits, as_stored, evaluating
 from ..methods.base import Method, Vanilla
 from ..pair import batch_statistics, build_method, paired_taps, wanted_paths
 from ..similarity.measures import cka
@@ -34,20 +34,19 @@ def evaluate(
     before=lambda: None,  # called before each batch
 ) -> Accuracy:
     "Return the top-1 and top-5 accuracy in per cent; restore the network's mode afterwards."
-    mode, own, world, device = model.training, rank(), world_size(), next(model.parameters()).device
+    own, world, device = rank(), world_size(), next(model.parameters()).device
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # right at once, right among five, all
-    model.eval()
-    for images, targets, _ in as_batches(batches, device).epoch(0):
-        before()
-        images, targets = images[own::world], targets[own::world]
-        if not len(targets):
-            continue
-        with autocast(images.device.type, precision):
-            logits = model(as_stored(images, model))
-        order = logits.topk(min(5, logits.shape[1])).indices
-        hits = order == targets[:, None]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), hits[:, 0].numel() + torch.zeros_like(counts[0])])
-    model.train(mode)
+    with evaluating(model):
+        for images, targets, _ in as_batches(batches, device).epoch(0):
+            before()
+            images, targets = images[own::world], targets[own::world]
+            if not len(targets):
+                continue
+            with autocast(images.device.type, precision):
+                logits = model(as_stored(images, model))
+            order = logits.topk(min(5, logits.shape[1])).indices
+            hits = order == targets[:, None]
+            counts += torch.stack([hits[:, 0].sum(), hits.sum(), hits[:, 0].numel() + torch.zeros_like(counts[0])])
     top1, top5, n = all_reduce(counts).tolist()
     return Accuracy(100 * top1 / n, 100 * top5 / n)
 
@@ -75,6 +74,7 @@ class Distiller:
         teacher_paths=None,
     ):
         self.student, self.teacher, self.method = student, teacher, method or Vanilla()
+        self.network = student  # the one that predicts
         if teacher is None:
             self.student_taps = Taps(student, wanted_paths(self.method, student, student_paths))
             return
@@ -98,6 +98,7 @@ class Distiller:
             targets,
         )
         self.method.to(images.device)
+        self.network = self.method.predictor(self.student, self.student_taps.paths)
 
     @torch.no_grad()
     def _teacher_outputs(self, images: torch.Tensor, taps: Taps | None = None) -> Outputs:
@@ -113,15 +114,15 @@ class Distiller:
         student, targets, index = self.student_taps(batch.images), batch.targets, batch.index
         if relations != "device":
             student, teacher, targets, index = map(all_gather, (student, teacher, targets, index))
+        terms = self.method(student, teacher, targets, index)
+        logits = student.logits.detach() if self.method.predicted is None else self.method.predicted
         classes = targets.argmax(1) if targets.dim() == 2 else targets  # class probabilities: the most probable
-        hits = (student.logits.detach().argmax(1) == classes).sum()
-        return Step(
-            self.method(student, teacher, targets, index), {"train_top1": (hits, torch.full_like(hits, len(targets)))}
-        )
+        hits = (logits.argmax(1) == classes).sum()
+        return Step(terms, {"train_top1": (hits, torch.full_like(hits, len(targets)))})
 
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
         "Return the student's accuracy by name; `before` is called before each batch."
-        return evaluate(self.student, batches, precision, before)._asdict()
+        return evaluate(self.network, batches, precision, before)._asdict()
 
 # %% ../../nbs/method/06c_classification.ipynb #0cd62d8d
 class UnlabelledDistiller(Distiller):
@@ -149,15 +150,14 @@ class UnlabelledDistiller(Distiller):
     @torch.no_grad()
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
         "Return how near the student's outputs are to the teacher's; `before` is called before each batch."
-        mode, device, found = self.student.training, next(self.student.parameters()).device, []
+        device, found = next(self.student.parameters()).device, []
         assert self.teacher is not None  # refused by __init__
-        networks = (self.student, self.teacher)
-        self.student.eval()
-        for batch in as_batches(batches, device).epoch(0):
-            before()
-            with autocast(device.type, precision):
-                found.append([as_logits(net(as_stored(batch.images, net))).float() for net in networks])
-        self.student.train(mode)
+        networks = (self.network, self.teacher)
+        with evaluating(self.network):
+            for batch in as_batches(batches, device).epoch(0):
+                before()
+                with autocast(device.type, precision):
+                    found.append([as_logits(net(as_stored(batch.images, net))).float() for net in networks])
         ours, theirs = (torch.cat(outputs) for outputs in zip(*found))
         scores = {"cka": 100 * cka(ours, theirs, unbiased=True).item()}
         if self.score == "agreement":

@@ -14,7 +14,7 @@ from ..core import FeaturePaths, Outputs
 from ..data.coco import CocoData
 from ..distributed import first_shard, rank, world_size
 from ..extras import optional_import
-from ..features import Taps
+from ..features import Taps, evaluating
 from ..methods.base import Method, Vanilla
 from ..methods.cka import pcka
 from ..models.detectors import Trunk, as_is, class_logits, detector_paths, trunk_taps
@@ -128,18 +128,17 @@ def detect(
     before=lambda: None,  # is called before each batch
 ) -> list[dict]:  # in the layout of COCO's result files, boxes in the originals' pixels
     "Detect objects in all images; several processes share the work. The mode of the detector is restored."
-    mode, own, world, found = detector.training, rank(), world_size(), []
-    detector.eval()
-    for batch in batches.epoch(0):
-        before()
-        images, index = batch.images[own::world], batch.index[own::world].tolist()
-        if not images:
-            continue
-        with autocast(images[0].device.type, precision):
-            results = detector(images)
-        for image, i, result in zip(images, index, results):
-            found += as_detections(batches.data, i, result, (image.shape[2], image.shape[1]))
-    detector.train(mode)
+    own, world, found = rank(), world_size(), []
+    with evaluating(detector):
+        for batch in batches.epoch(0):
+            before()
+            images, index = batch.images[own::world], batch.index[own::world].tolist()
+            if not images:
+                continue
+            with autocast(images[0].device.type, precision):
+                results = detector(images)
+            for image, i, result in zip(images, index, results):
+                found += as_detections(batches.data, i, result, (image.shape[2], image.shape[1]))
     return gather_lists(found)
 
 # %% ../../nbs/method/06f_detection.ipynb #19730cf1
@@ -232,11 +231,10 @@ class DetectionDistiller:
         "Build the method's connectors from the features of one batch."
         if not self.levels:
             return
-        mode, images = self.student.training, first_shard(train).images[:2]
-        self.student.eval()  # batch statistics must not see this batch
-        with torch.no_grad(), trunk_taps(self.student, self.student_taps.paths[: self.levels]) as taps:
+        images = first_shard(train).images[:2]
+        taps = trunk_taps(self.student, self.student_taps.paths[: self.levels])
+        with torch.no_grad(), taps, evaluating(self.student):  # batch statistics must not see this batch
             self.method.build(Outputs(None, taps(images).features), Outputs(None, self.teach(images).features))
-        self.student.train(mode)
         self.method.to(images[0].device)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:

@@ -112,6 +112,11 @@ class Learner:
         self.stop_reason = reason
 
     @property
+    def network(self) -> nn.Module:
+        "The network that predicts: the student, or what the task makes of it."
+        return getattr(self.task, "network", self.task.student)
+
+    @property
     def between_updates(self) -> bool:
         "Whether no gradient waits for more batches (`accumulate`)."
         return self.waiting == 0

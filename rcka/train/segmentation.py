@@ -11,7 +11,7 @@ from ..core import Outputs
 from ..data.scenes import IGNORED
 from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
 from ..extras import optional_import
-from ..features import as_logits
+from ..features import as_logits, evaluating
 from ..methods.base import Method, Vanilla
 from ..models.segmenters import segmenter_paths
 from .classification import Distiller, Step
@@ -51,20 +51,19 @@ def evaluate_segmentation(
     """Compute mean intersection over union (miou) and accuracy by pixel, in per cent.
 
     The mode of the network is restored. Raises ValueError where all pixels are ignored."""
-    mode, own, world = model.training, rank(), world_size()
+    own, world = rank(), world_size()
     counts = torch.zeros(
         batches.num_classes, batches.num_classes, dtype=torch.int64, device=next(model.parameters()).device
     )
-    model.eval()
-    for images, targets, _ in batches.epoch(0):
-        before()
-        images, targets = images[own::world], targets[own::world]
-        if not len(targets):
-            continue
-        with autocast(images.device.type, precision):
-            answer = as_logits(model(images)).argmax(1)
-        counts += confusion(answer, targets, batches.num_classes)
-    model.train(mode)
+    with evaluating(model):
+        for images, targets, _ in batches.epoch(0):
+            before()
+            images, targets = images[own::world], targets[own::world]
+            if not len(targets):
+                continue
+            with autocast(images.device.type, precision):
+                answer = as_logits(model(images)).argmax(1)
+            counts += confusion(answer, targets, batches.num_classes)
     counts = all_reduce(counts)
     if not counts.sum():
         raise ValueError("no pixel of the evaluated masks has a class: all are ignored")
@@ -111,11 +110,9 @@ class SegmentationDistiller(Distiller):
         "Build the method's connectors from the features of one batch."
         if self.teacher is None:
             return
-        batch, mode = first_shard(train), self.student.training
-        self.student.eval()  # batch statistics must not see this batch
-        with torch.no_grad():
+        batch = first_shard(train)
+        with torch.no_grad(), evaluating(self.student):  # batch statistics must not see this batch
             student, teacher = self._decoded(self.student_taps(batch.images), self.teacher_taps(batch.images))
-        self.student.train(mode)
         self.method.build(student, teacher)
         self.method.to(batch.images.device)
 

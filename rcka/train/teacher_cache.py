@@ -79,15 +79,18 @@ class Store:
 
     def _take_up(self):
         "Take up what the file holds; a block that was cut short is removed."
-        about = self.path.with_suffix(".pt")
-        if not (self.path.exists() and about.exists()):
+        if not (self.path.exists() and self.path.with_suffix(".pt").exists()):
             self.path.unlink(missing_ok=True)
             return
-        known = torch.load(about, weights_only=True)
-        self.basis, self.left_out, self.energy = known["basis"], known["left_out"], known["energy"]
-        self.done = min(known["done"], self.path.stat().st_size // self.block)
+        self.done = min(self._read_about(), self.path.stat().st_size // self.block)
         with open(self.path, "r+b") as file:
             file.truncate(self.done * self.block)
+
+    def _read_about(self) -> int:
+        "Read what is known of the file's content, the basis among it; return the number of complete augmentations."
+        known = torch.load(self.path.with_suffix(".pt"), weights_only=True)
+        self.basis, self.left_out, self.energy = known["basis"], known["left_out"], known["energy"]
+        return known["done"]
 
     def write(self, k: int, at: int, x: Tensor):
         "Keep outputs (b, ...) of images from `at` on in augmentation `k`; blocks and images come in order."
@@ -119,18 +122,13 @@ class Store:
     def open(self, device: torch.device):
         "Map the file into memory; on a GPU, move the rows there if they fill less than half of what is free."
         if self.folder:
-            self._take_up_again()
+            self._read_about()  # the basis may be another process's
             size = self.views * self.images * self.width
             rows = torch.from_file(str(self.path), shared=False, size=size, dtype=self.dtype)
             self.rows = rows.view(self.views, self.images, self.width)
         if device.type == "cuda" and self.rows.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
             self.rows = self.rows.to(device)
         self.mean = None if self.basis is None else (self.basis[0] @ self.basis[1]).to(device)
-
-    def _take_up_again(self):
-        "Read the basis that another process made."
-        known = torch.load(self.path.with_suffix(".pt"), weights_only=True)
-        self.basis, self.left_out, self.energy = known["basis"], known["left_out"], known["energy"]
 
     def read(self, view: Tensor, index: Tensor, device: torch.device) -> Tensor:
         "Return the outputs of images in these augmentations, on the device."
