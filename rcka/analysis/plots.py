@@ -343,7 +343,7 @@ def plot_study(
     table = differences_to(rows, baseline, score)
     size = (10, 0.5 * len(table) + 1)
     fig, (left, right) = _plt().subplots(1, 2, figsize=size, sharey=True, layout="constrained", width_ratios=[1, 1.1])
-    for y, (label, row) in enumerate(table.iterrows()):
+    for y, (label, row) in enumerate(table.to_dict("index").items()):
         color = method_color(label) or GREY
         values = [r[score] for r in sorted(rows, key=lambda r: r["seed"]) if r["label"] == label]
         offsets = [0.16 * (i - (len(values) - 1) / 2) for i in range(len(values))]  # no dot hides another
@@ -398,6 +398,7 @@ def plot_factors(
         for value in alone:
             ax.axhline(value, color=GREY, linestyle="--", linewidth=1)
         ax.set_xscale("log", base=4)
+        ax.set_xticks([1 / 16, 1, 16, 256], ["1/16", "1", "16", "256"])
         ax.set_title(f"{names.get(method, method)}: {found[best]:.1f}", fontsize=11)
         ax.grid(alpha=0.3)
     fig.supxlabel("factor of the usual weights")
