@@ -379,6 +379,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         if given.costs:
             rows = step_costs(study, labels, channels_last=True)
+            Path(given.out).mkdir(parents=True, exist_ok=True)
             write_atomic(Path(given.out) / f"{study.name}-costs.csv", as_csv(rows))
         elif given.name.endswith("screen"):
             run_screen(study, given.out, labels, root=given.root, progress=False, channels_last=True)
