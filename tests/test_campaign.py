@@ -165,8 +165,12 @@ def test_an_item_that_fails_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch)
 def test_a_signal_leaves_the_state(tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "ITEMS", {"speed": lambda c: signal.raise_signal(signal.SIGINT)})
     c = Campaign(tmp_path, toy_size(), CPU, "toy")
-    with pytest.raises(KeyboardInterrupt):
-        run_campaign(c, ["speed"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_campaign(c, ["speed"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert json.loads((tmp_path / "campaign.json").read_text())["items"]["speed"]["state"] == "stopped"
 
 

@@ -12,14 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rcka.core import Batch, Outputs
 from rcka.data.memory import Batches
-from rcka.methods.base import DenseMethod, create_method, list_methods
+from rcka.methods import BUILT_IN  # not list_methods(): other tests register more
+from rcka.methods.base import DenseMethod, create_method
 from rcka.methods.features import Negatives
 from rcka.models.registry import create_model, list_models
 from rcka.train.classification import Distiller, evaluate
 
-DENSE = [n for n in list_methods() if isinstance(create_method(n), DenseMethod)]
-LOGITS = [n for n in list_methods() if n.startswith("dense_")]  # of detectors and segmentation networks
-CLASSIFICATION = sorted({*list_methods()} - {*DENSE} - {*LOGITS})
+DENSE = [n for n in sorted(BUILT_IN) if isinstance(create_method(n), DenseMethod)]
+LOGITS = [n for n in sorted(BUILT_IN) if n.startswith("dense_")]  # of detectors and segmentation networks
+CLASSIFICATION = sorted(BUILT_IN - {*DENSE} - {*LOGITS})
 NETWORKS = sorted(
     {*list_models()}
     & {"resnet18", "wrn_16_1", "vgg8", "mobilenet_v1", "mobilenet_v2_half", "shufflenet_v1", "shufflenet_v2"}
