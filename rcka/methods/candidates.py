@@ -65,21 +65,26 @@ class CKAAngle(_MeanDistance):
         return angular_distance((place_cka if self.over == "places" else fcka)(student, teacher))
 
 # %% ../../nbs/method/02h_candidates.ipynb #208d8160
+def _unit_maps(student: Tensor, teacher: Tensor) -> list[Tensor]:
+    "Return two maps as (channels, places), centred and of Frobenius norm one; zeros where a side is constant in every channel."
+    maps = same_size(*check_maps(student, teacher))
+    check_pair(*maps)
+    found = []
+    for x in maps:
+        x, noise = centred_places(x)
+        seen = x.detach().square().sum() > noise
+        found.append(unit(torch.where(seen, x, 0 * x).flatten(), 0).view_as(x))
+    return found
+
+
 @full_precision
 def procrustes_similarity(
     student: Tensor,  # (n, c, H, W)
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
 ) -> Tensor:  # scalar in [0, 1]; 1 at the optimum
     "Nuclear norm of the cross-covariance over the norms of two centred maps whose samples are all their places: 1 - half the squared Procrustes distance of maps of norm one. 0 with a zero gradient where a side is constant in every channel."
-    student, teacher = same_size(*check_maps(student, teacher))
-    check_pair(student, teacher)
-
-    def normalised(x):
-        x, noise = centred_places(x)
-        seen = x.detach().square().sum() > noise
-        return unit(torch.where(seen, x, 0 * x).flatten(), 0).view_as(x)
-
-    return torch.linalg.svdvals(normalised(student) @ normalised(teacher).mT).sum()
+    x, y = _unit_maps(student, teacher)
+    return torch.linalg.svdvals(x @ y.mT).sum()
 
 
 @register("procrustes")
@@ -108,16 +113,8 @@ def explained_variance(
 ) -> Tensor:  # scalar in [0, 1]; 1 at the optimum, but for the ridge
     """Return the share of the teacher's variance over places that a ridge regression on the student's channels explains.
 
-    Linear regression of Kornblith et al. 2019 (eq. 16) on n h w samples. 0 with a zero gradient where a side is constant in every channel."""
-    student, teacher = same_size(*check_maps(student, teacher))
-    check_pair(student, teacher)
-
-    def normalised(x):
-        x, noise = centred_places(x)
-        seen = x.detach().square().sum() > noise
-        return unit(torch.where(seen, x, 0 * x).flatten(), 0).view_as(x)  # trace of the covariance 1, or 0
-
-    x, y = normalised(student), normalised(teacher)
+    The index "linear regression" of Kornblith et al. 2019 on n h w samples. 0 with a zero gradient where a side is constant in every channel."""
+    x, y = _unit_maps(student, teacher)
     # in float64, and by no less than what rounding leaves in the products: the factorisation never fails
     penalty = torch.where(x.detach().any(), max(ridge / len(x), 8 * torch.finfo(x.dtype).eps), 1.0)
     covariance, cross = (x @ x.mT).double(), (x @ y.mT).double()
