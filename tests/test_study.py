@@ -65,6 +65,9 @@ def test_a_run_that_is_not_finite_does_not_take_others_with_it(tmp_path):
     last = {row["label"]: row["last"] for row in rows}
     assert all(math.isnan(last[label]) == label.endswith("x1e+38") for label in last) and len(last) == 5
     again = read_table(tmp_path / "toy-screen.csv")
+    assert (
+        str(tmp_path) not in (tmp_path / "toy-screen.csv").read_text()
+    )  # a table is for others: no folder of this run
     assert "not finite" in again["kd x1e+38", 0]["failed"] and not again["kd x1", 0]["failed"]
     table = differences_to([{**row, "seed": seed} for row in again.values() for seed in (0, 1)])
     assert table.loc["kd x1e+38", "seeds"] == 0 and table.loc["kd x1", "seeds"] == 2

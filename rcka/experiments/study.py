@@ -120,7 +120,7 @@ def run_group(experiments: list[Experiment], root: Path | str, **options) -> Seq
 def as_row(label: str, seed: int, result: Result | NonFiniteLoss) -> dict:
     "Return what a table keeps of a result: accuracies in per cent, and how they came about, or why there is none."
     if isinstance(result, NonFiniteLoss):
-        return {"label": label, "seed": seed, "last": math.nan, "best": math.nan, "failed": str(result)}
+        return {"label": label, "seed": seed, "last": math.nan, "best": math.nan, "failed": result.what}
     e = result.experiment
     images = "validation" if e.get("val_fraction") else "test"
     return {

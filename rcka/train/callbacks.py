@@ -60,7 +60,15 @@ CHECK_EVERY = 50  # steps between two checks of the loss
 
 
 class NonFiniteLoss(RuntimeError):
-    "A loss term is NaN or infinite."
+    "A loss term is NaN or infinite. Its arguments are what happened, and what is saved where and what to do."
+
+    def __str__(self):
+        return " ".join(map(str, self.args))
+
+    @property
+    def what(self) -> str:
+        "The terms and the step, without the folder of the run."
+        return self.args[0]
 
 
 class _Finite:
@@ -108,7 +116,7 @@ class NonFiniteWatch(Callback):
         step = int(bad.any(1).nonzero()[0])
         terms = [n for n, b in zip(learner.names, bad[step].tolist()) if b and n != "loss"]
         return NonFiniteLoss(
-            f"{', '.join(terms) or 'the sum of the terms'} is not finite in epoch {learner.epoch + 1}, step {step + 1}. "
+            f"{', '.join(terms) or 'the sum of the terms'} is not finite in epoch {learner.epoch + 1}, step {step + 1}.",
             f"{learner.saved_state()} Try a lower lr, or a lower weight of that term"
         )
 
