@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from interruption import interrupt_at
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -136,15 +137,7 @@ def test_killed_and_resumed(data, tmp_path):
     expected = whole.fit(progress=False)
     make = lambda: trainer(data, tmp_path / "run", cuda_graph=True, callbacks=[EMA(0.9)], checkpoint_seconds=0)
     broken = make()
-    step, n = broken.train_step, []
-
-    def stop(*args):
-        n.append(1)
-        if len(n) == 6:
-            raise KeyboardInterrupt
-        step(*args)
-
-    broken.train_step = stop
+    interrupt_at(broken, 6)
     with pytest.raises(KeyboardInterrupt):
         broken.fit(progress=False)
     assert broken.graphed.counts["replayed"] == 1
@@ -298,15 +291,7 @@ def test_graph_resumes_to_the_same_bits(data, tmp_path):
     whole = make("whole")
     expected = whole.fit(progress=False)
     broken = make("broken")
-    step, n = broken.train_step, []
-
-    def stop(*args):
-        n.append(1)
-        if len(n) == 6:
-            raise KeyboardInterrupt
-        step(*args)
-
-    broken.train_step = stop
+    interrupt_at(broken, 6)
     with pytest.raises(KeyboardInterrupt):
         broken.fit(progress=False)
     again = make("broken")

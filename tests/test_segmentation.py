@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interruption import interrupt_at
 from PIL import Image
 from processes import launch
 from torch import nn
@@ -499,16 +500,8 @@ def test_resume_gives_the_same_weights(scenes, tmp_path):
     "Stopped in the middle of an epoch, with dropout and random crops: the same history and the same bits."
     whole = trainer(scenes, tmp_path / "whole")
     expected = whole.fit(progress=False)
-    broken, n = trainer(scenes, tmp_path / "broken"), []
-    step = broken.train_step
-
-    def stop(*args):
-        n.append(1)
-        if len(n) == 6:
-            raise KeyboardInterrupt
-        step(*args)
-
-    broken.train_step = stop
+    broken = trainer(scenes, tmp_path / "broken")
+    interrupt_at(broken, 6)
     with pytest.raises(KeyboardInterrupt):
         broken.fit(progress=False)
     assert checkpoints(tmp_path / "broken")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruption import interrupt_at
 
 from rcka.data.datasets import load_dataset
 from rcka.experiments.experiment import Experiment
@@ -262,15 +263,7 @@ def test_a_group_gets_the_same_bits(data, tmp_path):
     alone = [make("alone", i) for i in range(3)]
     expected = [t.fit(progress=False) for t in alone]
     broken = [make("together", i) for i in range(3)]
-    step, n = broken[1].train_step, []
-
-    def stop(*args):
-        n.append(1)
-        if len(n) == 8:
-            raise KeyboardInterrupt
-        step(*args)
-
-    broken[1].train_step = stop
+    interrupt_at(broken[1], 8)
     with pytest.raises(KeyboardInterrupt):
         fit_many(broken, progress=False)
     for old in checkpoints(broken[2].folder):

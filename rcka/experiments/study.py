@@ -184,11 +184,10 @@ def _reset_peak(device: torch.device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    else:  # on Linux; elsewhere the memory is NaN
+    elif (path := Path("/proc/self/clear_refs")).exists():  # Linux; elsewhere the memory is NaN
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)  # what was freed goes back to the system, so that it does not count as held
-        if (path := Path("/proc/self/clear_refs")).exists():
-            path.write_text("5")
+        path.write_text("5")
 
 
 def _memory(device: torch.device, peak: bool) -> float:

@@ -87,11 +87,8 @@ def procrustes_similarity(
     return torch.linalg.svdvals(x @ y.mT).sum()
 
 
-@register("procrustes")
-class Procrustes(_MeanDistance, MapMethod):
-    "weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared Procrustes distance. Ours."
-
-    capturable = False  # singular values wait for the device
+class _PlaceDistance(_MeanDistance, MapMethod):
+    "A distance of maps whose samples are their places."
 
     def __init__(
         self,
@@ -100,6 +97,13 @@ class Procrustes(_MeanDistance, MapMethod):
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
+
+
+@register("procrustes")
+class Procrustes(_PlaceDistance):
+    "weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared Procrustes distance. Ours."
+
+    capturable = False  # singular values wait for the device
 
     def distance(self, student, teacher):
         return 1 - procrustes_similarity(student, teacher)
@@ -123,18 +127,10 @@ def explained_variance(
 
 
 @register("explained_variance")
-class ExplainedVariance(_MeanDistance, MapMethod):
+class ExplainedVariance(_PlaceDistance):
     "weight * mean over stages of the share of the teacher's variance that no linear map of the student's channels explains. Ours."
 
     capturable = False  # a Cholesky factor waits for the device
-
-    def __init__(
-        self,
-        weight: float = 16.0,  # of the term
-        stages=(-3, -2, -1),  # which of the network's stages
-    ):
-        super().__init__()
-        self.weight, self.stages = weight, stages
 
     def distance(self, student, teacher):
         return 1 - explained_variance(student, teacher)

@@ -117,7 +117,7 @@ class NonFiniteWatch(Callback):
         terms = [n for n, b in zip(learner.names, bad[step].tolist()) if b and n != "loss"]
         return NonFiniteLoss(
             f"{', '.join(terms) or 'the sum of the terms'} is not finite in epoch {learner.epoch + 1}, step {step + 1}.",
-            f"{learner.saved_state()} Try a lower lr, or a lower weight of that term"
+            f"{learner.saved_state()} Try a lower lr, or a lower weight of that term",
         )
 
 # %% ../../nbs/method/06d_callbacks.ipynb #728211e1
