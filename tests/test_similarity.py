@@ -110,7 +110,7 @@ def test_bad_input_is_named():
         mmd2(x, x[:, :2])
     with pytest.raises(ValueError, match="same samples"):
         fcka(x, x[:7])
-    with pytest.raises(ValueError, match="of one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         lcka(x, x[:7])
     with pytest.raises(ValueError, match="at least 2 samples"):
         lcka(x[:1], x[:1])
