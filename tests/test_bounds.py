@@ -723,7 +723,7 @@ def test_kernels_need_a_lipschitz_constant():
     x, y = pair(0)
     assert lipschitz("linear") == lipschitz(Linear()) == 1 and lipschitz(Gaussian(0.25)) == 4
     for f in (relation_bound, feature_bound):
-        with pytest.raises(ValueError, match="no bandwidth"):
+        with pytest.raises(ValueError, match="a fixed bandwidth"):
             f(x, y, "gaussian")
         with pytest.raises(ValueError, match="no known Lipschitz constant"):
             f(x, y, Polynomial())

@@ -106,7 +106,7 @@ def test_bad_input_is_named():
         cka([1.0], x)
     with pytest.raises(ValueError, match="is empty"):
         cka(x[:0], x[:0])
-    with pytest.raises(ValueError, match="one space"):
+    with pytest.raises(ValueError, match="the same width"):
         mmd2(x, x[:, :2])
     with pytest.raises(ValueError, match="same samples"):
         fcka(x, x[:7])
