@@ -105,7 +105,9 @@ def as_shard(batch, n: int, train: bool):
     return batch if world_size() == 1 else type(batch)(*(Shard(rows, shard_rows(n, train), n) for rows in batch))
 
 # %% ../nbs/method/01c_distributed.ipynb #a2256317
-class _Gather(torch.autograd.Function):  # torch.distributed.nn.functional.all_gather does the same and is deprecated
+# torch.distributed.nn.functional.all_gather does the same and is deprecated; what it names in its place,
+# torch.distributed._functional_collectives, is private, and its gather with autograd has another name than in torch 2.6
+class _Gather(torch.autograd.Function):
     "(n, ...) of each process to (W n, ...), in the order of ranks; backward adds up over processes."
 
     @staticmethod
@@ -136,6 +138,7 @@ def all_gather(x) -> Any:
 
 def average_gradients(parameters):
     "Replace each gradient by its mean over all processes, in one message."
+    # not DistributedDataParallel: it wants one module with one forward, here a student, its taps and a method take turns
     if world_size() == 1:
         return
     grads = [p.grad for p in parameters if p.grad is not None]

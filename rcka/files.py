@@ -20,8 +20,8 @@ from torch import nn
 from .extras import optional_import
 
 # %% auto #0
-__all__ = ['write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv', 'data_root', 'checkout',
-           'digest', 'listing']
+__all__ = ['write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv', 'read_csv', 'data_root',
+           'checkout', 'digest', 'listing']
 
 # %% ../nbs/method/01b_files.ipynb #09dd4027
 def write_atomic(path: Path | str, data: bytes | str):
@@ -100,6 +100,12 @@ def as_csv(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def read_csv(path: Path | str) -> list[dict[str, str]]:
+    "Return the rows of a CSV file, as text by column. Raises OSError."
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 # %% ../nbs/method/01b_files.ipynb #25e238b8
 def data_root(
