@@ -86,7 +86,9 @@ def random_pairs(
 ) -> tuple[Tensor, Tensor]:  # (batch, n, p) and (batch, n, q), float64
     "Draw pairs of features with every CKA between 0 and 1: the second is a rotation of the first, mixed with noise."
     if q > p:
-        raise ValueError(f"q must be at most p = {p}, since the second side is part of a rotation of the first; got {q}")
+        raise ValueError(
+            f"q must be at most p = {p}, since the second side is part of a rotation of the first; got {q}"
+        )
     g = torch.Generator().manual_seed(seed)
 
     def noise(width):  # spectrum from flat to steep, mean from none to strong
@@ -187,7 +189,9 @@ def lipschitz(
     if getattr(kernel, "lipschitz", None) is not None:
         return float(kernel.lipschitz)
     if isinstance(kernel, Gaussian):
-        raise ValueError("kernel must have a fixed bandwidth, such as Gaussian(1.0), for the bound to hold; got Gaussian()")
+        raise ValueError(
+            "kernel must have a fixed bandwidth, such as Gaussian(1.0), for the bound to hold; got Gaussian()"
+        )
     raise ValueError(
         f"kernel {kernel} has no known Lipschitz constant: use Linear(), Gaussian(1.0), or an object with an attribute `lipschitz`"
     )
