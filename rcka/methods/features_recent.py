@@ -26,8 +26,8 @@ from .logits_recent import ClassMapMethod, CosineDecay
 from ..similarity.measures import as_real, check_pair, cosine, full_precision, unit
 
 # %% auto #0
-__all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF', 'itrd_correlation_loss', 'itrd_mutual_loss',
-           'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss', 'CATKD', 'SimKD']
+__all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF', 'check_widths', 'itrd_correlation_loss',
+           'itrd_mutual_loss', 'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss', 'CATKD', 'SimKD']
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #b0bfd456
 class _Moments(torch.autograd.Function):
@@ -156,6 +156,16 @@ class WKDF(CosineDecay, MapMethod):
         return {"wkd_f": self.share * self.weight * sum(losses)}
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #5c3b1073
+def check_widths(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    "Return both as `check_samples` does. Raises ValueError where their widths differ."
+    student, teacher = check_samples(student, teacher)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the widths differ: {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
+        )
+    return student, teacher
+
+
 @full_precision
 def itrd_correlation_loss(
     student: Tensor,  # (n, p): embedded features
@@ -163,11 +173,7 @@ def itrd_correlation_loss(
     alpha: float = 1.01,  # order
 ) -> Tensor:  # scalar
     "log2 of the sum over features of |correlation - 1|^(2 alpha), the correlation times (n - 1) / n as released (Miles et al. 2022)."
-    student, teacher = check_samples(student, teacher)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"the widths differ: {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
-        )
+    student, teacher = check_widths(student, teacher)
     n = len(student)
     return (1 - correlation(student, teacher, 0) * (n - 1) / n).pow(2 * alpha).sum().log2()
 
@@ -222,11 +228,7 @@ def srd_loss(
     eps: float = 1e-4,  # added to the variances
 ) -> Tensor:  # scalar; large and negative at the optimum
     "log of the sum of |difference|^power of features normalised over the batch (Miles and Mikolajczyk 2024). No gradient where there is no difference."
-    student, teacher = check_samples(student, teacher)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"the widths differ: {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
-        )
+    student, teacher = check_widths(student, teacher)
     s, t = ((x - x.mean(0)) * (x.var(0, correction=0) + eps).rsqrt() for x in (student, teacher))
     total = (s - t).abs().pow(power).sum()
     return total.clamp_min(torch.finfo(total.dtype).tiny).log()
