@@ -268,7 +268,11 @@ def test_what_does_not_fit_is_refused(name, monkeypatch, tmp_path):
         ({"batch_size": 32}, ValueError, "have a batch size of their own"),
         ({"data": lambda: 0}, ValueError, "function with a name in a module"),
         ({"data": "my_loaders:mixed", "mixup": 0.2}, ValueError, "give class probabilities: mixup"),
-        ({"data": "my_loaders:mixed", "method": "dkd"}, ValueError, "method='dkd' .* the loaders give each image"),
+        (
+            {"data": "my_loaders:mixed", "method": "dkd"},
+            ValueError,
+            "method='dkd' .* the loaders make the targets class prob",
+        ),
         (
             {"data": "my_loaders:dicts", "augment": "randaugment"},
             ValueError,
