@@ -19,14 +19,14 @@ class Outputs(NamedTuple):
     "What a network returns for a batch."
 
     logits: Tensor  # (n, classes)
-    features: tuple[Tensor, ...] = ()  # one (n, ...) tensor per path that was asked for, in that order
+    features: tuple[Tensor, ...] = ()  # one (n, ...) tensor for each requested path, in that order
 
 
 class FeaturePaths(NamedTuple):
     "Module paths of a network, shallow to deep."
 
     stages: tuple[str, ...]  # outputs of the stem (first) and of each stage
-    preacts: tuple[str, ...] = ()  # the same before their last activation
+    preacts: tuple[str, ...] = ()  # their pre-activations: the same before the last activation
     pooled: str = ""  # the vector that goes into the classifier
     head: str = ""  # the classifier itself
 
@@ -36,11 +36,11 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, C, H, W) normalised, of the chosen dtype
     targets: Tensor  # int64 (B,)
-    index: Tensor | None  # int64 (B,): which images of the dataset these are; None where that is unknown
+    index: Tensor | None  # int64 (B,): positions of the images in the dataset; None if unknown
 
 # %% ../nbs/method/01_core.ipynb #74a747fb
 def nearest(name: str, names, what: str, most: int = 60) -> str:
-    "Return the error message for an unknown name: the names close to it, then the first `most` of the known ones."
+    "Return the error message for an unknown name: the nearest known names, then the first `most` of all."
 
     def plain(text):
         return text.lower().replace("-", "_").replace("*", "").replace("?", "")
@@ -57,42 +57,42 @@ def nearest(name: str, names, what: str, most: int = 60) -> str:
 
 # %% ../nbs/method/01_core.ipynb #1edab2c5
 def check_whole(least: int, **values):
-    "Raise ValueError for a value that is not a whole number of at least `least`."
+    "Raise ValueError for a value that is not an integer of at least `least`."
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
 
 
 def check_enough(n: int, batch_size: int, smallest: int):
-    "Raise ValueError where `n` images are too few for a training batch."
+    "Raise ValueError if `n` training images are fewer than `smallest` and than `batch_size`."
     if n < min(batch_size, smallest):
         raise ValueError(
-            f"{n} image(s) make no training batch: at least {smallest} are needed, or a smaller batch_size"
+            f"got {n} image(s), too few for a training batch: give at least {smallest}, or a smaller batch_size"
         )
 
 
 def check_epoch(e: int, start: int, steps: int):
     "Raise ValueError for a negative epoch, or for a first step outside the epoch."
     if not e >= 0:
-        raise ValueError(f"e must be an epoch, 0 or more; got {e}")
+        raise ValueError(f"e must be the number of an epoch, 0 or more; got {e}")
     if not 0 <= start <= steps:
-        raise ValueError(f"start must be a step from 0 to {steps}, got {start}")
+        raise ValueError(f"start must be a step of the epoch, 0 to {steps}; got {start}")
 
 # %% ../nbs/method/01_core.ipynb #504b9f74
 class BatchesFailed(RuntimeError):
-    "The batches raised an error, or a worker process of theirs died."
+    "Loading a batch raised an error, or a worker process died."
 
 # %% ../nbs/method/01_core.ipynb #ea6302d8
 def seed_of(*key) -> int:
-    "Return a seed for torch that depends on every part of the key and on their order."
+    "Return a seed for torch that depends on all values in `key` and on their order."
     return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
 
 # %% ../nbs/method/01_core.ipynb #8efea238
 class LoaderBatches:
-    """Give a `DataLoader` of (images, targets) the interface of batches: on the device, epoch by epoch.
+    """Batches of a `DataLoader` of (images, targets): on the device, epoch by epoch.
 
-    Random numbers that the loader and its dataset draw come from a state of their own, seeded by the epoch; a loader with
-    a `generator` uses that one."""
+    The loader and its dataset draw random numbers from a separate generator state, seeded by the epoch; a loader with a
+    `generator` uses that one."""
 
     exact = False  # an epoch cannot begin at a later batch
 
@@ -104,7 +104,7 @@ class LoaderBatches:
 
     @property
     def targets(self) -> Tensor | None:
-        "The targets of the whole dataset where it has them, as `targets` (torchvision) or as the second of its `tensors`."
+        "The targets of the whole dataset: its `targets` (torchvision) or the second of its `tensors`; None without either."
         dataset = getattr(self.loader, "dataset", None)
         if (targets := getattr(dataset, "targets", None)) is not None:
             return torch.as_tensor(targets)
@@ -112,9 +112,11 @@ class LoaderBatches:
         return None if tensors is None else tensors[1]
 
     def epoch(self, e: int, start: int = 0):
-        "Yield the batches of an epoch. Raises ValueError for a `start` in the middle."
+        "Yield the batches of an epoch. Raises ValueError for a `start` inside the epoch."
         if start not in (0, len(self)):
-            raise ValueError(f"a plain DataLoader begins an epoch at its first batch; got start={start}")
+            raise ValueError(
+                f"a plain DataLoader can begin an epoch only at its first batch, start=0; got start={start}"
+            )
         if start:
             return
         state, batches = torch.Generator().manual_seed(seed_of("loader", e)).get_state(), None
@@ -135,7 +137,7 @@ class LoaderBatches:
 
 
 def as_batches(batches, device: torch.device):
-    "Return batches as they are if they have `epoch`, and a `DataLoader` as `LoaderBatches`. Raises TypeError for others."
+    "Return batches with a method `epoch` as they are, a `DataLoader` as `LoaderBatches`. Raises TypeError for anything else."
     if hasattr(batches, "epoch"):
         return batches
     if not (hasattr(batches, "__len__") and hasattr(batches, "__iter__")):

@@ -198,7 +198,7 @@ def _head(about: dict, results: dict) -> str:
 def _origin(made: dict, settings: dict) -> list[str]:
     if not settings:
         return []
-    unlabelled = "" if made.get("labels", True) else ", without labels, so that cross-entropy is left out"
+    unlabelled = "" if made.get("labels", True) else ", without labels, so with no cross-entropy"
     origin = f"Trained with the method `{settings['method']}` for {settings['epochs']} epochs on {settings['data']}{unlabelled}."
     return [origin]
 

@@ -466,6 +466,7 @@ def load_comparison(
         if "values" in about:
             frame = pd.DataFrame(about["values"], about["index"], about["header"], dtype=float)
         else:
+            # pandas.read_csv makes numbers of paths such as "0" and renames columns of one name
             head, *rows = csv.reader(io.StringIO(text.partition("\n")[2]))
             frame = pd.DataFrame([row[1:] for row in rows], [row[0] for row in rows], head[1:]).astype(float)
         if list(frame.shape) != about["shape"] or not text.endswith("\n"):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
 import importlib.util
 import json
 import os
@@ -30,7 +29,7 @@ from ..distributed import init_distributed
 from .experiment import Experiment, run
 from .result import device_name, git_commit, package_versions
 from .study import PAIR, SCREENED, Study, as_row, run_group, run_study, screened
-from ..files import as_csv, checkout, write_atomic
+from ..files import as_csv, checkout, read_csv, write_atomic
 from ..methods.base import DenseMethod, create_method, list_methods
 from ..methods.cka import pcka
 from ..models.registry import create_model
@@ -183,10 +182,7 @@ class Campaign:
     def rows(self, table: str) -> list[dict]:
         "Return the rows of a table; none where there is no table yet."
         path = self.out / f"{table}.csv"
-        if not path.exists():
-            return []
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return read_csv(path) if path.exists() else []
 
     def put(self, table: str, rows: Iterable[dict], known_by: tuple[str, ...]):
         "Add rows to a table, in place of those that agree in the columns `known_by`."

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import math
 import statistics
@@ -23,7 +22,7 @@ from .exhibits import record_exhibit
 from .experiment import Experiment, make_trainer, run_many
 from .result import Result, runs_root
 from ..extras import optional_import
-from ..files import as_csv, write_atomic
+from ..files import as_csv, read_csv, write_atomic
 from ..methods.base import Wrapper, create_method, register
 from ..train.callbacks import NonFiniteLoss
 from ..train.learner import RunsFailed, Stopped
@@ -142,10 +141,8 @@ def read_table(path: Path | str) -> dict[tuple[str, int], dict]:
     "Return the rows of a study's table by label and seed; none where there is no table yet."
     if not Path(path).exists():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        read = list(csv.DictReader(file))
     number = {"seed": int, "last": float, "best": float, "best_epoch": int, "epochs": int}
-    rows: list[dict] = [{k: number[k](v) if v and k in number else v for k, v in row.items()} for row in read]
+    rows: list[dict] = [{k: number[k](v) if v and k in number else v for k, v in row.items()} for row in read_csv(path)]
     return {(row["label"], row["seed"]): row for row in rows}
 
 # %% ../../nbs/method/08e_study.ipynb #35b945c3

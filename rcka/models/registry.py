@@ -3,7 +3,6 @@
 # %% ../../nbs/method/04_models.ipynb #26f47e12
 from __future__ import annotations
 
-import csv
 import hashlib
 import inspect
 import json
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from ..core import nearest
 from ..extras import optional_import
 from ..features import unwrap
-from ..files import write_atomic
+from ..files import read_csv, write_atomic
 from .sources import SOURCES, InputConfig, function_network
 
 # %% auto #0
@@ -478,8 +477,7 @@ def _read_log(path: Path) -> list[dict]:
     "Read the epochs of a run's metrics.csv; numbers to six digits."
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: is it the folder of a run that has begun to train?")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     if not rows or not {"epoch", "top1"} <= set(rows[0]):
         raise ValueError(f"{path} has no epochs with top1; weights that ship are those of classifiers")
     log = []

@@ -270,6 +270,8 @@ class EMA(Callback):
     The average's scores stand in the history as `ema_` and the name of the score. With a folder the averaged weights
     are written to `ema.safetensors` after the last epoch. The average is part of the run's state."""
 
+    # torch.optim.swa_utils.AveragedModel copies the module, and the hooks that take its features with it
+
     def __init__(
         self,
         decay: float = 0.999,  # weight of the old average at each step

@@ -35,6 +35,7 @@ def evaluate(
 ) -> Accuracy:
     "Return the top-1 and top-5 accuracy in per cent; restore the network's mode afterwards."
     own, world, device = rank(), world_size(), next(model.parameters()).device
+    # whole numbers add up to the same in any batches and processes; torchmetrics would be needed for these three alone
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # right at once, right among five, all
     with evaluating(model):
         for images, targets, _ in as_batches(batches, device).epoch(0):

@@ -53,6 +53,7 @@ class TrainConfig:
 
     def lr_at(self, epoch: int, step: int = 0, steps: int = 1) -> float:
         "Return the learning rate before step `step` of `steps` in `epoch`."
+        # a function of the step, where a scheduler of torch has a state to save and to take up again
         done = epoch * steps + step
         warm = min(1, (done + 1) / self.warmup_steps) if self.warmup_steps else 1
         return self._scheduled(epoch, step, steps) * warm
