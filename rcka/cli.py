@@ -212,7 +212,7 @@ def distill(
     data: Annotated[
         str,
         typer.Option(
-            help="A folder with train/CLASS/*.jpg and val/ or test/, without labels train/*.jpg; or a name of `rcka datasets`."
+            help="A folder with train/CLASS/*.jpg and val/ or test/, without labels train/*.jpg; a name of `rcka datasets`; hfds/NAME of the Hugging Face hub; or package.module:function, which returns two DataLoaders."
         ),
     ],
     teacher: Annotated[
@@ -232,7 +232,9 @@ def distill(
     teacher_options: Options = None,
     student_options: Options = None,
     size: Annotated[int | None, typer.Option(help="Pixels of a side that the student takes.")] = None,
-    batch_size: Annotated[int, typer.Option(min=4, help="Images in a batch.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=4, help="Images in a batch: 64; loaders have their own.")
+    ] = None,
     alone: Annotated[
         bool, typer.Option("--alone", help="Train the student without its teacher as well, to compare.")
     ] = False,

@@ -459,7 +459,7 @@ def test_loader_batches():
     epochs = [torch.cat([b.images for b in found.epoch(e)]).tolist() for e in (0, 1, 0)]
     assert epochs[0] == epochs[2] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == dataset.tensors[0].tolist()
     assert list(found.epoch(0, start=3)) == []
-    with pytest.raises(ValueError, match="begins an epoch at its first batch; got start=1"):
+    with pytest.raises(ValueError, match="can begin an epoch only at its first batch, start=0; got start=1"):
         next(found.epoch(0, start=1))
     assert as_batches(found, torch.device("cpu")) is found
     with pytest.raises(TypeError, match="batches must have .*got int"):

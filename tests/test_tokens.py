@@ -82,7 +82,7 @@ def test_class_token_and_mean():
     torch.testing.assert_close(mean, maps.mean((2, 3)))
     _, maps, (mean, plain) = run("last", "block:mean", "embed:mean")
     torch.testing.assert_close(mean, plain)
-    with pytest.raises(ValueError, match="'embed:cls': the class token is the first of tokens"):
+    with pytest.raises(ValueError, match="'embed:cls' asks for the class token, the first of tokens"):
         run("tokens", "embed:cls")
     with pytest.raises(TypeError, match="a tuple of 2, which is no tensor"):
         run("two", "block")

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..core import FeaturePaths, nearest
+from ..core import FeaturePaths, import_function, nearest
 from ..extras import optional_import
 from ..features import as_logits, feature_paths, unwrap
 
 # %% auto #0
 __all__ = ['SOURCES', 'SMALL', 'InputConfig', 'input_config', 'torchvision_network', 'timm_network', 'TransformersClassifier',
-           'transformers_network', 'import_function', 'function_network', 'qualify', 'adapt_input', 'adapted']
+           'transformers_network', 'function_network', 'qualify', 'adapt_input', 'adapted']
 
 # %% ../../nbs/method/04g_sources.ipynb #c354eb6a
 class InputConfig(NamedTuple):
@@ -199,21 +198,6 @@ def _processor_config(processor, config) -> InputConfig:
     )
 
 # %% ../../nbs/method/04g_sources.ipynb #c98b2330
-def import_function(path: str) -> Callable:
-    "Return the function `package.module:function`. Raises ValueError where the module has none of that name, ImportError without the module."
-    module, _, name = path.partition(":")
-    try:
-        found = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and not module.startswith(error.name):
-            raise
-        raise ImportError(f"{path}: there is no module {error.name}; is its folder in PYTHONPATH?") from None
-    if not callable(getattr(found, name, None)):
-        functions = [n for n, f in vars(found).items() if callable(f) and not n.startswith("_")]
-        raise ValueError(nearest(name, functions, f"function of {module}"))
-    return getattr(found, name)
-
-
 def function_network(path: str, num_classes: int | None, in_channels: int, options: dict) -> nn.Module:
     "Call `package.module:function` with num_classes, in_channels and the options, as far as it takes them. TypeError where it returns no network."
     function = import_function(path)

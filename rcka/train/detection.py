@@ -177,8 +177,8 @@ class DetectionDistiller:
         theirs = list(self.teacher_taps.paths)
         if len(theirs) != len(paths):
             raise ValueError(
-                f"a method compares feature maps in pairs, but the student gives {len(paths)} {paths} "
-                f"and the teacher {len(theirs)} {theirs}"
+                f"a method compares feature maps in pairs, but the student has {len(paths)} path(s), {paths}, and the teacher "
+                f"{len(theirs)}, {theirs}. Give equally many paths for both"
             )
         if self.logits:
             self._check_heads()

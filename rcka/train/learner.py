@@ -129,7 +129,9 @@ class Learner:
     def train_step(self, batch, teacher: Outputs | None = None):
         """Train on one batch; with `accumulate` the optimiser steps after the last one of a group.
 
-        `batch` is None where it has too few images for all processes. `teacher`: its outputs, if computed already."""
+        `batch` is None where it has too few images for all processes; one of fewer than `method.smallest` is passed over. `teacher`: its outputs, if computed already."""
+        if batch is not None and world_size() == 1 and len(batch.targets) < getattr(self.task.method, "smallest", 1):
+            batch = None  # the last one of a plain loader: there is nothing to compare
         if self.graphed and batch is not None:
             self.graphed(batch, teacher)
         else:
