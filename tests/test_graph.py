@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from rcka.core import Batch
 from rcka.data.datasets import load_dataset
-from rcka.methods import BUILT_IN  # not list_methods(): other tests register more
-from rcka.methods.base import DenseMethod, create_method
+from rcka.methods import FOR_CLASSIFIERS  # not list_methods(): other tests register more
+from rcka.methods.base import create_method
 from rcka.models.registry import create_model
 from rcka.train.callbacks import EMA
 from rcka.train.classification import Distiller
@@ -22,11 +22,7 @@ from rcka.train.graph import WARM_UP, EagerStep, settings_of, why_eager
 from rcka.train.learner import Trainer, fit_many
 from rcka.train.teacher_cache import TeacherCache
 
-CAPTURED = [
-    n
-    for n in sorted(BUILT_IN)
-    if (m := create_method(n)).capturable and not isinstance(m, DenseMethod) and not n.startswith("dense_")
-]
+CAPTURED = [n for n in sorted(FOR_CLASSIFIERS) if create_method(n).capturable]
 
 
 @pytest.fixture(scope="module")

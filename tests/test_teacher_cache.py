@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from interruption import interrupt_at
 
 from rcka.data.datasets import load_dataset
 from rcka.experiments.experiment import Experiment, run, run_many
@@ -67,14 +68,7 @@ def test_resume_to_the_same_bits(data, tmp_path, on_disk):
     whole = make(data, tmp_path / "whole", where=where)
     expected = whole.fit(progress=False)
     broken = make(data, tmp_path / "broken", where=where, checkpoint_seconds=0)
-    step = broken.train_step
-
-    def stop(*args):
-        if (broken.epoch, broken.step) == (1, 3):
-            raise KeyboardInterrupt
-        step(*args)
-
-    broken.train_step = stop
+    interrupt_at(broken, 5 + 4)  # of the second epoch
     with pytest.raises(KeyboardInterrupt):
         broken.fit(progress=False)
     assert checkpoints(broken.folder)

@@ -149,15 +149,7 @@ def test_damaged_checkpoint(data, tmp_path):
     whole = trainer(data, tmp_path / "whole")
     expected = whole.fit(progress=False)
     t = trainer(data, tmp_path / "run", checkpoint_seconds=0)
-    terms, n = t.task.method.terms, []
-
-    def stop(*args):
-        n.append(1)
-        if len(n) == 8:
-            raise KeyboardInterrupt
-        return terms(*args)
-
-    t.task.method.terms = stop
+    interrupt_at(t, 8)
     with pytest.raises(KeyboardInterrupt):
         t.fit(progress=False)
     newest = checkpoints(t.folder)[-1]

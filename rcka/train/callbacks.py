@@ -281,7 +281,10 @@ class EMA(Callback):
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
         self.decay, self.folder = decay, folder
         self.average: dict[str, Tensor] = {}  # by the names of the student's state_dict
-        self.learner, self.restored = None, False  # learner whose weights are averaged; whether the average comes from a checkpoint
+        self.learner, self.restored = (
+            None,
+            False,
+        )  # learner whose weights are averaged; whether the average comes from a checkpoint
 
     def before_fit(self, learner):
         if self.restored or self.learner is learner:  # the run resumes

@@ -58,9 +58,7 @@ class Step(NamedTuple):
     "The loss terms and counts that a task returns for a batch."
 
     terms: dict[str, torch.Tensor]  # weighted scalars; their sum is the loss
-    counts: dict[
-        str, tuple[torch.Tensor, torch.Tensor]
-    ] = {}  # (sum, number) by name; reported as 100 * sum / number
+    counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # (sum, number) by name; reported as 100 * sum / number
 
 # %% ../../nbs/method/06c_classification.ipynb #0c06d4d0
 class Distiller:
@@ -72,7 +70,8 @@ class Distiller:
         self,
         student: nn.Module,  # the network to train
         method: Method | None = None,  # None: the student alone
-        teacher: nn.Module | None = None,  # is frozen, in eval mode; some methods let it use the statistics of the batch
+        teacher: nn.Module
+        | None = None,  # is frozen, in eval mode; some methods let it use the statistics of the batch
         student_paths=None,  # module paths of the features; None: those that the method wants of a known network
         teacher_paths=None,
     ):

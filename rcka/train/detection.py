@@ -60,7 +60,9 @@ def ground_truth(data: CocoData) -> dict:
     return {
         "info": {},
         "images": images,
-        "annotations": [a | {"id": k} for k, a in enumerate(own, 1)],  # new ids from 1: id 0 means "no match" to the evaluation
+        "annotations": [
+            a | {"id": k} for k, a in enumerate(own, 1)
+        ],  # new ids from 1: id 0 means "no match" to the evaluation
         "categories": [{"id": c, "name": n} for c, n in zip(data.categories, data.classes)],
     }
 

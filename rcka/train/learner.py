@@ -131,8 +131,10 @@ class Learner:
     def train_step(self, batch, teacher: Outputs | None = None):
         """Train on one batch; with `accumulate` the optimiser steps after the last batch of a group.
 
-        `batch` is None if it has fewer images than there are processes. `teacher` holds the teacher's outputs, if they
-        are already computed."""
+        `batch` is None if it has fewer images than there are processes; a batch of fewer than `method.smallest` images is
+        skipped. `teacher` holds the teacher's outputs, if they are already computed."""
+        if batch is not None and world_size() == 1 and len(batch.targets) < getattr(self.task.method, "smallest", 1):
+            batch = None  # such as the last batch of a plain loader
         if self.graphed and batch is not None:
             self.graphed(batch, teacher)
         else:

@@ -35,9 +35,7 @@ def principal_basis(
     Raises ValueError unless `width` is from 2 to min(n, p)."""
     n, p = x.shape
     if not 2 <= width <= min(n, p):
-        raise ValueError(
-            f"width must be from 2 to {min(n, p)} for {n} features of {p} elements, got {width}"
-        )
+        raise ValueError(f"width must be from 2 to {min(n, p)} for {n} features of {p} elements, got {width}")
     x = x.double()
     mean = x.mean(0)
     x = x - mean
