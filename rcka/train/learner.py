@@ -54,7 +54,8 @@ class Learner:
         channels_last: bool = False,  # memory format of the networks; changes speed and rounding
         compile: bool = False,  # torch.compile the networks; changes speed and rounding
         name: str = "run",  # title of the progress bar
-        teacher_cache: TeacherCache | None = None,  # stored outputs that replace the teacher's forward passes in training
+        teacher_cache: TeacherCache
+        | None = None,  # stored outputs that replace the teacher's forward passes in training
         cuda_graph: bool = False,  # capture the training step in a CUDA graph where possible: see `GraphedStep`
     ):
         self.task, self.config, self.name = task, config, name
