@@ -4,34 +4,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import FeatureMethod, MapMethod, check_maps, check_samples, class_indices, register, same_size
+from rcka.methods.base import (
+    FeatureMethod,
+    MapMethod,
+    check_maps,
+    check_samples,
+    class_indices,
+    pooled_to,
+    register,
+    same_size,
+)
 from .cka import fcka
 from .features_recent import centred_places, place_cka
 from ..similarity.measures import as_features, check_pair, cka, full_precision, unit
 
 # %% auto #0
-__all__ = ['angular_distance', 'CKAAngle', 'procrustes_similarity', 'Procrustes', 'explained_variance', 'ExplainedVariance',
-           'label_alignment', 'LabelCKA', 'kernel_cka', 'KernelCKA']
+__all__ = ['angular_distance', 'CKAAngle', 'rotated_similarities', 'procrustes_similarity', 'Procrustes', 'explained_variance',
+           'ExplainedVariance', 'label_alignment', 'LabelCKA', 'kernel_cka', 'KernelCKA']
 
 # %% ../../nbs/method/02h_candidates.ipynb #0edf6b40
 @full_precision
 def angular_distance(
     similarity: Tensor,  # in [-1, 1], any shape: a cosine
 ) -> Tensor:  # the same shape, in [0, 2]: 0 at the optimum, 1 for a right angle
-    "arccos(similarity) / (pi / 2). No gradient where rounding leaves nothing between the similarity and 1 or -1."
-    near = 1 - 4 * torch.finfo(similarity.dtype).eps  # beside it the derivative of arccos is infinite
+    "Return arccos(similarity) / (pi / 2). The gradient is zero where the similarity is 1 or -1 up to rounding."
+    near = 1 - 4 * torch.finfo(similarity.dtype).eps  # above it the derivative of arccos tends to infinity
     inside = similarity.abs() < near
     known = torch.where(similarity.detach() < 0, 2.0, 0.0).to(similarity.dtype)
     return torch.where(inside, torch.where(inside, similarity, 0).arccos() / (math.pi / 2), known)
 
 
 class _MeanDistance(FeatureMethod):
-    "One term, weight * mean over stages of `distance`."
+    "Base class of methods with one term, weight * mean over stages of `distance`."
 
     weight: float
 
@@ -50,8 +60,8 @@ class CKAAngle(_MeanDistance):
     def __init__(
         self,
         weight: float = 16.0,  # of the term
-        stages=(-3, -2, -1),  # which of the network's stages, or "pooled"
-        over: str = "places",  # samples are the places of maps; or "samples": flattened features, as in FCKA
+        stages=(-3, -2, -1),  # positions of stages, or "pooled"
+        over: str = "places",  # CKA over the places of maps; or "samples": of flattened features, as in FCKA
     ):
         super().__init__()
         if over not in ("places", "samples"):
@@ -78,22 +88,48 @@ def _unit_maps(student: Tensor, teacher: Tensor) -> list[Tensor]:
 
 
 @full_precision
+def rotated_similarities(
+    student: Tensor,  # (n, c, H, W)
+    teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
+    size: int | None = None,  # largest height and width that are compared; larger maps are averaged down
+    levels: Sequence[int] = (),  # heights and widths to which the rotated maps are averaged down beside that
+) -> Tensor:  # (1 + number of levels smaller than the maps,), each in [-1, 1]; 1 at the optimum
+    """Return the cosines of two maps after the rotation that brings the student's places closest to the teacher's.
+
+    The first is `procrustes_similarity`; the others compare the same rotated maps averaged over blocks of places. The
+    rotation carries no gradient: for the first value that makes no difference, since it is the best one. 0 with a zero
+    gradient where a side is constant in every channel."""
+    maps = check_maps(student, teacher)
+    height, width = (min(sides) if size is None else min(*sides, size) for sides in zip(*(x.shape[-2:] for x in maps)))
+    x, y = _unit_maps(*(pooled_to(x, (height, width)) for x in maps))
+    with torch.no_grad():
+        u, _, vt = torch.linalg.svd(y @ x.mT, full_matrices=False)
+    x = u @ vt @ x
+    found = [(x * y).sum()]
+    for level in levels:
+        if level < height and level < width:
+            blocks = [pooled_to(z.view(len(z), -1, height, width), (level, level)).flatten() for z in (x, y)]
+            found.append((unit(blocks[0]) * unit(blocks[1])).sum())
+    return torch.stack(found)
+
+
 def procrustes_similarity(
     student: Tensor,  # (n, c, H, W)
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
 ) -> Tensor:  # scalar in [0, 1]; 1 at the optimum
-    "Nuclear norm of the cross-covariance over the norms of two centred maps whose samples are all their places: 1 - half the squared Procrustes distance of maps of norm one. 0 with a zero gradient where a side is constant in every channel."
-    x, y = _unit_maps(student, teacher)
-    return torch.linalg.svdvals(x @ y.mT).sum()
+    """Return 1 - half the squared Procrustes distance of two maps, centred and of Frobenius norm one, whose samples are their places.
+
+    This is the nuclear norm of their cross-covariance. 0 with a zero gradient where a side is constant in every channel."""
+    return rotated_similarities(student, teacher)[0]
 
 
 class _PlaceDistance(_MeanDistance, MapMethod):
-    "A distance of maps whose samples are their places."
+    "Base class of methods with a distance between maps whose samples are their places."
 
     def __init__(
         self,
         weight: float = 16.0,  # of the term
-        stages=(-3, -2, -1),  # which of the network's stages
+        stages=(-3, -2, -1),  # positions of stages
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
@@ -101,12 +137,27 @@ class _PlaceDistance(_MeanDistance, MapMethod):
 
 @register("procrustes")
 class Procrustes(_PlaceDistance):
-    "weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared Procrustes distance. Ours."
+    """weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared Procrustes distance. Ours.
 
-    capturable = False  # singular values wait for the device
+    With `levels`, the mean over them and the places of 1 - cosine after the rotation, see `rotated_similarities`."""
+
+    capturable = False  # the singular value decomposition synchronises with the device
+
+    def __init__(
+        self,
+        weight: float = 16.0,  # of the term
+        stages=(-3, -2, -1),  # positions of stages
+        size: int | None = None,  # largest height and width that are compared
+        levels: Sequence[int] = (),  # heights and widths of blocks that are compared beside single places
+    ):
+        super().__init__(weight, stages)
+        for name, sizes in (("size", [] if size is None else [size]), ("levels", levels)):
+            if not all(isinstance(s, int) and s > 0 for s in sizes):
+                raise ValueError(f"{name} must be positive numbers of places, got {size if name == 'size' else levels}")
+        self.size, self.levels = size, tuple(levels)
 
     def distance(self, student, teacher):
-        return 1 - procrustes_similarity(student, teacher)
+        return 1 - rotated_similarities(student, teacher, self.size, self.levels).mean()
 
 # %% ../../nbs/method/02h_candidates.ipynb #ev0a51c3
 @full_precision
@@ -114,12 +165,13 @@ def explained_variance(
     student: Tensor,  # (n, c, H, W)
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
     ridge: float = 1e-4,  # added to the student's covariance, in units of the mean variance of its channels
-) -> Tensor:  # scalar in [0, 1]; 1 at the optimum, but for the ridge
-    """Return the share of the teacher's variance over places that a ridge regression on the student's channels explains.
+) -> Tensor:  # scalar in [0, 1]; at the optimum 1, less the effect of the ridge
+    """Return the fraction of the teacher's variance over places that a ridge regression on the student's channels explains.
 
-    The index "linear regression" of Kornblith et al. 2019 on n h w samples. 0 with a zero gradient where a side is constant in every channel."""
+    The similarity index "linear regression" of Kornblith et al. 2019, with n h w samples. 0 with a zero gradient where a
+    side is constant in every channel."""
     x, y = _unit_maps(student, teacher)
-    # in float64, and by no less than what rounding leaves in the products: the factorisation never fails
+    # float64 and a penalty of at least the rounding error of the products: the factorisation never fails
     penalty = torch.where(x.detach().any(), max(ridge / len(x), 8 * torch.finfo(x.dtype).eps), 1.0)
     covariance, cross = (x @ x.mT).double(), (x @ y.mT).double()
     factor = torch.linalg.cholesky(covariance + penalty * torch.eye(len(x), dtype=torch.float64, device=x.device))
@@ -128,9 +180,9 @@ def explained_variance(
 
 @register("explained_variance")
 class ExplainedVariance(_PlaceDistance):
-    "weight * mean over stages of the share of the teacher's variance that no linear map of the student's channels explains. Ours."
+    "weight * mean over stages of the fraction of the teacher's variance that no linear map of the student's channels explains. Ours."
 
-    capturable = False  # a Cholesky factor waits for the device
+    capturable = False  # the Cholesky factorisation synchronises with the device
 
     def distance(self, student, teacher):
         return 1 - explained_variance(student, teacher)
@@ -141,8 +193,10 @@ def label_alignment(
     features: Tensor,  # (n, ...)
     target: Tensor,  # (n,): the true classes
     classes: int,
-) -> Tensor:  # scalar; 1 where the features are one simplex of classes
-    "Linear CKA of features and one-hot labels (Cristianini et al. 2001; centred: Cortes et al. 2012). 0 with a zero gradient where the batch holds one class."
+) -> Tensor:  # scalar; 1 where the classes collapse to the vertices of a simplex
+    """Return the linear CKA of features and one-hot labels (Cristianini et al. 2001; centred: Cortes et al. 2012).
+
+    0 with a zero gradient where all samples of the batch have the same class."""
     x = as_features(features, "features")
     return cka(x, F.one_hot(target, classes).to(x.dtype))
 
@@ -151,7 +205,7 @@ def label_alignment(
 class LabelCKA(FeatureMethod):
     "weight * mean over stages of 1 - CKA of the student's features and the one-hot labels: centred kernel-target alignment (Cortes et al. 2012) as a loss."
 
-    wants_logits = True  # the student's, for the number of classes
+    wants_logits = True  # the student's logits say how many classes there are
 
     def __init__(
         self,
@@ -171,9 +225,11 @@ class LabelCKA(FeatureMethod):
 def kernel_cka(
     student: Tensor,  # (n, ...): features
     teacher: Tensor,  # (n, ...): features of the same samples; the width may differ
-    kernel: str = "gaussian",  # of median width; or "cosine"
+    kernel: str = "gaussian",  # with the median distance as bandwidth; or "cosine"
 ) -> Tensor:  # scalar, 1 at the optimum
-    "Centred CKA of flattened features with a Gaussian kernel as wide as the median distance of its side (Kornblith et al. 2019, section 3), or of features of unit length. The width carries no gradient."
+    """Return the CKA of flattened features with a Gaussian or a cosine kernel (Kornblith et al. 2019, section 3).
+
+    The bandwidth of the Gaussian is the median distance between the samples of each network, and carries no gradient."""
     student, teacher = check_samples(student, teacher)
     if kernel == "cosine":
         return cka(unit(student), unit(teacher))
@@ -184,12 +240,12 @@ def kernel_cka(
 
 @register("kernel_cka")
 class KernelCKA(_MeanDistance):
-    "weight * mean over stages of 1 - CKA of flattened features with a Gaussian kernel of median width, or the cosine kernel. Ours."
+    "weight * mean over stages of 1 - CKA of flattened features with a Gaussian kernel (median bandwidth) or a cosine kernel. Ours."
 
     def __init__(
         self,
         weight: float = 16.0,  # of the term
-        stages=(-1,),  # which of the network's stages, or "pooled"
+        stages=(-1,),  # positions of stages, or "pooled"
         kernel: str = "gaussian",  # or "cosine"
     ):
         super().__init__()
