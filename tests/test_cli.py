@@ -157,6 +157,7 @@ def test_bad_input(args, words, says, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_sweep_status_report(stub, says, tmp_path):
     "A sweep with a failure, what status says of it, and its report; then the same again with an edited notebook."
     root = tmp_path / "runs"
