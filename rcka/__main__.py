@@ -1,4 +1,4 @@
-"The command `rcka`, also as `python -m rcka`. Written by hand, and apart from `rcka.cli`, which needs the packages of rcka[notebook]."
+"The command `rcka`, also as `python -m rcka`. Written by hand; separate from `rcka.cli`, which needs the packages of rcka[notebook]."
 
 import sys
 
@@ -6,7 +6,7 @@ from rcka import optional_import
 
 
 def main():
-    "Run the command line, or say in one line what it lacks."
+    "Run the command line; if a package is missing, print which one in one line and exit with status 2."
     try:
         with optional_import():
             from rcka.cli import main

@@ -186,7 +186,7 @@ def distill(
     data: Annotated[
         str,
         typer.Option(
-            help="A folder with train/CLASS/*.jpg and val/ or test/, without labels train/*.jpg; or a name of `rcka datasets`."
+            help="A folder with train/CLASS/*.jpg and val/ or test/, without labels train/*.jpg; a name of `rcka datasets`; hfds/NAME of the Hugging Face hub; or package.module:function, which returns two DataLoaders."
         ),
     ],
     teacher: Annotated[
@@ -206,7 +206,9 @@ def distill(
     teacher_options: Options = None,
     student_options: Options = None,
     size: Annotated[int | None, typer.Option(help="Pixels of a side that the student takes.")] = None,
-    batch_size: Annotated[int, typer.Option(min=4, help="Images in a batch.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=4, help="Images in a batch: 64; loaders have their own.")
+    ] = None,
     alone: Annotated[
         bool, typer.Option("--alone", help="Train the student without its teacher as well, to compare.")
     ] = False,
@@ -244,14 +246,6 @@ def distill(
     fields, hints = _fields(param), get_type_hints(TrainConfig) | get_type_hints(Augment)
     _known(fields, set(hints) - {"epochs"}, "field of TrainConfig or Augment")
     check_types(fields, hints)
-    given = {}
-    for name, text in (("teacher_options", teacher_options), ("student_options", student_options)):
-        try:
-            given[name] = json.loads(text) if text else None
-        except ValueError:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be JSON, as '{{\"img_size\": 32}}'; got {text!r}"
-            ) from None
     try:
         results = run_distill(
             data,
@@ -262,6 +256,8 @@ def distill(
             output,
             teacher_weights,
             student_weights,
+            teacher_options=_json_option("--teacher-options", teacher_options),
+            student_options=_json_option("--student-options", student_options),
             size=size,
             batch_size=batch_size,
             alone=alone,
@@ -270,7 +266,6 @@ def distill(
             export=export,
             push_to_hub=push_to_hub,
             preset=preset,
-            **given,
             **fields,
         )
     except KeyboardInterrupt as error:
@@ -282,6 +277,14 @@ def distill(
         if found := results[who]:
             scores = [f"{what}: {found[name]:.2f}" for name, what in SCORES.items() if found.get(name) is not None]
             print(f"{who}: " + ("; ".join(scores) or "no score: its classes are others, or there are no labels"))
+
+
+def _json_option(name: str, text: str | None):
+    "Return the value of an option that is given as JSON."
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        raise ValueError(f"{name} must be JSON, as '{{\"img_size\": 32}}'; got {text!r}") from None
 
 # %% ../nbs/method/08c_cli.ipynb #c2f41b74
 @app.command()
@@ -487,31 +490,13 @@ def sweep(
     ] = 24,
 ):
     "Run a set of experiments, each teacher once. It can be stopped and started again at any time."
-    from rcka.data.datasets import KNOWN
     from rcka.experiments import sweep as S
-    from rcka.experiments.experiment import Experiment, check_types
-    from rcka.experiments.result import TABLES, runs_root
+    from rcka.experiments.result import runs_root
 
-    fields = _fields(param)
-    _known(
-        fields,
-        set(Experiment().to_dict()) - {"dataset", "student", "teacher", "method", "seed"},
-        "field of an experiment to set for a whole sweep",
-    )
-    check_types(fields, get_type_hints(Experiment))
     _known([executor], ["local", "slurm"], "executor")
     if notebook and not notebook.is_file():
         raise ValueError(f"there is no notebook {notebook}")
-    if not seeds.replace(",", "").replace(" ", "").isdecimal():
-        raise ValueError(f"--seeds are whole numbers with commas, as 0,1,2; got {seeds!r}")
-    if pairs == "all" and not (TABLES / f"{dataset.partition(':')[0]}.csv").exists():
-        if ":" not in dataset:
-            _known([dataset], KNOWN, "dataset")
-        raise ValueError(f"no pairs are published for {dataset}: give --pairs TEACHER:STUDENT, several with commas")
-    runs = S.grid(dataset, pairs, methods, [int(s) for s in seeds.split(",") if s.strip()], **fields)
-    folder = runs_root(root).resolve()
-    if problems := S.validate(runs):
-        raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
+    runs, folder = _grid(dataset, pairs, methods, seeds, _fields(param)), runs_root(root).resolve()
     everything = S.with_teachers(runs)
     states = Counter(S.state(folder / e.key) for e in everything)
     console.print(
@@ -546,6 +531,31 @@ def sweep(
         + (f"; {len(bad)} failed, see `rcka status`" if bad else "")
     )
     raise typer.Exit(bool(bad))
+
+
+def _grid(dataset: str, pairs: str, methods: str, seeds: str, fields: dict) -> list:
+    "Return the experiments of a sweep. Raises ValueError for what could not run, before anything does."
+    from rcka.data.datasets import KNOWN
+    from rcka.experiments import sweep as S
+    from rcka.experiments.experiment import Experiment, check_types
+    from rcka.experiments.result import TABLES
+
+    _known(
+        fields,
+        set(Experiment().to_dict()) - {"dataset", "student", "teacher", "method", "seed"},
+        "field of an experiment to set for a whole sweep",
+    )
+    check_types(fields, get_type_hints(Experiment))
+    if not seeds.replace(",", "").replace(" ", "").isdecimal():
+        raise ValueError(f"--seeds are whole numbers with commas, as 0,1,2; got {seeds!r}")
+    if pairs == "all" and not (TABLES / f"{dataset.partition(':')[0]}.csv").exists():
+        if ":" not in dataset:
+            _known([dataset], KNOWN, "dataset")
+        raise ValueError(f"no pairs are published for {dataset}: give --pairs TEACHER:STUDENT, several with commas")
+    runs = S.grid(dataset, pairs, methods, [int(s) for s in seeds.split(",") if s.strip()], **fields)
+    if problems := S.validate(runs):
+        raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
+    return runs
 
 # %% ../nbs/method/08c_cli.ipynb #b71e96cf
 @app.command()

@@ -5,28 +5,30 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Outputs', 'FeaturePaths', 'Batch', 'nearest', 'check_whole', 'check_enough', 'check_epoch', 'BatchesFailed',
-           'seed_of', 'LoaderBatches', 'as_batches']
+__all__ = ['IMAGE_KEYS', 'TARGET_KEYS', 'Outputs', 'FeaturePaths', 'Batch', 'nearest', 'check_whole', 'check_enough',
+           'check_epoch', 'BatchesFailed', 'seed_of', 'unpack_batch', 'LoaderBatches', 'import_function', 'as_batches']
 
 # %% ../nbs/method/01_core.ipynb #02c3fcb2
 class Outputs(NamedTuple):
     "What a network returns for a batch."
 
     logits: Tensor  # (n, classes)
-    features: tuple[Tensor, ...] = ()  # one (n, ...) tensor per path that was asked for, in that order
+    features: tuple[Tensor, ...] = ()  # one (n, ...) tensor for each requested path, in that order
 
 
 class FeaturePaths(NamedTuple):
     "Module paths of a network, shallow to deep."
 
     stages: tuple[str, ...]  # outputs of the stem (first) and of each stage
-    preacts: tuple[str, ...] = ()  # the same before their last activation
+    preacts: tuple[str, ...] = ()  # their pre-activations: the same before the last activation
     pooled: str = ""  # the vector that goes into the classifier
     head: str = ""  # the classifier itself
 
@@ -36,11 +38,11 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, C, H, W) normalised, of the chosen dtype
     targets: Tensor  # int64 (B,)
-    index: Tensor | None  # int64 (B,): which images of the dataset these are; None where that is unknown
+    index: Tensor | None  # int64 (B,): positions of the images in the dataset; None if unknown
 
 # %% ../nbs/method/01_core.ipynb #74a747fb
 def nearest(name: str, names, what: str, most: int = 60) -> str:
-    "Return the error message for an unknown name: the names close to it, then the first `most` of the known ones."
+    "Return the error message for an unknown name: the nearest known names, then the first `most` of all."
 
     def plain(text):
         return text.lower().replace("-", "_").replace("*", "").replace("?", "")
@@ -57,67 +59,91 @@ def nearest(name: str, names, what: str, most: int = 60) -> str:
 
 # %% ../nbs/method/01_core.ipynb #1edab2c5
 def check_whole(least: int, **values):
-    "Raise ValueError for a value that is not a whole number of at least `least`."
+    "Raise ValueError for a value that is not an integer of at least `least`."
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
 
 
 def check_enough(n: int, batch_size: int, smallest: int):
-    "Raise ValueError where `n` images are too few for a training batch."
+    "Raise ValueError if `n` training images are fewer than `smallest` and than `batch_size`."
     if n < min(batch_size, smallest):
         raise ValueError(
-            f"{n} image(s) make no training batch: at least {smallest} are needed, or a smaller batch_size"
+            f"got {n} image(s), too few for a training batch: give at least {smallest}, or a smaller batch_size"
         )
 
 
 def check_epoch(e: int, start: int, steps: int):
     "Raise ValueError for a negative epoch, or for a first step outside the epoch."
     if not e >= 0:
-        raise ValueError(f"e must be an epoch, 0 or more; got {e}")
+        raise ValueError(f"e must be the number of an epoch, 0 or more; got {e}")
     if not 0 <= start <= steps:
-        raise ValueError(f"start must be a step from 0 to {steps}, got {start}")
+        raise ValueError(f"start must be a step of the epoch, 0 to {steps}; got {start}")
 
 # %% ../nbs/method/01_core.ipynb #504b9f74
 class BatchesFailed(RuntimeError):
-    "The batches raised an error, or a worker process of theirs died."
+    "Loading a batch raised an error, or a worker process died."
 
 # %% ../nbs/method/01_core.ipynb #ea6302d8
 def seed_of(*key) -> int:
-    "Return a seed for torch that depends on every part of the key and on their order."
+    "Return a seed for torch that depends on all values in `key` and on their order."
     return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
 
 # %% ../nbs/method/01_core.ipynb #8efea238
-class LoaderBatches:
-    """Give a `DataLoader` of (images, targets) the interface of batches: on the device, epoch by epoch.
+IMAGE_KEYS = ("images", "image", "pixel_values", "img")  # of a batch that is a dict
+TARGET_KEYS = ("targets", "target", "labels", "label")
 
-    Random numbers that the loader and its dataset draw come from a state of their own, seeded by the epoch; a loader with
-    a `generator` uses that one."""
+
+def unpack_batch(
+    found,  # what a loader yields: images, (images, targets), or a dict with one of `IMAGE_KEYS` and `TARGET_KEYS`
+) -> tuple[Tensor, Tensor | None]:  # targets are None where there are none
+    "Return the images and targets of a batch. Raises TypeError, with what was got, where it holds no images."
+    if isinstance(found, Tensor):
+        return found, None
+    if isinstance(found, Mapping):
+        images, targets = (next((found[k] for k in keys if k in found), None) for keys in (IMAGE_KEYS, TARGET_KEYS))
+        got = f"a dict with {', '.join(map(str, found)) or 'nothing'}"
+    else:
+        pair = isinstance(found, (tuple, list)) and len(found) in (1, 2)
+        images, targets = (*found, None)[:2] if pair else (None, None)
+        got = f"a {type(found).__name__}" + (f" of {len(found)}" if isinstance(found, (tuple, list)) else "")
+    if isinstance(images, Tensor) and isinstance(targets, (Tensor, type(None))):
+        return images, targets
+    raise TypeError(
+        f"a batch must be (images, targets), images alone, or a dict with {' or '.join(IMAGE_KEYS)} and "
+        f"{' or '.join(TARGET_KEYS)}, all tensors; got {got}"
+    )
+
+
+class LoaderBatches:
+    """Batches of a `DataLoader`: on the device, epoch by epoch. `unpack_batch` says what it may yield.
+
+    The loader and its dataset draw random numbers from a separate generator state, seeded by the epoch; a loader with a
+    `generator` uses that one."""
 
     exact = False  # an epoch cannot begin at a later batch
 
-    def __init__(self, loader, device: torch.device):
+    def __init__(self, loader, device: torch.device, seed: int = 0):
         self.loader, self.device, self.batch_size = loader, device, getattr(loader, "batch_size", None)
+        self.seed = seed
 
     def __len__(self):
         return len(self.loader)
 
     @property
     def targets(self) -> Tensor | None:
-        "The targets of the whole dataset where it has them, as `targets` (torchvision) or as the second of its `tensors`."
-        dataset = getattr(self.loader, "dataset", None)
-        if (targets := getattr(dataset, "targets", None)) is not None:
-            return torch.as_tensor(targets)
-        tensors = getattr(dataset, "tensors", None)
-        return None if tensors is None else tensors[1]
+        "The targets of the whole dataset: its `targets` (torchvision) or the second of its `tensors`; None without either."
+        return _targets_of(getattr(self.loader, "dataset", None))
 
     def epoch(self, e: int, start: int = 0):
-        "Yield the batches of an epoch. Raises ValueError for a `start` in the middle."
+        "Yield the batches of an epoch. Raises ValueError for a `start` inside the epoch."
         if start not in (0, len(self)):
-            raise ValueError(f"a plain DataLoader begins an epoch at its first batch; got start={start}")
+            raise ValueError(
+                f"a plain DataLoader can begin an epoch only at its first batch, start=0; got start={start}"
+            )
         if start:
             return
-        state, batches = torch.Generator().manual_seed(seed_of("loader", e)).get_state(), None
+        state, batches = torch.Generator().manual_seed(seed_of("loader", self.seed, e)).get_state(), None
         while True:
             outside = torch.get_rng_state()
             torch.set_rng_state(state)
@@ -130,16 +156,50 @@ class LoaderBatches:
                 torch.set_rng_state(outside)
             if found is None:
                 return
-            images, targets = found
+            images, targets = unpack_batch(found)
+            targets = torch.zeros(len(images), dtype=torch.int64) if targets is None else targets
             yield Batch(images.to(self.device), targets.to(self.device), None)
 
 
+def _targets_of(dataset) -> Tensor | None:
+    "Return all targets of a dataset that keeps them, or of a part of one."
+    if isinstance(dataset, torch.utils.data.Subset):
+        whole = _targets_of(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(dataset.indices)]
+    if (targets := getattr(dataset, "targets", None)) is not None:
+        return torch.as_tensor(targets)
+    tensors = getattr(dataset, "tensors", None)
+    return tensors[1] if tensors is not None and len(tensors) > 1 else None
+
+
+def import_function(path: str) -> Callable:
+    "Return the function `package.module:function`. Raises ValueError where the module has none of that name, ImportError without the module."
+    module, _, name = path.partition(":")
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and not module.startswith(error.name):
+            raise
+        raise ImportError(f"{path}: there is no module {error.name}; is its folder in PYTHONPATH?") from None
+    if not callable(getattr(found, name, None)):
+        functions = [n for n, f in vars(found).items() if callable(f) and not n.startswith("_")]
+        raise ValueError(nearest(name, functions, f"function of {module}"))
+    return getattr(found, name)
+
+
 def as_batches(batches, device: torch.device):
-    "Return batches as they are if they have `epoch`, and a `DataLoader` as `LoaderBatches`. Raises TypeError for others."
+    "Return batches with a method `epoch` as they are, a `DataLoader` as `LoaderBatches`. Raises TypeError for anything else."
     if hasattr(batches, "epoch"):
         return batches
-    if not (hasattr(batches, "__len__") and hasattr(batches, "__iter__")):
+    try:
+        len(batches)
+    except TypeError:
+        iterates = False  # as a loader of an IterableDataset that does not say how long it is
+    else:
+        iterates = hasattr(batches, "__iter__")
+    if not iterates:
         raise TypeError(
-            f"batches must have `epoch(e, start)`, or a length and an iterator of (images, targets); got {type(batches).__name__}"
+            "batches must have `epoch(e, start)`, or a length and an iterator of (images, targets); got "
+            f"{type(batches).__name__}. A loader of an IterableDataset has a length where the dataset has"
         )
     return LoaderBatches(batches, device)

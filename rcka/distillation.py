@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,9 @@ from .analysis.plots import plot_similarity, save_figure
 from .core import check_whole, nearest
 from .data.augment import Augment, AugmentedBatches
 from .data.folder import some_names
+from .data.hub import PREFIX
 from .data.imagenet import FileDataset
+from .data.loaders import LoaderData, function_name, is_function
 from .data.own import open_data
 from .experiments.experiment import resolved_args
 from .experiments.result import device_name, package_versions, plot_history, runs_root
@@ -43,7 +47,7 @@ __all__ = ['SCORES', 'AS_GIVEN', 'PRESETS', 'BESIDE', 'costs', 'EpochLines', 'Pr
 
 # %% ../nbs/method/11_distill.ipynb #34ee35f4
 def costs(model: nn.Module, config: InputConfig, channels: int, device) -> dict:
-    "Return a network's parameters, multiply-adds times two (FLOPs) for one image, size, and latency on this device."
+    "Return a network's number of parameters, FLOPs (two per multiply-add) for one image, size in MB and latency in ms on `device`."
     from torch.utils.flop_counter import FlopCounterMode
 
     model = model.eval()
@@ -69,7 +73,7 @@ def costs(model: nn.Module, config: InputConfig, channels: int, device) -> dict:
     }
 
 
-SCORES = {  # what a score is called in reports
+SCORES = {  # titles of the scores in reports
     "top1": "top-1, %",
     "agreement": "same class as the teacher, %",
     "cka": "CKA with the teacher's outputs, times 100",
@@ -96,8 +100,8 @@ class Preset(NamedTuple):
 
     source: str
     epochs: int
-    batch_size: int  # for which the learning rate is meant
-    warmup: float  # part of the run in which the rate rises
+    batch_size: int  # for which the learning rate was published
+    warmup: float  # fraction of the run with learning rate warm-up
     fields: dict  # of `TrainConfig` and `Augment`
 
 
@@ -130,9 +134,9 @@ PRESETS = {
 def recipe(
     preset: str | None,  # a name of `PRESETS`; None: `AS_GIVEN`
     batch_size: int,
-    given: dict,  # fields that count more
+    given: dict,  # fields that override the recipe's
 ) -> dict:  # fields of `TrainConfig` and `Augment`
-    "Return the fields of a recipe. Raises ValueError for an unknown preset or field, with the near names."
+    "Return the fields of a recipe. Raises ValueError for an unknown preset or field, with the nearest names."
     if preset is not None and preset not in PRESETS:
         raise ValueError(nearest(preset, PRESETS, "preset"))
     known = [f.name for kind in (TrainConfig, Augment) for f in dataclasses.fields(kind)]
@@ -153,57 +157,61 @@ BESIDE = (
     "progress",
     "export",
     "push_to_hub",
-)  # arguments that decide no result
+)  # arguments that do not change the results
 
 
 def distill(
-    data: str | Path,  # a folder, with labels or without, or a name of `list_datasets()`: see `open_data`
-    teacher: str,  # as for `create_model`; a bare name is completed by `qualify`. Or the folder of an earlier student
-    student: str,  # likewise a network's name
-    method: str = "kd+fcka",  # a name of `list_methods()`, or several with a plus
+    data: str | Path | Callable,  # a folder, a name, "hfds/NAME", or a function that returns loaders: see `open_data`
+    teacher: str,  # a network's name, completed by `qualify` for `create_model`; or the folder of an earlier student
+    student: str,  # a network's name
+    method: str = "kd+fcka",  # a name of `list_methods()`, or several joined by a plus
     epochs: int | None = None,  # None: 5, or those of the preset
-    output: str | Path | None = None,  # folder of the results; None: below the folder of all runs
+    output: str | Path | None = None,  # folder of the results; None: a folder in `runs_root()`
     teacher_weights: str
-    | None = None,  # a file, "pretrained" or a name of the library's; None: trained on the data first
-    student_weights: str | None = None,  # to start from, likewise; None: fresh
-    teacher_options: dict | None = None,  # of the networks, as {"img_size": 32}
+    | None = None,  # a file, "pretrained" or a name of the library's; None: train the teacher on the data first
+    student_weights: str | None = None,  # initial weights, likewise; None: random
+    teacher_options: dict | None = None,  # arguments of the networks, such as {"img_size": 32}
     student_options: dict | None = None,
     method_args: dict | None = None,  # as for `create_method`
     size: int
-    | None = None,  # pixels of a side that the student takes; None: a dataset's own, else the network's, else 224
-    batch_size: int = 64,
-    alone: bool = False,  # train the student without the teacher as well, to compare
+    | None = None,  # height and width of the student's images; None: those of the dataset, else of the network, else 224
+    batch_size: int | None = None,  # None: 64; loaders have their own
+    alone: bool = False,  # also train the student without the teacher, to compare
     device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     workers: int | None = None,  # processes that decode images
     progress: bool = True,
-    export: str | None = None,  # the student in other formats as well: "onnx", "torch", or both with a plus
-    push_to_hub: str | None = None,  # a repository of the Hugging Face hub, USER/NAME, that gets the student
+    export: str | None = None,  # also export the student: "onnx", "torch", or both joined by a plus
+    push_to_hub: str | None = None,  # upload the student to this repository of the Hugging Face hub, USER/NAME
     preset: str | None = None,  # a recipe of `PRESETS`; None: AdamW with a cosine schedule
-    **config,  # fields of `TrainConfig` and of `Augment`, as lr=0.01 or mixup=0.2
+    **config,  # fields of `TrainConfig` and of `Augment`, such as lr=0.01 or mixup=0.2
 ) -> dict:  # the results, as in distill.json
     """Distil a teacher into a student, and write the student, its log, a card and a report to a folder.
 
-    A run that was interrupted goes on; one that is done is read, and exported or sent where that was not done yet.
-    Teacher and student see the same crops, each at its own size and normalisation. Without labels the student learns
-    from the teacher alone. Raises ValueError for a folder of another run, a method whose labels, classes or features do
-    not fit, or names that nobody knows, before anything is trained."""
+    An interrupted run resumes; the results of a finished run are read, and exported or uploaded if that is still to be
+    done. Teacher and student get the same crops, each at its own size and normalisation. Without labels the student
+    learns from the teacher alone. Raises ValueError before any training for a folder of another run, a method that does
+    not fit the labels, classes or features, or an unknown name."""
+    data = function_name(data) if callable(data) else str(data)
+    if is_function(data) and batch_size is not None:
+        raise ValueError(f"the loaders of {data} have a batch size of their own; got batch_size={batch_size}")
+    batch_size = batch_size or (None if is_function(data) else 64)
     given = dict(locals())
-    fields = recipe(preset, batch_size, config)
+    recipe(preset, 64, config)
     epochs = epochs if epochs is not None else PRESETS[preset].epochs if preset else 5
-    check_whole(1, epochs=epochs, batch_size=batch_size)
+    check_whole(1, epochs=epochs, batch_size=64 if batch_size is None else batch_size)
     create_method(method, method_args)
     settings = {k: v for k, v in given.items() if k not in BESIDE} | {"epochs": epochs} | config
     formats = export.split("+") if export else []
     check_formats(formats)
     if push_to_hub:
         check_repository(push_to_hub)
-    settings = json.loads(json.dumps(settings | {"data": str(data)}))
-    name = "-".join(Path(str(p)).name.replace(":", ".") for p in (data, teacher, student, method))
+    settings = json.loads(json.dumps(settings))
+    name = "-".join(re.sub("[:?&]", ".", Path(p).name) for p in (data, teacher, student, method))
     folder = Path(output) if output else runs_root() / f"distill-{name}"
     results = _earlier(folder, settings)
     if results is None:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        run = _Run(settings, fields, folder, device, workers, progress)
+        run = _Run(settings, config, folder, device, workers, progress)
         write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": None}, indent=1) + "\n")
         results = run.all()
         write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
@@ -214,12 +222,12 @@ def distill(
     if push_to_hub:
         address = send(folder, push_to_hub)
         if progress:
-            print(f"sent to {address}")
+            print(f"uploaded to {address}")
     return results
 
 
 def _earlier(folder: Path, settings: dict) -> dict | None:
-    "Return the results in a folder. Raises ValueError where it is of other settings."
+    "Return the results in a folder, None if there are none. Raises ValueError for results of other settings."
     folder.mkdir(parents=True, exist_ok=True)
     if not (path := folder / "distill.json").is_file():
         return None
@@ -227,22 +235,26 @@ def _earlier(folder: Path, settings: dict) -> dict | None:
     differ = [k for k in found["settings"] | settings if found["settings"].get(k) != settings.get(k)]
     if differ:
         said = "; ".join(f"{k}: {found['settings'].get(k)!r} there, {settings.get(k)!r} here" for k in sorted(differ))
-        raise ValueError(f"{folder} has a run of other settings ({said}): give another output folder")
+        raise ValueError(f"{folder} has a run with other settings ({said}): give another output folder")
     return found["results"]
 
 # %% ../nbs/method/11_distill.ipynb #8c1ff3ed
 class _Run:
-    "The data and networks of a call of `distill`."
+    "The data, the networks and the training of a call of `distill`."
 
-    def __init__(self, settings: dict, fields: dict, folder: Path, device: torch.device, workers, progress: bool):
+    def __init__(self, settings: dict, config: dict, folder: Path, device: torch.device, workers, progress: bool):
         self.given, self.folder, self.device, self.progress = settings, folder, device, progress
+        data = open_data(settings["data"])
+        self.loaders = isinstance(data, LoaderData)
+        fields = recipe(settings["preset"], data.batch_size if self.loaders else settings["batch_size"], config)
         own = [f.name for f in dataclasses.fields(Augment)]
         self.augment = Augment(**{k: v for k, v in fields.items() if k in own})
         self.config = TrainConfig(epochs=settings["epochs"], **{k: v for k, v in fields.items() if k not in own})
-        data = open_data(settings["data"])
         self.from_files, self.labels = isinstance(data, FileDataset), data.num_classes > 0
         if not self.labels and settings["alone"]:
-            raise ValueError(f"alone=True trains the student on labels, and {settings['data']} has none")
+            raise ValueError(
+                f"alone=True trains the student on labels, but {settings['data']} has none: leave alone out, or give labels"
+            )
         self.small = not self.from_files and data.shape[-1] <= SMALL
         self.classes, self.names, self.channels = data.num_classes, data.classes, data.shape[0]
         self.make_networks()
@@ -250,27 +262,50 @@ class _Run:
         ours, theirs = (_for_channels(input_config(net), self.channels) for net in (self.student, self.teacher))
         size = settings["size"] or (ours.size or 224 if self.from_files else data.shape[-1])
         crop = max(size, theirs.size or size) if self.from_files else data.shape[-1]
+        if self.loaders and data.mean is None:
+            ours, theirs = self.as_they_come(ours, theirs)
         self.input = InputConfig(ours.mean or data.mean, ours.std or data.std, size)
         self.teacher_input = InputConfig(
             theirs.mean or self.input.mean, theirs.std or self.input.std, theirs.size or size, theirs.interpolation
         )
-        data = replace(data, mean=self.input.mean, std=self.input.std)
+        crops = InputConfig(data.mean, data.std, crop)  # what the networks are given
+        if not self.loaders:
+            data, crops = replace(data, mean=self.input.mean, std=self.input.std), self.input._replace(size=crop)
         self.data = replace(data, size=crop) if self.from_files else data
         self.how = {"device": device} | ({"workers": workers} if self.from_files else {})
         self.train = self.data.batches(settings["batch_size"], seed=self.config.seed, **self.how)
         self.test = self.data.batches(settings["batch_size"], train=False, **self.how)
         if self.augment != Augment():
+            if self.loaders and data.soft and self.augment.soft:
+                raise ValueError(
+                    f"the loaders of {data.name} give class probabilities: {' and '.join(self.augment.soft)} needs classes"
+                )
             self.train = AugmentedBatches(self.train, self.augment, self.classes, self.config.seed)
         if settings["preset"] and "warmup_steps" not in fields:
             warm = round(PRESETS[settings["preset"]].warmup * self.config.epochs * len(self.train))
             self.config = replace(self.config, warmup_steps=warm)
-        crops = self.input._replace(size=crop)
         self.teacher_hook = adapt_input(self.teacher, crops, self.teacher_input)
         self.hooks = [adapt_input(net, crops, self.input) for net in (self.student, self.fresh) if net is not None]
         self.check()
 
+    def as_they_come(self, ours: InputConfig, theirs: InputConfig) -> tuple[InputConfig, InputConfig]:
+        "Return what the networks take where nobody said how images are normalised. ValueError where weights depend on it."
+        unknown = f"{self.given['data']} does not say how its images are normalised"
+        pretrained = (("student", self.given["student_weights"], ours), ("teacher", not self.trains_teacher, theirs))
+        for who, weights, config in pretrained:
+            if weights and config.mean is not None:
+                raise ValueError(
+                    f"{unknown}, and the weights of the {who} are for mean {config.mean} and std {config.std}: return "
+                    "(train, val, {'mean': ..., 'std': ...})"
+                )
+        warnings.warn(
+            f"{unknown}, so `student_transform` cannot do it: return (train, val, {{'mean': ..., 'std': ...}})",
+            stacklevel=5,
+        )
+        return ours._replace(mean=None, std=None), theirs._replace(mean=None, std=None)
+
     def make_networks(self):
-        "Make the student and the teacher; without labels the student has the outputs that its method needs."
+        "Create the student and the teacher. Without labels the student has the teacher's outputs if the method compares logits."
         given = self.given
         folder = Path(given["teacher"]) if (Path(given["teacher"]) / "student.json").is_file() else None
         self.student_name = qualify(given["student"], list_models(), self.small)
@@ -280,12 +315,12 @@ class _Run:
         self.trains_teacher = not folder and given["teacher_weights"] is None
         if self.trains_teacher and not self.labels:
             raise ValueError(
-                f"{given['data']} has no labels to train a teacher on: give teacher_weights='pretrained' or a file, or as "
-                "teacher the folder of an earlier student"
+                f"{given['data']} has no labels to train a teacher on: give teacher_weights='pretrained' or a file, or the "
+                "folder of an earlier student as teacher"
             )
         torch.manual_seed(self.config.seed)
         outputs = self.classes
-        if self.labels:  # the student's fresh weights come first: they do not depend on the teacher
+        if self.labels:  # created first, so that its random weights do not depend on the teacher
             self.student = self.network(self.student_name, "student", outputs).to(self.device)
         self.teacher = (
             load_student(folder, self.device)
@@ -296,8 +331,8 @@ class _Run:
         method = create_method(given["method"], given["method_args"])
         if self.labels and method.wants_logits and names and names != tuple(self.names):
             raise ValueError(
-                f"the teacher of {folder} knows other classes ({some_names(list(names))}) than {given['data']} has ({some_names(list(self.names))}), and "
-                f"method={given['method']!r} compares logits: take a method on features, such as fcka, sp or rkd"
+                f"the teacher of {folder} has other classes ({some_names(list(names))}) than {given['data']} ({some_names(list(self.names))}), and "
+                f"method={given['method']!r} compares logits: use a method on features, such as fcka, sp or rkd"
             )
         if not self.labels:
             if method.wants_logits:
@@ -314,7 +349,7 @@ class _Run:
         return make_network(name, outputs, weights, options, self.channels)
 
     def check(self):
-        "Raise ValueError for networks and a method that do not fit; warn of a student that is larger than its teacher."
+        "Raise ValueError if networks, images and method do not fit; warn if the student is larger than the teacher."
         images = next(iter(self.test.epoch(0))).images[:2]
         for who, net in (("student", self.student), ("teacher", self.teacher)):
             try:
@@ -322,21 +357,21 @@ class _Run:
                     net.eval()(images)
             except (RuntimeError, ValueError, AssertionError) as error:
                 raise ValueError(
-                    f"the {who} cannot read these images: {' '.join(str(error).split())[:300]}. Give size=, or {who}_options={{'img_size': ...}}"
+                    f"the {who} fails on these images: {' '.join(str(error).split())[:300]}. Give size=, or {who}_options={{'img_size': ...}}"
                 ) from error
         larger, smaller = (sum(p.numel() for p in net.parameters()) for net in (self.student, self.teacher))
         if larger > smaller:
-            warnings.warn(f"the student has {larger:,} parameters, more than its teacher's {smaller:,}", stacklevel=4)
+            warnings.warn(f"the student has {larger:,} parameters, more than the teacher ({smaller:,})", stacklevel=4)
         self.check_method()
 
     def check_method(self):
-        "Take a first step on copies of the networks. Raises ValueError where the method cannot, with what to change."
+        "Run a first step on copies of the networks. Raises ValueError, with what to change, if the method fails."
         method = self.given["method"]
-        soft, why = self.augment.soft, ""
+        soft, why = self.augment.soft or (["the loaders"] if self.loaders and self.data.soft else []), ""
         if not self.labels:
             why = f"{self.given['data']} has no labels"
         elif soft:
-            why = f"{' and '.join(soft)} give{'s' if len(soft) == 1 else ''} each image probabilities of classes"
+            why = f"{' and '.join(soft)} make{'s' if self.augment.soft and len(soft) == 1 else ''} the targets class probabilities"
         try:
             task = self.task(copy.deepcopy(self.student), copy.deepcopy(self.teacher))
             task.prepare(self.train)
@@ -346,13 +381,13 @@ class _Run:
                 raise ValueError("it has no term of its own")
         except ValueError as error:
             if not why or not any(word in str(error) for word in ("class", "target", "no term")):
-                raise  # of features that do not fit, say: the labels are not what is wrong
+                raise  # the error has nothing to do with labels
             raise ValueError(
-                f"method={method!r} does not go with these images, since {why}: {error}. Methods that do are kd, dist, "
-                "fcka, lcka, rcka, sp and rkd, among others"
+                f"method={method!r} cannot be used with these images, since {why}: {error}. Use kd, dist, fcka, lcka, rcka, "
+                "sp or rkd, for example"
             ) from error
         if self.progress and not self.labels:
-            print(f"{why}: cross-entropy is left out, the student learns from the teacher alone")
+            print(f"{why}: no cross-entropy, the student learns from the teacher alone")
 
     def task(self, student, teacher) -> Distiller:
         kind = Distiller if self.labels else UnlabelledDistiller
@@ -370,11 +405,11 @@ class _Run:
         )
 
     def all(self) -> dict:
-        "Train what is to be trained, and write the results."
+        "Train the networks and write the results."
         if self.trains_teacher:
             if self.progress:
                 print(
-                    f"teacher: {self.teacher_name} has no weights, so it is trained on the data first; give teacher_weights otherwise"
+                    f"teacher: no weights for {self.teacher_name}, so it is trained on the data first; give teacher_weights to avoid this"
                 )
             self.fit(Distiller(self.teacher), "teacher")
         teacher_top1 = evaluate(self.teacher, self.test).top1 if self.knows_classes() else None
@@ -424,7 +459,7 @@ class _Run:
             return self.teacher.eval()(next(iter(self.test.epoch(0))).images[:2]).shape[1] == self.classes
 
     def shipped_scores(self, history) -> dict:
-        "Return the scores of the student as it was saved, its accuracy at its own size."
+        "Return the scores of the saved student, the accuracy on images of its own size."
         if not self.labels:
             return {"top1": None} | {name: history[-1][name] for name in ("agreement", "cka") if name in history[-1]}
         if not self.from_files:
@@ -433,7 +468,7 @@ class _Run:
         return {"top1": evaluate(load_student(self.folder, self.device), test).top1}
 
     def similarity(self) -> bool:
-        "Draw the similarity of the two networks' stages; return whether they are known."
+        "Plot the CKA between the stages of the two networks; return False if their stages are not known."
         if (frame := compare_stages(self.student, self.teacher, self.test)) is not None:
             save_figure(plot_similarity(frame), self.folder / "similarity")
         return frame is not None
@@ -454,19 +489,28 @@ class _Run:
 
 
 def _for_channels(config: InputConfig, channels: int) -> InputConfig:
-    "Return the normalisation for images of so many channels: grey images get the mean of the three colours'."
+    "Return the normalisation for images of `channels`: for grey images the mean of the three colour channels'."
     if config.mean is None or config.std is None or len(config.mean) == channels:
         return config
     mean, std = (sum(values) / len(values) for values in (config.mean, config.std))
     return config._replace(mean=(mean,) * channels, std=(std,) * channels)
 
 
+def _on_hub(data: str) -> bool:
+    "Return whether data names a dataset of the hub, and no folder."
+    return data.startswith(PREFIX) and not Path(data.removeprefix(PREFIX).partition("?")[0]).is_dir()
+
+
 def public(settings: dict) -> dict:
-    "Return settings as they go into what others read: of paths the last part alone."
+    "Return a copy of the settings for publishing, paths reduced to their last component."
     found = dict(settings)
     for name in ("data", "teacher", "teacher_weights", "student_weights"):
         value = found[name]
-        path = value and (name == "data" or Path(value).is_dir() or (name.endswith("weights") and is_file(value)))
+        path = value and (
+            (name == "data" and not _on_hub(value))
+            or Path(value).is_dir()
+            or (name.endswith("weights") and is_file(value))
+        )
         found[name] = Path(value).name if path else value
     return found
 
@@ -479,25 +523,25 @@ def report(settings: dict, results: dict, similarity: bool) -> str:
     ]
     lines += [
         f"Images: {settings['data']}; {settings['epochs']} epochs."
-        + (" They have no labels, so that cross-entropy is left out." if results["student"]["top1"] is None else ""),
+        + (" They have no labels, so there is no cross-entropy." if results["student"]["top1"] is None else ""),
         "",
         "| network | top-1, % | parameters | GFLOPs an image | MB | ms an image |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for who in ("teacher", "student"):
         r = results[who]
-        top1 = "not known" if r["top1"] is None else f"{r['top1']:.2f}"
+        top1 = "unknown" if r["top1"] is None else f"{r['top1']:.2f}"
         lines.append(
             f"| {who} | {top1} | {r['parameters']:,} | {r['flops'] / 1e9:.3g} | {r['megabytes']:.1f} | {r['milliseconds']:.2f} |"
         )
     for name in ("agreement", "cka"):
         if name in results["student"]:
-            lines += ["", f"The student on held-out images: {SCORES[name]}: {results['student'][name]:.2f}."]
+            lines += ["", f"Student on held-out images: {SCORES[name]}: {results['student'][name]:.2f}."]
     if results["alone"]:
         lines.append(f"| student alone | {results['alone']['top1']:.2f} | as the student | | | |")
     lines += [
         "",
-        f"Latency: median of ten runs with one image on {results['device']}. FLOPs: torch.utils.flop_counter, convolutions and products.",
+        f"Latency: median of ten runs with one image on {results['device']}. FLOPs: torch.utils.flop_counter, convolutions and matrix products.",
         "",
     ]
     lines += ["![Loss and accuracy by epoch](curves.png)"] + (

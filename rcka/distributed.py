@@ -42,7 +42,7 @@ def init_distributed(device: str | torch.device | None = None) -> torch.device:
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    "Add a tensor up over all processes, in place, and return it."
+    "Sum a tensor over all processes, in place, and return it."
     if world_size() > 1:
         dist.all_reduce(x)
     return x
@@ -55,15 +55,15 @@ def barrier():
 
 # %% ../nbs/method/01c_distributed.ipynb #48d3cdd9
 def shard_rows(n: int, train: bool) -> slice:
-    "Return which rows of a batch of `n` are this process's."
+    "Return the rows of a batch of `n` that this process gets: a block in training, every world_size-th row in evaluation."
     own, world = rank(), world_size()
     return slice(own * (n // world), (own + 1) * (n // world)) if train else slice(own, None, world)
 
 
 def shard(batch):
-    """Return this process's rows of a training batch, as many in every process; the remainder is left out.
+    """Return this process's rows of a training batch, the same number in every process; the remainder is dropped.
 
-    None where the batch has fewer rows than there are processes."""
+    None if the batch has fewer rows than there are processes."""
     if world_size() == 1:
         return batch
     own = shard_rows(len(batch.targets), True)
@@ -73,17 +73,17 @@ def shard(batch):
 
 
 def first_shard(train):
-    "Return this process's shard of the first training batch that has rows for all. Raises ValueError if there is none."
+    "Return this process's shard of the first training batch with a row for every process. Raises ValueError if there is none."
     for batch in train.epoch(0):
         if (own := shard(batch)) is not None:
             return own
     raise ValueError(
-        f"no training batch is enough for {world_size()} processes: take a larger batch_size, or fewer processes"
+        f"no training batch has a row for each of the {world_size()} processes: take a larger batch_size, or fewer processes"
     )
 
 
 class Shard:
-    "The rows of a batch that this process has, in place of a tensor or list with all of them."
+    "The rows of a batch that this process decoded, in place of a tensor or list with all of them."
 
     def __init__(self, rows, own: slice, n: int):
         self.rows, self.own, self.n = rows, own, n
@@ -95,18 +95,20 @@ class Shard:
         if isinstance(wanted, slice) and range(self.n)[wanted] == range(self.n)[self.own]:
             return self.rows
         raise RuntimeError(
-            f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, and was asked for {wanted}; "
-            "take them by rcka.distributed.shard"
+            f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, got a request for {wanted}: "
+            "select rows with rcka.distributed.shard"
         )
 
 
 def as_shard(batch, n: int, train: bool):
-    "Return this process's rows as a batch of length `n`; in one process they are the batch."
+    "Return the rows of this process as a batch of length `n`; in one process the batch itself."
     return batch if world_size() == 1 else type(batch)(*(Shard(rows, shard_rows(n, train), n) for rows in batch))
 
 # %% ../nbs/method/01c_distributed.ipynb #a2256317
-class _Gather(torch.autograd.Function):  # torch.distributed.nn.functional.all_gather does the same and is deprecated
-    "(n, ...) of each process to (W n, ...), in the order of ranks; backward adds up over processes."
+# torch.distributed.nn.functional.all_gather does the same and is deprecated; what it names in its place,
+# torch.distributed._functional_collectives, is private, and its gather with autograd has another name than in torch 2.6
+class _Gather(torch.autograd.Function):
+    "Concatenate (n, ...) of W processes to (W n, ...), in the order of ranks; backward sums the gradients over processes."
 
     @staticmethod
     def forward(ctx, x):
@@ -126,7 +128,7 @@ class _Gather(torch.autograd.Function):  # torch.distributed.nn.functional.all_g
 def all_gather(x) -> Any:
     """Concatenate a tensor, or `Outputs`, of all processes along the samples, with gradients.
 
-    Shape (n, ...) in each of W processes becomes (W n, ...) in all. In one process, and for None, the argument itself."""
+    (n, ...) in each of W processes becomes (W n, ...) in all. In one process, and for None, return the argument itself."""
     if world_size() == 1 or x is None:
         return x
     if isinstance(x, Outputs):
@@ -135,7 +137,8 @@ def all_gather(x) -> Any:
 
 
 def average_gradients(parameters):
-    "Replace each gradient by its mean over all processes, in one message."
+    "Replace each gradient by its mean over all processes, with a single all-reduce."
+    # not DistributedDataParallel: it wants one module with one forward, here a student, its taps and a method take turns
     if world_size() == 1:
         return
     grads = [p.grad for p in parameters if p.grad is not None]

@@ -11,7 +11,7 @@ __all__ = ['engine', 'Engine', 'private_folder']
 
 # %% ../nbs/method/08a_engine.ipynb #b762918f
 class Engine:
-    "papermill's own engine, its kernels on IPC sockets in a folder that only this user can read."
+    "papermill's own engine with kernels on IPC sockets, in a folder that only this user can read."
 
     def __getattr__(self, name):
         from papermill.engines import (

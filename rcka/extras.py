@@ -1,10 +1,10 @@
 """Optional packages, and the extra of this package that installs each.
 
-Needs nothing but Python, so that a missing package can be named at once."""
+Imports nothing but the standard library, so that it can report any missing package."""
 
 from contextlib import contextmanager
 
-EXTRAS = {  # what is optional, by the name one imports, and the extra that brings it
+EXTRAS = {  # the extra that installs each optional package, by its import name
     "accelerate": "train",
     "filelock": "train",
     "pandas": "train",
@@ -37,7 +37,7 @@ EXTRAS = {  # what is optional, by the name one imports, and the extra that brin
 
 @contextmanager
 def optional_import():
-    "Wrap imports of optional packages: where one is missing, ImportError says what to install."
+    "Wrap imports of optional packages: if one is missing, raise an ImportError that says what to install."
     try:
         yield
     except ModuleNotFoundError as error:

@@ -23,24 +23,24 @@ class Place(NamedTuple):
     "The parts of a path, as `parse_path` returns them."
 
     module: str  # name in model.named_modules()
-    input: bool  # its first input instead of its output
-    index: tuple[int | str, ...]  # which element, where that is a tuple or a dict
-    form: str = ""  # what is made of it: one of `FORMS`, or the tensor as it is
+    input: bool  # True: the module's first input; False: its output
+    index: tuple[int | str, ...]  # indices or keys of the element, where that is a tuple or a dict
+    form: str = ""  # form of the feature: one of `FORMS`, or "" for the tensor as it is
 
 
 FORMS = ("map", "cls", "mean")
 
 
 def parse_path(path: str) -> Place:
-    """Split a path: `'backbone.fpn:input[0][p3]:map'` becomes `Place('backbone.fpn', True, (0, 'p3'), 'map')`.
+    """Parse a path: `'backbone.fpn:input[0][p3]:map'` becomes `Place('backbone.fpn', True, (0, 'p3'), 'map')`.
 
-    Raises ValueError where it cannot be read."""
+    Raises ValueError for other syntax."""
     forms = "|".join(FORMS)
     found = isinstance(path, str) and re.fullmatch(rf"([^:\[\]]*)(:input)?((?:\[[^\[\]]+\])*)(?::({forms}))?", path)
     if not found:
         raise ValueError(
             f"cannot read the path {path!r}: write 'layer1.0.bn2', 'fc:input', 'backbone.fpn[0]' or 'blocks.11:map'; "
-            f"after the last colon stands one of {', '.join(FORMS)}"
+            f"a form after the last colon must be one of {', '.join(FORMS)}"
         )
     module, given, index, form = found.groups()
     keys = (key.strip("'\"") for key in re.findall(r"\[([^\[\]]+)\]", index))
@@ -48,7 +48,7 @@ def parse_path(path: str) -> Place:
 
 # %% ../nbs/method/03_features.ipynb #210d2324
 def unwrap(model: nn.Module) -> nn.Module:
-    "Return the network inside torch.compile and (distributed) data parallel wrappers."
+    "Return the network inside the wrappers of torch.compile, DataParallel and DistributedDataParallel."
     while True:
         wrapped = getattr(model, "_orig_mod", None)
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -59,7 +59,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
-    "Return the module that a path names. Raises ValueError, with the near names, if there is none."
+    "Return the module of a path. Raises ValueError, with the nearest names, if there is none."
     modules = dict(unwrap(model).named_modules(remove_duplicate=False))
     name = parse_path(path).module
     if name in modules:
@@ -73,7 +73,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
 # %% ../nbs/method/03_features.ipynb #f789debd
 @contextlib.contextmanager
 def evaluating(*models: nn.Module):
-    "Put networks into eval mode inside, and every module back into its own mode afterwards."
+    "Set networks to eval mode within the context, and restore the mode of every module afterwards."
     modes = [(m, m.training) for model in models for m in model.modules()]
     try:
         for model in models:
@@ -87,10 +87,10 @@ def evaluating(*models: nn.Module):
 def as_logits(
     output,  # what a network returned
 ) -> Tensor:
-    """Return the logits in the output of a network.
+    """Return the logits from the output of a network.
 
-    They are the output itself, its `.logits`, its 'logits' or 'out', or the first of a tuple. Raises TypeError where
-    none of these is a tensor."""
+    They are the output itself, its attribute `.logits`, its key 'logits' or 'out', or the first element of a tuple.
+    Raises TypeError where none of these is a tensor."""
     if isinstance(output, Tensor):
         return output
     found = getattr(output, "logits", None)
@@ -102,20 +102,22 @@ def as_logits(
         return found
     what = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
     raise TypeError(
-        f"cannot find logits in a {type(output).__name__}{what}: give Taps(..., logits=function), "
-        "a function that picks them out of what the network returns"
+        f"cannot find logits in the network's output, a {type(output).__name__}{what}: give Taps(..., logits=function), "
+        "a function from the output to the logits"
     )
 
 # %% ../nbs/method/03_features.ipynb #e3837d72
 def _pick(value, place: Place, path: str) -> Tensor:
-    "Return the tensor at `place` in what a hook was given."
+    "Return the tensor at `place` in the value that a hook received."
     for key in place.index:
         if isinstance(value, Mapping) and key not in value:
             key = str(key)  # the maps of a feature pyramid are named "0", "1", ...
         try:
             value = value[key]
         except (LookupError, TypeError):
-            raise ValueError(f"path {path!r}: no element [{key}] in {_describe(value)}") from None
+            raise ValueError(
+                f"path {path!r}: no element [{key}] in {_describe(value)}. Choose another element, or another module"
+            ) from None
     if isinstance(
         value, (tuple, list)
     ):  # blocks of transformers return a tuple of one, or (tokens, their height and width)
@@ -138,7 +140,7 @@ def _describe(value) -> str:
 
 
 class _Hook:
-    "Forward hook that stores the tensor of a place while its owner runs. Copies of a model carry it without an owner."
+    "Forward hook that stores the tensor of a place while its owner runs. In a copy of the model the hook has no owner."
 
     def __init__(self, owner=None, path="", place: Place | None = None):
         self.owner, self.path, self.place = owner, path, place
@@ -165,14 +167,14 @@ def _hook(owner, path: str, module: nn.Module):
 def _noted(value: Tensor, may_change: bool) -> tuple[Tensor, Tensor | None, int | None]:
     """Return the value, a copy of it if it may be overwritten, and its version counter.
 
-    The version is None where PyTorch counts none: for inference tensors and inside compiled graphs."""
+    The version is None where PyTorch has no counter: for inference tensors and inside compiled graphs."""
     if torch.compiler.is_compiling() or value.is_inference():
         return value, value.clone(), None
     return value, value.clone() if may_change else None, value._version
 
 
 def _as_noted(noted, path: str, changes: dict[str, bool]) -> Tensor:
-    "Return the stored value, whatever was written into it since; `changes[path]` records whether something was."
+    "Return the value as it was when stored; `changes[path]` records whether it was overwritten since."
     value, safe, version = noted
     if version is None:
         return safe
@@ -184,8 +186,8 @@ def _as_noted(noted, path: str, changes: dict[str, bool]) -> Tensor:
     if safe is not None:
         return safe
     raise RuntimeError(
-        f"the tensor at {path!r} was written to in place after it was tapped, which no earlier forward did; "
-        "its value is lost. The next forward keeps a copy"
+        f"the tensor at {path!r} was modified in place after the hook stored it, unlike in earlier forward passes, so its "
+        "value is lost. Run the forward pass again: from now on a copy is stored"
     )
 
 # %% ../nbs/method/03_features.ipynb #70ce0002
@@ -194,10 +196,10 @@ def _is_images(x) -> bool:
 
 
 def as_stored(
-    x,  # a batch of images, or anything else a network takes
+    x,  # a batch of images, or any other input of a network
     model: nn.Module,
 ):  # images in the dtype of the model; anything else as it is
-    "Return float images in half precision for a network whose weights are stored in it, which autocast would not do outside."
+    "Return float images in the half precision of a network whose weights are stored in it; autocast does not do this."
     dtype = next((p.dtype for p in model.parameters()), None)
     half = dtype in (torch.bfloat16, torch.float16)
     return x.to(dtype) if half and isinstance(x, Tensor) and x.is_floating_point() else x
@@ -205,7 +207,7 @@ def as_stored(
 
 @lru_cache
 def _grids(size: tuple[int, int]) -> frozenset[tuple[int, int]]:
-    "Heights and widths of maps that have the shape of images of this size, the width rounded down or up."
+    "Return the (height, width) of maps with the aspect ratio of images of this size, the width rounded down or up."
     height, width = size
     pairs = ((h, w) for h in range(1, 2 * height + 1) for w in (h * width // height, -(-h * width // height)))
     return frozenset((h, w) for h, w in pairs if w)
@@ -214,12 +216,12 @@ def _grids(size: tuple[int, int]) -> frozenset[tuple[int, int]]:
 def as_map(
     tokens: Tensor,  # (n, tokens, channels), row by row; class and register tokens come first
     size: tuple[int, int],  # height and width of the images
-    prefix: int = 0,  # number of tokens before those of the places, where it is known
+    prefix: int = 0,  # number of class and register tokens, if known
 ) -> Tensor:  # (n, channels, height, width)
-    """Return tokens as a map, without those that have no place.
+    """Return the patch tokens as a map, without class and register tokens.
 
-    The grid is the largest one with the proportions of the images, else the largest whose width is rounded. Raises
-    ValueError where none fits with eight tokens left over at most."""
+    The grid is the largest one with exactly the aspect ratio of the images, else the largest with a rounded width. Raises
+    ValueError if none fits after up to eight leading tokens are dropped."""
     total, (height, width) = tokens.shape[1], size
     exact = {h * w: (h, w) for h, w in _grids(size) if h * width == w * height}
     for by_count in (exact, {h * w: (h, w) for h, w in _grids(size)}):
@@ -227,28 +229,27 @@ def as_map(
             if total - extra in by_count:
                 return tokens[:, extra:].mT.unflatten(2, by_count[total - extra])
     raise ValueError(
-        f"{total} tokens are no grid of patches of images of {size[0]} x {size[1]} pixels: choose another module, or the "
-        "form ':cls' or ':mean'"
+        f"{total} tokens are no grid of patches of images of {size[0]} x {size[1]} pixels: give the path of another module, "
+        "or the form ':cls' or ':mean'"
     )
 
 # %% ../nbs/method/03_features.ipynb #fcbd48b2
 class Taps:
     """Run a network and read features by module path, with forward hooks; the network itself is not changed.
 
-    `taps(x)` runs the model and returns `Outputs(logits, features)`, features in the order of `paths`. Where a module
-    runs more than once in a forward pass, its last call counts. Gradients flow through the features. Hooks do nothing
-    outside of `taps(x)`; `taps.remove()`, or leaving `with Taps(...) as taps:`, removes them from the model. Copies and
-    pickles of the model work and carry no taps. For torch.compile make the taps before the first forward pass, since it
-    may not see hooks that are registered later. Not for threads that share a model, so not for nn.DataParallel;
-    DistributedDataParallel works.
+    `taps(x)` runs the model and returns `Outputs(logits, features)`, features in the order of `paths`. If a module runs
+    more than once in a forward pass, its last call counts. Gradients flow through the features. Hooks do nothing outside
+    of `taps(x)`; `taps.remove()`, or leaving `with Taps(...) as taps:`, removes them from the model. Copies and pickles of
+    the model work, without taps. With torch.compile, create the taps before the first forward pass, since hooks registered
+    later may be ignored. Not for threads that share a model, so not for nn.DataParallel; DistributedDataParallel works.
 
-    Raises ValueError for an unknown path, with the near names, and RuntimeError for a module that did not run."""
+    Raises ValueError for an unknown path, with the nearest names, and RuntimeError for a module that did not run."""
 
     def __init__(
         self,
-        model: nn.Module,  # any network; what `taps(...)` is given is given to it
+        model: nn.Module,  # any network; it gets the arguments of `taps(...)`
         paths: Sequence[str] = (),  # "layer1.0.bn2", "fc:input", "backbone.fpn[0]"
-        logits: Callable[..., Tensor] = as_logits,  # picks the logits out of what the network returns
+        logits: Callable[..., Tensor] = as_logits,  # from the network's output to the logits
     ):
         if isinstance(paths, str):
             raise TypeError(f"paths must be a list of paths, got the string {paths!r}; write [{paths!r}]")
@@ -264,7 +265,7 @@ class Taps:
 
     def __call__(self, *args, **kwargs) -> Outputs:
         if self.paths and not self._handles:
-            raise RuntimeError("these taps were removed: make new ones with Taps(model, paths)")
+            raise RuntimeError("these taps were removed from the model: create new ones with Taps(model, paths)")
         mode = (unwrap(self.model).training, torch.is_grad_enabled())
         self._now = self._written.setdefault(mode, {})
         self._seen, self._running = {}, True
@@ -280,11 +281,11 @@ class Taps:
         self._seen[path] = _noted(value, may_change=self._now.get(path, True))
 
     def _read(self, path: str) -> Tensor:
-        "Return the value of a path after the forward pass, whatever was written into it since."
+        "Return the value of a path after the forward pass, as it was when its module ran."
         if path not in self._seen:
             raise RuntimeError(
-                f"the module of path {path!r} did not run in this forward pass; "
-                "under torch.compile, make the taps before the first one"
+                f"the module of path {path!r} did not run in this forward pass: give the path of one that runs; "
+                "with torch.compile, create the taps before the first forward pass"
             )
         value, place = _as_noted(self._seen[path], path, self._now), self._places[path]
         return self._formed(value, place.form, path) if place.form else value
@@ -294,12 +295,14 @@ class Taps:
         if form == "cls":
             if value.dim() != 3:
                 raise ValueError(
-                    f"path {path!r}: the class token is the first of tokens (n, tokens, channels), got {tuple(value.shape)}"
+                    f"path {path!r} asks for the class token, the first of tokens (n, tokens, channels), but the feature is "
+                    f"{tuple(value.shape)}: give the path of tokens, or leave ':cls' out"
                 )
             return value[:, 0]
         if value.dim() not in (3, 4):
             raise ValueError(
-                f"path {path!r} makes a {form} of tokens (n, tokens, channels) or of a map, got {tuple(value.shape)}"
+                f"path {path!r} asks for the {form} of tokens (n, tokens, channels) or of a map, but the feature is "
+                f"{tuple(value.shape)}: leave ':{form}' out, or give another path"
             )
         if value.dim() == 4:
             last = form == "map" or self._channels_last(value)
@@ -311,16 +314,17 @@ class Taps:
     def _image_size(self, path: str) -> tuple[int, int]:
         if self._size is None:
             raise ValueError(
-                f"path {path!r}: without images (n, channels, height, width) as input, tokens have no places"
+                f"path {path!r}: the grid of the tokens follows from the size of the images, but the input had no images "
+                "(n, channels, height, width): use ':cls' or ':mean'"
             )
         return self._size
 
     @property
     def _prefix(self) -> int:
-        return getattr(unwrap(self.model), "num_prefix_tokens", 0) or 0  # timm says it
+        return getattr(unwrap(self.model), "num_prefix_tokens", 0) or 0  # timm's name
 
     def _channels_last(self, value: Tensor) -> bool:
-        "Whether a feature (n, a, b, c) has its channels last: a and b are height and width of the images, made smaller."
+        "Whether a feature (n, a, b, c) has its channels last: (a, b) then has the aspect ratio of the images."
         if self._size is None:
             return False
         grids = _grids(self._size)
@@ -330,9 +334,9 @@ class Taps:
         return last and (not first or known)
 
     def map_path(self, path: str, value: Tensor, tokens: bool) -> str:
-        """Return the path that gives a feature of the last forward pass as a map (n, channels, height, width).
+        """Return the path for a feature of the last forward pass as a map (n, channels, height, width).
 
-        That is the path itself, or with ":map" for a map with its channels last and, if `tokens`, for tokens."""
+        ":map" is appended for a map with its channels last and, if `tokens`, for tokens."""
         if self._places[path].form:
             return path
         if value.dim() == 4 and self._channels_last(value):
@@ -358,7 +362,7 @@ class Taps:
         return f"Taps({type(unwrap(self.model)).__name__}, {list(self.paths)})"
 
 # %% ../nbs/method/03_features.ipynb #0d198082
-NAMED_STAGES = {  # torchvision's families whose stages are modules: (stages, head); a network that has all is of it
+NAMED_STAGES = {  # (stages, head) of torchvision's families; a network that has all these modules belongs to the family
     "ResNet": (("maxpool", "layer1", "layer2", "layer3", "layer4"), "fc"),
     "ShuffleNetV2": (("maxpool", "stage2", "stage3", "stage4"), "fc"),
     "DenseNet": (("features.pool0", *(f"features.denseblock{i}" for i in range(1, 5))), "classifier"),
@@ -368,11 +372,11 @@ NAMED_STAGES = {  # torchvision's families whose stages are modules: (stages, he
 }
 
 
-_HEADS = (nn.Linear, nn.Identity)  # of a classifier; of an encoder, whose classifier was taken off
+_HEADS = (nn.Linear, nn.Identity)  # nn.Identity in an encoder, whose classifier was removed
 
 
 def _halves(module: nn.Module) -> bool:
-    "Whether some part of a module has a stride of two."
+    "Return whether a submodule has a stride of two."
     return any(
         2 in (s if isinstance(s, tuple) else (s,))
         for m in module.modules()
@@ -381,9 +385,9 @@ def _halves(module: nn.Module) -> bool:
 
 
 def _long_list(model: nn.Module) -> FeaturePaths:
-    """Return the paths of networks that are one long list `features`.
+    """Return the paths of a network that is one sequence `features`.
 
-    MobileNetV2, MobileNetV3, EfficientNet: stem, blocks, last 1x1 convolution. VGG: convolutions and pools."""
+    In MobileNetV2, MobileNetV3 and EfficientNet: stem, blocks and last 1x1 convolution. In VGG: convolutions and pools."""
     pools = [i for i, m in enumerate(model.features) if isinstance(m, nn.MaxPool2d)]
     halving = pools or [i for i, m in enumerate(model.features) if i and _halves(m)] + [len(model.features) - 1]
     ends = [i - 1 for i in halving]
@@ -395,7 +399,7 @@ def _long_list(model: nn.Module) -> FeaturePaths:
 
 # %% ../nbs/method/03_features.ipynb #3c4c9a08
 def _spread(blocks: list[str], n: int = 4) -> list[str]:
-    "Choose `n` of the blocks, evenly spread, the last among them."
+    "Return `n` evenly spaced blocks, the last one included."
     return [blocks[round((i + 1) * len(blocks) / n) - 1] for i in range(n)] if len(blocks) > n else list(blocks)
 
 
@@ -415,7 +419,7 @@ def _timm(model: nn.Module) -> FeaturePaths:
     stem = next((name for name in ("conv_stem", "stem", "patch_embed") if name in names), None)
     first = model.feature_info[0].get("reduction", 0)
     if stem and first > 2:
-        stages.insert(0, stem)  # what comes first is a stage already where it works at a stride of four
+        stages.insert(0, stem)  # unless the first entry is at stride two: then it is the stem
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     head = config.get("classifier") or ""
     head = head if isinstance(head, str) else head[0]
@@ -430,8 +434,8 @@ def feature_paths(
     """Return the paths of a network's stages (stem first), their pre-activations, the pooled feature and the head.
 
     Features of transformers are tokens (n, tokens, channels); those of torchvision's Swin (n, height, width, channels).
-    `preacts` has one path for each stage, or is empty where the family has no activation at the end of a stage. Raises
-    ValueError for a network of an unknown family, with what to write for it."""
+    `preacts` has one path for each stage, or is empty if the stages of the family do not end with an activation. Raises
+    ValueError for a network of an unknown family, and says how to set its paths."""
     model = unwrap(model)
     if isinstance(layers := getattr(model, "layers", None), FeaturePaths):
         return layers
@@ -455,19 +459,21 @@ def feature_paths(
     if hasattr(getattr(model, "config", None), "model_type") and (layers := _transformers(model)):
         return layers
     raise ValueError(
-        f"do not know the stages of a {type(model).__name__}: give the paths by hand, "
+        f"do not know the stages of a {type(model).__name__}: set "
         "model.layers = FeaturePaths(stages=('stem', 'stage1', ...), pooled='fc:input', head='fc'), with names from "
         "[name for name, _ in model.named_modules()]"
     )
 
 
 def _transformers(model: nn.Module) -> FeaturePaths | None:
-    "Return the paths of a network of transformers: those of its outermost list, all or four of them; None without one."
+    "Return the paths of a network of transformers: blocks of its first `ModuleList`, all or four; None without one."
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 2]
     if not lists:
         return None
     name, blocks = lists[0]
-    element = "[0]" if "Swin" in type(blocks[0]).__name__ else ""  # its stages return the map in two forms
+    element = (
+        "[0]" if "Swin" in type(blocks[0]).__name__ else ""
+    )  # its stages return a tuple with the map in several forms
     stages = _spread([f"{name}.{i}{element}" for i in range(len(blocks))])
     stems = ("embeddings", "embedder", "conv_stem")
     stem = [p for p, _ in model.named_modules() if p.rpartition(".")[2] in stems][:1]
@@ -477,7 +483,7 @@ def _transformers(model: nn.Module) -> FeaturePaths | None:
 
 
 def _with_preacts(model: nn.Module, layers: FeaturePaths) -> FeaturePaths:
-    "Add the pre-activations of residual networks: the inputs of the activation modules that end the stages."
+    "Return the paths with the pre-activations of a residual network: the inputs of the last activation of each stage."
     if layers.stages[1:] != ("layer1", "layer2", "layer3", "layer4"):
         return layers
     stem = next((f"{name}:input" for name in ("act1", "relu") if hasattr(model, name)), "")
@@ -486,13 +492,13 @@ def _with_preacts(model: nn.Module, layers: FeaturePaths) -> FeaturePaths:
 
 # %% ../nbs/method/03_features.ipynb #05f8434c
 class Projector(nn.Sequential):
-    """Map a student's map to the channels of a teacher's: convolutions of 1x1, 3x3 and 1x1, each with batch norm and ReLU.
+    """Project a student's map to the channels of a teacher's: convolutions of 1x1, 3x3 and 1x1, each with batch norm and ReLU.
 
-    Half as wide inside as the teacher (Chen et al., CVPR 2022). A student's map that is larger is averaged down first."""
+    The inner width is half the teacher's (Chen et al., CVPR 2022). A larger student map is averaged down first."""
 
     def __init__(
         self,
-        student: Sequence[int],  # channels, height and width of its map
+        student: Sequence[int],  # channels, height and width of the map
         teacher: Sequence[int],
     ):
         (c, h, w), (d, u, v) = student, teacher
@@ -511,14 +517,14 @@ class Projector(nn.Sequential):
 
 
 class ProjectedNetwork(nn.Module):
-    """A network whose map goes through a projector into another network's classifier.
+    """Network whose feature map goes through a projector and the classifier of another network.
 
-    Logits are the classifier of the mean over places. The network's own classifier runs and is not used."""
+    The logits are the classifier's output for the mean over places. The network's own classifier runs, but is not used."""
 
     def __init__(
         self,
         network: nn.Module,
-        path: str,  # of its map (n, channels, height, width)
+        path: str,  # module path of its map (n, channels, height, width)
         projector: nn.Module,
         head: nn.Module,  # the classifier
     ):

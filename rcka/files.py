@@ -20,12 +20,12 @@ from torch import nn
 from .extras import optional_import
 
 # %% auto #0
-__all__ = ['TRAINER_LOCK', 'write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv', 'data_root',
-           'checkout', 'digest', 'listing']
+__all__ = ['TRAINER_LOCK', 'write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv', 'read_csv',
+           'data_root', 'checkout', 'digest', 'listing']
 
 # %% ../nbs/method/01b_files.ipynb #09dd4027
 def write_atomic(path: Path | str, data: bytes | str):
-    "Write a file atomically: a reader sees the old content or the new, also after a power cut. Raises OSError."
+    "Write a file atomically: a reader finds the old content or the new, also after a power failure. Raises OSError."
     path = Path(path)
     fd, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -38,7 +38,7 @@ def write_atomic(path: Path | str, data: bytes | str):
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # some network file systems cannot
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -47,7 +47,7 @@ def write_atomic(path: Path | str, data: bytes | str):
 
 
 def remove_parts(folder: Path | str):
-    "Remove what a process that was killed in `write_atomic` left."
+    "Remove the temporary files of processes that were killed in `write_atomic`."
     for part in Path(folder).glob(".*.tmp"):
         part.unlink(missing_ok=True)
 
@@ -57,23 +57,23 @@ TRAINER_LOCK = ".trainer.lock"
 
 @contextlib.contextmanager
 def folder_lock(folder: Path | str):
-    """Lock a folder for this process while the context lasts; make it if it is missing.
+    """Lock a folder for this process within the context; create it if it is missing.
 
-    Raises `FolderBusy` where another process holds it, OSError where it cannot be written."""
+    Raises `FolderBusy` if another process holds the lock, OSError if the folder is not writable."""
     with optional_import():
         from filelock import FileLock, Timeout
     folder = Path(folder)
     lock = FileLock(folder / TRAINER_LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)  # the system lets go of it when the process dies, however it dies
+        lock.acquire(timeout=0)  # the operating system releases it when the process dies
     except Timeout:
         raise FolderBusy(f"another process is training in {folder}; wait for it, or give another folder") from None
     except OSError as e:
         raise OSError(
             e.errno,
             f"cannot write to the folder of the run ({e.strerror}); nothing was changed. "
-            "Make it writable, or give another",
+            "Make it writable, or give another folder",
             str(folder),
         ) from None
     try:
@@ -84,7 +84,7 @@ def folder_lock(folder: Path | str):
 
 
 class FolderBusy(RuntimeError):
-    "Another process is at work in the folder."
+    "Another process holds the lock of the folder."
 
 # %% ../nbs/method/01b_files.ipynb #960d7b4a
 def as_safetensors(model: nn.Module) -> bytes:
@@ -97,18 +97,24 @@ def as_safetensors(model: nn.Module) -> bytes:
 
 
 def as_csv(rows: list[dict]) -> str:
-    "Return rows as CSV text; the columns are those of all rows, in order of appearance."
+    "Return rows as CSV text, with the columns of all rows in order of appearance."
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
+
+def read_csv(path: Path | str) -> list[dict[str, str]]:
+    "Return the rows of a CSV file, as text by column. Raises OSError."
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
 # %% ../nbs/method/01b_files.ipynb #25e238b8
 def data_root(
     root: str | Path | None = None,  # a folder; None looks in RCKA_DATA, then for the checkout, then takes ./data
-) -> Path:  # the folder that holds the datasets; it need not be there yet
-    "Return the folder of the datasets."
+) -> Path:  # may not exist yet
+    "Return the folder that holds the datasets."
     root = root or os.environ.get("RCKA_DATA")
     if root:
         return Path(root).expanduser()
@@ -116,7 +122,7 @@ def data_root(
 
 
 def checkout() -> Path | None:
-    "Return the checkout of this package that the working directory lies in, if any."
+    "Return the root of the checkout of this package that contains the working directory; None outside of one."
     here = Path.cwd()
     return next((folder for folder in [here, *here.parents] if _is_checkout(folder)), None)
 
@@ -127,7 +133,7 @@ def _is_checkout(folder: Path) -> bool:
     try:
         settings.read(folder / "settings.ini", encoding="utf-8")
     except (configparser.Error, UnicodeDecodeError):
-        return False  # somebody else's settings.ini
+        return False  # a settings.ini of another program
     return settings.defaults().get("lib_name") == "rcka"
 
 # %% ../nbs/method/01b_files.ipynb #9c1d44ab
@@ -154,7 +160,7 @@ def digest(*values) -> str:
 
 
 def listing(folder: Path | str, files: Iterable[Path | str]) -> str:
-    "Return the hash of the names below a folder, and the sizes, of files; -1 is the size of a missing one."
+    "Return the hash of files' names, relative to a folder, and sizes; a missing file has size -1."
 
     def sizes(paths):
         found = []

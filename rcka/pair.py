@@ -21,9 +21,9 @@ __all__ = ['wanted_paths', 'head_of', 'batch_statistics', 'paired_taps', 'with_m
 def wanted_paths(
     method: Method,
     model: nn.Module,
-    paths: Sequence[str] | None = None,  # given by hand: of a sum those of its parts, in the order of its name
+    paths: Sequence[str] | None = None,  # the user's; for a sum those of each part, in the order of its name
 ) -> list[str]:
-    "Return the paths given, or those that the method wants of a network whose feature paths are known."
+    "Return the user's paths, or else those that the method wants of a network with known feature paths."
     if paths is not None:
         return list(paths)
     if not method.wants(ANY_PATHS):
@@ -32,7 +32,7 @@ def wanted_paths(
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    "Return the classifier of a network whose feature paths are known, None for another one and for an encoder."
+    "Return the classifier of a network with known feature paths; None for other networks and for encoders."
     try:
         path = feature_paths(model).head
         return model.get_submodule(path) if path else None
@@ -42,7 +42,7 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def batch_statistics(model: nn.Module):
-    "Normalise by the statistics of the batch inside, without touching the running statistics."
+    "Let batch normalisation use the statistics of the batch within the context, without updating the running statistics."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.training, m.track_running_stats) for m in norms]
     try:
@@ -58,25 +58,25 @@ def paired_taps(
     method: Method,
     student: nn.Module,
     teacher: nn.Module,
-    student_paths: Sequence[str] | None,  # given by hand: of a sum those of its parts, in the order of its name
+    student_paths: Sequence[str] | None,  # the user's; for a sum those of each part, in the order of its name
     teacher_paths: Sequence[str] | None,
     logits: Callable[..., Tensor] = as_logits,
 ) -> tuple[Taps, Taps]:
-    "Return the taps of both networks, at the paths given or wanted. Raises ValueError where the numbers of paths differ."
+    "Return the taps of both networks, at the user's paths or those that the method wants. Raises ValueError if their numbers differ."
     ours = wanted_paths(method, student, student_paths)
     theirs = wanted_paths(method, teacher, teacher_paths)
     if len(ours) != len(theirs):
         raise ValueError(
-            f"a method compares feature maps in pairs, but the student gives {len(ours)} {ours} "
-            f"and the teacher {len(theirs)} {theirs}. Give paths, or the method stages that both have: stages=(-3, -2, -1)"
+            f"a method compares features in pairs, but the student has {len(ours)} path(s), {ours}, and the teacher "
+            f"{len(theirs)}, {theirs}. Give equally many paths for both, or the method stages that both have: stages=(-3, -2, -1)"
         )
     return Taps(student, ours, logits), Taps(teacher, theirs, logits)
 
 
 def with_maps(taps: Taps, method: Method, outputs: Outputs) -> Taps:
-    """Return taps that give the features a method wants as maps: `taps` themselves where they do.
+    """Return taps that convert features to maps where the method wants maps; `taps` themselves where nothing changes.
 
-    `outputs` are those of the last forward pass. Maps are made of tokens, and of maps with their channels last."""
+    `outputs` are those of the last forward pass. Tokens, and maps with their channels last, are converted."""
     wants = method.wants_maps(len(taps.paths))
     paths = [taps.map_path(*one) for one in zip(taps.paths, outputs.features, wants, strict=True)]
     if tuple(paths) == taps.paths:
@@ -90,16 +90,16 @@ def build_method(
     method: Method,
     student: Taps,
     teacher: Taps,
-    run_student: Callable[[Taps], Outputs],  # on the example batch
+    run_student: Callable[[Taps], Outputs],  # runs the taps on the example batch
     run_teacher: Callable[[Taps], Outputs],
     targets: Tensor | None = None,  # of all training samples
 ) -> tuple[Taps, Taps]:
-    """Build a method from an example batch; return the taps to use, which give maps where the method wants them.
+    """Build a method from an example batch; return the taps of student and teacher, with maps where the method wants them.
 
-    Raises ValueError where the logits of the two networks do not fit together."""
+    Raises ValueError if the method compares logits and the networks have different classes."""
     outputs, used = [], []
     for taps, run in ((student, run_student), (teacher, run_teacher)):
-        with evaluating(unwrap(taps.model)):  # running statistics must not see this batch
+        with evaluating(unwrap(taps.model)):  # this batch must not enter the running statistics
             output = run(taps)
             mapped = with_maps(taps, method, output)
             outputs.append(output if mapped is taps else run(mapped))
@@ -107,8 +107,8 @@ def build_method(
     ours, theirs = (o.logits for o in outputs)
     if method.wants_logits and ours.shape != theirs.shape:
         raise ValueError(
-            f"teacher and student must know the same classes: the teacher gives {theirs.shape[1]} logits, the student "
-            f"{ours.shape[1]}. Methods that compare features alone, such as fcka, sp or rkd, take any teacher"
+            f"teacher and student must have the same classes: the teacher gives {theirs.shape[1]} logits, the student "
+            f"{ours.shape[1]}. Use a method that compares features alone, such as fcka, sp or rkd"
         )
     heads = {"head": head_of(teacher.model), "student_head": head_of(student.model)}
     method.build(*outputs, **heads, targets=targets)
@@ -116,36 +116,38 @@ def build_method(
 
 # %% ../nbs/method/03b_pair.ipynb #46d8e5ef
 class Pair(nn.Module):
-    """A student and its teacher with a method between them, for a training loop of your own.
+    """A student, its teacher and a distillation method, for a training loop of your own.
 
     `pair(images, target)` runs both networks and returns the weighted terms by name; their sum is the loss. The teacher
-    runs in eval mode without gradients and is no submodule: `parameters()` and `state_dict()` are those of the student
-    and of what the method trains beside it, and `.to(...)` moves all of them. `close()`, or leaving `with Pair(...) as
-    pair:`, removes the hooks from both networks. For several devices wrap the pair, not the student:
-    `DistributedDataParallel(pair)`.
+    runs in eval mode without gradients and is not a submodule: `parameters()` and `state_dict()` are those of the student
+    and of the method, and `.to(...)` moves the teacher as well. `close()`, or leaving `with Pair(...) as pair:`, removes
+    the hooks from both networks. For several devices wrap the pair, not the student: `DistributedDataParallel(pair)`.
 
-    A batch with fewer samples than the method can compare (`method.smallest`) is passed over: its terms are zero, and so
-    are their gradients. Raises ValueError before anything is trained where the networks and the method do not fit."""
+    For a batch with fewer samples than `method.smallest` all terms and their gradients are zero. Raises ValueError before
+    any training if the networks and the method do not fit together."""
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module,
-        method: str | Method,  # a name of `list_methods()`, several with a plus, or a method
-        example,  # a batch from which connectors get their shapes: images, or (images, ...) as the loader gives them
-        student_paths: Sequence[str] | None = None,  # module paths, instead of those of a known network's stages
+        method: str | Method,  # a name of `list_methods()`, several joined by a plus, or a method
+        example,  # a batch that gives the shapes of the connectors: images, or (images, ...) as from the loader
+        student_paths: Sequence[str]
+        | None = None,  # module paths; None: the stages of a network with known feature paths
         teacher_paths: Sequence[str] | None = None,
         targets: Tensor | None = None,  # of all training samples, for methods with a memory (crd)
-        gather: bool = False,  # on several devices compare the samples of all, not those of each device
-        logits: Callable[..., Tensor] = as_logits,  # picks the logits out of what a network returns
+        gather: bool = False,  # on several devices compare the samples of all devices, not those of each alone
+        logits: Callable[..., Tensor] = as_logits,  # from a network's output to the logits
     ):
         super().__init__()
         self.student, self.method = student, create_method(method) if isinstance(method, str) else method
         if isinstance(student, nn.parallel.DistributedDataParallel):
-            raise ValueError("give the plain student, and wrap the pair: DistributedDataParallel(pair)")
-        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, so that it is no submodule
+            raise ValueError(
+                "the student must not be wrapped, got DistributedDataParallel: give student.module, and wrap the pair"
+            )
+        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, so that it is not a submodule
         self.gather, self._logits, self._names = gather, logits, ("ce",)
-        self.output = None  # what the student returned for the last batch, with its gradient
+        self.output = None  # the student's output for the last batch, with its graph
         inputs = example[0] if isinstance(example, (tuple, list)) else example
         device = next(student.parameters()).device
         inputs = {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs.to(device)
@@ -161,11 +163,11 @@ class Pair(nn.Module):
         return self._teacher[0]
 
     def predictor(self) -> nn.Module:
-        "Return the network that predicts: the student, unless the method makes another of it."
+        "Return the network used for prediction: the student, or the one that the method's `predictor` returns."
         return self.method.predictor(self.student, self.student_taps.paths)
 
     def _outputs(self, output, features) -> Outputs:
-        "Return outputs with the logits; they are None where there are none and the method compares none."
+        "Return the `Outputs`; logits are None where none are found and the method does not compare them."
         try:
             return Outputs(self._logits(output), features)
         except TypeError:
@@ -183,9 +185,10 @@ class Pair(nn.Module):
 
     def forward(
         self,
-        inputs,  # images, or a dict of what the networks take by name
-        target: Tensor | None = None,  # (n,) classes or (n, classes) probabilities; None leaves the cross-entropy out
-        index: Tensor | None = None,  # (n,): which training samples these are, for methods with a memory (crd)
+        inputs,  # images, or a dict of the networks' keyword arguments
+        target: Tensor | None = None,  # (n,) classes or (n, classes) probabilities; None: no cross-entropy
+        index: Tensor
+        | None = None,  # (n,): positions of the samples in the training set, for methods with a memory (crd)
     ) -> dict[str, Tensor]:  # weighted scalars by name
         n = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
         if n < self.method.smallest:
@@ -195,7 +198,7 @@ class Pair(nn.Module):
         self.output, features = _call(self.student_taps, inputs)
         student = self._outputs(self.output, features)
         if target is not None and student.logits is None:
-            self._logits(self.output)  # says what it found instead
+            self._logits(self.output)  # raises an error that says what it found instead
         if self.gather:
             student, teacher, target, index = map(all_gather, (student, teacher, target, index))
         if target is None:

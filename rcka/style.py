@@ -34,8 +34,8 @@ ALIASES = {"alone": "none", "student alone": "none", "student": "none", "vanilla
 
 
 def method_color(
-    name: str,  # a method's name as in `create_method`, in capitals or not; or as in "student alone"
-) -> str | None:  # None: this method has no colour of its own
+    name: str,  # a method's name as in `create_method`, in any case; or an alias, such as "student alone"
+) -> str | None:  # None if the method has no colour of its own
     "Return the colour that a method has in every figure; sums of methods share one."
     name = name.lower().strip()
     name = ALIASES.get(name, name)
@@ -43,9 +43,9 @@ def method_color(
 
 
 def line_styles(
-    names: Iterable[str],  # what a plot has a line or a group of points for
+    names: Iterable[str],  # of the lines or groups of points in a plot
 ) -> dict[str, dict[str, Any]]:  # keyword arguments of `plot`, by name
-    "Return colour, marker and dash for each name: a method has its own colour, any other name the next one that is free."
+    "Return colour, marker and dash for each name: a method's own colour, for other names the next free one."
     names = list(dict.fromkeys(names))
     taken = {method_color(str(name)) for name in names}
     free = [color for color in PALETTE if color not in taken] or PALETTE

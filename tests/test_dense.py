@@ -455,7 +455,7 @@ def test_fgd_attention_has_mean_one_and_follows_the_teacher():
         (torch.zeros(2), "a list of dicts"),
         (TARGET[:1], "each of the 2 images"),
         ([{"boxes": torch.zeros(0, 4)}] * 2, "'input_size'"),
-        ([TARGET[0], TARGET[1] | {"input_size": (1, 2)}], "padded to one input_size"),
+        ([TARGET[0], TARGET[1] | {"input_size": (1, 2)}], "same input_size"),
     ],
 )
 def test_fgd_says_what_its_target_must_be(target, message):
@@ -489,7 +489,7 @@ def test_rows_and_maps_of_logits_agree(loss, form):
     torch.testing.assert_close(loss(s, t, form=form), loss(rows(s), rows(t), form=form))
     with pytest.raises(ValueError, match="softmax .* or sigmoid"):
         loss(s, t, form="tanh")
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="same shape"):
         loss(s, t[:1], form=form)
 
 

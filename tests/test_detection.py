@@ -497,7 +497,7 @@ def test_a_first_batch_that_is_too_small_for_all_is_passed_over(tmp_path, monkey
     task().prepare(train)
     monkeypatch.setattr("rcka.distributed.rank", lambda: 1)
     monkeypatch.setattr("rcka.distributed.world_size", lambda: 9)
-    with pytest.raises(ValueError, match="no training batch is enough for 9 processes"):
+    with pytest.raises(ValueError, match="no training batch has a row for each of the 9 processes"):
         task().prepare(train)
 
 
@@ -514,7 +514,7 @@ def in_processes(folder):
         {"weights": task.student.state_dict(), "scores": {k: history[-1][k] for k in METRICS}},
         folder / f"rank{rank()}.pt",
     )
-    with pytest.raises(ValueError, match="relations='global' is not for detectors"):
+    with pytest.raises(ValueError, match="relations='global' cannot be used for detectors"):
         task(next(test.epoch(0)), relations="global")
 
 

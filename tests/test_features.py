@@ -100,7 +100,7 @@ def test_a_write_that_comes_late_is_an_error_and_never_a_wrong_value():
     taps, x = Taps(model, ["bn"]), torch.randn(4, 3)
     taps(x)
     model.write = True
-    with pytest.raises(RuntimeError, match="written to in place"):
+    with pytest.raises(RuntimeError, match="modified in place"):
         taps(x)
     logits, (bn,) = taps(x)
     torch.testing.assert_close(bn * 2, logits)
@@ -194,7 +194,7 @@ def test_compiled_networks():
     try:
         assert Taps(late, ["0"])(torch.ones(2, 3)).features[0].shape == (2, 3)
     except RuntimeError as error:
-        assert "make the taps before" in str(error)
+        assert "create the taps before" in str(error)
 
 
 def test_distributed_wrapper():

@@ -127,7 +127,7 @@ def test_folders_that_are_not_as_they_should_be(folder, tmp_path):
     for name in ("batch_size", "workers"):
         with pytest.raises(ValueError, match=name):
             batches(folder, **{name: -1})
-    with pytest.raises(ValueError, match="no training batch"):
+    with pytest.raises(ValueError, match="too few for a training batch"):
         load_imagenet(folder, limit=2).batches(64)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rcka.core import Batch, FeaturePaths, Outputs
-from rcka.methods import BUILT_IN  # not list_methods(): other tests register more
+from rcka.methods import BUILT_IN, FOR_CLASSIFIERS  # not list_methods(): other tests register more
 from rcka.methods.base import Method, create_method
 from rcka.train.classification import Distiller
 
@@ -21,7 +21,7 @@ SMALL = {
     "reviewkd": dict(width=8),
     "fitnet": dict(stages=(1,)),
 }
-METHODS = [name for name in sorted(BUILT_IN) if not create_method(name).dense]
+METHODS = sorted(FOR_CLASSIFIERS)
 TARGETS = torch.arange(SAMPLES) % CLASSES
 ONE_EACH = [{"fcka", "rcka"}, {"fcka", "rcka_released"}, {"lcka", "rcka"}, {"lcka", "rcka_released"}]
 ONE_EACH.append({"rcka", "rcka_released"})  # sums that would have two terms of one name
@@ -63,7 +63,7 @@ def test_sums_in_both_orders_by_paths_of_ones_own(first, stages):
                 assert len(got.features) == len(want) and all(a is b for a, b in zip(got.features, want)), second
         method.build(student, teacher, **heads(), targets=TARGETS)
         if {first, second} in ONE_EACH:
-            with pytest.raises(ValueError, match="of one name"):
+            with pytest.raises(ValueError, match="of the same name"):
                 method(student, teacher, TARGETS[index], index)
             continue
         terms = method(student, teacher, TARGETS[index], index)
@@ -82,11 +82,11 @@ def test_dense_methods_share_out_features_too():
         assert create("+".join(pair)).feature_counts(sum(wanted)) == wanted, pair
 
 
-def test_features_that_cannot_be_shared_out_are_refused():
+def test_features_that_cannot_be_divided_are_refused():
     z = torch.randn(N, CLASSES)
-    with pytest.raises(ValueError, match=r"at\+fcka cannot share out 1 features"):
+    with pytest.raises(ValueError, match=r"at\+fcka cannot divide 1 features"):
         create_method("at+fcka").split(Outputs(z, (torch.randn(N, 4, 2, 2),)))
-    with pytest.raises(ValueError, match="cannot share out 3 features"):
+    with pytest.raises(ValueError, match="cannot divide 3 features"):
         create_method("fcka+rkd").split(Outputs(z, (torch.randn(N, 4),) * 3))
     three = create_method("rkd+fcka", {"fcka.stages": (1, 2, 3)})
     assert three.feature_counts(4) == [1, 3]

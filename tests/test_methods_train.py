@@ -13,17 +13,15 @@ from torchvision.models import VisionTransformer
 import rcka
 from rcka.data.datasets import load_dataset
 from rcka.features import feature_paths
-from rcka.methods import BUILT_IN  # not list_methods(): other tests register more
-from rcka.methods.base import DenseMethod, create_method
+from rcka.methods import FOR_CLASSIFIERS  # not list_methods(): other tests register more
+from rcka.methods.base import create_method
 from rcka.models.registry import create_model
 from rcka.train.classification import Distiller
 from rcka.train.config import TrainConfig
 from rcka.train.learner import Trainer, fit_many
 
 REPO = Path(__file__).parent.parent
-METHODS = [
-    name for name in sorted(BUILT_IN) if not (name.startswith("dense_") or isinstance(create_method(name), DenseMethod))
-]  # those for classification
+METHODS = sorted(FOR_CLASSIFIERS)
 # a weight that warms up is there in full from the second epoch on; CRD has 200 images to contrast, not 50,000; the ViT has one map
 SHORT = {
     "dkd": {"warmup": 1},
@@ -206,7 +204,7 @@ def test_the_stages_of_a_vit_are_known(images, teacher):
             Distiller(vit(images), create_method(name), teacher),
         )
         assert found.student_taps.paths == given.student_taps.paths
-    with pytest.raises(ValueError, match="in pairs, but the student gives 2 .* and the teacher 3"):
+    with pytest.raises(ValueError, match="in pairs, but the student has 2 path.* and the teacher 3"):
         Distiller(vit(images), create_method("at"), teacher)
 
 

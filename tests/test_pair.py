@@ -12,12 +12,12 @@ from torch import nn
 import rcka
 from rcka.core import Outputs
 from rcka.features import Taps
-from rcka.methods import BUILT_IN  # not list_methods(): other tests register more
+from rcka.methods import FOR_CLASSIFIERS  # not list_methods(): other tests register more
 from rcka.methods.base import create_method
 from rcka.pair import Pair
 from rcka.train.classification import Distiller
 
-METHODS = [name for name in sorted(BUILT_IN) if not create_method(name).dense]
+METHODS = sorted(FOR_CLASSIFIERS)
 SMALL = {"crd": {"negatives": 7, "width": 8}, "dpk": {"width": 8}, "cc": {"width": 8}}
 TARGETS = torch.arange(6) % 5
 
@@ -214,7 +214,7 @@ def test_inputs_by_name():
 def test_what_does_not_fit_is_refused_before_training():
     with pytest.raises(ValueError, match="gives 3 logits, the student 5.*such as fcka"):
         Pair(Small(4), Small(6, classes=3), "kd+fcka", images())
-    with pytest.raises(ValueError, match=r"student gives 1 \['stage'\] and the teacher 2"):
+    with pytest.raises(ValueError, match=r"student has 1 path\(s\), \['stage'\], and the teacher 2"):
         Pair(Small(4), Small(6), "fcka", images(), student_paths=["stage"], teacher_paths=["stem", "stage"])
     with pytest.raises(ValueError, match="do not know the stages of a Sequential"):
         Pair(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), Small(6), "fcka", images())

@@ -106,11 +106,11 @@ def test_bad_input_is_named():
         cka([1.0], x)
     with pytest.raises(ValueError, match="is empty"):
         cka(x[:0], x[:0])
-    with pytest.raises(ValueError, match="one space"):
+    with pytest.raises(ValueError, match="the same width"):
         mmd2(x, x[:, :2])
     with pytest.raises(ValueError, match="same samples"):
         fcka(x, x[:7])
-    with pytest.raises(ValueError, match="of one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         lcka(x, x[:7])
     with pytest.raises(ValueError, match="at least 2 samples"):
         lcka(x[:1], x[:1])

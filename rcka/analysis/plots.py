@@ -252,11 +252,11 @@ def plot_predicts(
 
 
 def rank_correlation(x, y) -> float:
-    "Compute Spearman's rank correlation; ties get their mean rank; NaN where either side is constant."
+    "Compute Spearman's rank correlation; ties get their mean rank; NaN where either side is constant, with a warning."
     with optional_import():
-        import pandas as pd
+        from scipy.stats import spearmanr
 
-    return float(pd.Series(list(x), dtype=float).rank().corr(pd.Series(list(y), dtype=float).rank()))
+    return float(spearmanr(list(x), list(y)).statistic)
 
 
 def _scatter(frame, x, y, by, ax):

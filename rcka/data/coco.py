@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional
 
 from ..core import check_epoch, check_whole, seed_of
 from .memory import identity_of
@@ -327,13 +328,12 @@ def prepare_image(
     mirror: bool = False,
 ) -> tuple[Tensor, Tensor]:  # float32 (3, height, width) in [0, 1], and the boxes in its pixels
     "Resize an image and its boxes, bilinear with antialiasing, and mirror them."
-    height, width = image.shape[1:]
-    if (width, height) != tuple(size):
-        image = F.interpolate(image[None], size=size[::-1], mode="bilinear", antialias=True)[0]
-    boxes = boxes * torch.tensor([size[0] / width, size[1] / height] * 2)
+    here = (image.shape[1], image.shape[2])
+    pair = [tv_tensors.Image(image), tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=here)]
+    pair = [functional.resize(x, [size[1], size[0]], antialias=True) for x in pair]
     if mirror:
-        image = image.flip(2)
-        boxes = torch.stack([size[0] - boxes[:, 2], boxes[:, 1], size[0] - boxes[:, 0], boxes[:, 3]], 1)
+        pair = [functional.horizontal_flip(x) for x in pair]
+    image, boxes = (x.as_subclass(Tensor) for x in pair)
     return image.float().div_(255), boxes
 
 # %% ../../nbs/method/05d_coco.ipynb #c7111d9b
@@ -397,6 +397,8 @@ class CocoBatches:
                 [(i, self.size[1], False) for i in self.numbers[at : at + size]]
                 for at in range(0, len(self.numbers), size)
             ]
+        # GroupedBatchSampler of torchvision's references is in no package, repeats images to fill its last batches, and
+        # begins every epoch at its first
         g = torch.Generator().manual_seed(seed_of(self.seed, e))
         shuffled = [group[torch.randperm(len(group), generator=g)] for group in self.groups]
         whole = [batch for group in shuffled for batch in group[: len(group) // size * size].split(size) if len(batch)]

@@ -129,7 +129,7 @@ class DetectionExperiment(BoxConfig, BaseExperiment):
         method = create_method(self.method, self.method_args)
         for name, part in zip(self.method.split("+"), getattr(method, "parts", [method])):
             if name != "none" and not part.dense:
-                dense = ", ".join(n for n in list_methods() if create_method(n).dense)
+                dense = ", ".join(list_methods(dense=True))
                 raise ValueError(
                     f"method {name!r} is for classifiers; for detectors there are {dense}; "
                     "a method of your own says dense = True"

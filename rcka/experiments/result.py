@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ import torch
 import rcka
 from ..core import nearest
 from ..extras import optional_import
-from ..files import TRAINER_LOCK, FolderBusy, checkout, write_atomic
+from ..files import TRAINER_LOCK, FolderBusy, checkout, read_csv, write_atomic
 from ..style import PALETTE
 from ..train.callbacks import differences
 
@@ -326,9 +325,7 @@ def published(
     known = sorted(p.stem for p in TABLES.glob("*.csv"))
     if dataset not in known:
         raise ValueError(nearest(dataset, known, "published table"))
-    with open(TABLES / f"{dataset}.csv", newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    return [{k: _number(v) for k, v in row.items()} for row in rows]
+    return [{k: _number(v) for k, v in row.items()} for row in read_csv(TABLES / f"{dataset}.csv")]
 
 
 def _number(text: str) -> float | str | None:

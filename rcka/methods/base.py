@@ -47,20 +47,20 @@ def stages_at(
 
 
 class Method(nn.Module):
-    """Base class of all distillation methods: `forward` returns {"ce": cross-entropy, ...: own terms}, whose sum is the loss.
+    """Base class of all distillation methods: `forward` returns {"ce": cross-entropy, ...: terms of the method}, whose sum is the loss.
 
-    `ce` is the factor of the cross-entropy. The factors of the parts of a sum are multiplied."""
+    `ce` is the weight of the cross-entropy; a sum of methods multiplies the weights of its parts."""
 
     name: str  # given by `register`
     ce = 1.0
     teacher_batch_stats = False  # the teacher's batch normalisations use the statistics of the batch
     dense = False  # for detectors and segmentation networks
-    wants_logits = True  # compares logits; of detectors those of classes
-    smallest = 2  # samples in a batch: with fewer there is nothing to compare
-    capturable = True  # a step fits a CUDA graph: its kernels do not depend on values, and memory is written in place
-    relations_only = False  # it sees the teacher's features through their Gram matrix alone, whatever their width
+    wants_logits = True  # compares logits (of a detector: the class logits)
+    smallest = 2  # least number of samples in a batch
+    capturable = True  # a CUDA graph can record a step: kernels do not depend on values, buffers are updated in place
+    relations_only = False  # uses the teacher's features through their Gram matrix alone, so they may be projected
     predicted: Tensor | None = (
-        None  # logits of the last batch, of a method that predicts with others than the student's
+        None  # logits of the last batch, where the method predicts with a network other than the student
     )
 
     def wants(self, layers: FeaturePaths) -> list[str]:
@@ -80,10 +80,10 @@ class Method(nn.Module):
         student_head: nn.Module | None = None,  # the student's
         targets: Tensor | None = None,  # of all training samples
     ):
-        "Make what is trained beside the student, once, before the optimiser is made."
+        "Create the method's own parameters and buffers. Called once, before the optimiser is created."
 
     def predictor(self, student: nn.Module, paths: Sequence[str]) -> nn.Module:
-        "Return the network that predicts: the student, or one made of it, of its features at `paths` and of what was built."
+        "Return the network used for prediction: the student, or one that adds built modules to its features at `paths`."
         return student
 
     def set_epoch(self, epoch: int):
@@ -92,7 +92,7 @@ class Method(nn.Module):
     def terms(
         self, student: Outputs, teacher: Outputs, target: Tensor, index: Tensor | None = None
     ) -> dict[str, Tensor]:
-        "Return the method's own terms, weighted scalars by name. `index` (n,) says which training samples these are."
+        "Return the method's own terms, weighted scalars by name. `index` (n,) holds the positions of the samples in the training set."
         return {}
 
     def forward(
@@ -103,7 +103,9 @@ class Method(nn.Module):
         `target` holds classes (n,), or class probabilities (n, classes) such as those of mixup.
         ValueError where its shape does not fit the logits, or for probabilities where the method needs classes."""
         if len(target) != len(student.logits):
-            raise ValueError(f"the batch sizes differ: {len(student.logits)} logits and {len(target)} targets")
+            raise ValueError(
+                f"target must have one entry for each sample: got {len(target)} targets for {len(student.logits)} rows of logits"
+            )
         if target.is_floating_point():
             if target.shape != student.logits.shape:
                 raise ValueError(
@@ -129,9 +131,12 @@ def register(name: str):
     return add
 
 
-def list_methods() -> list[str]:
-    "Return the sorted names of all registered methods."
-    return sorted(METHODS)
+def list_methods(
+    dense: bool
+    | None = None,  # only those of detectors and segmentation networks, or only those of classifiers; None: all
+) -> list[str]:
+    "Return the sorted names of the registered methods."
+    return sorted(name for name, method in METHODS.items() if dense is None or method.dense == dense)
 
 
 def create_method(
@@ -142,7 +147,7 @@ def create_method(
     parts, args = name.split("+"), dict(args or {})
     own = {part: {} for part in parts}
     if len(own) < len(parts):
-        raise ValueError(f"method {name!r} names a part twice")
+        raise ValueError(f"method {name!r} contains a part twice: name each part once")
     for part in parts:
         if part not in METHODS:
             raise ValueError(nearest(part, list_methods(), "method"))
@@ -173,7 +178,7 @@ ANY_PATHS = FeaturePaths(*[tuple(f"stage{i}" for i in range(64))] * 2, "pooled",
 
 
 class Sum(Method):
-    "Add several methods: all their terms, and one cross-entropy with the product of their factors."
+    "Sum of several methods: the terms of all parts, and one cross-entropy whose weight is the product of theirs."
 
     def __init__(self, methods):
         super().__init__()
@@ -217,8 +222,9 @@ class Sum(Method):
     ) -> list[int]:  # in the order of the parts
         """Return the number of features of each part.
 
-        Where `n` is not the number of paths that `wants` returned, the paths were given by hand. Then a part with `stages` of its own takes that many,
-        and parts that compare every stage take equally many; ValueError where this does not add up to `n`."""
+        If `n` is not the number of paths that `wants` returned, the user gave the paths. Then a part with `stages` takes
+        as many paths as it has stages, and the parts that compare every stage take equal numbers. Raises ValueError
+        where these numbers cannot add up to `n`."""
         if self.wanted is not None and sum(self.wanted) == n:
             return self.wanted
 
@@ -241,12 +247,12 @@ class Sum(Method):
                 self.wanted = found
                 return found
         raise ValueError(
-            f"method {self.name} cannot share out {n} features among its parts. Give the paths of the parts one after another, in the order of "
-            "the name: as many as a part's stages=..., and equally many to each part that compares every stage"
+            f"method {self.name} cannot divide {n} features among its parts. Give the paths part by part, in the order of "
+            "the name: one for each of a part's stages=..., and equal numbers for the parts that compare every stage"
         )
 
     def split(self, outputs):
-        "Return the outputs with the features of each part."
+        "Return one `Outputs` for each part, with the features of that part."
         if outputs is None:
             return [None] * len(self.parts)
         features, parts = outputs.features, []
@@ -280,18 +286,22 @@ class Sum(Method):
         for m, s, t in zip(self.parts, self.split(student), self.split(teacher)):
             own = m.terms(s, t, target, index)
             if both := terms.keys() & own.keys():
-                raise ValueError(f"two methods give a term of one name: {', '.join(both)}")
+                raise ValueError(
+                    f"two parts of {self.name} return terms of the same name, {', '.join(both)}: leave one of them out"
+                )
             terms |= own
         return terms
 
 
 class Wrapper(Method):
-    "Base class of what changes another method on a classifier: all but `terms` is passed on to `self.inner`."
+    "Base class of methods that modify another method for classifiers, `self.inner`: all but `terms` is delegated to it."
 
     def __init__(self, method: Method):
         super().__init__()
         if method.dense:
-            raise ValueError(f"{self.name} takes a method of classifiers, got the dense method {method.name!r}")
+            raise ValueError(
+                f"{self.name} modifies a method for classifiers, such as kd; got {method.name!r}, a method for dense prediction"
+            )
         self.inner, self.ce, self.teacher_batch_stats = method, method.ce, method.teacher_batch_stats
 
     @property
@@ -329,8 +339,9 @@ class Wrapper(Method):
 class FeatureMethod(Method):
     """Base class of the methods that compare pairs of features, one of the student and one of the teacher.
 
-    A subclass writes `terms` over `self.pairs(student, teacher)`. One that learns something for each pair sets `connects` and
-    writes `connector`; its `terms` take the modules from `self.built()`. `prepare` checks a pair and may change its shape."""
+    A subclass implements `terms`, which gets the pairs from `self.pairs(student, teacher)`. If it trains a module for each
+    pair, it sets `connects` and implements `connector`; `self.built()` returns these modules. `prepare` checks a pair and
+    may change its shape."""
 
     stages: tuple | list | str | None = None  # positions in `FeaturePaths.stages`, "pooled", or None: `default_stages`
     default_stages = slice(1, None)  # all but the stem
@@ -348,16 +359,17 @@ class FeatureMethod(Method):
         "Check a pair of features, and return both in float32 or float64. ValueError where the batch sizes differ."
         if len(student) != len(teacher):
             raise ValueError(
-                f"{self.name}: the batches differ, student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+                f"{self.name} compares features of the same samples: got student {tuple(student.shape)} and teacher "
+                f"{tuple(teacher.shape)}. Run both networks on the same batch"
             )
         return as_real(student, "student feature"), as_real(teacher, "teacher feature")
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        "Return the prepared pairs of features. The teacher's carry no gradient. ValueError where the numbers differ."
+        "Return the prepared pairs of features, the teacher's detached. ValueError where the numbers of features differ."
         if not student.features or len(student.features) != len(teacher.features):
             raise ValueError(
                 f"{self.name} compares features in pairs; got {len(student.features)} of the student and "
-                f"{len(teacher.features)} of the teacher. Ask method.wants(layers) which"
+                f"{len(teacher.features)} of the teacher. Take the features of both networks at the paths of method.wants(layers)"
             )
         pairs = [self.prepare(s, t) for s, t in zip(student.features, teacher.features)]
         return [(s, t.detach()) for s, t in pairs]
@@ -373,7 +385,7 @@ class FeatureMethod(Method):
         raise NotImplementedError
 
     def built(self) -> nn.ModuleList:
-        "Return the connectors, one a pair. RuntimeError before `build`: an optimiser made without them never trains them."
+        "Return the connectors, one for each pair. RuntimeError before `build`, since the optimiser must get them."
         if not hasattr(self, "connectors"):
             raise RuntimeError(
                 f"{self.name} has parameters of its own: call method.build(student_outputs, teacher_outputs, head=..., "
@@ -393,7 +405,10 @@ def check_samples(student: Tensor, teacher: Tensor):
     "Return two sets of features, flattened to (n, p) and (n, q), in float32 or float64. ValueError where n differs."
     student, teacher = as_features(student, "student"), as_features(teacher, "teacher")
     if len(student) != len(teacher):
-        raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
+        raise ValueError(
+            f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher. "
+            "Give features of the same samples"
+        )
     return student, teacher
 
 # %% ../../nbs/method/02_methods.ipynb #44230742
@@ -416,14 +431,17 @@ def check_maps(student: Tensor, teacher: Tensor):
                 f"{who}. For other shapes use fcka, sp, rkd or a method on logits"
             )
     if len(student) != len(teacher):
-        raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
+        raise ValueError(
+            f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher. "
+            "Give features of the same samples"
+        )
     return as_real(student, "student"), as_real(teacher, "teacher")
 
 
 def pooled_to(x: Tensor, size) -> Tensor:
     """Average `x` (n, C, H, W) down to `size`, (height, width).
 
-    Whole windows where they fit, since their gradient is deterministic on a GPU."""
+    Where `size` divides the map evenly, `avg_pool2d` is used: its gradient is deterministic on a GPU."""
     (h, w), (a, b) = x.shape[-2:], size
     if (h, w) == (a, b):
         return x
@@ -457,7 +475,7 @@ def resize_maps(x: Tensor, size) -> Tensor:
 class DenseMethod(FeatureMethod):
     """Base class of the methods that compare the feature maps of detectors and segmentation networks, level by level.
 
-    Where the widths differ, the connector is a 1x1 convolution to the teacher's width. A subclass writes `terms` over `self.maps`."""
+    Where the widths differ, the connector is a 1x1 convolution to the teacher's width. A subclass implements `terms` with `self.maps`."""
 
     dense = True
     connects = True
@@ -467,11 +485,11 @@ class DenseMethod(FeatureMethod):
         return [True] * n
 
     def prepare(self, student, teacher):
-        "Check a pair of maps (B, C, H, W). They keep their precision: the losses widen one level at a time."
+        "Check a pair of maps (B, C, H, W). Their dtype is kept: the losses convert to float32 one level at a time."
         if student.dim() != 4 or teacher.dim() != 4 or len(student) != len(teacher):
             raise ValueError(
-                f"{self.name} compares feature maps (B, C, H, W) of one batch, got {tuple(student.shape)} of the student "
-                f"and {tuple(teacher.shape)} of the teacher"
+                f"{self.name} compares feature maps (B, C, H, W) of the same images, got {tuple(student.shape)} of the student "
+                f"and {tuple(teacher.shape)} of the teacher: choose module paths that return maps"
             )
         return student, teacher
 
@@ -480,7 +498,7 @@ class DenseMethod(FeatureMethod):
         return nn.Identity() if c == d else nn.Conv2d(c, d, 1)
 
     def maps(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        "Return pairs of maps of one width, one a level."
+        "Return a pair of maps for each level, the student's with the teacher's number of channels."
         pairs = zip(self.built(), self.pairs(student, teacher), strict=True)
         return [(s if isinstance(c, nn.Identity) else c(as_real(s, "student")), t) for c, (s, t) in pairs]
 
@@ -490,6 +508,6 @@ def map_mse_loss(
     student: Tensor,  # (B, C, H, W)
     teacher: Tensor,  # (B, C, U, V); the student's map is resized to this size
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Mean squared error of two feature maps of one width."
+    "Return the mean squared error of two feature maps with the same number of channels."
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
     return F.mse_loss(resize_maps(student, teacher.shape[-2:]), teacher)

@@ -23,15 +23,15 @@ __all__ = ['angular_distance', 'CKAAngle', 'procrustes_similarity', 'Procrustes'
 def angular_distance(
     similarity: Tensor,  # in [-1, 1], any shape: a cosine
 ) -> Tensor:  # the same shape, in [0, 2]: 0 at the optimum, 1 for a right angle
-    "arccos(similarity) / (pi / 2). No gradient where rounding leaves nothing between the similarity and 1 or -1."
-    near = 1 - 4 * torch.finfo(similarity.dtype).eps  # beside it the derivative of arccos is infinite
+    "Return arccos(similarity) / (pi / 2). The gradient is zero where the similarity is 1 or -1 up to rounding."
+    near = 1 - 4 * torch.finfo(similarity.dtype).eps  # above it the derivative of arccos tends to infinity
     inside = similarity.abs() < near
     known = torch.where(similarity.detach() < 0, 2.0, 0.0).to(similarity.dtype)
     return torch.where(inside, torch.where(inside, similarity, 0).arccos() / (math.pi / 2), known)
 
 
 class _MeanDistance(FeatureMethod):
-    "One term, weight * mean over stages of `distance`."
+    "Base class of methods with one term, weight * mean over stages of `distance`."
 
     weight: float
 
@@ -50,8 +50,8 @@ class CKAAngle(_MeanDistance):
     def __init__(
         self,
         weight: float = 16.0,  # of the term
-        stages=(-3, -2, -1),  # which of the network's stages, or "pooled"
-        over: str = "places",  # samples are the places of maps; or "samples": flattened features, as in FCKA
+        stages=(-3, -2, -1),  # positions of stages, or "pooled"
+        over: str = "places",  # CKA over the places of maps; or "samples": of flattened features, as in FCKA
     ):
         super().__init__()
         if over not in ("places", "samples"):
@@ -82,18 +82,20 @@ def procrustes_similarity(
     student: Tensor,  # (n, c, H, W)
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
 ) -> Tensor:  # scalar in [0, 1]; 1 at the optimum
-    "Nuclear norm of the cross-covariance over the norms of two centred maps whose samples are all their places: 1 - half the squared Procrustes distance of maps of norm one. 0 with a zero gradient where a side is constant in every channel."
+    """Return 1 - half the squared Procrustes distance of two maps, centred and of Frobenius norm one, whose samples are their places.
+
+    This is the nuclear norm of their cross-covariance. 0 with a zero gradient where a side is constant in every channel."""
     x, y = _unit_maps(student, teacher)
     return torch.linalg.svdvals(x @ y.mT).sum()
 
 
 class _PlaceDistance(_MeanDistance, MapMethod):
-    "A distance of maps whose samples are their places."
+    "Base class of methods with a distance between maps whose samples are their places."
 
     def __init__(
         self,
         weight: float = 16.0,  # of the term
-        stages=(-3, -2, -1),  # which of the network's stages
+        stages=(-3, -2, -1),  # positions of stages
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
@@ -103,7 +105,7 @@ class _PlaceDistance(_MeanDistance, MapMethod):
 class Procrustes(_PlaceDistance):
     "weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared Procrustes distance. Ours."
 
-    capturable = False  # singular values wait for the device
+    capturable = False  # the singular value decomposition synchronises with the device
 
     def distance(self, student, teacher):
         return 1 - procrustes_similarity(student, teacher)
@@ -114,12 +116,13 @@ def explained_variance(
     student: Tensor,  # (n, c, H, W)
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
     ridge: float = 1e-4,  # added to the student's covariance, in units of the mean variance of its channels
-) -> Tensor:  # scalar in [0, 1]; 1 at the optimum, but for the ridge
-    """Return the share of the teacher's variance over places that a ridge regression on the student's channels explains.
+) -> Tensor:  # scalar in [0, 1]; at the optimum 1, less the effect of the ridge
+    """Return the fraction of the teacher's variance over places that a ridge regression on the student's channels explains.
 
-    The index "linear regression" of Kornblith et al. 2019 on n h w samples. 0 with a zero gradient where a side is constant in every channel."""
+    The similarity index "linear regression" of Kornblith et al. 2019, with n h w samples. 0 with a zero gradient where a
+    side is constant in every channel."""
     x, y = _unit_maps(student, teacher)
-    # in float64, and by no less than what rounding leaves in the products: the factorisation never fails
+    # float64 and a penalty of at least the rounding error of the products: the factorisation never fails
     penalty = torch.where(x.detach().any(), max(ridge / len(x), 8 * torch.finfo(x.dtype).eps), 1.0)
     covariance, cross = (x @ x.mT).double(), (x @ y.mT).double()
     factor = torch.linalg.cholesky(covariance + penalty * torch.eye(len(x), dtype=torch.float64, device=x.device))
@@ -128,9 +131,9 @@ def explained_variance(
 
 @register("explained_variance")
 class ExplainedVariance(_PlaceDistance):
-    "weight * mean over stages of the share of the teacher's variance that no linear map of the student's channels explains. Ours."
+    "weight * mean over stages of the fraction of the teacher's variance that no linear map of the student's channels explains. Ours."
 
-    capturable = False  # a Cholesky factor waits for the device
+    capturable = False  # the Cholesky factorisation synchronises with the device
 
     def distance(self, student, teacher):
         return 1 - explained_variance(student, teacher)
@@ -141,8 +144,10 @@ def label_alignment(
     features: Tensor,  # (n, ...)
     target: Tensor,  # (n,): the true classes
     classes: int,
-) -> Tensor:  # scalar; 1 where the features are one simplex of classes
-    "Linear CKA of features and one-hot labels (Cristianini et al. 2001; centred: Cortes et al. 2012). 0 with a zero gradient where the batch holds one class."
+) -> Tensor:  # scalar; 1 where the classes collapse to the vertices of a simplex
+    """Return the linear CKA of features and one-hot labels (Cristianini et al. 2001; centred: Cortes et al. 2012).
+
+    0 with a zero gradient where all samples of the batch have the same class."""
     x = as_features(features, "features")
     return cka(x, F.one_hot(target, classes).to(x.dtype))
 
@@ -151,7 +156,7 @@ def label_alignment(
 class LabelCKA(FeatureMethod):
     "weight * mean over stages of 1 - CKA of the student's features and the one-hot labels: centred kernel-target alignment (Cortes et al. 2012) as a loss."
 
-    wants_logits = True  # the student's, for the number of classes
+    wants_logits = True  # the student's logits say how many classes there are
 
     def __init__(
         self,
@@ -171,9 +176,11 @@ class LabelCKA(FeatureMethod):
 def kernel_cka(
     student: Tensor,  # (n, ...): features
     teacher: Tensor,  # (n, ...): features of the same samples; the width may differ
-    kernel: str = "gaussian",  # of median width; or "cosine"
+    kernel: str = "gaussian",  # with the median distance as bandwidth; or "cosine"
 ) -> Tensor:  # scalar, 1 at the optimum
-    "Centred CKA of flattened features with a Gaussian kernel as wide as the median distance of its side (Kornblith et al. 2019, section 3), or of features of unit length. The width carries no gradient."
+    """Return the CKA of flattened features with a Gaussian or a cosine kernel (Kornblith et al. 2019, section 3).
+
+    The bandwidth of the Gaussian is the median distance between the samples of each network, and carries no gradient."""
     student, teacher = check_samples(student, teacher)
     if kernel == "cosine":
         return cka(unit(student), unit(teacher))
@@ -184,12 +191,12 @@ def kernel_cka(
 
 @register("kernel_cka")
 class KernelCKA(_MeanDistance):
-    "weight * mean over stages of 1 - CKA of flattened features with a Gaussian kernel of median width, or the cosine kernel. Ours."
+    "weight * mean over stages of 1 - CKA of flattened features with a Gaussian kernel (median bandwidth) or a cosine kernel. Ours."
 
     def __init__(
         self,
         weight: float = 16.0,  # of the term
-        stages=(-1,),  # which of the network's stages, or "pooled"
+        stages=(-1,),  # positions of stages, or "pooled"
         kernel: str = "gaussian",  # or "cosine"
     ):
         super().__init__()

@@ -38,8 +38,9 @@ def fcka(
     unbiased: bool = False,  # debiased CKA (n >= 4)
     gram_of_gram: bool = False,  # align the Gram matrices of the row-normalised Gram matrices
 ) -> Tensor:  # scalar similarity, 1 at the optimum
-    "Similarity of two feature maps: linear CKA of the flattened features (Zhou et al. 2024, section 3)."
-    sides = {"student": student, "teacher": teacher}  # relations do not see the order of features: no copy of a map
+    "Return the linear CKA of two sets of flattened features (Zhou et al. 2024, section 3)."
+    # a Gram matrix does not depend on the order of the features, so a map need not be copied
+    sides = {"student": student, "teacher": teacher}
     student, teacher = (as_features(in_memory_order(as_real(x, side)), side) for side, x in sides.items())
     if gram_of_gram:
         check_pair(student, teacher)
@@ -48,7 +49,7 @@ def fcka(
 
 # %% ../../nbs/method/02a_cka.ipynb #4e705cfc
 class _Gram(torch.autograd.Function):
-    "x x^T. Its derivative is one product, (g + g^T) x; autograd alone would take two, not knowing that both factors are the same."
+    "Gram matrix x x^T. The backward pass takes one product, (g + g^T) x; autograd would take two, not knowing that the factors are equal."
 
     generate_vmap_rule = True
 
@@ -67,7 +68,7 @@ class _Gram(torch.autograd.Function):
 
 # %% ../../nbs/method/02a_cka.ipynb #8cd4f442
 def _split(x: Tensor):
-    "Doubly centred part with the row sqrt(n) d, (*batch, n + 1, p), and the effect m of the sample, (*batch, n, 1)."
+    "Return the doubly centred x with the row sqrt(n) d appended, (*batch, n + 1, p), and the sample effects m, (*batch, n, 1)."
     x = x - x[..., :1, :1].detach()  # constant logits become exact zeros
     x = scaled(x - x.mean((-2, -1), keepdim=True))
     m, d = x.mean(-1, keepdim=True), x.mean(-2, keepdim=True)  # effects of the sample (n, 1) and of the class (1, p)
@@ -75,13 +76,13 @@ def _split(x: Tensor):
 
 # %% ../../nbs/method/02a_cka.ipynb #b0408210
 def largest_diagonal(k: Tensor) -> Tensor:
-    "Largest diagonal entry of Gram matrices (*batch, n, n), which bounds the others: (*batch, 1, 1), and 1 where it is 0."
+    "Return the largest diagonal entry of Gram matrices (*batch, n, n), which bounds all entries, as (*batch, 1, 1); 1 instead of 0."
     peak = k.detach().diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     return torch.where(peak > 0, peak, torch.ones_like(peak))
 
 
 def _ratio(xy: Tensor, xx: Tensor, yy: Tensor, noise: float, diagonals) -> Tensor:
-    "xy / sqrt(xx yy), debiased with the diagonals of both Gram matrices where they are given; 0 where a side is within the noise."
+    "Return xy / sqrt(xx yy), debiased if the diagonals of both Gram matrices are given; 0 where xx or yy is at most `noise`."
     if diagonals:
         x, y = diagonals
         xy, xx, yy = debias(xy, x, y), debias(xx, x, x), debias(yy, y, y)
@@ -98,18 +99,19 @@ class IntraInter(NamedTuple):
 def intra_inter(
     student: Tensor,  # (*batch, n, p)
     teacher: Tensor,  # (*batch, n, p)
-    center: bool = True,  # rows less the mean row for intra, columns less the mean column for inter
+    center: bool = True,  # subtract the mean row for intra, the mean column for inter
     unbiased: bool = False,  # unbiased HSIC in both (n >= 4 and p >= 4)
-    inter: bool = True,  # False leaves inter out: None, and one product less
+    inter: bool = True,  # False: inter is None, which saves a product
 ) -> IntraInter:  # two tensors of shape (*batch,)
-    """CKA of the rows and CKA of the columns of two matrices of one shape, from three Gram products.
+    """Return the CKA of the rows and the CKA of the columns of two matrices of the same shape, from three Gram products.
 
-    Entries of any size for one pair of matrices; a batch without centring wants them between 1e-17 and 1e17 in float32."""
+    The entries of a single pair of matrices may have any magnitude; a batch of pairs with `center=False` needs magnitudes
+    between 1e-17 and 1e17 in float32."""
     n, p = student.shape[-2:]
     if p < n:
         columns, rows = intra_inter(student.mT, teacher.mT, center, unbiased)
         return IntraInter(rows, columns if inter else None)
-    # the two sides apart: a teacher that asks for no gradient costs none
+    # student and teacher are not stacked, so that no gradient is computed for a detached teacher
     if center:
         (student, m), (teacher, l) = _split(student), _split(teacher)
     elif student.dim() == 2:
@@ -126,7 +128,7 @@ def intra_inter(
     a, b = (k[..., :n, :n] + p * effect * effect.mT for k, effect in ((a, m), (b, l)))
     rows = unbiased and [k.diagonal(dim1=-2, dim2=-1) for k in (a, b)]
     columns = unbiased and [z.square().sum(-2) for z in (student, teacher)]
-    noise = (n * p * (8 * torch.finfo(a.dtype).eps) ** 2) ** 2  # what rounding leaves of rows that are all alike
+    noise = (n * p * (8 * torch.finfo(a.dtype).eps) ** 2) ** 2  # bound on the rounding error where all rows are equal
     return IntraInter(
         _ratio(inner_product(a, b), inner_product(a, a), inner_product(b, b), noise, rows),
         _ratio(cross, *norms, noise, columns) if inter else None,
@@ -134,7 +136,7 @@ def intra_inter(
 
 # %% ../../nbs/method/02a_cka.ipynb #aa36e0fd
 def _row_normalised_alignment(x: Tensor, y: Tensor) -> Tensor:
-    "Alignment of the Gram matrices of the rows, (n, p), row i divided by sqrt(K_ii), as released by the paper's authors. No product is larger than the smaller of n and p."
+    "Return the alignment of the Gram matrices of x and y (n, p), row i divided by sqrt(K_ii), as in the authors' code. No product is larger than min(n, p) squared."
     u, v = unit(x), unit(y)  # a zero row stays zero
     if len(x) <= x.shape[1]:
         k, l = u @ x.mT, v @ y.mT
@@ -152,11 +154,13 @@ def lcka(
     | None = None,  # compare softmax(logits / temperature), over the classes P; None compares the logits
     normalize_rows: bool = False,  # divide row i of each Gram matrix by sqrt(K_ii); needs center=False
 ) -> IntraInter:  # (intra, inter): two scalars, 1 at the optimum
-    "Similarity of two sets of logits, samples against samples and classes (or classes at places) against each other (Zhou et al. 2024, section 3)."
+    """Return the CKA of two sets of logits between samples (intra) and between classes (inter) (Zhou et al. 2024, section 3).
+
+    For maps of logits, each class at each place counts as a class."""
     student, teacher = as_real(student_logits, "student_logits"), as_real(teacher_logits, "teacher_logits")
     if student.dim() < 2 or student.shape != teacher.shape:
         raise ValueError(
-            f"logits must be two tensors of one shape, (n, classes) or (n, classes, height, width), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+            f"student and teacher logits must have the same shape, (n, classes) or (n, classes, height, width), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
         )
     least = 4 if unbiased else 2 if center else 1
     if min(len(student), student[:1].numel()) < least:
@@ -182,7 +186,7 @@ def lcka(
 
 # %% ../../nbs/method/02a_cka.ipynb #023e10c0
 def _patches(x: Tensor, size, k: int, center: bool) -> Tensor:
-    "(B, C, H, W) resized to `size` and cut into k x k patches: (C, places, B k k)."
+    "Resize maps (B, C, H, W) to `size` and cut them into k x k patches; return (C, patches, B k k)."
     if center:
         x = x - x[:1, :, :1, :1].detach()  # a constant channel becomes zero before resizing rounds it
     x = resize_maps(x, size).unflatten(-1, (-1, k)).unflatten(-3, (-1, k))  # (B, C, u, k, v, k)
@@ -193,14 +197,16 @@ def _patches(x: Tensor, size, k: int, center: bool) -> Tensor:
 def pcka(
     student: Tensor,  # (B, C, H, W)
     teacher: Tensor,  # (B, C, U, V)
-    patch_size: int = 16,  # height and width of a patch, in places of the teacher's map
-    center: bool = False,  # as released: the published weights belong to this form; True: as in the paper's text
-    inter: bool = True,  # False leaves inter out: None, and a third of the work less
+    patch_size: int = 16,  # height and width of a patch, in pixels of the teacher's map
+    center: bool = False,  # as in the released code, to which the published weights belong; True: as in the paper's text
+    inter: bool = True,  # False: inter is None, which saves a third of the work
 ) -> IntraInter:  # (intra, inter): two scalars, 1 at the optimum
-    """Similarity of two feature maps by patches: mean over channels of the CKA of places, and of what lies inside patches (Zhou et al. 2024, dense prediction).
+    """Return the patch-wise CKA of two feature maps, mean over channels (Zhou et al. 2024, dense prediction).
 
-    Both maps are resized to the teacher's size rounded up to multiples of `patch_size`. Channels must agree: widths that differ need a connector.
-    A channel that is zero (with `center`: constant) has similarity 0 and no gradient. A map of a single patch has intra 1, or 0 with `center`: one place has nothing to be compared with."""
+    A channel becomes a matrix with a row for each patch, which holds the pixels of that patch in all images: intra is the
+    CKA of its rows, inter that of its columns. Both maps are resized to the teacher's size rounded up to multiples of
+    `patch_size`. Both must have the same number of channels. A channel that is zero (with `center`: constant) has
+    similarity 0 and no gradient. A map of a single patch has intra 1, or 0 with `center`, since it has one row only."""
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
     for who, x in (("student", student), ("teacher", teacher)):
         if x.dim() != 4 or 0 in x.shape:
@@ -208,7 +214,10 @@ def pcka(
                 f"pcka compares feature maps (B, C, H, W) that are not empty, got {tuple(x.shape)} of the {who}"
             )
     if len(student) != len(teacher):
-        raise ValueError(f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher")
+        raise ValueError(
+            f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher. "
+            "Give features of the same samples"
+        )
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"pcka compares channel by channel, got {student.shape[1]} of the student and {teacher.shape[1]} of the teacher: bring the student's map to the teacher's width with a connector, such as the 1x1 convolution that the method PCKA builds"
@@ -233,7 +242,7 @@ class FCKA(FeatureMethod):
     def __init__(
         self,
         weight: float = 16.0,  # of the term
-        stages=(-1,),  # which of the network's stages; their similarities are averaged
+        stages=(-1,),  # positions of stages; their similarities are averaged
         center: bool = True,  # False: as released
         unbiased: bool = False,  # debiased CKA
         gram_of_gram: bool = False,  # the Gram of the row-normalised Gram matrix
@@ -253,12 +262,12 @@ class FCKA(FeatureMethod):
 # %% ../../nbs/method/02a_cka.ipynb #89b211a1
 @register("lcka")
 class LCKA(Method):
-    "intra * (1 - intra-LCKA) + inter * (1 - inter-LCKA) of the logits (Zhou et al. 2024). A weight of 0 leaves the term out."
+    "intra * (1 - intra-LCKA) + inter * (1 - inter-LCKA) of the logits (Zhou et al. 2024). A term of weight 0 is not computed."
 
     def __init__(
         self,
-        intra: float = 1.0,  # weight of samples against samples
-        inter: float = 1.0,  # weight of classes against classes
+        intra: float = 1.0,  # weight of intra-LCKA, between samples
+        inter: float = 1.0,  # weight of inter-LCKA, between classes
         center: bool = True,  # False: as released
         unbiased: bool = False,  # debiased CKA
         temperature: float | None = None,  # compare softmax(logits / temperature)
@@ -290,7 +299,7 @@ class RCKA(FeatureMethod):
         alpha: float = 16.0,  # weight of the features
         beta: float = 1.0,  # weight of intra-LCKA
         gamma: float = 1.0,  # weight of inter-LCKA
-        stages=(-1,),  # which of the network's stages the feature term compares
+        stages=(-1,),  # positions of the stages that the feature term compares
         center: bool = True,  # False: as released
         unbiased: bool = False,  # debiased CKA
         temperature: float | None = None,  # of the logit terms
@@ -314,11 +323,12 @@ class RCKA(FeatureMethod):
 # %% ../../nbs/method/02a_cka.ipynb #5c94152b
 @register("rcka_released")
 class RCKAReleased(RCKA):
-    """RCKA in the form and with the weights of the code around the paper: no centring, row-normalised logit Gram matrices with weight 15, a Gram of a Gram of the features with weight 1.
+    """RCKA as in the code released with the paper: no centring, row-normalised logit Gram matrices with weight 15, Gram matrix of the feature Gram matrix with weight 1.
 
-    The classification code itself is not public, so this is no reproduction of the paper's results. The released class sums the feature term over all stages;
-    here it is that of the last stage alone, and with `stages` the mean over them (multiply `alpha` by their number for the sum).
-    That feature term is published as another paper's: Saha, Bialkowski, Khalifa, "Distilling representational similarity using centered kernel alignment (CKA)", BMVC 2022."""
+    The training code for classification is not public, so this does not reproduce the paper's results. The released class
+    sums the feature term over all stages; here it uses the last stage, or with `stages` the mean over them (multiply
+    `alpha` by their number to get the sum). The feature term was published in another paper: Saha, Bialkowski, Khalifa,
+    "Distilling representational similarity using centered kernel alignment (CKA)", BMVC 2022."""
 
     def __init__(
         self,
@@ -335,17 +345,19 @@ class RCKAReleased(RCKA):
 # %% ../../nbs/method/02a_cka.ipynb #6e276172
 @register("pcka")
 class PCKA(DenseMethod):
-    """intra * (1 - intra-PCKA) + inter * (1 - inter-PCKA) + mimic * squared error of the maps, each summed over levels (Zhou et al. 2024, dense prediction). A weight of 0 leaves the term out.
+    """intra * (1 - intra-PCKA) + inter * (1 - inter-PCKA) + mimic * squared error of the maps, each summed over levels (Zhou et al. 2024, dense prediction).
 
-    Weights as published with the released configurations: intra 10 for one-stage detectors and RepPoints, intra 10 and inter 10 for two-stage ones and GFL; the weight of "+ mimic" is not public.
-    The released code multiplies the inter term by the intra weight too; here it has its own. A dense task takes `terms` and adds its own loss."""
+    A term of weight 0 is not computed. Weights of the released configurations: intra 10 for one-stage detectors and
+    RepPoints, intra 10 and inter 10 for two-stage ones and GFL; the weight of "+ mimic" is not public. The released code
+    multiplies the inter term by the intra weight as well; here each term has its own weight. A dense task adds the
+    network's own loss to `terms`."""
 
     def __init__(
         self,
-        intra: float = 10.0,  # weight of places against places
-        inter: float = 0.0,  # weight of what lies inside patches; 10 for two-stage detectors
+        intra: float = 10.0,  # weight of intra-PCKA, between patches
+        inter: float = 0.0,  # weight of inter-PCKA, between the pixels inside patches; 10 for two-stage detectors
         mimic: float = 0.0,  # weight of the mean squared error of the maps
-        patch_size: int = 16,  # height and width of a patch, in places of the map
+        patch_size: int = 16,  # height and width of a patch, in pixels of the map
         center: bool = False,  # as released, where the weights come from; True: as in the paper's text
         stages=None,  # positions of the levels; None is the first four
     ):
@@ -359,7 +371,7 @@ class PCKA(DenseMethod):
         single = [i for i, (_, t) in enumerate(self.pairs(student, teacher)) if max(t.shape[-2:]) <= k]
         if single and not self.weights["pcka_inter"]:
             warnings.warn(
-                f"the maps of level {', '.join(map(str, single))} fit into one patch of {k} x {k}, where intra-PCKA has nothing to compare: give a smaller patch_size, other stages, or a weight for inter",
+                f"the maps of level {', '.join(map(str, single))} are a single patch of {k} x {k}, so intra-PCKA has nothing to compare there: give a smaller patch_size, other stages, or a weight for inter",
                 stacklevel=2,
             )
 

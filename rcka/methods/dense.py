@@ -18,7 +18,7 @@ __all__ = ['Mimic', 'pkd_loss', 'PKD', 'box_weights', 'attention', 'fgd_focal_lo
 # %% ../../nbs/method/02e_dense.ipynb #e33f2172
 @register("mimic")
 class Mimic(DenseMethod):
-    "Hints on feature maps (Romero et al., ICLR 2015): weight * mean squared error, summed over levels. The weight is ours; a student's map of another size is resized to the teacher's."
+    "Hints on feature maps (Romero et al., ICLR 2015): weight * mean squared error, summed over levels. The student's map is resized to the teacher's. The default weight is ours."
 
     def __init__(
         self,
@@ -37,12 +37,14 @@ def pkd_loss(
     student: Tensor,  # (B, C, H, W)
     teacher: Tensor,  # (B, C, U, V); the student's map is resized to this size
 ) -> Tensor:  # scalar, 0 at the optimum
-    "1 - Pearson correlation of each channel over batch and places, mean over channels (Cao et al. 2022). A constant channel has correlation 0 and no gradient."
+    """Return 1 - Pearson correlation of each channel over batch and places, mean over channels (Cao et al. 2022).
+
+    A constant channel has correlation 0 and no gradient."""
     size, dims = teacher.shape[-2:], (0, 2, 3)
     student, teacher = (as_real(x, who) for x, who in ((student, "student"), (teacher, "teacher")))
     shifted = (
         resize_maps(x - x[:1, :, :1, :1].detach(), size) for x in (student, teacher)
-    )  # a constant becomes an exact zero
+    )  # a constant channel becomes exactly zero
     s, t = (unit(x - x.mean(dims, keepdim=True), dims) for x in shifted)
     return 1 - (s * t).sum(dims).mean()
 
@@ -66,16 +68,19 @@ class PKD(DenseMethod):
 
 # %% ../../nbs/method/02e_dense.ipynb #0fcc8979
 def box_weights(
-    boxes: list[Tensor],  # one (boxes, 4) tensor an image: x0, y0, x1, y1 in pixels of the network's input
+    boxes: list[Tensor],  # one (boxes, 4) tensor per image: x0, y0, x1, y1 in pixels of the network's input
     input_size: tuple[int, int],  # height and width of that input, padding included
     map_size: tuple[int, int],  # height and width of the feature map
 ) -> tuple[Tensor, Tensor]:  # foreground and background weights, (images, height, width) each
-    "Weights of the places of a map (Yang et al. 2022, eq. 3): 1 / area of the smallest box around it, or 1 / number of background places."
+    """Return the weight of each place of a map (Yang et al. 2022, eq. 3).
+
+    In the foreground 1 / area of the smallest box around the place, in the background 1 / number of background places.
+    Raises ValueError for boxes of another shape."""
     h, w = map_size
     masks = []
     for b in boxes:
         if b.dim() != 2 or b.shape[1] != 4:
-            raise ValueError(f"boxes must be (boxes, 4), got {tuple(b.shape)}")
+            raise ValueError(f"boxes must be (boxes, 4), x0, y0, x1, y1 of each; got {tuple(b.shape)}")
         b = b.float() * b.new_tensor([w / input_size[1], h / input_size[0]] * 2, dtype=torch.float)
         first, last = b[:, :2].floor(), b[:, 2:].ceil()  # cells, both ends included, as in the authors' code
         x, y = torch.arange(w, device=b.device), torch.arange(h, device=b.device)
@@ -93,7 +98,7 @@ def attention(
     x: Tensor,  # (B, C, H, W)
     temperature: float,  # of both softmaxes
 ) -> tuple[Tensor, Tensor]:  # of places (B, H, W) and of channels (B, C), mean 1
-    "Spatial and channel attention (Yang et al. 2022, eq. 4 to 7)."
+    "Return the spatial and the channel attention of a map (Yang et al. 2022, eq. 4 to 7)."
     size = x.abs()
     places, channels = size.mean(1), size.mean((2, 3))
 
@@ -108,14 +113,14 @@ def fgd_focal_losses(
     student: Tensor,  # (B, C, H, W)
     teacher: Tensor,  # (B, C, H, W)
     foreground: Tensor,  # (B, H, W): weights of the places inside boxes, 0 elsewhere
-    background: Tensor,  # (B, H, W): weights of the others
+    background: Tensor,  # (B, H, W): weights of the places outside, 0 inside
     alpha: float,  # of the foreground
     beta: float,  # of the background
     temperature: float,  # of the attention
 ) -> tuple[
     Tensor, Tensor
 ]:  # two scalars: weighted squared difference of the maps, absolute difference of the attentions
-    "Focal part of FGD, sums over places and channels, mean over samples (Yang et al. 2022, eq. 8 and 9)."
+    "Return the focal losses of FGD, summed over places and channels, mean over samples (Yang et al. 2022, eq. 8 and 9)."
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
     (places, channels), (places_t, channels_t) = attention(student, temperature), attention(teacher, temperature)
     by_place = ((student - teacher).square() * channels_t[:, :, None, None]).sum(1)
@@ -145,13 +150,13 @@ class ContextBlock(nn.Module):
 
 @full_precision
 def fgd_global_loss(student: Tensor, teacher: Tensor, of_student: nn.Module, of_teacher: nn.Module) -> Tensor:
-    "Squared difference of two maps (B, C, H, W) with their contexts, summed over places and channels, mean over samples (Yang et al. 2022, eq. 11)."
+    "Return the squared difference of two maps (B, C, H, W) after their context blocks, summed over places and channels, mean over samples (Yang et al. 2022, eq. 11)."
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
     return (of_student(student) - of_teacher(teacher)).square().sum() / len(student)
 
 # %% ../../nbs/method/02e_dense.ipynb #6437ef37
 def boxes_of(target, images: int):
-    "Boxes of each image and the one input size, from a list of dicts."
+    "Return the boxes of each image and the common input size from a list of dicts. ValueError where they are not there."
     if (
         not isinstance(target, (list, tuple))
         or len(target) != images
@@ -162,7 +167,9 @@ def boxes_of(target, images: int):
         )
     sizes = {tuple(int(x) for x in t["input_size"]) for t in target}
     if len(sizes) > 1:
-        raise ValueError(f"the images of a batch are padded to one input_size, got {sorted(sizes)}")
+        raise ValueError(
+            f"all images of a batch must have the same input_size, that of the padded batch; got {sorted(sizes)}"
+        )
     return [t["boxes"] for t in target], sizes.pop()
 
 
@@ -212,10 +219,10 @@ class FGD(DenseMethod):
 
 # %% ../../nbs/method/02e_dense.ipynb #d199e8be
 def class_rows(student, teacher, form: str):
-    "Two sets of logits as (rows, classes) of one shape, float32 at least."
+    "Return the class logits of both networks as (rows, classes), in float32 or float64. ValueError where they do not fit."
     if student is None or teacher is None:
         raise ValueError(
-            "this method compares class logits: Outputs.logits must be (rows, classes) or (B, classes, H, W) of both networks"
+            "this method compares class logits, but Outputs.logits of a network is None: give (rows, classes) or (B, classes, H, W)"
         )
     if form not in ("softmax", "sigmoid"):
         raise ValueError(
@@ -224,7 +231,7 @@ def class_rows(student, teacher, form: str):
     student, teacher = as_real(student, "student_logits"), as_real(teacher, "teacher_logits")
     if student.dim() < 2 or student.shape != teacher.shape or 0 in student.shape:
         raise ValueError(
-            f"class logits must be two tensors of one shape, (rows, classes) or (B, classes, H, W), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+            f"class logits of student and teacher must have the same shape, (rows, classes) or (B, classes, H, W), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
         )
     return (x.movedim(1, -1).flatten(0, -2) for x in (student, teacher))
 
@@ -233,10 +240,13 @@ def class_rows(student, teacher, form: str):
 def dense_kd_loss(
     student_logits: Tensor,  # (rows, classes) or (B, classes, H, W)
     teacher_logits: Tensor,  # the same shape
-    form: str = "softmax",  # or "sigmoid", for heads that score each class by itself
+    form: str = "softmax",  # or "sigmoid", for heads that score each class independently
     temperature: float = 1.0,  # softens both
 ) -> Tensor:  # scalar, 0 at the optimum
-    "temperature^2 KL(teacher || student): mean over rows for softmax; sum over rows and classes, over the teacher's foreground, for sigmoid."
+    """Return temperature^2 KL(teacher || student) of class logits.
+
+    For softmax the mean over rows; for sigmoid the sum over rows and classes, divided by the teacher's foreground: the
+    sum over rows of its largest class probability, at least 1."""
     student, teacher = class_rows(student_logits, teacher_logits, form)
     s, t = student / temperature, teacher / temperature
     if form == "softmax":
@@ -248,7 +258,7 @@ def dense_kd_loss(
 
 @register("dense_kd")
 class DenseKD(Method):
-    "Knowledge distillation of class logits of many places (Hinton et al. 2015; class by class as in Yang et al., ICCV 2023): weight * dense_kd_loss. Weight and temperature are ours."
+    "KD of the class logits of anchors, proposals or pixels (Hinton et al. 2015; class by class as in Yang et al., ICCV 2023): weight * dense_kd_loss. Weight and temperature are ours."
 
     dense = True
 
@@ -271,10 +281,10 @@ def dense_dist_loss(
     teacher_logits: Tensor,  # the same shape
     beta: float = 1.0,  # weight of the correlation over classes
     gamma: float = 1.0,  # weight of the correlation over rows
-    form: str = "softmax",  # or "sigmoid", for heads that score each class by itself
+    form: str = "softmax",  # or "sigmoid", for heads that score each class independently
     temperature: float = 1.0,  # softens both
 ) -> Tensor:  # scalar, 0 at the optimum
-    "beta (1 - correlation over classes) + gamma (1 - correlation over rows), times temperature^2 (Huang et al. 2022)."
+    "Return beta (1 - correlation over classes) + gamma (1 - correlation over rows), times temperature^2 (Huang et al. 2022)."
     p, q = (
         getattr(torch, form)(x / temperature, **({"dim": -1} if form == "softmax" else {}))
         for x in class_rows(student_logits, teacher_logits, form)
@@ -285,7 +295,7 @@ def dense_dist_loss(
 
 @register("dense_dist")
 class DenseDIST(Method):
-    "DIST (Huang et al., NeurIPS 2022) on class logits of many places: weight * dense_dist_loss. Weights 1 and temperature 1, as in the code released with the paper of this book."
+    "DIST (Huang et al., NeurIPS 2022) of the class logits of anchors, proposals or pixels: weight * dense_dist_loss. Weights and temperature 1, as in the code of Zhou et al. 2024."
 
     dense = True
 

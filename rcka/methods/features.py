@@ -30,7 +30,7 @@ __all__ = ['UNPUBLISHED', 'regressor', 'FitNet', 'at_loss', 'AT', 'nst_loss', 'N
 
 # %% ../../nbs/method/02d_features.ipynb #67b4447a
 def regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
-    "Convolution to the teacher's channels and size, batch normalisation, ReLU: the shapes of the CRD repository."
+    "Return a convolution to the teacher's channels and size with batch normalisation and ReLU, as in the CRD repository."
     (c, h, w), (d, u, v) = student.shape[1:], teacher.shape[1:]
     if (h, w) == (2 * u, 2 * v):
         conv = [nn.Conv2d(c, d, 3, stride=2, padding=1)]
@@ -45,14 +45,14 @@ def regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
 
 @register("fitnet")
 class FitNet(MapMethod):
-    "Hints (Romero et al., ICLR 2015): weight * mean squared error between the regressed student map and the teacher's, at one stage."
+    "FitNets' hints (Romero et al., ICLR 2015): weight * mean squared error between the regressed student map and the teacher's map at one stage."
 
     connects = True
 
     def __init__(
         self,
         weight: float = 100.0,  # of the term
-        stages=(2,),  # which of the network's stages, the stem being 0
+        stages=(2,),  # positions of stages; the stem is 0
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
@@ -73,7 +73,7 @@ def at_loss(
     teacher: Tensor,  # (n, D, U, V)
     p: float = 2,  # power of the activation
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Mean squared difference of unit-length attention maps (Zagoruyko and Komodakis 2017)."
+    "Return the mean squared difference of attention maps of unit length (Zagoruyko and Komodakis 2017)."
     a, b = (unit(x.abs().pow(p).mean(1).flatten(1)) for x in same_size(*check_maps(student, teacher)))
     return (a - b).square().mean()
 
@@ -100,7 +100,7 @@ def nst_loss(
     student: Tensor,  # (n, C, H, W)
     teacher: Tensor,  # (n, D, U, V)
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Squared MMD of unit-length channels with a quadratic kernel, mean over samples (Huang and Wang 2017)."
+    "Return the squared MMD of unit-length channels with a quadratic kernel, mean over samples (Huang and Wang 2017)."
     u, v = (unit(x.flatten(2)) for x in same_size(*check_maps(student, teacher)))
     uu, vv, uv = ((a @ b.mT).square().mean() for a, b in ((u, u), (v, v), (u, v)))
     return uu + vv - 2 * uv
@@ -123,7 +123,7 @@ class NST(MapMethod):
 
 # %% ../../nbs/method/02d_features.ipynb #0a05238b
 class GaussianRegressor(nn.Module):
-    "Mean (n, D, U, V) from three 1x1 convolutions, and one variance a channel (D, 1, 1)."
+    "Gaussian of the teacher's map: its mean (n, D, U, V) from three 1x1 convolutions, and a variance for each channel (D, 1, 1)."
 
     def __init__(self, c: int, d: int, variance: float, eps: float):
         super().__init__()
@@ -138,7 +138,7 @@ class GaussianRegressor(nn.Module):
 
 @full_precision
 def gaussian_nll_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
-    "1/2 ((teacher - mean)^2 / variance + log variance), mean over everything (Ahn et al. 2019)."
+    "Return 1/2 ((teacher - mean)^2 / variance + log variance), mean over all elements (Ahn et al. 2019)."
     return 0.5 * ((as_real(teacher, "teacher") - as_real(mean, "mean")).square() / variance + variance.log()).mean()
 
 
@@ -146,15 +146,15 @@ def gaussian_nll_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor
 class VID(MapMethod):
     """Variational information distillation (Ahn et al., CVPR 2019): weight * Gaussian negative log-likelihood of the teacher's maps, summed over stages.
 
-    The variances are trained with the rest, as in the paper and the CRD repository."""
+    The variances are trained, as in the paper and the CRD repository."""
 
     connects = True
 
     def __init__(
         self,
         weight: float = 1.0,  # of the term
-        variance: float = 5.0,  # at the start
-        eps: float = 1e-5,  # smallest variance
+        variance: float = 5.0,  # initial variance
+        eps: float = 1e-5,  # least variance
         stages=None,  # positions of stages; None is all but the stem
     ):
         super().__init__()
@@ -175,14 +175,14 @@ class VID(MapMethod):
 
 # %% ../../nbs/method/02d_features.ipynb #008faffe
 class Negatives(nn.Module):
-    "Draw samples of other classes than the given ones, uniformly: without replacement where every class has enough others."
+    "Sample negatives, indices of samples of other classes, uniformly; without replacement where there are enough."
 
     def __init__(self, targets: Tensor, replacement: bool = False):
         super().__init__()
         counts = targets.bincount()
         if (counts > 0).sum() < 2:
-            raise ValueError("CRD contrasts classes: targets must hold at least 2")
-        # samples sorted by class: the others of a class are all positions but one interval
+            raise ValueError(f"crd needs samples of at least 2 classes; targets have {int((counts > 0).sum())}")
+        # samples sorted by class: the negatives of a class are all positions but one interval
         self.register_buffer("order", targets.argsort(stable=True), persistent=False)
         self.register_buffer("count", counts, persistent=False)
         self.register_buffer("start", counts.cumsum(0) - counts, persistent=False)
@@ -190,8 +190,8 @@ class Negatives(nn.Module):
         self.enough = 0 if replacement else len(targets) - int(counts.max())  # draws without replacement
 
     def forward(self, target: Tensor, k: int) -> Tensor:
-        "(n,) classes to (n, k) indices."
-        if k <= self.enough:  # the k largest of random numbers, below which the own class is put
+        "Return the indices (n, k) of k negatives for each class in `target` (n,)."
+        if k <= self.enough:  # top k of random scores; the sample's own class gets -1
             score = torch.rand(len(target), len(self.classes), device=target.device)
             return score.masked_fill_(self.classes == target[:, None], -1).topk(k, sorted=False).indices
         start, count = self.start[target, None], self.count[target, None]
@@ -202,15 +202,15 @@ class Negatives(nn.Module):
 @full_precision
 def crd_loss(
     anchor: Tensor,  # (n, d): unit embeddings of one network
-    memory: Tensor,  # (N, d): remembered unit embeddings of the other
-    index: Tensor,  # (n, 1 + K): rows of the memory; column 0 is the sample's own
-    z: Tensor,  # scalar: the normalising constant Z; 0 to take it from this batch
+    memory: Tensor,  # (N, d): memory of unit embeddings of the other network
+    index: Tensor,  # (n, 1 + K): rows of the memory; column 0 is the positive, the sample itself
+    z: Tensor,  # scalar: the normalising constant Z; 0 estimates it from this batch
     temperature: float = 0.07,
-):  # scalar, and the Z that was used
-    "Noise-contrastive loss of one side (Tian et al. 2020)."
+):  # the loss, scalar, and the Z that was used
+    "Return the noise-contrastive loss of one network's embeddings against the memory of the other (Tian et al. 2020)."
     scores = (
         (as_real(anchor, "anchor") @ memory.mT).gather(1, index) / temperature
-    ).exp()  # one product with the whole memory is cheaper than n (1 + K) gathered rows
+    ).exp()  # a product with the whole memory is cheaper than gathering n (1 + K) rows
     n, c = len(index), (index.shape[1] - 1) / len(memory)
     z = torch.where(z > 0, z, scores.detach().mean() * len(memory))
     p = scores / z
@@ -222,22 +222,23 @@ def crd_loss(
 class CRD(FeatureMethod):
     """Contrastive representation distillation (Tian, Krishnan, Isola, ICLR 2020) of pooled features: weight * (student against teacher memory + teacher against student memory).
 
-    `build` needs `targets`, the classes of all training samples; every call needs `index`, which of them the batch holds.
-    State: two memories (samples, width) and Z for each side. Negatives are drawn without replacement, as in the published code;
-    with replacement where a class has fewer others, or where `replacement` says so, as published for ImageNet."""
+    `build` needs `targets`, the classes of all training samples; every call needs `index`, the positions of the batch's
+    samples in the training set. Buffers: two memories (samples, width) and Z of each. Negatives are drawn without
+    replacement, as in the published code; with replacement where there are too few, or with `replacement=True`, as
+    published for ImageNet."""
 
     connects = True
     stages = "pooled"
-    capturable = False  # the memory is a new tensor after each step
+    capturable = False  # each step replaces the memory by a new tensor
 
     def __init__(
         self,
         weight: float = 0.8,  # of the term
-        negatives: int = 16384,  # for each sample, of other classes
+        negatives: int = 16384,  # for each sample
         temperature: float = 0.07,
         width: int = 128,  # of the embeddings
         momentum: float = 0.5,  # of the memories
-        replacement: bool = False,  # a negative may be drawn more than once
+        replacement: bool = False,  # draw negatives with replacement
     ):
         super().__init__()
         self.weight, self.negatives, self.temperature = weight, negatives, temperature
@@ -245,7 +246,9 @@ class CRD(FeatureMethod):
 
     def build(self, student, teacher, *, targets=None, **known):
         if targets is None:
-            raise ValueError("crd keeps a memory of all training samples: build(..., targets=their classes)")
+            raise ValueError(
+                "crd needs the classes of all training samples, got none: call build(..., targets=classes)"
+            )
         super().build(student, teacher)
         x = self.pairs(student, teacher)[0][0]
         self.others = Negatives(torch.as_tensor(targets).to(x.device), self.replacement)
@@ -260,7 +263,9 @@ class CRD(FeatureMethod):
         target = class_indices(target, self.name)
         (embed,) = self.built()
         if index is None:
-            raise ValueError("crd needs index, (n,): which training samples the batch holds")
+            raise ValueError(
+                "crd needs index, the positions (n,) of the samples in the training set, got None: give batches with an index"
+            )
         s, t = (unit(as_real(e, "embedding")) for e in embed(*self.pairs(student, teacher)[0]))
         rows = torch.cat([index[:, None], self.others(target, self.negatives)], 1)
         of_student, z_s = crd_loss(s, self.teacher_memory, rows, self.z[0], self.temperature)
@@ -271,7 +276,7 @@ class CRD(FeatureMethod):
 
     @torch.no_grad()
     def remember(self, index, s, t, z):
-        # new tensors, not in place: the old ones are still needed by the backward pass
+        # not in place: the backward pass still needs the old memories
         for name, x in (("student_memory", s), ("teacher_memory", t)):
             old = getattr(self, name)
             setattr(self, name, old.index_copy(0, index, unit(self.momentum * old[index] + (1 - self.momentum) * x)))
@@ -282,7 +287,7 @@ def gaussian_margin(
     mean: Tensor,  # (C,)
     std: Tensor,  # (C,)
 ) -> Tensor:  # (C,): negative
-    "E[x | x < 0] of Gaussians; -3 std where less than 0.1 % is negative (Heo et al. 2019)."
+    "Return the margin E[x | x < 0] of Gaussian channels; -3 std where P(x < 0) is below 0.1 % (Heo et al. 2019)."
     std = std.clamp_min(1e-12)
     z = -mean / std
     log_cdf = torch.special.log_ndtr(z)
@@ -292,11 +297,11 @@ def gaussian_margin(
 
 @full_precision
 def ofd_loss(
-    student: Tensor,  # (n, C, H, W): pre-activations, brought to the teacher's channels
+    student: Tensor,  # (n, C, H, W): pre-activations, mapped to the teacher's channels
     teacher: Tensor,  # (n, C, U, V): pre-activations
     margin: Tensor,  # (C,): negative
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Partial squared error above the margin, summed over a sample, mean over samples (Heo et al. 2019)."
+    "Return the partial squared error above the margin, summed over a sample, mean over samples (Heo et al. 2019)."
     student, teacher = same_size(*check_maps(student, teacher))
     teacher = torch.maximum(teacher, margin[:, None, None])
     skip = (student <= teacher) & (teacher <= 0)
@@ -304,7 +309,7 @@ def ofd_loss(
 
 # %% ../../nbs/method/02d_features.ipynb #ab15e724
 class Overhaul(nn.Module):
-    "1x1 convolution and batch normalisation for the student; running mean and variance of each teacher channel."
+    "OFD's connector of a stage: 1x1 convolution and batch normalisation for the student, running mean and variance of the teacher's channels."
 
     def __init__(self, student: Tensor, teacher: Tensor):
         super().__init__()
@@ -318,7 +323,7 @@ class Overhaul(nn.Module):
 
     @torch.no_grad()
     def watch(self, teacher: Tensor):
-        "Every batch counts the same; the example batch given to `build` only until the first."
+        "Update the running statistics, in which every batch counts equally; the first one replaces those of `build`."
         variance, mean = torch.var_mean(teacher, (0, 2, 3), correction=0)
         self.batches += 1
         share, delta = 1 / self.batches, mean - self.mean
@@ -333,10 +338,11 @@ class Overhaul(nn.Module):
 
 @register("ofd")
 class OFD(MapMethod):
-    """Overhaul of feature distillation (Heo et al., ICCV 2019): weight * sum over stages of 2^-(depth from the last) * partial squared error of pre-activations.
+    """Overhaul of feature distillation (Heo et al., ICCV 2019): weight * sum over stages of 2^-i * partial squared error of pre-activations, i counted from the last stage.
 
-    The margin comes from running statistics of the teacher's pre-activations instead of its batch normalisation's parameters, which a method does not see.
-    With `teacher_batch_stats`, as in paper and published code, the `Distiller` lets the teacher normalise with the statistics of the batch; a loop of one's own must do it itself."""
+    The margin comes from running statistics of the teacher's pre-activations, since a method does not see the parameters
+    of the teacher's batch normalisation. With `teacher_batch_stats`, as in the paper and its code, `Distiller` and `Pair`
+    run the teacher with the batch's statistics; your own loop must do so too."""
 
     connects = True
 
@@ -360,7 +366,7 @@ class OFD(MapMethod):
 
 # %% ../../nbs/method/02d_features.ipynb #65e6ec5d
 class Fusion(nn.Module):
-    "Fuse a student map with the fused deeper one, position by position; give the teacher's shape and the fused map."
+    "Fuse a student map with the fused map of the deeper stage; return a map of the teacher's shape, and the fused map."
 
     def __init__(self, c: int, mid: int, d: int, deeper: bool):
         super().__init__()
@@ -386,7 +392,7 @@ def hcl_loss(
     student: Tensor,  # (n, C, H, W)
     teacher: Tensor,  # (n, C, H, W)
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Squared errors at full size and pooled to 4, 2, 1, weights 1, 1/2, 1/4, ... over their sum (Chen et al. 2021)."
+    "Return the weighted mean of the squared errors at full size and pooled to 4, 2 and 1, weights 1, 1/2, 1/4, ... (Chen et al. 2021)."
     student, teacher = check_maps(student, teacher)
     sizes = [None] + [size for size in (4, 2, 1) if size < student.shape[-2]]
     errors = [
@@ -401,7 +407,7 @@ def hcl_loss(
 class ReviewKD(WarmUp, MapMethod):
     """Knowledge review (Chen et al., CVPR 2021): weight * sum over stages of the hierarchical context loss of the fused student maps.
 
-    `weight` depends on the pair (0.6 to 8 on CIFAR-100): see `paper_args`. The term grows over `warmup` epochs."""
+    The published `weight` depends on teacher and student (0.6 to 8 on CIFAR-100): see `paper_args`. The term warms up linearly over `warmup` epochs."""
 
     connects = True
 
@@ -409,8 +415,8 @@ class ReviewKD(WarmUp, MapMethod):
         self,
         weight: float = 5.0,  # of the term
         warmup: int = 20,  # epochs
-        student_preacts: bool = False,  # take the student's pre-activations too (ImageNet)
-        width: int = 512,  # largest width of the fusion
+        student_preacts: bool = False,  # use pre-activations of the student as well as of the teacher (ImageNet)
+        width: int = 512,  # at most this width inside the fusion modules
     ):
         super().__init__()
         self.weight, self.warmup, self.student_preacts, self.width = weight, warmup, student_preacts, width
@@ -427,14 +433,14 @@ class ReviewKD(WarmUp, MapMethod):
 
         if len(student.features) < 3 or len(teacher.features) < 3:
             raise ValueError(
-                f"reviewkd takes stages, pre-activations and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Ask method.wants(layers) which"
+                f"reviewkd takes stages, pre-activations and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Take the features at the paths of method.wants(layers)"
             )
         return super().pairs(maps(student, self.student_preacts), maps(teacher, True))
 
     def build(self, student, teacher, **known):
         self.mid = min(self.width, self.pairs(student, teacher)[-1][0].shape[1])
         super().build(student, teacher)
-        self.connectors[-1].gate = None  # nothing is deeper than the pooled vector
+        self.connectors[-1].gate = None  # no stage is deeper than the pooled vector
 
     def connector(self, student, teacher):
         return Fusion(student.shape[1], self.mid, teacher.shape[1], True)
@@ -448,7 +454,7 @@ class ReviewKD(WarmUp, MapMethod):
 
 # %% ../../nbs/method/02d_features.ipynb #9d5f0cad
 class Generator(nn.Module):
-    "1x1 convolution to the teacher's channels where they differ, and two 3x3 convolutions after the mask."
+    "Generator of MGD: 1x1 convolution to the teacher's channels where they differ, random mask of channels, two 3x3 convolutions."
 
     def __init__(self, c: int, d: int):
         super().__init__()
@@ -469,7 +475,7 @@ class MGD(MapMethod):
     def __init__(
         self,
         weight: float = 7e-5,  # of the term
-        masked: float = 0.15,  # share of channels set to zero
+        masked: float = 0.15,  # fraction of channels set to zero
         stages=(-1,),  # positions of stages; their losses are summed
     ):
         super().__init__()
@@ -493,7 +499,7 @@ class MGD(MapMethod):
 class SRRL(FeatureMethod):
     """Softmax regression representation learning (Yang et al., ICLR 2021): alpha * feature matching + beta * matching of the teacher's classifier on both.
 
-    `build` needs `head`, the teacher's classifier. It is used as it is: not trained, not moved, not saved with the method."""
+    `build` needs `head`, the teacher's classifier. The method does not train, move or save it."""
 
     connects = True
     wants_logits = True
@@ -515,7 +521,7 @@ class SRRL(FeatureMethod):
     def pairs(self, student, teacher):
         if not len(student.features) == len(teacher.features) == 2:
             raise ValueError(
-                f"srrl takes the last stage and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Ask method.wants(layers) which"
+                f"srrl takes the last stage and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Take the features at the paths of method.wants(layers)"
             )
         return super().pairs(
             student._replace(features=student.features[:1]), teacher._replace(features=teacher.features[1:])
@@ -523,13 +529,15 @@ class SRRL(FeatureMethod):
 
     def build(self, student, teacher, *, head=None, **known):
         if head is None:
-            raise ValueError("srrl lets the teacher's classifier judge: build(..., head=that module)")
+            raise ValueError("srrl needs the teacher's classifier, got None: call build(..., head=teacher_classifier)")
         super().build(student, teacher)
-        self.head = [head]  # in a list, so that it is no submodule: neither trained nor saved
+        self.head = [head]  # in a list, so that it is not a submodule: neither trained nor saved
 
     def connector(self, student, teacher):
         if student.dim() != 4:
-            raise ValueError(f"srrl needs a student map (n, channels, height, width), got {tuple(student.shape)}")
+            raise ValueError(
+                f"srrl needs a student map (n, channels, height, width), got {tuple(student.shape)}: give the path of one"
+            )
         c, d = student.shape[1], teacher[0].numel()
         block = nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU())
         nn.init.normal_(block[0].weight, std=(2 / d) ** 0.5)
@@ -549,7 +557,7 @@ class SRRL(FeatureMethod):
 
 # %% ../../nbs/method/02d_features.ipynb #43a64b59
 class Mixture(nn.Module):
-    "Tokens of both maps, encoded, mixed and decoded to the teacher's map."
+    "Restore the teacher's map from a mixture of both networks' tokens: patch embedding, encoder, mixture, decoder."
 
     def __init__(self, student: Tensor, teacher: Tensor, width: int, tokens: int):
         super().__init__()
@@ -566,7 +574,7 @@ class Mixture(nn.Module):
         self.decode = nn.Sequential(block(), nn.LayerNorm(width), nn.Linear(width, d * self.patch**2))
 
     def forward(self, student, teacher, prior):
-        "`prior`: scalar share of tokens that the teacher gives. Returns the restored map (n, D, H, W)."
+        "Return the restored map (n, D, H, W); `prior`, a scalar, is the fraction of tokens taken from the teacher."
         s, t = (
             encode(cut(x).flatten(2).mT + self.position)
             for cut, encode, x in zip(self.cut, self.encode, (student, teacher))
@@ -581,7 +589,7 @@ class Mixture(nn.Module):
 class DPK(MapMethod):
     """Dynamic prior knowledge (Qiu et al., "Better teacher better student", ICLR 2023): weight * mean squared error of the teacher map restored from a mixture of both networks' tokens.
 
-    A share 1 - CKA of the tokens is the teacher's. From the paper's description: its code is not public, and sizes, stage and weight here are not the paper's."""
+    A fraction 1 - CKA of the tokens is the teacher's. Written from the paper's description, since its code is not public; sizes, stage and weight are ours."""
 
     connects = True
 
@@ -589,7 +597,7 @@ class DPK(MapMethod):
         self,
         weight: float = 1.0,  # of the term
         width: int = 128,  # of the tokens; a multiple of 4
-        tokens: int = 64,  # a map has at most so many, if its size can be cut evenly
+        tokens: int = 64,  # at most this number of tokens per map, where its size is divisible
         stages=(-1,),  # positions of stages; their losses are summed
     ):
         super().__init__()
@@ -606,12 +614,12 @@ class DPK(MapMethod):
         for mix, (s, t) in zip(self.built(), self.pairs(student, teacher)):
             prior = (
                 1 - cka(s.detach(), t) if len(s) > 1 else s.new_ones(())
-            )  # CKA of one sample says nothing: all the help
+            )  # CKA is not defined for one sample: all tokens are the teacher's
             loss = loss + F.mse_loss(as_real(mix(s, t, prior), "student"), t)
         return {"dpk": self.weight * loss}
 
 # %% ../../nbs/method/02d_features.ipynb #2eba84b9
-# resnet110 with resnet20 is in none of the published settings: it has those of resnet110 with resnet32
+# no published settings for resnet110 with resnet20: those of resnet110 with resnet32 are used
 _CIFAR_DKD = {  # beta, from the configurations published with DKD; 8 elsewhere
     ("resnet110", "resnet20"): 2.0,
     ("resnet110", "resnet32"): 2.0,
@@ -626,7 +634,7 @@ _CIFAR_REVIEW = {  # weight, from the script published with ReviewKD; 5 elsewher
     ("resnet110", "resnet32"): 1.0,
     ("resnet56", "resnet20"): 0.6,
     ("resnet32x4", "shufflenet_v2"): 8.0,
-    # the script has no line for VGG: 8 is ours, the script's largest. A maintainer of mdistiller names 5 for vgg13 with vgg8
+    # the script has no line for VGG: we take 8, its largest weight. A maintainer of mdistiller names 5 for vgg13 with vgg8
     ("vgg13", "vgg8"): 8.0,
     ("vgg13", "mobilenet_v2"): 8.0,
 }
@@ -669,12 +677,12 @@ def paper_args(
     method: str,  # a name, or several with a plus
     teacher: str,  # name of the network; variants such as "mobilenet_v2_half" count as "mobilenet_v2"
     student: str,  # name of the network
-    dataset: str = "cifar100",  # "imagenet" has settings of its own; any other has those of CIFAR-100
+    dataset: str = "cifar100",  # "imagenet" has its own settings; any other name gets those of CIFAR-100
 ) -> dict:  # constructor arguments for `create_method`; empty where the defaults are the published ones
-    """Arguments of a baseline that depend on the pair of networks and the dataset, as published with the methods.
+    """Return the published arguments of a method that depend on teacher, student and dataset.
 
     For the pairs in `UNPUBLISHED` the arguments are ours: those of a neighbouring pair, or the largest of the script.
-    The sum of `kd` and `ickd_c` has the weights with which its authors ran it on CIFAR-100: 1 for both the cross-entropy and KD."""
+    For the sum of `kd` and `ickd_c` on CIFAR-100 the weights of the cross-entropy and of KD are both 1, as its authors set them."""
     imagenet = dataset.startswith("imagenet")
     if "+" in method:
         parts = method.split("+")
@@ -697,7 +705,7 @@ def paper_args(
 
 # %% ../../nbs/method/02d_features.ipynb #a65f1193
 def count_extra(method: nn.Module) -> tuple[int, int]:
-    "Numbers of learnt values and of buffer values that a built method carries beside the student."
+    "Return the number of parameters and the number of buffer elements of a built method."
     return sum(p.numel() for p in method.parameters()), sum(
         b.numel() for name, b in method.state_dict().items() if name not in dict(method.named_parameters())
     )

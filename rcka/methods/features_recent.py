@@ -26,12 +26,12 @@ from .logits_recent import ClassMapMethod, CosineDecay
 from ..similarity.measures import as_real, check_pair, cosine, full_precision, unit
 
 # %% auto #0
-__all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF', 'itrd_correlation_loss', 'itrd_mutual_loss',
-           'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss', 'CATKD', 'SimKD']
+__all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF', 'check_widths', 'itrd_correlation_loss',
+           'itrd_mutual_loss', 'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss', 'CATKD', 'SimKD']
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #b0bfd456
 class _Moments(torch.autograd.Function):
-    "x y^T, x x^T and y y^T of x (c, N) and y (d, N). Autograd alone would take a product more for each side and add them in passes of their own."
+    "x y^T, x x^T and y y^T of x (c, N) and y (d, N). Autograd would take one more product per argument and add the gradients separately."
 
     @staticmethod
     def forward(ctx, x, y):
@@ -50,8 +50,8 @@ class _Moments(torch.autograd.Function):
 
 
 def centred_places(x: Tensor):
-    "(n, c, h, w) to (c, n h w) less the mean of each channel, and the sum of squares that rounding may leave of constant channels."
-    mean = x.detach().mean((0, 2, 3), keepdim=True)  # the derivative sums to zero without it
+    "Return a map (n, c, h, w) as centred channels (c, n h w), and a bound on the rounding error of its squared norm where all channels are constant."
+    mean = x.detach().mean((0, 2, 3), keepdim=True)  # detached: the gradient of CKA sums to zero over places anyway
     noise = (8 * torch.finfo(x.dtype).eps) ** 2 * (x.numel() // x.shape[1]) * mean.square().sum()
     return (x - mean).movedim(1, 0).flatten(1), noise
 
@@ -61,14 +61,15 @@ def place_cka(
     student: Tensor,  # (n, c, H, W)
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
 ) -> Tensor:  # scalar in [0, 1]; 1 at the optimum
-    """Linear CKA of two maps whose samples are all their places (Kornblith et al. 2019, eq. 4, on n h w samples).
+    """Return the linear CKA of two maps whose samples are all their places (Kornblith et al. 2019, eq. 4, on n h w samples).
 
-    0 with a zero gradient where a side is constant in every channel. Once differentiable. Entries of any size between 1e-17 and 1e17 in float32."""
+    0 with a zero gradient where a side is constant in every channel. Once differentiable. In float32 the magnitudes of the
+    entries must lie between 1e-17 and 1e17."""
     student, teacher = same_size(*check_maps(student, teacher))
     check_pair(student, teacher)
     (x, x_noise), (y, y_noise) = centred_places(student), centred_places(teacher)
     xy, xx, yy = _Moments.apply(x, y)
-    a, b = largest_diagonal(xx), largest_diagonal(yy)  # fourth powers neither overflow nor vanish
+    a, b = largest_diagonal(xx), largest_diagonal(yy)  # so that fourth powers neither overflow nor underflow
     inner = (xy / (a.sqrt() * b.sqrt())).square().sum()
     norms = (
         torch.where(k.detach().trace() > noise, (k / peak).square().sum(), 0)
@@ -79,13 +80,13 @@ def place_cka(
 
 @register("cka_places")
 class CKAPlaces(MapMethod):
-    "weight * mean over stages of (1 - CKA over places): the places of a map are the samples, its channels the features. No connector: the widths may differ. Ours."
+    "weight * mean over stages of 1 - CKA over places: the samples are the places of the maps, the features their channels. The widths may differ. Ours."
 
     def __init__(
         self,
         weight: float = 16.0,  # of the term
-        stages=(-3, -2, -1),  # which of the network's stages
-        stage_weights=None,  # one number a stage for a weighted mean; None: all alike
+        stages=(-3, -2, -1),  # positions of stages
+        stage_weights=None,  # a number for each stage, for a weighted mean; None: all equal
     ):
         super().__init__()
         self.weight, self.stages = weight, tuple(stages)
@@ -99,7 +100,7 @@ class CKAPlaces(MapMethod):
         pairs = self.pairs(student, teacher)
         if len(pairs) != len(self.stages):
             raise ValueError(
-                f"cka_places has weights for {len(self.stages)} stages, got {len(pairs)} pairs of maps: give stages=(...) as many as there are paths"
+                f"cka_places has weights for {len(self.stages)} stages, but got {len(pairs)} pairs of maps: give stages=(...) with one position for each path"
             )
         distances = [w * (1 - place_cka(s, t)) for w, (s, t) in zip(self.stage_weights, pairs)]
         return {"cka_places": self.weight * sum(distances) / sum(self.stage_weights)}
@@ -107,16 +108,17 @@ class CKAPlaces(MapMethod):
 # %% ../../nbs/method/02g_features_since_2022.ipynb #558f645d
 @full_precision
 def wkd_feature_loss(
-    student: Tensor,  # (n, C, H, W): brought to the teacher's channels
+    student: Tensor,  # (n, C, H, W): mapped to the teacher's channels
     teacher: Tensor,  # (n, C, U, V)
-    mean_ratio: float = 4.0,  # gamma: weight of the means beside the standard deviations
+    mean_ratio: float = 4.0,  # gamma: weight of the means relative to the standard deviations
     eps: float = 1e-5,  # added to the variances
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Squared Wasserstein distance of diagonal Gaussians over the places, summed over channels, mean over samples (Lv et al. 2024)."
+    "Return the squared Wasserstein distance of diagonal Gaussians over the places, summed over channels, mean over samples (Lv et al. 2024)."
     student, teacher = check_maps(student, teacher)
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
-            f"the channels differ: {student.shape[1]} of the student and {teacher.shape[1]} of the teacher"
+            f"the channels differ: {student.shape[1]} of the student and {teacher.shape[1]} of the teacher. Map the student's "
+            "to the teacher's with a connector, as the method wkd_f does"
         )
 
     def gaussian(x):
@@ -132,14 +134,14 @@ def wkd_feature_loss(
 class WKDF(CosineDecay, MapMethod):
     """Wasserstein distance of features (Lv, Yang, Li, "Wasserstein distance rivals Kullback-Leibler divergence for knowledge distillation", NeurIPS 2024): weight * distance of the Gaussians of the last map.
 
-    The defaults are those of the released configuration for resnet32x4 with resnet8x4, with decay=(150, 240); on ImageNet (resnet34 with resnet18) weight 0.02 and mean_ratio 2. Their weights for other pairs were not at hand."""
+    The defaults are those of the released configuration for resnet32x4 with resnet8x4, with decay=(150, 240); on ImageNet (resnet34 with resnet18) weight 0.02 and mean_ratio 2. We do not have the authors' weights for other pairs."""
 
     connects = True
 
     def __init__(
         self,
         weight: float = 0.006,  # of the term
-        mean_ratio: float = 4.0,  # of the means beside the standard deviations
+        mean_ratio: float = 4.0,  # weight of the means relative to the standard deviations
         stages=(-1,),  # positions of stages; their losses are summed
         decay: tuple[int, int] | None = None,  # epochs between which the weight falls to 0
     ):
@@ -156,17 +158,28 @@ class WKDF(CosineDecay, MapMethod):
         return {"wkd_f": self.share * self.weight * sum(losses)}
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #5c3b1073
+def check_widths(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    "Return both as `check_samples` does. Raises ValueError where their widths differ."
+    student, teacher = check_samples(student, teacher)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the widths differ: {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
+        )
+    return student, teacher
+
+
 @full_precision
 def itrd_correlation_loss(
     student: Tensor,  # (n, p): embedded features
     teacher: Tensor,  # (n, p): features
     alpha: float = 1.01,  # order
 ) -> Tensor:  # scalar
-    "log2 of the sum over features of |correlation - 1|^(2 alpha), the correlation times (n - 1) / n as released (Miles et al. 2022)."
+    "Return log2 of the sum over features of |correlation - 1|^(2 alpha); the correlation is scaled by (n - 1) / n as in the authors' code (Miles et al. 2022)."
     student, teacher = check_samples(student, teacher)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"the widths differ: {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
+            f"student and teacher features must have the same width, got {tuple(student.shape)} and {tuple(teacher.shape)}: "
+            "embed the student's with a linear layer first"
         )
     n = len(student)
     return (1 - correlation(student, teacher, 0) * (n - 1) / n).pow(2 * alpha).sum().log2()
@@ -177,25 +190,25 @@ def itrd_mutual_loss(
     student: Tensor,  # (n, ...): features
     teacher: Tensor,  # (n, ...): features of the same samples
 ) -> Tensor:  # scalar of at least 0
-    "|G|^2 - |G o H|^2 of the cosine matrices G and H over n (Miles et al. 2022)."
+    "Return |G|^2 - |n G o H|^2, G and H the cosine similarity matrices of student and teacher over n, o elementwise (Miles et al. 2022)."
     g, h = (unit(x) @ unit(x).mT / len(x) for x in check_samples(student, teacher))
     return g.square().sum() - (len(g) * g * h).square().sum()
 
 
 @register("itrd")
 class ITRD(FeatureMethod):
-    """Information-theoretic representation distillation (Miles, Lopez-Rodriguez, Mikolajczyk, BMVC 2022) of pooled features: correlation * itrd_correlation + mutual * itrd_mutual.
+    """Information-theoretic representation distillation (Miles, Lopez-Rodriguez, Mikolajczyk, BMVC 2022) of pooled features: correlation * itrd_correlation_loss + mutual * itrd_mutual_loss.
 
-    The defaults are the authors' for wrn_40_2 with wrn_16_2; code that builds on theirs takes alpha 1.5 and mutual 0.05."""
+    The defaults are the authors' for wrn_40_2 with wrn_16_2; code derived from theirs takes alpha 1.5 and mutual 0.05."""
 
     connects = True
     stages = "pooled"
 
     def __init__(
         self,
-        correlation: float = 2.0,  # weight of the correlations
-        mutual: float = 1.0,  # weight of the relations
-        alpha: float = 1.01,  # order, of the correlations
+        correlation: float = 2.0,  # weight of itrd_correlation_loss
+        mutual: float = 1.0,  # weight of itrd_mutual_loss
+        alpha: float = 1.01,  # order of itrd_correlation_loss
     ):
         super().__init__()
         self.weights, self.alpha = (correlation, mutual), alpha
@@ -221,11 +234,14 @@ def srd_loss(
     power: float = 4.0,  # of the differences
     eps: float = 1e-4,  # added to the variances
 ) -> Tensor:  # scalar; large and negative at the optimum
-    "log of the sum of |difference|^power of features normalised over the batch (Miles and Mikolajczyk 2024). No gradient where there is no difference."
+    """Return the log of the sum of |student - teacher|^power, both normalised over the batch (Miles and Mikolajczyk 2024).
+
+    The gradient is zero where they are equal."""
     student, teacher = check_samples(student, teacher)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"the widths differ: {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
+            f"student and teacher features must have the same width, got {tuple(student.shape)} and {tuple(teacher.shape)}: "
+            "embed the student's with a linear layer first"
         )
     s, t = ((x - x.mean(0)) * (x.var(0, correction=0) + eps).rsqrt() for x in (student, teacher))
     total = (s - t).abs().pow(power).sum()
@@ -236,7 +252,7 @@ def srd_loss(
 class SRD(FeatureMethod):
     """Simple recipe distillation (Miles and Mikolajczyk, "Understanding the role of the projector in knowledge distillation", AAAI 2024) of pooled features: weight * log of fourth powers + logits * KL.
 
-    The defaults are the authors' on ImageNet (resnet34 with resnet18); those for CIFAR-100 were not at hand."""
+    The defaults are the authors' on ImageNet (resnet34 with resnet18); we do not have those for CIFAR-100."""
 
     connects = True
     wants_logits = True
@@ -273,7 +289,7 @@ def ofa_loss(
     epsilon: float = 1.0,  # power; 1 is soft cross-entropy
     temperature: float = 1.0,  # softens both
 ) -> Tensor:  # scalar
-    "Soft cross-entropy with (p + label)^epsilon - label for the teacher's probabilities, mean over samples (Hao et al. 2023)."
+    "Return the soft cross-entropy with (p + label)^epsilon - label in place of the teacher's probabilities p, mean over samples (Hao et al. 2023)."
     student, teacher = check_logits(student_logits, teacher_logits)
     label = F.one_hot(target, student.shape[1]).to(student.dtype)
     weights = ((teacher / temperature).softmax(-1) + label).pow(epsilon) - label
@@ -281,7 +297,7 @@ def ofa_loss(
 
 
 def _separable(c: int, d: int) -> nn.Sequential:
-    "Two separable 3x3 convolutions, the first with stride 2."
+    "Return two separable 3x3 convolutions, the first with stride 2."
     half = lambda a, b, stride: [
         nn.Conv2d(a, a, 3, stride, padding=1, groups=a, bias=False),
         nn.Conv2d(a, b, 1, bias=False),
@@ -292,7 +308,10 @@ def _separable(c: int, d: int) -> nn.Sequential:
 
 
 class Branch(nn.Module):
-    "Logits from one stage: a map is halved and doubled in width as often as the network does after it, and averaged; tokens are normalised and averaged."
+    """Classifier on the features of one stage.
+
+    A map is downsampled, its width doubled each time, as often as the network does after this stage, and averaged over
+    places; tokens are normalised and averaged."""
 
     def __init__(self, feature: Tensor, halvings: int, width: int, classes: int):
         super().__init__()
@@ -314,9 +333,10 @@ class Branch(nn.Module):
 
 @register("ofa")
 class OFA(FeatureMethod):
-    """One for all (Hao et al., "One-for-all: bridge the gap between heterogeneous architectures in knowledge distillation", NeurIPS 2023): logits * ofa_loss of the student's logits + branches * sum over stages of ofa_loss of their branches' logits.
+    """One for all (Hao et al., "One-for-all: bridge the gap between heterogeneous architectures in knowledge distillation", NeurIPS 2023): logits * ofa_loss of the student's logits + branches * sum over stages of ofa_loss of the branch's logits.
 
-    The weights are the authors'; epsilon is theirs for Swin-T with resnet18 on CIFAR-100, and 1.5 for DeiT-T with resnet18 on ImageNet. Their branches of tokens have transformer blocks; here tokens are normalised, averaged and classified."""
+    Weights and epsilon are the authors' for Swin-T with resnet18 on CIFAR-100; for DeiT-T with resnet18 on ImageNet they
+    take epsilon 1.5. Their branches on tokens have transformer blocks; ours normalise, average and classify the tokens."""
 
     connects = True
     wants_logits = True
@@ -354,14 +374,16 @@ class OFA(FeatureMethod):
 @full_precision
 def cat_loss(
     student: Tensor,  # (n, classes, H, W): the student's classifier applied at every place of its last map
-    teacher: Tensor,  # (n, classes, U, V): the same of the teacher
+    teacher: Tensor,  # (n, classes, U, V): likewise of the teacher
     size: int = 2,  # both are averaged down to size x size
-    normalize: bool = False,  # True: each class's map to unit length first
+    normalize: bool = False,  # scale the map of each class to unit length first
 ) -> Tensor:  # scalar, 0 at the optimum
-    'Mean squared difference of class activation maps (Guo et al., "Class attention transfer based knowledge distillation", CVPR 2023).'
+    'Return the mean squared difference of class activation maps (Guo et al., "Class attention transfer based knowledge distillation", CVPR 2023).'
     student, teacher = check_maps(student, teacher)
     if student.shape[1] != teacher.shape[1]:
-        raise ValueError(f"the classes differ: {student.shape[1]} of the student and {teacher.shape[1]} of the teacher")
+        raise ValueError(
+            f"student and teacher must have the same classes, got maps of {student.shape[1]} and {teacher.shape[1]} classes"
+        )
     maps = (pooled_to(x, (size, size)) for x in (student, teacher))
     if normalize:
         maps = (unit(x.flatten(2)) for x in maps)
@@ -372,8 +394,8 @@ def cat_loss(
 class CATKD(ClassMapMethod):
     """Class attention transfer (Guo et al., CVPR 2023): weight * mean squared difference of the class activation maps.
 
-    `build` needs the classifiers of both networks. `weight` depends on the pair (1.8 to 15, with `normalize` 600): see
-    `paper_args`; the default is that of resnet32x4 with resnet8x4."""
+    `build` needs the classifiers of both networks. The published `weight` depends on teacher and student (1.8 to 15, with
+    `normalize` 600): see `paper_args`; the default is that of resnet32x4 with resnet8x4."""
 
     bias = False
 
@@ -381,7 +403,7 @@ class CATKD(ClassMapMethod):
         self,
         weight: float = 15.0,  # of the term
         size: int = 2,  # maps are averaged down to size x size
-        normalize: bool = False,  # each class's map to unit length first
+        normalize: bool = False,  # scale the map of each class to unit length first
     ):
         super().__init__()
         self.weight, self.size, self.normalize = weight, size, normalize
@@ -395,7 +417,7 @@ class SimKD(MapMethod):
     """Reused teacher classifier (Chen et al., "Knowledge distillation with the reused teacher classifier", CVPR 2022): weight * mean squared error of the projected last map, and no cross-entropy.
 
     `build` needs `head`, the teacher's classifier, with which the student predicts: see `predictor`. The weight is the
-    authors', the same for all pairs. The larger of two maps is averaged down to the other's size."""
+    authors', the same for all pairs. The larger map is averaged down to the size of the smaller one."""
 
     connects = True
     stages = (-1,)
@@ -412,12 +434,12 @@ class SimKD(MapMethod):
         ((_, t),) = self.pairs(student, teacher)
         if not isinstance(head, nn.Linear) or head.in_features != t.shape[1]:
             raise ValueError(
-                f"simkd predicts with the teacher's linear classifier, of as many channels as its map has, {t.shape[1]}: "
-                f"build(..., head=that module); got {head}"
+                f"simkd needs the teacher's linear classifier, with as many inputs as its map has channels ({t.shape[1]}); "
+                f"got {head}. Call build(..., head=teacher_classifier)"
             )
         own = nn.Linear(head.in_features, head.out_features, head.bias is not None, device=t.device, dtype=t.dtype)
-        own.load_state_dict(head.state_dict())  # a copy: nobody who moves or averages it moves the teacher
-        self._head = (own.requires_grad_(False),)  # in a tuple, so that it is no submodule
+        own.load_state_dict(head.state_dict())  # a copy, so that moving or averaging it leaves the teacher as it is
+        self._head = (own.requires_grad_(False),)  # in a tuple, so that it is not a submodule
         super().build(student, teacher)
 
     def connector(self, student, teacher):

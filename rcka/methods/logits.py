@@ -16,11 +16,11 @@ __all__ = ['check_logits', 'kd_loss', 'KD', 'split_target', 'dkd_loss', 'DKD', '
 
 # %% ../../nbs/method/02b_logits.ipynb #0c9f06fa
 def check_logits(student: Tensor, teacher: Tensor):
-    "Two (n, classes) tensors of one shape, in float32 at least."
+    "Return the logits of both networks, (n, classes), in float32 or float64. ValueError where the shapes differ."
     student, teacher = as_real(student, "student_logits"), as_real(teacher, "teacher_logits")
     if student.dim() != 2 or student.shape != teacher.shape or 0 in student.shape:
         raise ValueError(
-            f"logits must be two (n, classes) tensors of one shape, got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+            f"student and teacher logits must have the same shape (n, classes), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
         )
     return student, teacher
 
@@ -31,7 +31,7 @@ def kd_loss(
     teacher_logits: Tensor,  # (n, classes)
     temperature: float = 4.0,  # softens both
 ) -> Tensor:  # scalar, 0 at the optimum
-    "temperature^2 KL(teacher || student) of the softened probabilities, mean over samples (Hinton et al. 2015, section 2)."
+    "Return temperature^2 KL(teacher || student) of the softened probabilities, mean over samples (Hinton et al. 2015, section 2)."
     student, teacher = check_logits(student_logits, teacher_logits)
     log_p, log_q = (F.log_softmax(z / temperature, -1) for z in (student, teacher))
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
@@ -41,7 +41,7 @@ def kd_loss(
 class KD(Method):
     """Knowledge distillation (Hinton, Vinyals, Dean 2015): weight * tau^2 KL(softmax(T / tau) || softmax(S / tau)).
 
-    The cross-entropy has the factor `ce`; 0.1 and 0.9 are the usual pair on CIFAR-100."""
+    `ce` is the weight of the cross-entropy; on CIFAR-100 `ce` 0.1 with `weight` 0.9 is usual."""
 
     def __init__(
         self,
@@ -60,9 +60,14 @@ def split_target(
     logits: Tensor,  # (n, classes)
     target: Tensor,  # (n,)
 ):
-    "log p of the true class (n,), log of the rest (n,), and the mask (n, classes) of the true class with log-probabilities among the others."
+    """Return the probabilities that DKD decouples, as logarithms, and the mask of the true class.
+
+    (n, 2): of the true class, and of all others together; (n, classes): of each other class among the others, 0 at the
+    true class; (n, classes): True at the true class. Raises ValueError for fewer than two classes."""
     if logits.shape[-1] < 2:
-        raise ValueError(f"needs at least 2 classes to tell the true one from others, got {logits.shape[-1]}")
+        raise ValueError(
+            f"logits must have at least 2 classes, to separate the true class from the others; got {logits.shape[-1]}"
+        )
     mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, target[:, None], True)
     others = torch.logsumexp(logits.masked_fill(mask, -torch.inf), -1, keepdim=True)
     both = torch.cat([logits.gather(1, target[:, None]), others], 1).log_softmax(1)
@@ -78,7 +83,7 @@ def dkd_loss(
     beta: float = 8.0,  # weight of the non-target-class part
     temperature: float = 4.0,  # softens both
 ) -> Tensor:  # scalar, 0 at the optimum
-    "alpha TCKD + beta NCKD (Zhao et al. 2022), times temperature^2."
+    "Return alpha TCKD + beta NCKD, times temperature^2 (Zhao et al. 2022)."
     student, teacher = check_logits(student_logits, teacher_logits)
     target = class_indices(target, "dkd")
     s, s_rest, mask = split_target(student / temperature, target)
@@ -92,7 +97,7 @@ def dkd_loss(
 class DKD(WarmUp, Method):
     """Decoupled knowledge distillation (Zhao et al., CVPR 2022): alpha TCKD + beta NCKD, times temperature^2.
 
-    `beta` depends on the pair (2 to 8 on CIFAR-100): see `paper_args`. The term grows over `warmup` epochs."""
+    The published `beta` depends on teacher and student (2 to 8 on CIFAR-100): see `paper_args`. The term warms up linearly over `warmup` epochs."""
 
     def __init__(
         self,
@@ -111,12 +116,12 @@ class DKD(WarmUp, Method):
 def correlation(
     x: Tensor,  # (..., m)
     y: Tensor,  # (..., m)
-    dim: int = -1,  # over what
-) -> Tensor:
-    "Pearson correlation along `dim`; 0 where either side is constant."
+    dim: int = -1,
+) -> Tensor:  # the shape of x without `dim`
+    "Return the Pearson correlation along `dim`; 0 where either side is constant."
     x, y = (
         z - z.narrow(dim, 0, 1).detach() for z in (x, y)
-    )  # a constant becomes an exact zero, not what rounding leaves of it
+    )  # a constant becomes exactly zero, without a rounding error
     x, y = (unit(z - z.mean(dim, keepdim=True), dim) for z in (x, y))
     return (x * y).sum(dim)
 
@@ -129,7 +134,7 @@ def dist_loss(
     gamma: float = 1.0,  # weight of the correlation over samples
     temperature: float = 4.0,  # softens both
 ) -> Tensor:  # scalar, 0 at the optimum
-    "beta (1 - correlation over classes) + gamma (1 - correlation over samples), times temperature^2 (Huang et al. 2022)."
+    "Return beta (1 - correlation over classes) + gamma (1 - correlation over samples), times temperature^2 (Huang et al. 2022)."
     p, q = ((z / temperature).softmax(-1) for z in check_logits(student_logits, teacher_logits))
     inter, intra = (1 - correlation(p, q, dim).mean() for dim in (1, 0))
     return temperature**2 * (beta * inter + gamma * intra)
@@ -139,7 +144,7 @@ def dist_loss(
 class DIST(Method):
     """Distillation from a stronger teacher (Huang et al., NeurIPS 2022): Pearson correlation of class probabilities, by sample and by class.
 
-    The factor temperature^2 is in the authors' code, and `weight` 2 with temperature 4 (CIFAR-100) or 1 (ImageNet) belongs to it."""
+    The factor temperature^2 is that of the authors' code, as are `weight` 2 and temperature 4 (CIFAR-100) or 1 (ImageNet)."""
 
     def __init__(
         self,
@@ -161,7 +166,7 @@ def weighted_mse(
     teacher_logits: Tensor,  # (n, classes)
     weights: Tensor,  # (n, classes), rows sum to one
 ) -> Tensor:  # scalar
-    "1/4 sum_jk w_j w_k (delta_j - delta_k)^2 with delta = teacher - student, mean over samples (Cui et al. 2023)."
+    "Return 1/4 sum_jk w_j w_k (delta_j - delta_k)^2 with delta = teacher - student, mean over samples (Cui et al. 2023)."
     student, teacher = check_logits(student_logits, teacher_logits)
     delta, weights = teacher - student, as_real(weights, "weights")
     delta = delta - (weights * delta).sum(-1, keepdim=True)
@@ -173,7 +178,7 @@ class IKLKD(WarmUp, Method):
     """Improved KL (Cui et al., "Decoupled Kullback-Leibler divergence loss", 2023): beta wMSE + alpha KL(teacher || student) at `temperature`, without temperature^2.
 
     The paper writes soft cross-entropy where KL stands; they differ by the teacher's entropy, which has no gradient.
-    With `by_class` the mean probabilities by class are part of the state, made by `build` from the number of classes."""
+    With `by_class`, `build` creates a buffer for the mean probabilities of each class."""
 
     def __init__(
         self,
@@ -181,7 +186,7 @@ class IKLKD(WarmUp, Method):
         beta: float = 8.0,  # weight of the squared error
         temperature: float = 4.0,  # of the KL part
         weight_temperature: float = 100.0,  # of the weights in the squared error
-        by_class: bool = False,  # weights from the class's mean probabilities instead of the sample's own
+        by_class: bool = False,  # weights from the mean probabilities of the sample's class instead of its own
         warmup: int = 20,  # epochs
     ):
         super().__init__()
@@ -197,13 +202,13 @@ class IKLKD(WarmUp, Method):
         )  # row: sum of the weights of a class's samples
 
     def weights(self, logits, target):
-        "(n, classes): rows sum to one."
+        "Return the weights of the squared error, (n, classes); rows sum to one."
         p = (as_real(logits, "teacher_logits").detach() / self.weight_temperature).softmax(-1)
         if not self.by_class:
             return p
         if not hasattr(self, "sums"):
             raise RuntimeError(
-                "ikl_kd with by_class=True keeps one row a class: call method.build(student, teacher) first"
+                "ikl_kd with by_class=True needs a buffer with a row for each class: call method.build(student, teacher) first"
             )
         target = class_indices(target, f"{self.name} with by_class=True")
         if self.training:
@@ -226,7 +231,7 @@ def nkd_loss(
     gamma: float = 3.5,  # weight of the other classes
     temperature: float = 3.0,  # of the other classes
 ) -> Tensor:  # scalar
-    "Soft label of the true class, and normalised others (Yang et al. 2023)."
+    "Return the soft cross-entropy of the true class + gamma temperature^2 that of the other classes, renormalised (Yang et al. 2023)."
     student, teacher = check_logits(student_logits, teacher_logits)
     target = class_indices(target, "nkd")
     (s, *_), (t, *_) = split_target(student, target), split_target(teacher, target)
@@ -240,8 +245,9 @@ def nkd_loss(
 class NKD(Method):
     """Normalised knowledge distillation (Yang et al., "From knowledge distillation to self-knowledge distillation", ICCV 2023).
 
-    -p_t^T log p_t^S - gamma temperature^2 sum of the others' soft cross-entropy, beside the plain cross-entropy.
-    gamma 3.5 and temperature 3 are the authors' configuration of CIFAR-100; that of ImageNet is 1.5 and 1, see `paper_args`."""
+    The soft cross-entropy of the true class, -p_t^T log p_t^S, and gamma temperature^2 times that of the other classes, in
+    addition to the plain cross-entropy. gamma 3.5 and temperature 3 are the authors' for CIFAR-100; for ImageNet they take
+    1.5 and 1, see `paper_args`."""
 
     def __init__(
         self,

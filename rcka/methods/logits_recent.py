@@ -23,18 +23,18 @@ __all__ = ['standardize', 'Standardized', 'LSKD', 'ttm_loss', 'TTM', 'WTTM', 'no
 def standardize(
     logits: Tensor,  # (..., classes)
 ) -> Tensor:  # the same shape: mean 0 and standard deviation 1 over the classes
-    "Z-score of the logits over the classes (Sun et al. 2024). Logits that are all alike become zero, with a zero gradient."
+    "Return the z-score of the logits over the classes (Sun et al. 2024). Equal logits become zero, with a zero gradient."
     z = as_real(logits, "logits")
-    z = z - z[..., :1].detach()  # a constant becomes an exact zero, not what rounding leaves of it
+    z = z - z[..., :1].detach()  # a constant becomes exactly zero, without a rounding error
     return unit(z - z.mean(-1, keepdim=True)) * math.sqrt(max(1, z.shape[-1] - 1))
 
 
 @register("standardized")
 class Standardized(Wrapper):
-    """Give another method on logits the standardised logits of both networks (Sun et al., "Logit standardization in knowledge distillation", CVPR 2024).
+    """Another method on standardised logits (Sun et al., "Logit standardization in knowledge distillation", CVPR 2024).
 
-    Its terms keep their names, with "_standardized" after them. The cross-entropy sees the logits as they are.
-    The authors' script takes alpha 9 and beta 81 for DKD, at the temperature of 4."""
+    Names of its terms get the suffix "_standardized". The cross-entropy uses the plain logits. For DKD the authors' script
+    takes alpha 9 and beta 81 with temperature 4."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Standardized(Wrapper):
 class LSKD(Standardized):
     """KD on standardised logits (Sun et al., CVPR 2024): weight * tau^2 KL(teacher || student).
 
-    The authors' arguments on CIFAR-100 are the defaults; temperature 3 for vgg13 with vgg8 or mobilenet_v2, resnet32x4 with wrn_16_2 or wrn_40_2, and wrn_40_2 with mobilenet_v2; temperature 3 and weight 1 for resnet50 with mobilenet_v2."""
+    The defaults are the authors' on CIFAR-100. They take temperature 3 for vgg13 with vgg8 or mobilenet_v2, resnet32x4 with wrn_16_2 or wrn_40_2, and wrn_40_2 with mobilenet_v2; temperature 3 and weight 1 for resnet50 with mobilenet_v2."""
 
     def __init__(
         self,
@@ -73,9 +73,9 @@ def ttm_loss(
     student_logits: Tensor,  # (n, classes)
     teacher_logits: Tensor,  # (n, classes)
     gamma: float = 0.1,  # power of the teacher's probabilities, 1 / temperature
-    weighted: bool = False,  # True: WTTM, a sample weighted by the sum of its powers
-) -> Tensor:  # scalar, 0 where the student's probabilities are the teacher's to the power gamma
-    "KL(p^gamma || q), mean over samples (Zheng and Yang 2024)."
+    weighted: bool = False,  # True: WTTM, each sample weighted by the sum of p^gamma over classes
+) -> Tensor:  # scalar, 0 where q is p^gamma, normalised
+    "Return KL(p^gamma || q), mean over samples, p of the teacher and q of the student (Zheng and Yang 2024)."
     student, teacher = check_logits(student_logits, teacher_logits)
     power = gamma * teacher.log_softmax(-1)
     log_u = power.logsumexp(-1, keepdim=True)
@@ -88,7 +88,7 @@ def ttm_loss(
 class TTM(Method):
     """Transformed teacher matching (Zheng and Yang, "Knowledge distillation based on transformed teacher matching", ICLR 2024): weight * KL(p^gamma || q).
 
-    The defaults are the authors' for vgg13 with vgg8; their table for the other pairs (appendix A.4) was not at hand."""
+    The defaults are the authors' for vgg13 with vgg8; we do not have their table for other pairs (appendix A.4)."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class TTM(Method):
 class WTTM(Method):
     """Weighted transformed teacher matching (Zheng and Yang, ICLR 2024): weight * U_gamma KL(p^gamma || q).
 
-    The defaults are the authors' for vgg13 with vgg8 on top of CRD; their table for the other pairs (appendix A.4) was not at hand."""
+    The defaults are the authors' for vgg13 with vgg8 on top of CRD; we do not have their table for other pairs (appendix A.4)."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ def normkd_loss(
     teacher_logits: Tensor,  # (n, classes)
     temperature: float = 2.0,  # tau, in standard deviations of the logits
 ) -> Tensor:  # scalar, 0 at the optimum
-    "KL of standardised logits times (temperature * teacher's standard deviation)^2, mean over samples (Chi et al. 2023)."
+    "Return the KL divergence of standardised logits times (temperature * teacher's standard deviation)^2, mean over samples (Chi et al. 2023)."
     student, teacher = check_logits(student_logits, teacher_logits)
     spread = teacher.std(-1, correction=min(1, teacher.shape[-1] - 1)).detach()
     log_q, log_p = ((standardize(z) / temperature).log_softmax(-1) for z in (student, teacher))
@@ -137,7 +137,7 @@ def normkd_loss(
 class NormKD(Method):
     """Normalised logits (Chi et al., "NormKD: normalized logits for knowledge distillation", 2023): KD with a temperature for each sample.
 
-    The defaults are the authors' on CIFAR-100, for every pair; on ImageNet temperature 1, weight 0.5 and ce 0.5."""
+    The defaults are the authors' on CIFAR-100, for all pairs; on ImageNet they take temperature 1, weight 0.5 and ce 0.5."""
 
     def __init__(
         self,
@@ -162,13 +162,15 @@ def rld_loss(
     temperature: float = 4.0,  # of the masked correlation
     confidence_temperature: float = 1.0,  # of the sample confidence
 ) -> Tensor:  # scalar, 0 at the optimum where the teacher is right
-    "alpha * sample confidence + beta * masked correlation, each times its temperature^2 (Sun et al. 2025)."
+    "Return alpha * sample confidence + beta * masked correlation, each times its temperature^2 (Sun et al. 2025)."
     student, teacher = check_logits(student_logits, teacher_logits)
     s, *_ = split_target(student / confidence_temperature, target)
     t, *_ = split_target(teacher / confidence_temperature, teacher.argmax(-1))
     confidence = (t.exp() * (t - s)).sum(1).mean()
-    mask = teacher >= teacher.gather(1, target[:, None])  # the true class and all that the teacher finds as likely
-    some = ~mask.all(1, keepdim=True)  # none is left where the teacher finds the true class least likely
+    mask = teacher >= teacher.gather(
+        1, target[:, None]
+    )  # the true class and all classes that the teacher finds at least as likely
+    some = ~mask.all(1, keepdim=True)  # False where the teacher finds the true class least likely: all are masked
     log_q, log_p = ((z / temperature).masked_fill(mask & some, -torch.inf).log_softmax(-1) for z in (student, teacher))
     keep = ~mask & some
     difference = torch.where(keep, log_p, 0) - torch.where(keep, log_q, 0)
@@ -180,7 +182,8 @@ def rld_loss(
 class RLD(WarmUp, Method):
     """Refined logit distillation (Sun et al., "Knowledge distillation with refined logits", ICCV 2025): alpha * sample confidence + beta * masked correlation.
 
-    The defaults are those of the released code, and `beta` depends on the pair as for DKD (see `paper_args`); pairs are not listed in what was released. The term grows over `warmup` epochs."""
+    The defaults are those of the released code, which has no settings for other pairs; those of DKD for `beta` are a start
+    (see `paper_args`). The term warms up linearly over `warmup` epochs."""
 
     def __init__(
         self,
@@ -207,7 +210,7 @@ def mlkd_losses(
     teacher_logits: Tensor,  # (n, classes)
     temperatures=(2.0, 3.0, 4.0, 5.0, 6.0),  # the losses are summed over them
 ):  # three scalars: instance, batch, classes; 0 at the optimum
-    "KL by sample, and squared differences of the Gram matrices of the probabilities by batch and by class (Jin et al. 2023)."
+    "Return the KL divergence of samples, and squared differences of the Gram matrices of the probabilities between samples and between classes (Jin et al. 2023)."
     student, teacher = check_logits(student_logits, teacher_logits)
     n, p = student.shape
     instance = batch = classes = 0
@@ -221,16 +224,17 @@ def mlkd_losses(
 
 @register("mlkd")
 class MLKD(Method):
-    """Multi-level logit distillation (Jin, Wang, Lin, CVPR 2023) on one view of each image: by sample, by batch and by class, at several temperatures.
+    """Multi-level logit distillation (Jin, Wang, Lin, CVPR 2023) on one view of each image: terms for samples, batch and classes, at several temperatures.
 
-    The defaults are the weights of the released code, the same for all pairs; with logit standardisation the authors take 9 for 0.9, and standardise for the KL alone."""
+    The defaults are the weights of the released code, the same for all pairs. With standardised logits its authors take 9
+    instead of 0.9, and standardise in the KL term alone."""
 
     def __init__(
         self,
-        instance: float = 0.9,  # weight of the KL by sample
-        batch: float = 0.45,  # weight of samples against samples
-        classes: float = 0.45,  # weight of classes against classes
-        temperatures=(2.0, 3.0, 4.0, 5.0, 6.0),  # summed over
+        instance: float = 0.9,  # weight of the KL divergence of samples
+        batch: float = 0.45,  # weight of the Gram matrix of samples
+        classes: float = 0.45,  # weight of the Gram matrix of classes
+        temperatures=(2.0, 3.0, 4.0, 5.0, 6.0),  # the losses are summed over them
         ce: float = 0.1,  # of the cross-entropy
     ):
         super().__init__()
@@ -249,12 +253,12 @@ def skd_direction_loss(
     student_logits: Tensor,  # (n, classes)
     teacher_logits: Tensor,  # (n, classes)
     tikhonov: float = 0.1,  # lambda, added to the diagonal of the covariance
-    divide: bool = True,  # Gram matrices over the number of classes, as released; False: the paper's equations
+    divide: bool = True,  # divide the Gram matrices by the number of classes, as in the released code; False: as in the paper
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Mean Mahalanobis norm of the rows of the difference of two Gram matrices of unit logits (Jeong et al. 2026, eq. 3 to 8)."
+    "Return the mean Mahalanobis norm of the rows of the difference of the Gram matrices of unit logits (Jeong et al. 2026, eq. 3 to 8)."
     student, teacher = check_logits(student_logits, teacher_logits)
     if not tikhonov > 0:
-        raise ValueError(f"tikhonov must be positive, for the covariance alone cannot be inverted; got {tikhonov}")
+        raise ValueError(f"tikhonov must be positive, since the covariance alone is singular; got {tikhonov}")
     n, p = student.shape
     g, h = (z @ z.mT for z in (unit(student), unit(teacher)))
     d = (g - h) / (p if divide else 1)
@@ -270,9 +274,10 @@ def skd_direction_loss(
 class SKD(Method):
     """Streamlined knowledge distillation (Jeong, Lee, Choi, CVPR 2026): instance * KD + direction * Mahalanobis norm of the Gram matrices' difference.
 
-    The weights are 0.9 in the released code; its masks of the less confident half act on means already taken and halve both, which the defaults say plainly. The same for all pairs."""
+    The released code has weights 0.9, but its masks of the less confident half are applied after the mean and halve both
+    terms: hence the defaults of 0.45. They are the same for all pairs."""
 
-    capturable = False  # a Cholesky factor waits for the device
+    capturable = False  # the Cholesky factorisation synchronises with the device
 
     def __init__(
         self,
@@ -296,10 +301,10 @@ class SKD(Method):
 
 # %% ../../nbs/method/02f_logits_since_2022.ipynb #a9ff86fb
 def class_costs(
-    prototypes: Tensor,  # (classes, width): a vector of each class, such as the rows of the teacher's classifier
+    prototypes: Tensor,  # (classes, width): a vector for each class, such as the rows of the teacher's classifier
     sharpen: float = 1.0,  # kappa
 ) -> Tensor:  # (classes, classes): 0 on the diagonal
-    "1 - exp(-sharpen * (1 - cosine)) of each pair of classes (Lv et al. 2024)."
+    "Return the cost 1 - exp(-sharpen * (1 - cosine)) of each pair of classes (Lv et al. 2024)."
     u = unit(as_real(prototypes, "prototypes"))
     return -torch.expm1(-sharpen * (1 - u @ u.mT).clamp_min(0)).fill_diagonal_(0)
 
@@ -312,10 +317,10 @@ def transport_cost(
     regularization: float = 0.05,  # weight of the entropy
     iterations: int = 10,  # Sinkhorn's
 ) -> Tensor:  # (n,): the cost of the plan, without its entropy
-    "Cost of moving each row of `p` to that of `q` by an entropic plan after so many Sinkhorn iterations (Cuturi 2013; Lv et al. 2024)."
+    "Return the cost of the entropic transport plan from each row of `p` to that of `q` after some Sinkhorn iterations (Cuturi 2013; Lv et al. 2024)."
     if iterations < 1 or not regularization > 0:
         raise ValueError(
-            f"a plan needs at least one iteration and a positive regularization, got {iterations} and {regularization}"
+            f"iterations must be at least 1 and regularization positive, got iterations={iterations} and regularization={regularization}"
         )
     kernel = (-costs / regularization).exp()
     u = (p > 0).to(p.dtype)
@@ -335,7 +340,7 @@ def wkd_logit_losses(
     regularization: float = 0.05,  # weight of the entropy
     iterations: int = 10,  # Sinkhorn's
 ):  # two scalars: true class, other classes
-    "Cross-entropy of the true class with the teacher's probability, and transport cost of the other classes (Lv et al. 2024)."
+    "Return the cross-entropy of the true class with the teacher's probability, and the transport cost of the other classes (Lv et al. 2024)."
     student, teacher = check_logits(student_logits, teacher_logits)
     (s, *_), (t, *_) = split_target(student, target), split_target(teacher, target)
     (_, s_rest, mask), (_, t_rest, _) = (split_target(z / temperature, target) for z in (student, teacher))
@@ -345,7 +350,7 @@ def wkd_logit_losses(
 
 
 class CosineDecay:
-    "Mixin: `self.share` falls from 1 to 0 as half a cosine between the two epochs of `decay`; 1 where that is None or nobody tells the epoch."
+    "Mixin: `self.share` decays from 1 to 0 along a cosine between the two epochs of `decay`; it stays 1 where `decay` is None or `set_epoch` is never called."
 
     decay: tuple[int, int] | None = None
     share: float = 1.0
@@ -360,8 +365,10 @@ class CosineDecay:
 class WKDL(CosineDecay, Method):
     """Wasserstein distance of logits (Lv, Yang, Li, "Wasserstein distance rivals Kullback-Leibler divergence for knowledge distillation", NeurIPS 2024): cross-entropy of the true class + gamma * transport cost of the others.
 
-    `build` needs `head`, the teacher's classifier, whose rows say how far classes are apart; or give `costs`. The authors' main results take the CKA of all training features of two classes instead, which one batch cannot give.
-    The defaults are those of the released configuration for resnet32x4 with resnet8x4, with decay=(150, 240); the table of the other pairs was not at hand."""
+    `build` computes the costs from the rows of `head`, the teacher's classifier, unless `costs` is given. For their main
+    results the authors take the CKA of all training features of two classes, which cannot be computed from one batch.
+    The defaults are those of the released configuration for resnet32x4 with resnet8x4, with decay=(150, 240); we do not
+    have the table for other pairs."""
 
     def __init__(
         self,
@@ -376,18 +383,20 @@ class WKDL(CosineDecay, Method):
         super().__init__()
         self.gamma, self.sharpen, self.decay = gamma, sharpen, decay
         self.options = dict(temperature=temperature, regularization=regularization, iterations=iterations)
-        self.costs = costs  # no buffer: a constant that `build` makes anew is no memory to save
+        self.costs = costs  # not a buffer: `build` computes it again, so a checkpoint need not hold it
 
     def build(self, student, teacher, *, head=None, **known):
         if self.costs is None:
             weight = getattr(head, "weight", None)
             if weight is None or weight.dim() != 2:
                 raise ValueError(
-                    f"wkd_l takes the costs of classes from the teacher's linear classifier: build(..., head=that module), or give costs; got {type(head).__name__}"
+                    f"wkd_l takes the costs of classes from the teacher's linear classifier, got {type(head).__name__}: call build(..., head=teacher_classifier), or give costs"
                 )
             self.costs = class_costs(weight.detach(), self.sharpen)
         if (known := teacher.logits.shape[1]) != len(self.costs):
-            raise ValueError(f"wkd_l has costs of {len(self.costs)} classes, but the teacher knows {known}")
+            raise ValueError(
+                f"wkd_l has costs of {len(self.costs)} classes, but the teacher has {known}: give costs (classes, classes) of the teacher's"
+            )
         self.costs = self.costs.to(teacher.logits.device)
 
     def terms(self, student, teacher, target, index=None):
@@ -408,18 +417,18 @@ def class_maps(
     features, weight = as_real(features, "features"), head.weight.flatten(1)
     if features.dim() != 4 or features.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"a classifier of {weight.shape[1]} channels cannot be applied at every place of {tuple(features.shape)}: "
-            "give the path of the map that is averaged before it"
+            f"a classifier with {weight.shape[1]} inputs cannot be applied at every place of features {tuple(features.shape)}: "
+            "give the path of the map whose average goes into the classifier"
         )
     own = head.bias.to(features.dtype) if bias and head.bias is not None else None
     return F.conv2d(features, weight.to(features.dtype)[:, :, None, None], own)
 
 
 class ClassMapMethod(MapMethod):
-    """Base class of the methods that apply both classifiers at every place of the last map.
+    """Base class of the methods that apply the classifiers of both networks at every place of their last maps.
 
-    The classifiers are those of the networks: not trained, moved or saved with the method, though the student's is
-    trained through it."""
+    The classifiers belong to the networks: the method does not move or save them. Gradients of the terms flow into the
+    student's."""
 
     stages = (-1,)
     wants_logits = True
@@ -430,14 +439,14 @@ class ClassMapMethod(MapMethod):
             weight = getattr(one, "weight", None)
             if weight is None or weight.dim() < 2 or weight[0, 0].numel() != 1:
                 raise ValueError(
-                    f"{self.name} applies the {who}'s linear classifier at every place: build(..., head=the teacher's, "
-                    f"student_head=the student's); got {type(one).__name__}"
+                    f"{self.name} applies the {who}'s linear classifier at every place, got {type(one).__name__}: call "
+                    "build(..., head=teacher_classifier, student_head=student_classifier)"
                 )
-        self._heads = student_head, head  # in a tuple, so that they are no submodules
+        self._heads = student_head, head  # in a tuple, so that they are not submodules
         self.class_maps(student, teacher)
 
     def class_maps(self, student, teacher) -> tuple[Tensor, Tensor]:
-        "Return the maps of both networks, (n, classes, H, W) and (n, classes, U, V); the teacher's without a gradient."
+        "Return the maps of class logits of both networks, (n, classes, H, W) and (n, classes, U, V), the teacher's detached."
         if not hasattr(self, "_heads"):
             raise RuntimeError(
                 f"{self.name} needs both classifiers: call method.build(student, teacher, head=..., student_head=...) first"
@@ -450,25 +459,27 @@ class ClassMapMethod(MapMethod):
 @full_precision
 def sdd_loss(
     student: Tensor,  # (n, classes, H, W): the student's classifier applied at every place of its last map
-    teacher: Tensor,  # (n, classes, U, V): the same of the teacher
+    teacher: Tensor,  # (n, classes, U, V): likewise of the teacher
     target: Tensor,  # (n,): the true classes
-    scales=(1, 2, 4),  # cells a side of each grid; the first must be 1, the whole image
+    scales=(1, 2, 4),  # grids of k x k cells; the first must be 1, the whole image
     temperature: float = 4.0,  # softens both
     dkd: tuple[float, float] | None = None,  # weights alpha and beta of DKD for the logits of a cell; None: KD
 ) -> Tensor:  # scalar, 0 at the optimum
-    'KD or DKD of the logits of every cell, mean over cells; a cell counts twice where the teacher is right about the cell or about the image, but not about both (Wei et al., "Scale decoupled distillation", CVPR 2024).'
+    """Return KD or DKD of the logits of every cell, mean over cells (Wei et al., "Scale decoupled distillation", CVPR 2024).
+
+    A cell has weight 2 where the teacher is right about either the cell or the whole image, but not both."""
     if not scales or scales[0] != 1:
         raise ValueError(f"scales must begin with 1, the whole image; got {tuple(scales)}")
     for who, x in (("student", student), ("teacher", teacher)):
         if x.dim() != 4 or min(x.shape[-2:]) < max(scales):
             raise ValueError(
-                f"sdd_loss compares maps of logits (n, classes, H, W) of at least {max(scales)} places a side, got {tuple(x.shape)} of the {who}"
+                f"sdd_loss compares maps of logits (n, classes, H, W) with height and width of at least {max(scales)}, the finest scale; got {tuple(x.shape)} of the {who}"
             )
     cells = lambda x: torch.cat([pooled_to(x, (k, k)).flatten(2) for k in scales], 2).mT
     s, t = (cells(as_real(x, who)) for x, who in ((student, "student"), (teacher, "teacher")))  # (n, cells, classes)
     if s.shape != t.shape:
         raise ValueError(
-            f"student and teacher must agree in samples and classes, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"student and teacher must have the same samples and classes, got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     right = t.argmax(-1) == target[:, None]
     weights = 1.0 + (right != right[:, :1])
@@ -487,17 +498,17 @@ def sdd_loss(
 class SDD(WarmUp, ClassMapMethod):
     """Scale-decoupled distillation (Wei, Luo, Luo, CVPR 2024): weight * KD or DKD of the logits of the image and of its cells.
 
-    `build` needs the classifiers of both networks. The formula and the scales are the authors'; their configurations
-    were not at hand: the weights are those of KD in the library that they build on. Grids finer than a map are left out."""
+    `build` needs the classifiers of both networks. Formula and scales are the authors'. We do not have their
+    configurations: the weights are those of KD in the library that they build on. Scales finer than a map are skipped."""
 
     def __init__(
         self,
         weight: float = 0.9,  # of the term
         temperature: float = 4.0,  # softens both
-        scales=(1, 2, 4),  # cells a side of each grid
+        scales=(1, 2, 4),  # grids of k x k cells; the first must be 1, the whole image
         dkd: tuple[float, float] | None = None,  # alpha and beta of DKD for a cell; None: KD
         ce: float = 0.1,  # of the cross-entropy
-        warmup: int = 0,  # epochs over which the term grows; the authors do that for DKD
+        warmup: int = 0,  # epochs of linear warm-up of the term, which the authors use with DKD
     ):
         super().__init__()
         self.weight, self.temperature, self.scales, self.dkd = weight, temperature, tuple(scales), dkd

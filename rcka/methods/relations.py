@@ -21,21 +21,21 @@ def sp_loss(
     student: Tensor,  # (n, ...): features
     teacher: Tensor,  # (n, ...): features of the same samples
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Squared difference of row-normalised Gram matrices over n^2 (Tung and Mori 2019)."
+    "Return the squared Frobenius norm of the difference of row-normalised Gram matrices, over n^2 (Tung and Mori 2019)."
     g, h = (unit(x @ x.mT) for x in check_samples(student, teacher))
     return (g - h).square().mean()
 
 
 @register("sp")
 class SP(FeatureMethod):
-    "Similarity-preserving distillation (Tung and Mori, ICCV 2019): weight * |row-normalised Gram difference|^2 / n^2 of the last feature map."
+    "Similarity-preserving distillation (Tung and Mori, ICCV 2019): weight * |G_S - G_T|^2 / n^2, G the row-normalised Gram matrix of the last feature map."
 
     relations_only = True
 
     def __init__(
         self,
         weight: float = 3000.0,  # of the term
-        stages=(-1,),  # which of the network's stages; their losses are summed
+        stages=(-1,),  # positions of stages; their losses are summed
     ):
         super().__init__()
         self.weight, self.stages = weight, stages
@@ -49,7 +49,7 @@ def rkd_losses(
     student: Tensor,  # (n, ...): features
     teacher: Tensor,  # (n, ...): features of the same samples
 ):  # two scalars: distance, angle; 0 at the optimum
-    "Huber losses of relative distances and of cosines of angles (Park et al. 2019)."
+    "Return the Huber losses of the relative distances and of the cosines of angles (Park et al. 2019)."
     relations = [_relations(x) for x in check_samples(student, teacher)]
     return tuple(F.smooth_l1_loss(s, t) for s, t in zip(*relations))
 
@@ -90,7 +90,7 @@ def pkt_loss(
     teacher: Tensor,  # (n, ...): features of the same samples
     eps: float = 1e-7,  # keeps the logarithm finite
 ) -> Tensor:  # scalar, 0 at the optimum
-    "KL divergence of cosine-similarity neighbourhoods, mean over pairs (Passalis and Tefas 2018)."
+    "Return the KL divergence of the neighbourhood probabilities by cosine similarity, mean over pairs (Passalis and Tefas 2018)."
     p, q = ((unit(x) @ unit(x).mT + 1) / 2 for x in check_samples(student, teacher))
     p, q = (x / x.sum(1, keepdim=True) for x in (p, q))
     return (q * ((q + eps) / (p + eps)).log()).mean()
@@ -98,7 +98,7 @@ def pkt_loss(
 
 @register("pkt")
 class PKT(FeatureMethod):
-    "Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018): weight * KL of neighbourhoods of the pooled features, mean over pairs."
+    "Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018): weight * KL of the neighbourhood probabilities of the pooled features, mean over pairs."
 
     relations_only = True
 
@@ -115,7 +115,7 @@ class PKT(FeatureMethod):
 
 # %% ../../nbs/method/02c_relations.ipynb #33bbb371
 class Embeddings(nn.Module):
-    "Linear maps of both networks' flattened features to one width."
+    "Linear embeddings of the flattened features of both networks into the same width."
 
     def __init__(self, p: int, q: int, width: int):
         super().__init__()
@@ -133,7 +133,7 @@ def cc_loss(
     gamma: float = 0.4,  # of the Gaussian kernel
     order: int = 2,  # of its Taylor series
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Correlation congruence (Peng et al. 2019), or the neighbours-only form that the tables of the field use."
+    "Return the correlation congruence loss (Peng et al. 2019), or its form over neighbouring samples of the batch, which published tables use."
     student, teacher = check_samples(student, teacher)
     if kernel == "neighbours":
         delta = (student - teacher).abs()
@@ -151,7 +151,7 @@ def cc_loss(
 
 @register("cc")
 class CC(FeatureMethod):
-    "Correlation congruence (Peng et al., ICCV 2019) of pooled features, both embedded linearly: weight * cc_loss. Default form and weight are those of the CRD repository."
+    "Correlation congruence (Peng et al., ICCV 2019): weight * cc_loss of linearly embedded pooled features. The default kernel and weight are those of the CRD repository."
 
     connects = True
 
@@ -178,7 +178,7 @@ def ickd_loss(
     student: Tensor,  # (n, D, H, W)
     teacher: Tensor,  # (n, D, U, V)
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Squared difference of row-normalised channel Gram matrices, mean over samples and channels (Liu et al. 2021)."
+    "Return the squared difference of row-normalised channel Gram matrices, mean over samples and channels (Liu et al. 2021)."
     g, h = (unit(x.flatten(2) @ x.flatten(2).mT) for x in check_maps(student, teacher))
     return (g - h).square().sum(-1).mean()
 
@@ -187,7 +187,7 @@ def ickd_loss(
 class ICKDC(MapMethod):
     """Inter-channel correlation for classification (Liu et al., ICCV 2021): weight * squared difference of channel correlations of the last feature map.
 
-    This term alone, without KD. The CIFAR-100 results printed as ICKD-C have KD beside it: `kd+ickd_c` with `paper_args("kd+ickd_c", ...)`."""
+    This is the feature term alone. The CIFAR-100 results published as ICKD-C add KD: `kd+ickd_c` with `paper_args("kd+ickd_c", ...)`."""
 
     connects = True
 

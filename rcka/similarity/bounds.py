@@ -32,14 +32,14 @@ class Bound(NamedTuple):
 
 
 def _normalised(x: Tensor, center: bool, name: str) -> tuple[Tensor, Tensor]:
-    "(*batch, n, p) to features whose Gram matrix has norm 1, and their size (*batch, 1, 1). Zero stays zero, of size 0."
+    "Return x (*batch, n, p) scaled so that its Gram matrix has Frobenius norm 1, and the divisor (*batch, 1, 1). Zero stays zero, divisor 0."
     if not torch.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinity: every feature must be a finite number")
+        raise ValueError(f"{name} has NaN or infinite features: all must be finite")
     x = x.double()
     if center:
         x = shifted(x)
     top = x.abs().amax((-2, -1), keepdim=True)
-    # entries of order one: fourth powers neither overflow nor vanish
+    # entries of order one, so that fourth powers neither overflow nor underflow
     x = x / torch.where(top > 0, top, torch.ones_like(top))
     small = x.mT @ x if x.shape[-1] < x.shape[-2] else x @ x.mT
     size = small.square().sum((-2, -1), keepdim=True).sqrt().sqrt()
@@ -54,16 +54,16 @@ def _features(x, y, center, batch_dims):
 # %% ../../nbs/theory/02a_identity.ipynb #9b258765
 def unit_features(
     x: Tensor,  # (*batch, n, ...): features of n samples
-    center: bool = True,  # take the mean feature away first
+    center: bool = True,  # subtract the mean feature first
     batch_dims: int = 0,  # how many leading dimensions are separate problems
     name: str = "x",  # what to call them in an error
 ) -> Tensor:  # (*batch, n, p), float64
-    r"$\hat X$: the same features at the scale where their Gram matrix has Frobenius norm 1. ValueError if it is zero."
+    r"Return $\hat X$, the features scaled so that their Gram matrix has Frobenius norm 1. Raises ValueError if it is zero."
     x, size = _normalised(as_features(x, name, batch_dims), center, name)
     if not (size > 0).all():
         raise ValueError(
             f"{name} has a zero {'centred ' if center else ''}Gram matrix: its features are "
-            f"{'the same for every sample' if center else 'all zero'}, so CKA has no direction to compare"
+            f"{'the same for every sample' if center else 'all zero'}, so CKA is not defined. Give features that vary"
         )
     return x
 
@@ -86,7 +86,9 @@ def random_pairs(
 ) -> tuple[Tensor, Tensor]:  # (batch, n, p) and (batch, n, q), float64
     "Draw pairs of features with every CKA between 0 and 1: the second is a rotation of the first, mixed with noise."
     if q > p:
-        raise ValueError(f"q is {q}, but the second side is cut from a rotation of the first: at most p = {p}")
+        raise ValueError(
+            f"q must be at most p = {p}, since the second side is part of a rotation of the first; got {q}"
+        )
     g = torch.Generator().manual_seed(seed)
 
     def noise(width):  # spectrum from flat to steep, mean from none to strong
@@ -108,7 +110,7 @@ def relation_identity(
     center: bool = True,  # centre the Gram matrices
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: 1 - CKA, rhs: n^2/2 times the mean squared difference of relations; they are equal
-    "Theorem 1, the equality: $1 - CKA = (n^2/2) E_{ij}[(k_{ij} - l_{ij})^2]$ for Gram matrices of norm 1."
+    "Return both sides of Theorem 1's equality, $1 - CKA = (n^2/2) E_{ij}[(k_{ij} - l_{ij})^2]$ for Gram matrices of norm 1."
     xh, yh = _pair(x, y, center, batch_dims)
     return Bound(1 - cka(xh, yh, center=center, batch_dims=batch_dims), _gap(xh @ xh.mT, yh @ yh.mT))
 
@@ -117,23 +119,23 @@ def relation_identity(
 def linear_bound(
     x: Tensor,  # (*batch, n, ...): features of n samples
     y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
-    center: bool = True,  # centre the Gram matrices: then lhs is 0, and the bound true and empty
+    center: bool = True,  # centre the Gram matrices: then lhs is 0 and the bound trivial
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: half the squared linear-kernel MMD of the relations, rhs: 1 - CKA
-    "Theorem 1, the inequality: $(n^2/2) (E_{ij}[k_{ij}] - E_{ij}[l_{ij}])^2 <= 1 - CKA$ for Gram matrices of norm 1."
+    "Return both sides of Theorem 1's inequality, $(n^2/2) (E_{ij}[k_{ij}] - E_{ij}[l_{ij}])^2 <= 1 - CKA$ for Gram matrices of norm 1."
     xh, yh = _pair(x, y, center, batch_dims)
     return Bound((_mean_cosine(xh) - _mean_cosine(yh)).square() / 2, _gap(xh @ xh.mT, yh @ yh.mT))
 
 
 def _mean_cosine(xh: Tensor) -> Tensor:
-    "The mean entry of (*batch, n, n) tilde K, 1'K1/n in the hat: the cosine of K and the constant matrix. In [0, 1]."
+    "Return the cosine between the Gram matrix of unit features `xh` and the constant matrix, 1'K1/n, in [0, 1]."
     return xh.sum(-2).square().sum(-1) / xh.shape[-2]
 
 # %% ../../nbs/theory/02a_identity.ipynb #c37e2208
 class Published(NamedTuple):
     "Theorem 2 of Zhou et al. (IJCAI 2024) on features of unit Gram norm, term by term. Float64."
 
-    cka: Tensor  # (*batch,): the left-hand side, as it is
+    cka: Tensor  # (*batch,): the left-hand side
     middle: Tensor  # (*batch,): 2 - N E[(k - l)^2], printed as equal to CKA
     bound: Tensor  # (*batch,): 2 - N (E[k] - E[l])^2, printed as its upper bound
 
@@ -146,7 +148,7 @@ def published_bound(
     center: bool = True,  # centre the Gram matrices
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Published:
-    "The three members of the published theorem, to be held against `relation_identity` and `linear_bound`."
+    "Return the three members of the published theorem, to compare with `relation_identity` and `linear_bound`."
     xh, yh = _pair(x, y, center, batch_dims)
     n = xh.shape[-2]
     factor = n if factor is None else factor
@@ -159,17 +161,17 @@ def published_bound(
 def angle_bound(
     x: Tensor,  # (*batch, n, ...): features of n samples
     y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
-    center: bool = True,  # centre the Gram matrices: then lhs is 0, and the bound true and empty
+    center: bool = True,  # centre the Gram matrices: then lhs is 0 and the bound trivial
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: 1 - cos(theta_x - theta_y), rhs: 1 - CKA
-    "Theorem 2: the best bound on 1 - CKA by the mean relations alone, from the angles of the Gram matrices with 11'."
+    "Return both sides of Theorem 2, the best bound on 1 - CKA by the mean relations alone, from the angles of the Gram matrices with 11'."
     xh, yh = _pair(x, y, center, batch_dims)
     k, l = xh @ xh.mT, yh @ yh.mT
     return Bound(2 * ((_angle(xh, k) - _angle(yh, l)) / 2).sin().square(), _gap(k, l))
 
 
 def _angle(xh: Tensor, k: Tensor) -> Tensor:
-    "The angle between (*batch, n, n) and the constant matrix, with all its digits at both ends."
+    "Return the angle between the Gram matrix k (*batch, n, n) and the constant matrix, accurate near 0 and pi/2."
     cosine = _mean_cosine(xh)
     rest = k - (cosine / k.shape[-1])[..., None, None]
     return torch.atan2(rest.square().sum((-2, -1)).sqrt(), cosine)
@@ -178,7 +180,7 @@ def _angle(xh: Tensor, k: Tensor) -> Tensor:
 def lipschitz(
     kernel,  # `Linear()`, `Gaussian(bandwidth)`, their names, or an object with an attribute `lipschitz`
 ) -> float:  # the least lambda with |phi(a) - phi(b)| <= lambda |a - b|
-    "The Lipschitz constant of a kernel's feature map; ValueError for a kernel that has none, or none that is known."
+    "Return the Lipschitz constant of a kernel's feature map. Raises ValueError where the kernel has none, or where it is not known."
     kernel = as_kernel(kernel)
     if isinstance(kernel, Linear):
         return 1.0
@@ -187,20 +189,22 @@ def lipschitz(
     if getattr(kernel, "lipschitz", None) is not None:
         return float(kernel.lipschitz)
     if isinstance(kernel, Gaussian):
-        raise ValueError("kernel has no bandwidth: the bound holds for one fixed kernel, such as Gaussian(1.0)")
+        raise ValueError(
+            "kernel must have a fixed bandwidth, such as Gaussian(1.0), for the bound to hold; got Gaussian()"
+        )
     raise ValueError(
         f"kernel {kernel} has no known Lipschitz constant: use Linear(), Gaussian(1.0), or an object with an attribute `lipschitz`"
     )
 
 # %% ../../nbs/theory/02b_relations.ipynb #d1ca2517
 def _relation_mmd2(k: Tensor, l: Tensor, kernel, room: int = 2**22) -> Tensor:
-    "Squared MMD between all entries of two symmetric (*batch, n, n), holding about `room` kernel values at a time."
+    "Return the squared MMD between the entries of two symmetric matrices (*batch, n, n), with about `room` kernel values in memory at a time."
     n = k.shape[-1]
     i, j = torch.triu_indices(n, n, device=k.device)
     z = torch.cat([k[..., i, j], l[..., i, j]], -1).unsqueeze(-1)  # (*batch, m, 1)
-    w = torch.where(i == j, 1.0, 2.0).to(k) / n**2  # each entry off the diagonal stands for two
+    w = torch.where(i == j, 1.0, 2.0).to(k) / n**2  # an entry above the diagonal counts twice
     w = torch.cat([w, -w])
-    of = getattr(kernel, "up_to_constant", kernel)  # the weights sum to zero, so a constant does not count
+    of = getattr(kernel, "up_to_constant", kernel)  # the weights sum to zero, so a constant cancels
     rows = max(1, room // z.numel())
     parts = [of(z[..., a : a + rows, :], z) @ w @ w[a : a + rows] for a in range(0, z.shape[-2], rows)]
     return torch.stack(parts).sum(0).clamp_min(0)
@@ -210,11 +214,11 @@ def _relation_mmd2(k: Tensor, l: Tensor, kernel, room: int = 2**22) -> Tensor:
 def relation_bound(
     x: Tensor,  # (*batch, n, ...): features of n samples
     y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
-    kernel=Gaussian(1.0),  # a kernel on numbers of order one, with a known Lipschitz constant
+    kernel=Gaussian(1.0),  # a kernel on scalars of order one, with a known Lipschitz constant
     center: bool = True,  # centre the Gram matrices
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: squared MMD of the relations n k_ij and n l_ij, rhs: 2 lambda^2 (1 - CKA)
-    "Theorem 4: MMD between the distributions of pairwise relations, for any Lipschitz kernel. Time grows with n^4."
+    "Return both sides of Theorem 4, MMD between the distributions of pairwise relations for a Lipschitz kernel. Takes O(n^4) time."
     constant, kernel = lipschitz(kernel), as_kernel(kernel)
     xh, yh = _pair(x, y, center, batch_dims)
     n, k, l = xh.shape[-2], xh @ xh.mT, yh @ yh.mT
@@ -238,7 +242,7 @@ def procrustes(
     y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Rotation:
-    "The rotation or reflection of `y` that brings it nearest to `x` (Schönemann 1966). Float64. Time grows with d^3."
+    "Return the rotation or reflection of `y` that minimises the distance to `x` (Schönemann 1966). Float64. Takes O(d^3) time."
     x, y = _features(x, y, False, batch_dims)
     d = max(x.shape[-1], y.shape[-1])
     x, y = _pad(x.double(), d), _pad(y.double(), d)
@@ -259,12 +263,12 @@ class FeatureChain(NamedTuple):
 
 
 def _narrow(x: Tensor) -> Tensor:
-    "(*batch, n, p) to (*batch, n, min(n, p)) with the same Gram matrix."
+    "Return features (*batch, n, min(n, p)) with the Gram matrix of x (*batch, n, p)."
     return x if x.shape[-1] <= x.shape[-2] else torch.linalg.qr(x.mT, mode="r").R.mT
 
 
 def _root(x: Tensor) -> Tensor:
-    "The positive root of the Gram matrix of (*batch, n, p), from the singular values of the features: no digits lost."
+    "Return the positive square root of the Gram matrix of x (*batch, n, p), from the singular values of x: no digits are lost."
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     return (u * s[..., None, :]) @ u.mT
 
@@ -276,7 +280,7 @@ def feature_chain(
     center: bool = True,  # centre the features
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> FeatureChain:
-    "Theorem 5, every step of it: from the distance of the features up to a rotation to CKA."
+    "Return all members of Theorem 5, from the distance of the features up to a rotation to CKA."
     xh, yh = _pair(x, y, center, batch_dims)
     n, most = xh.shape[-2], min(xh.shape[-2] - center, xh.shape[-1] + yh.shape[-1])
     xh, yh = _narrow(xh), _narrow(yh)
@@ -299,7 +303,7 @@ def procrustes_bound(
     center: bool = True,  # centre the features
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: min over R of |X - Y R|_F^2 for unit features, rhs: sqrt(2 r (1 - CKA))
-    "Theorem 5, first and last member: the squared distance of the features up to a rotation."
+    "Return the first and the last member of Theorem 5, a bound on the squared distance of the features up to a rotation."
     chain = feature_chain(x, y, center, batch_dims)
     return Bound(chain.procrustes, chain.frobenius)
 
@@ -308,11 +312,11 @@ def procrustes_bound(
 def feature_bound(
     x: Tensor,  # (*batch, n, ...): features of n samples
     y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
-    kernel=Gaussian(1.0),  # a kernel on R^d with a known Lipschitz constant, blind to rotations of both arguments
+    kernel=Gaussian(1.0),  # a kernel on R^d with a known Lipschitz constant, invariant to rotating both arguments
     center: bool = True,  # centre the features
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: squared MMD of sqrt(n) X and sqrt(n) Y R, rhs: lambda^2 sqrt(2 r (1 - CKA))
-    "Theorem 6: MMD between the distributions of the feature vectors, after the best rotation of `y`."
+    "Return both sides of Theorem 6, MMD between the distributions of the feature vectors after the best rotation of `y`."
     constant, kernel = lipschitz(kernel), as_kernel(kernel)
     chain = feature_chain(x, y, center, batch_dims)
     xh, yh = (_narrow(t) * t.shape[-2] ** 0.5 for t in _pair(x, y, center, batch_dims))
@@ -323,12 +327,12 @@ def feature_bound(
 # %% ../../nbs/theory/02d_gradient.ipynb #9d16ff9a
 @full_precision
 def cka_gradient(
-    x: Tensor,  # (*batch, n, ...): features that learn
+    x: Tensor,  # (*batch, n, ...): trained features
     y: Tensor,  # (*batch, n, ...): fixed features of the same samples; widths may differ
     center: bool = True,  # centre the Gram matrices
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Tensor:  # of the shape and type of x
-    "Theorem 8: the gradient of linear CKA with respect to `x`, in closed form. 0 where either side is constant, as in `cka`."
+    "Return the gradient of linear CKA with respect to `x` in closed form (Theorem 8). 0 where either side is constant, as in `cka`."
     a, b = _features(x, y, center, batch_dims)
     (xh, size), (yh, _) = _normalised(a, center, "x"), _normalised(b, center, "y")
     pull = yh @ (yh.mT @ xh)  # L X
@@ -338,24 +342,26 @@ def cka_gradient(
 
 # %% ../../nbs/theory/02e_accuracy.ipynb #560098ee
 class Transfer(NamedTuple):
-    "Theorem 10: how many samples the teacher's head gets wrong on the student, and what bounds it. Shares from 0 to 1."
+    "Theorem 10: the error rate of the teacher's head on the student's features, and three upper bounds, each from 0 to 1."
 
-    wrong: Tensor  # (): by the moved head
-    logits: Tensor  # (): at most, from the distance of the logits
-    features: Tensor  # (): at most, from the distance of the features and the norm of the head
-    cka: Tensor  # (): at most, from CKA and the norm of the head
+    wrong: Tensor  # (): error rate of the moved head
+    logits: Tensor  # (): bound from the distance of the logits
+    features: Tensor  # (): bound from the distance of the features and the norm of the head
+    cka: Tensor  # (): bound from CKA and the norm of the head
 
 # %% ../../nbs/theory/02e_accuracy.ipynb #29671154
 @full_precision
 def transfer_bound(
-    x: Tensor,  # (n, ...): the features that go into the teacher's head
+    x: Tensor,  # (n, ...): the input features of the teacher's head
     y: Tensor,  # (n, ...): the student's features of the same samples; the width may differ
     weight: Tensor,  # (classes, p): of the teacher's head
     bias: Tensor,  # (classes,)
     target: Tensor,  # (n,): labels
     fitted: bool = False,  # fit the head by least squares, (ii), instead of rotating it, (i)
 ) -> Transfer:  # each at most the next
-    "Theorem 10: bounds on the error of the teacher's head after it is moved to the student's features. Float64."
+    """Return Theorem 10's bounds on the error rate of the teacher's head after it is moved to the student's features. Float64.
+
+    Raises ValueError where the shapes do not fit."""
     x, y = (t.double() for t in _features(x, y, True, 0))
     if weight.shape[1:] != x.shape[1:] or target.shape != x.shape[:1]:
         raise ValueError(
@@ -385,6 +391,6 @@ def transfer_bound(
 
 
 def _margin(logits: Tensor, target: Tensor) -> Tensor:
-    "(n, classes) to (n,): the label's logit less the largest other one; 0 where that is negative."
+    "Return the margins (n,) of logits (n, classes): the label's logit minus the largest other one, 0 where that is negative."
     own = logits.gather(1, target[:, None])
     return (own - logits.scatter(1, target[:, None], -torch.inf).amax(1, keepdim=True))[:, 0].clamp_min(0)

@@ -17,7 +17,7 @@ __all__ = ['KERNELS', 'full_precision', 'as_real', 'to_float64', 'as_features', 
 
 # %% ../../nbs/theory/01_similarity.ipynb #669a408f
 def full_precision(f):
-    "Run `f` outside autocast: products of Gram matrices need float32 at least."
+    "Wrap `f` so that it runs with autocast disabled: products of Gram matrices need at least float32."
     names = list(inspect.signature(f).parameters)
 
     @functools.wraps(f)
@@ -34,7 +34,7 @@ def as_real(
     x: Tensor,  # any tensor
     name: str,  # what to call it in an error
 ) -> Tensor:  # the same values in float32 or float64
-    "Check that `x` is a real floating-point tensor and widen half precision to float32."
+    "Return a real floating-point tensor, half precision converted to float32. Raises TypeError for anything else."
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -43,7 +43,7 @@ def as_real(
 
 
 def to_float64(x: Tensor) -> Tensor:
-    "Return `x` in float64, on its device where that knows float64, else on the CPU."
+    "Return `x` in float64, on its device if that supports float64, else on the CPU."
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
@@ -52,15 +52,15 @@ def as_features(
     name: str = "x",  # what to call it in an error
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Tensor:  # (*batch, n, p)
-    "Read a tensor as `n` feature vectors of length `p`, in float32 or float64."
+    "Return a tensor as `n` feature vectors of length `p`, in float32 or float64. Raises ValueError for too few dimensions or an empty tensor."
     x = as_real(x, name)
     if x.dim() < batch_dims + 1:
         raise ValueError(
-            f"{name} must have {batch_dims} batch dimensions and one of samples, got shape {tuple(x.shape)}"
+            f"{name} must have {batch_dims} batch dimension(s) followed by the samples, got shape {tuple(x.shape)}"
         )
     x = x.flatten(batch_dims + 1) if x.dim() > batch_dims + 1 else x.unsqueeze(-1)
     if 0 in x.shape:
-        raise ValueError(f"{name} is empty: its shape is {tuple(x.shape)}")
+        raise ValueError(f"{name} is empty, of shape {tuple(x.shape)}: give at least one sample with one feature")
     return x
 
 
@@ -69,12 +69,12 @@ def in_memory_order(
 ) -> Tensor:  # (n, ...): the dimensions after the first, slowest in memory first
     """Return a view of `x` that flattens to (n, p) without a copy, whatever its memory format.
 
-    The order of the p features is another one for maps in `channels_last`: for relations of samples, which do not see it."""
+    For maps in `channels_last` this changes the order of the p features, which a Gram matrix of samples does not depend on."""
     return x.permute(0, *sorted(range(1, x.dim()), key=x.stride, reverse=True)) if x.dim() > 2 else x
 
 
 def check_pair(x: Tensor, y: Tensor, batch_dims: int = 0, least: int = 1, why: str = ""):
-    "Both (*batch, n, ...): the same samples on both sides, and at least `least` of them."
+    "Check that x and y, both (*batch, n, ...), have the same samples, at least `least`, dtype and device. Raises ValueError or TypeError."
     bx, by = tuple(x.shape[: batch_dims + 1]), tuple(y.shape[: batch_dims + 1])
     if bx != by:
         raise ValueError(
@@ -85,20 +85,22 @@ def check_pair(x: Tensor, y: Tensor, batch_dims: int = 0, least: int = 1, why: s
             f"x and y must agree in dtype and device: got {x.dtype} on {x.device} and {y.dtype} on {y.device}"
         )
     if bx[-1] < least:
-        raise ValueError(f"got {bx[-1]} sample(s), but {why} needs at least {least}")
+        raise ValueError(f"got {bx[-1]} sample(s), but {why} needs at least {least}: take a larger batch")
 
 # %% ../../nbs/theory/01_similarity.ipynb #f5920035
 def shifted(x: Tensor) -> Tensor:
-    "`x` less its first sample, then less its mean: exact zero for constant features, few digits lost to a large mean."
+    """Return `x` centred over the samples.
+
+    The first sample is subtracted before the mean: constant features become exactly zero, and a large mean costs few digits."""
     x = x - x[..., :1, :].detach()
     return x - x.mean(-2, keepdim=True)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    "(*batch, n, p) and (*batch, m, p) to (*batch, n, m)."
+    "Return the squared distances (*batch, n, m) between the samples of x (*batch, n, p) and y (*batch, m, p)."
     same = y is x
     shift = x[..., :1, :].detach()
-    x, y = x - shift, y - shift  # distances do not move; the digits lost to a large mean come back
+    x, y = x - shift, y - shift  # leaves the distances as they are, and saves the digits that a large mean would cost
     d2 = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] - 2 * x @ y.mT
     if same:
         d2 = d2 - torch.diag_embed(d2.diagonal(dim1=-2, dim2=-1))
@@ -107,7 +109,7 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 # %% ../../nbs/theory/01_similarity.ipynb #13c0c310
 @dataclass(frozen=True)
 class Linear:
-    r"$k(x, y) = \langle x, y \rangle$"
+    r"Linear kernel, $k(x, y) = \langle x, y \rangle$."
 
     def __call__(self, x, y=None):
         return x @ (x if y is None else y).mT
@@ -117,7 +119,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Polynomial:
-    r"$k(x, y) = (\langle x, y \rangle / p + \text{offset})^{\text{degree}}$"
+    r"Polynomial kernel, $k(x, y) = (\langle x, y \rangle / p + \text{offset})^{\text{degree}}$, with $p$ the width of the features."
 
     degree: int = 2
     offset: float = 1.0
@@ -130,9 +132,9 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Gaussian:
-    r"""$k(x, y) = \exp(-\lVert x - y \rVert^2 / 2\sigma^2)$, with $\sigma$ = `bandwidth`.
+    r"""Gaussian kernel, $k(x, y) = \exp(-\lVert x - y \rVert^2 / 2\sigma^2)$, with $\sigma$ = `bandwidth`.
 
-    `bandwidth=None` is the median heuristic: the median distance between different samples, held constant by autograd."""
+    `bandwidth=None` is the median heuristic: the median distance between different samples, which carries no gradient."""
 
     bandwidth: float | None = None
 
@@ -164,7 +166,9 @@ KERNELS = {"linear": Linear(), "polynomial": Polynomial(), "gaussian": Gaussian(
 
 
 def as_kernel(kernel):
-    "A kernel by name, or any object that maps features (*batch, n, p), (*batch, m, p) to (*batch, n, m)."
+    """Return the kernel of a name; a callable, which maps features (*batch, n, p), (*batch, m, p) to (*batch, n, m), as it is.
+
+    Raises ValueError for an unknown name."""
     if callable(kernel):
         return kernel
     if kernel in KERNELS:
@@ -180,7 +184,7 @@ def gram(
     kernel="linear",  # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Tensor:  # (*batch, n, n)
-    r"Gram matrix $K_{ij} = k(x_i, x_j)$. Float32 at least; gradients flow."
+    r"Return the Gram matrix $K_{ij} = k(x_i, x_j)$, in float32 or float64, differentiable in `x`."
     return as_kernel(kernel)(as_features(x, "x", batch_dims))
 
 # %% ../../nbs/theory/01_similarity.ipynb #d2496715
@@ -188,11 +192,12 @@ def gram(
 def center(
     k: Tensor,  # (*batch, n, n): a Gram matrix
 ) -> Tensor:  # (*batch, n, n)
-    "Centred Gram matrix $HKH$."
+    "Return the centred Gram matrix $HKH$. Raises ValueError where `k` is not square."
     return double_center(_as_gram(k, "k"))
 
 
 def double_center(k: Tensor) -> Tensor:
+    "Subtract the row means, then the column means, from matrices (*batch, n, m)."
     k = k - k.mean(-1, keepdim=True)
     return k - k.mean(-2, keepdim=True)
 
@@ -207,7 +212,7 @@ def _as_gram(k: Tensor, name: str) -> Tensor:
 
 # %% ../../nbs/theory/01_similarity.ipynb #76f9620b
 def u_center(k: Tensor) -> Tensor:
-    "U-centring of (*batch, n, n): zero diagonal, zero row sums. Blind to a_i + a_j added to every entry."
+    "Return U-centred matrices (*batch, n, n): zero diagonal, zero row sums. Adding a_i + a_j to entry (i, j) changes nothing."
     n = k.shape[-1]
     k = k - torch.diag_embed(k.diagonal(dim1=-2, dim2=-1))
     rows = k.sum(-1, keepdim=True) / (n - 2)
@@ -216,6 +221,7 @@ def u_center(k: Tensor) -> Tensor:
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    "Return the Frobenius inner product of matrices (*batch, n, m), (*batch,)."
     return (a * b).sum((-2, -1))
 
 
@@ -225,53 +231,55 @@ def hsic(
     l: Tensor,  # (*batch, n, n): Gram matrix of the same samples
     unbiased: bool = False,  # the estimate of Song et al. 2012 (n >= 4; may be negative) instead of the plug-in one
 ) -> Tensor:  # (*batch,)
-    "Hilbert-Schmidt independence criterion of two Gram matrices (Gretton et al. 2005, eq. 9; Song et al. 2012, eq. 5)."
+    """Return the Hilbert-Schmidt independence criterion of two Gram matrices (Gretton et al. 2005, eq. 9; Song et al. 2012, eq. 5).
+
+    Raises ValueError for different shapes or fewer than 2 samples, with `unbiased` 4."""
     k, l = _as_gram(k, "k"), _as_gram(l, "l")
     if k.shape != l.shape:
-        raise ValueError(f"k and l must have one shape, got {tuple(k.shape)} and {tuple(l.shape)}")
+        raise ValueError(f"k and l must have the same shape, got {tuple(k.shape)} and {tuple(l.shape)}")
     n = k.shape[-1]
     if unbiased:
         if n < 4:
-            raise ValueError(f"got {n} sample(s), but the unbiased HSIC needs at least 4")
+            raise ValueError(f"got {n} sample(s), but the unbiased HSIC needs at least 4: take a larger batch")
         return inner_product(u_center(k), u_center(l)) / (n * (n - 3))
     if n < 2:
-        raise ValueError(f"got {n} sample, but HSIC needs at least 2")
+        raise ValueError(f"got {n} sample, but HSIC needs at least 2: take a larger batch")
     return inner_product(double_center(k), double_center(l)) / (n - 1) ** 2
 
 # %% ../../nbs/theory/01_similarity.ipynb #ca1e83f4
 def scaled(x: Tensor) -> Tensor:
-    "Entries of order one, so that fourth powers neither overflow nor vanish. Zero stays zero."
+    "Return matrices divided by their largest absolute entry, so that fourth powers neither overflow nor underflow. Zero stays zero."
     known, dims = x.detach(), (-2, -1)
     if x.numel() < 2**22:
         size = known.abs().amax(dims, keepdim=True)
     else:
         size = torch.maximum(
             known.amax(dims, keepdim=True), -known.amin(dims, keepdim=True)
-        )  # writes no copy: an eighth of the time, out of the cache
+        )  # without a copy of the absolute values: an eighth of the time where `x` exceeds the cache
     return x / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
-    "xy / sqrt(xx yy), and 0 with a zero gradient where either side has no length."
+    "Return xy / sqrt(xx yy); 0 with a zero gradient where xx or yy is not positive."
     ok = (xx > 0) & (yy > 0)
     one = torch.ones_like(xx)
     return torch.where(ok, xy, 0 * xy) / (torch.where(ok, xx, one).sqrt() * torch.where(ok, yy, one).sqrt())
 
 
 def debias(inner: Tensor, k: Tensor, l: Tensor) -> Tensor:
-    "n(n-3) HSIC_1 from <K, L> and the diagonals (*batch, n) of two centred linear Gram matrices."
+    "Return n(n-3) HSIC_1 from `inner`, <K, L>, and the diagonals `k` and `l` (*batch, n) of two centred linear Gram matrices."
     n = k.shape[-1]
     return inner - n / (n - 2) * (k * l).sum(-1) + k.sum(-1) * l.sum(-1) / ((n - 1) * (n - 2))
 
 
 def _linear_hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
-    "<K, L> or n(n-3) HSIC_1 of linear Gram matrices, from features (*batch, n, p) that are centred if `unbiased`."
+    "Return <K, L>, or n(n-3) HSIC_1, of linear Gram matrices from features (*batch, n, p), which must be centred if `unbiased`."
     inner = (x.mT @ y).square().sum((-2, -1))
     return debias(inner, x.square().sum(-1), y.square().sum(-1)) if unbiased else inner
 
 
 def centred_gram(kernel, x: Tensor, unbiased: bool) -> Tensor:
-    "Centred (or U-centred) Gram matrix (*batch, n, n) of features (*batch, n, p); what rounding leaves of a constant one is zero."
+    "Return the centred (or U-centred) Gram matrix (*batch, n, n) of features (*batch, n, p); zero where only a rounding error is left."
     g = getattr(kernel, "up_to_constant", kernel)(x)
     k = u_center(g) if unbiased else double_center(g)
     before, after = (t.detach().abs().amax((-2, -1), keepdim=True) for t in (g, k))
@@ -287,10 +295,11 @@ def cka(
     unbiased: bool = False,  # ratio of unbiased HSIC estimates ("debiased" CKA; needs n >= 4, may be negative)
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Tensor:  # (*batch,): in [0, 1], or [-1, 1] if unbiased
-    """Centred kernel alignment (Kornblith et al. 2019, eq. 4), differentiable in both arguments.
+    """Return the centred kernel alignment (Kornblith et al. 2019, eq. 4), differentiable in both arguments.
 
-    1 iff the Gram matrices are proportional; blind to rotation and to the scale of either side; 0 if either side is constant.
-    Raises ValueError where the samples differ in number or are too few, TypeError for integer or complex input."""
+    1 iff the Gram matrices are proportional; invariant to orthogonal maps and to scaling of either side; 0 if either side
+    is constant. Raises ValueError where the numbers of samples differ or are too small, TypeError for integer or complex
+    input."""
     x, y = as_features(x, "x", batch_dims), as_features(y, "y", batch_dims)
     if unbiased and not center:
         raise ValueError("unbiased=True estimates the centred HSIC; use it with center=True")
@@ -325,16 +334,21 @@ def mmd2(
     unbiased: bool = False,  # the U-statistic (n, m >= 2; may be negative) instead of the plug-in estimate
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Tensor:  # (*batch,)
-    "Squared maximum mean discrepancy (Gretton et al. 2012, eq. 3 and 5), differentiable in both samples."
+    """Return the squared maximum mean discrepancy (Gretton et al. 2012, eq. 3 and 5), differentiable in both samples.
+
+    Raises ValueError for different widths, or with `unbiased` for fewer than two points in a sample."""
     x, y = as_features(x, "x", batch_dims), as_features(y, "y", batch_dims)
     if x.shape[-1] != y.shape[-1] or x.shape[:batch_dims] != y.shape[:batch_dims]:
-        raise ValueError(f"x and y must lie in one space: got features of shape {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            f"x and y must have the same width and batch dimensions, got features of shape {tuple(x.shape)} and {tuple(y.shape)}"
+        )
     n, m = x.shape[-2], y.shape[-2]
     if unbiased and min(n, m) < 2:
-        raise ValueError(f"the unbiased estimate needs two points a side, got {n} and {m}")
+        raise ValueError(f"the unbiased estimate needs at least 2 points in x and in y, got {n} and {m}")
     kernel = as_kernel(kernel)
     z = torch.cat([x, y], -2)
-    z = z - z.mean(-2, keepdim=True) if isinstance(kernel, (Linear, Gaussian)) else z  # neither sees a common shift
+    # the MMD of these kernels does not change by a common shift
+    z = z - z.mean(-2, keepdim=True) if isinstance(kernel, (Linear, Gaussian)) else z
     k = getattr(kernel, "up_to_constant", kernel)(z)
     xx, yy, xy = k[..., :n, :n], k[..., n:, n:], k[..., :n, n:]
     if not unbiased:
@@ -345,9 +359,9 @@ def mmd2(
 # %% ../../nbs/theory/01_similarity.ipynb #b455759e
 def unit(
     x: Tensor,  # any shape, floating point
-    dim: int = -1,  # along which the length is one
+    dim: int = -1,  # dimension of the vectors
 ) -> Tensor:  # the shape of x
-    "`x` scaled to unit length; zero, with a zero gradient, where `x` is zero."
+    "Return `x` scaled to unit length along `dim`; zero, with a zero gradient, where `x` is zero."
     squared = x.square().sum(dim, keepdim=True)
     ok = squared > 0
     return torch.where(ok, x, 0 * x) * torch.where(ok, squared, torch.ones_like(squared)).rsqrt()

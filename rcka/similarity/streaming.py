@@ -31,9 +31,9 @@ def chance_cka(
     q: float,  # (effective) width of the other
     unbiased: bool = False,  # the unbiased estimate has nothing to correct: 0
 ) -> float:
-    "What the biased CKA of a batch gives for independent Gaussian features: $1/\\sqrt{(1+n/p)(1+n/q)}$ (03_estimators, Proposition 1)."
+    "Return the value around which the biased CKA of a batch lies for independent Gaussian features, $1/\\sqrt{(1+n/p)(1+n/q)}$ (03_estimators, Proposition 1)."
     if n < 2 or not min(p, q) > 0:
-        raise ValueError(f"need n >= 2 samples and positive widths, got n={n}, p={p}, q={q}")
+        raise ValueError(f"n must be at least 2, p and q positive; got n={n}, p={p}, q={q}")
     return 0.0 if unbiased else ((1 + n / p) * (1 + n / q)) ** -0.5
 
 # %% ../../nbs/theory/03_estimators.ipynb #3b2bcac2
@@ -42,18 +42,20 @@ def effective_width(
     x: Tensor,  # (*batch, n, ...): features of n >= 4 samples
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Tensor:  # (*batch,)
-    "How many equally strong directions the features amount to, $(\\operatorname{tr}\\Sigma)^2 / \\operatorname{tr}\\Sigma^2$, with $\\operatorname{tr}\\Sigma^2$ estimated by $\\mathrm{HSIC}_1$. 0 for constant features."
+    """Return the effective width of features, $(\\operatorname{tr}\\Sigma)^2 / \\operatorname{tr}\\Sigma^2$: p for p directions of equal variance, less otherwise.
+
+    $\\operatorname{tr}\\Sigma^2$ is estimated by $\\mathrm{HSIC}_1$. 0 for constant features. Raises ValueError for fewer than 4 samples."""
     x = scaled(shifted(as_features(x, "x", batch_dims)))
     n = x.shape[-2]
     if n < 4:
-        raise ValueError(f"got {n} sample(s), but effective_width needs at least 4")
+        raise ValueError(f"got {n} sample(s), but effective_width needs at least 4: take a larger batch")
     trace = x.square().sum((-2, -1)) / (n - 1)
     trace_of_square = u_center(x @ x.mT).square().sum((-2, -1)) / (n * (n - 3))
     return torch.where(trace > 0, trace.square() / torch.where(trace > 0, trace_of_square, 1), 0 * trace)
 
 # %% ../../nbs/theory/03_estimators.ipynb #a3318392
 def _as_layers(features, side: str) -> list[Tensor]:
-    "One tensor or a sequence of them, to (n, p) features each."
+    "Return the features of one layer (a tensor) or of several (a sequence) as a list of (n, p). Raises ValueError where n differs."
     features = [features] if isinstance(features, Tensor) else list(features)
     if not features:
         raise ValueError(f"{side} is empty: give the features of at least one layer")
@@ -61,22 +63,23 @@ def _as_layers(features, side: str) -> list[Tensor]:
     for i, x in enumerate(features):
         if len(x) != len(features[0]):
             raise ValueError(
-                f"{side}[{i}] has {len(x)} samples where {side}[0] has {len(features[0])}: all layers must see the same batch"
+                f"all layers must have the features of the same batch: {side}[0] has {len(features[0])} samples, {side}[{i}] has {len(x)}"
             )
     return features
 
 
 def _as_sides(a, b) -> tuple[list[Tensor], list[Tensor] | None]:
-    "Both sides' layers; the same number of samples in each."
+    "Return the layers of both sides as lists of (n, p). Raises ValueError where n differs."
     a, b = _as_layers(a, "a"), None if b is None else _as_layers(b, "b")
     if b and len(a[0]) != len(b[0]):
-        raise ValueError(f"a and b must describe the same samples: got {len(a[0])} and {len(b[0])}")
+        raise ValueError(f"a and b must describe the same samples: got {len(a[0])} samples in a and {len(b[0])} in b")
     return a, b
 
 
 def _check_finite(sums: Tensor, what: str):
     if not sums.isfinite().all():
-        raise ValueError(f"features of layer(s) {(~sums.isfinite()).nonzero().flatten().tolist()}{what}")
+        layers = (~sums.isfinite()).nonzero().flatten().tolist()
+        raise ValueError(f"features of layer(s) {layers}{what}: leave these layers out, or check the network")
 
 
 @full_precision
@@ -102,16 +105,16 @@ def _table(k: Tensor, l: Tensor) -> Tensor:
 
 # %% ../../nbs/theory/03_estimators.ipynb #c18d02aa
 class MinibatchCKA:
-    """CKA between all layers of two networks from mini-batches: ratio of summed HSIC estimates (Nguyen et al. 2021, eq. 2-3).
+    """CKA between all layers of two networks from mini-batches: the ratio of summed HSIC estimates (Nguyen et al. 2021, eq. 2-3).
 
-    With `unbiased=True` the value does not depend on the batch size in expectation, and may be negative. With `unbiased=False`
-    it is the biased HSIC that is summed: the limit then depends on the batch size. A Gaussian with the median heuristic
-    takes a bandwidth for each batch and layer; fix the bandwidth where exact unbiasedness matters."""
+    With `unbiased=True` the expected sums do not depend on the batch size, and the value may be negative. With
+    `unbiased=False` the biased HSIC is summed, so the limit depends on the batch size. A Gaussian kernel with the median
+    heuristic has another bandwidth for each batch and layer; fix the bandwidth where exact unbiasedness matters."""
 
     def __init__(
         self,
         kernel="linear",  # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
-        unbiased: bool = True,  # sum HSIC_1 of Song et al. 2012 (batches of at least 4), else the plug-in HSIC (at least 2)
+        unbiased: bool = True,  # sum HSIC_1 of Song et al. 2012 (batches of at least 4); False: the plug-in HSIC (at least 2)
     ):
         self.kernel, self.unbiased = as_kernel(kernel), unbiased
         self.samples = 0
@@ -120,15 +123,15 @@ class MinibatchCKA:
     @torch.no_grad()
     def update(
         self,
-        a,  # one network's features: A tensors (n, ...), one a layer; a single tensor is one layer
-        b=None,  # the other's: B tensors (n, ...) of the same samples; None compares `a` with itself
+        a,  # features of one network: A tensors (n, ...), one for each layer; a single tensor is one layer
+        b=None,  # features of the other: B tensors (n, ...) of the same samples; None compares `a` with itself
     ) -> MinibatchCKA:
-        "Add a mini-batch. Raises ValueError where it is too small or does not fit the earlier ones."
+        "Add a mini-batch. Raises ValueError where it is too small or its layers are not those of earlier batches."
         a, b = _as_sides(a, b)
         n, least = len(a[0]), 4 if self.unbiased else 2
         if n < least:
             raise ValueError(
-                f"got a batch of {n} sample(s), but unbiased={self.unbiased} needs at least {least}; drop the last batch"
+                f"got a batch of {n} sample(s), but unbiased={self.unbiased} needs at least {least}: skip smaller batches, such as the last one"
             )
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in a + (b or [])) else torch.float32
         k, k_size = self._stack(a, dtype)
@@ -146,7 +149,7 @@ class MinibatchCKA:
             self.xy, self.xx, self.yy = xy, xx, yy
         elif self.xy.shape != xy.shape:
             raise ValueError(
-                f"earlier batches had {tuple(self.xy.shape)} layers on the two sides, this one has {tuple(xy.shape)}"
+                f"every batch must have the same layers: earlier batches had {tuple(self.xy.shape)} layers in (a, b), this one has {tuple(xy.shape)}"
             )
         else:
             self.xy, self.xx, self.yy = (s + t.to(s.device) for s, t in ((self.xy, xy), (self.xx, xx), (self.yy, yy)))
@@ -155,22 +158,26 @@ class MinibatchCKA:
 
     def merge(
         self,
-        other: MinibatchCKA,  # what another process saw
+        other: MinibatchCKA,  # of other batches, such as those of another process
     ) -> MinibatchCKA:
-        "Take over the other's batches, in place. `a + b` gives a new one; accumulators can be pickled and sent."
+        "Add the batches of another accumulator, in place. `a + b` returns a new one. Accumulators can be pickled."
         if type(other) is not type(self) or (other.kernel, other.unbiased) != (self.kernel, self.unbiased):
-            raise ValueError("both accumulators must have the same type, kernel and `unbiased`")
+            theirs = f"kernel={getattr(other, 'kernel', None)}, unbiased={getattr(other, 'unbiased', None)}"
+            raise ValueError(
+                f"both accumulators must have the same type, kernel and `unbiased`: this one is a {type(self).__name__} with "
+                f"kernel={self.kernel}, unbiased={self.unbiased}, the other a {type(other).__name__} with {theirs}"
+            )
         return self if not other.samples else self._add(other.xy, other.xx, other.yy, other.samples)
 
     def __add__(self, other):
         return copy.copy(self).merge(other)
 
     def compute(self) -> Tensor:  # (A, B) in float64
-        "CKA of every pair of layers; 0 where a layer is constant. Raises ValueError before any batch and for features that are not finite."
+        "Return the CKA of every pair of layers; 0 where a layer is constant. Raises ValueError before the first batch and for features that are not finite."
         if not self.samples:
             raise ValueError("no batch yet: call update(a, b) first")
         for side, s in (("a", self.xx), ("b", self.yy)):
-            _check_finite(s, f" of {side} are not finite, or too large")
+            _check_finite(s, f" of {side} are not finite, or too large for float64 sums")
         return cosine(self.xy, self.xx[:, None], self.yy)
 
 # %% ../../nbs/theory/03_estimators.ipynb #af504c4e
@@ -180,7 +187,7 @@ def _layer_of(widths: tuple[int, ...], like: Tensor) -> Tensor:  # (P, L): 1 whe
 
 
 def _sums(z: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Mean (P,) of the rows of z (n, P), and the sums C, U, T about it."
+    "Return the mean (P,) of the rows of z (n, P), and the sums C, U, T about it."
     d = shifted(z)
     mean = (z - d)[0]
     squares = d.square() @ _layer_of(widths, mean)
@@ -188,7 +195,7 @@ def _sums(z: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _moved(shift: Tensor, n: int, s: Tensor, c: Tensor, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "The sums C, U, T of n samples about a mean moved by `shift` (03_estimators, Proposition 3)."
+    "Return the sums C, U, T of n samples about a mean moved by `shift` (03_estimators, Proposition 3)."
     trace, w, moved = c.diagonal() @ s, shift.square() @ s, shift[:, None] * c
     u_moved = u - torch.outer(trace + n * w, shift) - 2 * s.mT @ moved
     r, tw = (u * shift) @ s, torch.outer(trace, w)
@@ -200,8 +207,8 @@ def _moved(shift: Tensor, n: int, s: Tensor, c: Tensor, u: Tensor, t: Tensor) ->
     )
 
 # %% ../../nbs/theory/03_estimators.ipynb #9796b178
-def _together(a: StreamingCKA, b: StreamingCKA) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
-    "Samples, mean, and the sums C, U, T about it, of two parts."
+def _merged(a: StreamingCKA, b: StreamingCKA) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+    "Return the number of samples, their mean, and the sums C, U, T about it, of two accumulators together."
     samples = a.samples + b.samples
     mean = a.mean + (b.mean - a.mean) * (b.samples / samples)
     moved = (_moved(mean - x.mean, x.samples, _layer_of(x.widths, x.mean), x.c, x.u, x.t) for x in (a, b))
@@ -211,7 +218,7 @@ def _together(a: StreamingCKA, b: StreamingCKA) -> tuple[int, Tensor, Tensor, Te
 class StreamingCKA:
     """Linear CKA between all layers of two networks, exactly that of the whole set, from batches of any size in any order.
 
-    Keeps P x P float64 numbers, P the summed width of all layers on both sides: for layers that fit. Wider ones: `MinibatchCKA`."""
+    Stores P x P float64 numbers, with P the total width of all layers on both sides; for wider layers use `MinibatchCKA`."""
 
     def __init__(self):
         self.samples, self.widths, self.split = 0, None, None
@@ -219,10 +226,10 @@ class StreamingCKA:
     @torch.no_grad()
     def update(
         self,
-        a,  # one network's features: A tensors (n, ...), one a layer; a single tensor is one layer
-        b=None,  # the other's: B tensors (n, ...) of the same samples; None compares `a` with itself
+        a,  # features of one network: A tensors (n, ...), one for each layer; a single tensor is one layer
+        b=None,  # features of the other: B tensors (n, ...) of the same samples; None compares `a` with itself
     ) -> StreamingCKA:
-        "Add a batch of one sample or more. Raises ValueError where it does not fit the earlier ones."
+        "Add a batch of one sample or more. Raises ValueError where its layers are not those of earlier batches."
         a, b = _as_sides(a, b)
         layers, part = a + (b or []), StreamingCKA()
         part.samples, part.widths, part.split = (
@@ -236,11 +243,11 @@ class StreamingCKA:
     @torch.no_grad()
     def merge(
         self,
-        other: StreamingCKA,  # what another process saw
+        other: StreamingCKA,  # of other samples, such as those of another process
     ) -> StreamingCKA:
-        "Take over the other's samples, in place. `a + b` gives a new one; accumulators can be pickled and sent."
+        "Add the samples of another accumulator, in place. `a + b` returns a new one. Accumulators can be pickled."
         if type(other) is not type(self):
-            raise ValueError(f"cannot merge {type(other).__name__} into StreamingCKA")
+            raise ValueError(f"other must be a StreamingCKA, got {type(other).__name__}")
         if not other.samples:
             return self
         if not self.samples:
@@ -248,16 +255,16 @@ class StreamingCKA:
             return self
         if (other.widths, other.split) != (self.widths, self.split):
             raise ValueError(
-                f"layers must keep their widths and sides: earlier {self.widths} ({self.split} of them on side a), now {other.widths} ({other.split})"
+                f"layers must keep their widths and sides: earlier batches had widths {self.widths}, {self.split} of them in a; this one has {other.widths}, {other.split} in a"
             )
-        self.samples, self.mean, self.c, self.u, self.t = _together(self, other.to(self.mean.device))
+        self.samples, self.mean, self.c, self.u, self.t = _merged(self, other.to(self.mean.device))
         return self
 
     def to(
         self,
-        device,  # where the sums are to live
+        device,
     ) -> StreamingCKA:
-        "A copy whose sums live on `device`."
+        "Return a copy whose sums are on `device`."
         moved = copy.copy(self)
         for name in ("mean", "c", "u", "t"):
             if self.samples:
@@ -270,11 +277,13 @@ class StreamingCKA:
     def compute(
         self,
         unbiased: bool = False,  # the debiased CKA of the whole set (at least 4 samples) instead of the plug-in one (at least 2)
-    ) -> Tensor:  # (A, B) in float64; (A, A) where there was no side b
-        "CKA of every pair of layers; 0 where a layer is constant. Raises ValueError before enough samples and for features that are not finite."
+    ) -> Tensor:  # (A, B) in float64; (A, A) without b
+        "Return the CKA of every pair of layers; 0 where a layer is constant. Raises ValueError for too few samples and for features that are not finite."
         n, least = self.samples, 4 if unbiased else 2
         if n < least:
-            raise ValueError(f"got {n} sample(s) so far, but unbiased={unbiased} needs at least {least}")
+            raise ValueError(
+                f"got {n} sample(s) so far, but unbiased={unbiased} needs at least {least}: call update with more batches"
+            )
         s = _layer_of(self.widths, self.mean)
         trace = self.c.diagonal() @ s
         _check_finite(trace, ", counted over both sides, are not finite")
@@ -291,9 +300,9 @@ def batch_cka(
     p: float,  # (effective) width of one side
     q: float,  # (effective) width of the other
 ) -> float:
-    "What the biased CKA of a batch is centred on, for Gaussian features: $(n\\rho + \\sqrt{pq})/\\sqrt{(n+p)(n+q)}$ (03b_minibatch, Proposition 4)."
+    "Return the value around which the biased CKA of a batch lies for Gaussian features, $(n\\rho + \\sqrt{pq})/\\sqrt{(n+p)(n+q)}$ (03b_minibatch, Proposition 4)."
     if n < 2 or not min(p, q) > 0 or not 0 <= population <= 1:
         raise ValueError(
-            f"need n >= 2 samples, positive widths and a CKA from 0 to 1, got n={n}, p={p}, q={q}, population={population}"
+            f"n must be at least 2, p and q positive, population from 0 to 1; got n={n}, p={p}, q={q}, population={population}"
         )
     return (n * population + (p * q) ** 0.5) / ((n + p) * (n + q)) ** 0.5
