@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Outputs', 'FeaturePaths', 'Batch', 'nearest', 'check_whole', 'check_enough', 'check_epoch', 'BatchesFailed',
-           'seed_of', 'LoaderBatches', 'as_batches']
+__all__ = ['IMAGE_KEYS', 'TARGET_KEYS', 'Outputs', 'FeaturePaths', 'Batch', 'nearest', 'check_whole', 'check_enough',
+           'check_epoch', 'BatchesFailed', 'seed_of', 'unpack_batch', 'LoaderBatches', 'import_function', 'as_batches']
 
 # %% ../nbs/method/01_core.ipynb #02c3fcb2
 class Outputs(NamedTuple):
@@ -88,16 +90,42 @@ def seed_of(*key) -> int:
     return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
 
 # %% ../nbs/method/01_core.ipynb #8efea238
+IMAGE_KEYS = ("images", "image", "pixel_values", "img")  # of a batch that is a dict
+TARGET_KEYS = ("targets", "target", "labels", "label")
+
+
+def unpack_batch(
+    found,  # what a loader yields: images, (images, targets), or a dict with one of `IMAGE_KEYS` and `TARGET_KEYS`
+) -> tuple[Tensor, Tensor | None]:  # targets are None where there are none
+    "Return the images and targets of a batch. Raises TypeError, with what was got, where it holds no images."
+    if isinstance(found, Tensor):
+        return found, None
+    if isinstance(found, Mapping):
+        images, targets = (next((found[k] for k in keys if k in found), None) for keys in (IMAGE_KEYS, TARGET_KEYS))
+        got = f"a dict with {', '.join(map(str, found)) or 'nothing'}"
+    else:
+        pair = isinstance(found, (tuple, list)) and len(found) in (1, 2)
+        images, targets = (*found, None)[:2] if pair else (None, None)
+        got = f"a {type(found).__name__}" + (f" of {len(found)}" if isinstance(found, (tuple, list)) else "")
+    if isinstance(images, Tensor) and isinstance(targets, (Tensor, type(None))):
+        return images, targets
+    raise TypeError(
+        f"a batch must be (images, targets), images alone, or a dict with {' or '.join(IMAGE_KEYS)} and "
+        f"{' or '.join(TARGET_KEYS)}, all tensors; got {got}"
+    )
+
+
 class LoaderBatches:
-    """Batches of a `DataLoader` of (images, targets): on the device, epoch by epoch.
+    """Batches of a `DataLoader`: on the device, epoch by epoch. `unpack_batch` says what it may yield.
 
     The loader and its dataset draw random numbers from a separate generator state, seeded by the epoch; a loader with a
     `generator` uses that one."""
 
     exact = False  # an epoch cannot begin at a later batch
 
-    def __init__(self, loader, device: torch.device):
+    def __init__(self, loader, device: torch.device, seed: int = 0):
         self.loader, self.device, self.batch_size = loader, device, getattr(loader, "batch_size", None)
+        self.seed = seed
 
     def __len__(self):
         return len(self.loader)
@@ -105,11 +133,7 @@ class LoaderBatches:
     @property
     def targets(self) -> Tensor | None:
         "The targets of the whole dataset: its `targets` (torchvision) or the second of its `tensors`; None without either."
-        dataset = getattr(self.loader, "dataset", None)
-        if (targets := getattr(dataset, "targets", None)) is not None:
-            return torch.as_tensor(targets)
-        tensors = getattr(dataset, "tensors", None)
-        return None if tensors is None else tensors[1]
+        return _targets_of(getattr(self.loader, "dataset", None))
 
     def epoch(self, e: int, start: int = 0):
         "Yield the batches of an epoch. Raises ValueError for a `start` inside the epoch."
@@ -119,7 +143,7 @@ class LoaderBatches:
             )
         if start:
             return
-        state, batches = torch.Generator().manual_seed(seed_of("loader", e)).get_state(), None
+        state, batches = torch.Generator().manual_seed(seed_of("loader", self.seed, e)).get_state(), None
         while True:
             outside = torch.get_rng_state()
             torch.set_rng_state(state)
@@ -132,16 +156,50 @@ class LoaderBatches:
                 torch.set_rng_state(outside)
             if found is None:
                 return
-            images, targets = found
+            images, targets = unpack_batch(found)
+            targets = torch.zeros(len(images), dtype=torch.int64) if targets is None else targets
             yield Batch(images.to(self.device), targets.to(self.device), None)
+
+
+def _targets_of(dataset) -> Tensor | None:
+    "Return all targets of a dataset that keeps them, or of a part of one."
+    if isinstance(dataset, torch.utils.data.Subset):
+        whole = _targets_of(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(dataset.indices)]
+    if (targets := getattr(dataset, "targets", None)) is not None:
+        return torch.as_tensor(targets)
+    tensors = getattr(dataset, "tensors", None)
+    return tensors[1] if tensors is not None and len(tensors) > 1 else None
+
+
+def import_function(path: str) -> Callable:
+    "Return the function `package.module:function`. Raises ValueError where the module has none of that name, ImportError without the module."
+    module, _, name = path.partition(":")
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and not module.startswith(error.name):
+            raise
+        raise ImportError(f"{path}: there is no module {error.name}; is its folder in PYTHONPATH?") from None
+    if not callable(getattr(found, name, None)):
+        functions = [n for n, f in vars(found).items() if callable(f) and not n.startswith("_")]
+        raise ValueError(nearest(name, functions, f"function of {module}"))
+    return getattr(found, name)
 
 
 def as_batches(batches, device: torch.device):
     "Return batches with a method `epoch` as they are, a `DataLoader` as `LoaderBatches`. Raises TypeError for anything else."
     if hasattr(batches, "epoch"):
         return batches
-    if not (hasattr(batches, "__len__") and hasattr(batches, "__iter__")):
+    try:
+        len(batches)
+    except TypeError:
+        iterates = False  # as a loader of an IterableDataset that does not say how long it is
+    else:
+        iterates = hasattr(batches, "__iter__")
+    if not iterates:
         raise TypeError(
-            f"batches must have `epoch(e, start)`, or a length and an iterator of (images, targets); got {type(batches).__name__}"
+            "batches must have `epoch(e, start)`, or a length and an iterator of (images, targets); got "
+            f"{type(batches).__name__}. A loader of an IterableDataset has a length where the dataset has"
         )
     return LoaderBatches(batches, device)

@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,9 @@ from .analysis.plots import plot_similarity, save_figure
 from .core import check_whole, nearest
 from .data.augment import Augment, AugmentedBatches
 from .data.folder import some_names
+from .data.hub import PREFIX
 from .data.imagenet import FileDataset
+from .data.loaders import LoaderData, function_name, is_function
 from .data.own import open_data
 from .experiments.experiment import resolved_args
 from .experiments.result import device_name, package_versions, plot_history, runs_root
@@ -157,7 +161,7 @@ BESIDE = (
 
 
 def distill(
-    data: str | Path,  # a folder, with labels or without, or a name of `list_datasets()`: see `open_data`
+    data: str | Path | Callable,  # a folder, a name, "hfds/NAME", or a function that returns loaders: see `open_data`
     teacher: str,  # a network's name, completed by `qualify` for `create_model`; or the folder of an earlier student
     student: str,  # a network's name
     method: str = "kd+fcka",  # a name of `list_methods()`, or several joined by a plus
@@ -171,7 +175,7 @@ def distill(
     method_args: dict | None = None,  # as for `create_method`
     size: int
     | None = None,  # height and width of the student's images; None: those of the dataset, else of the network, else 224
-    batch_size: int = 64,
+    batch_size: int | None = None,  # None: 64; loaders have their own
     alone: bool = False,  # also train the student without the teacher, to compare
     device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     workers: int | None = None,  # processes that decode images
@@ -187,23 +191,27 @@ def distill(
     done. Teacher and student get the same crops, each at its own size and normalisation. Without labels the student
     learns from the teacher alone. Raises ValueError before any training for a folder of another run, a method that does
     not fit the labels, classes or features, or an unknown name."""
+    data = function_name(data) if callable(data) else str(data)
+    if is_function(data) and batch_size is not None:
+        raise ValueError(f"the loaders of {data} have a batch size of their own; got batch_size={batch_size}")
+    batch_size = batch_size or (None if is_function(data) else 64)
     given = dict(locals())
-    fields = recipe(preset, batch_size, config)
+    recipe(preset, 64, config)
     epochs = epochs if epochs is not None else PRESETS[preset].epochs if preset else 5
-    check_whole(1, epochs=epochs, batch_size=batch_size)
+    check_whole(1, epochs=epochs, batch_size=64 if batch_size is None else batch_size)
     create_method(method, method_args)
     settings = {k: v for k, v in given.items() if k not in BESIDE} | {"epochs": epochs} | config
     formats = export.split("+") if export else []
     check_formats(formats)
     if push_to_hub:
         check_repository(push_to_hub)
-    settings = json.loads(json.dumps(settings | {"data": str(data)}))
-    name = "-".join(Path(str(p)).name.replace(":", ".") for p in (data, teacher, student, method))
+    settings = json.loads(json.dumps(settings))
+    name = "-".join(re.sub("[:?&]", ".", Path(p).name) for p in (data, teacher, student, method))
     folder = Path(output) if output else runs_root() / f"distill-{name}"
     results = _earlier(folder, settings)
     if results is None:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        run = _Run(settings, fields, folder, device, workers, progress)
+        run = _Run(settings, config, folder, device, workers, progress)
         write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": None}, indent=1) + "\n")
         results = run.all()
         write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
@@ -234,12 +242,14 @@ def _earlier(folder: Path, settings: dict) -> dict | None:
 class _Run:
     "The data, the networks and the training of a call of `distill`."
 
-    def __init__(self, settings: dict, fields: dict, folder: Path, device: torch.device, workers, progress: bool):
+    def __init__(self, settings: dict, config: dict, folder: Path, device: torch.device, workers, progress: bool):
         self.given, self.folder, self.device, self.progress = settings, folder, device, progress
+        data = open_data(settings["data"])
+        self.loaders = isinstance(data, LoaderData)
+        fields = recipe(settings["preset"], data.batch_size if self.loaders else settings["batch_size"], config)
         own = [f.name for f in dataclasses.fields(Augment)]
         self.augment = Augment(**{k: v for k, v in fields.items() if k in own})
         self.config = TrainConfig(epochs=settings["epochs"], **{k: v for k, v in fields.items() if k not in own})
-        data = open_data(settings["data"])
         self.from_files, self.labels = isinstance(data, FileDataset), data.num_classes > 0
         if not self.labels and settings["alone"]:
             raise ValueError(
@@ -252,24 +262,47 @@ class _Run:
         ours, theirs = (_for_channels(input_config(net), self.channels) for net in (self.student, self.teacher))
         size = settings["size"] or (ours.size or 224 if self.from_files else data.shape[-1])
         crop = max(size, theirs.size or size) if self.from_files else data.shape[-1]
+        if self.loaders and data.mean is None:
+            ours, theirs = self.as_they_come(ours, theirs)
         self.input = InputConfig(ours.mean or data.mean, ours.std or data.std, size)
         self.teacher_input = InputConfig(
             theirs.mean or self.input.mean, theirs.std or self.input.std, theirs.size or size, theirs.interpolation
         )
-        data = replace(data, mean=self.input.mean, std=self.input.std)
+        crops = InputConfig(data.mean, data.std, crop)  # what the networks are given
+        if not self.loaders:
+            data, crops = replace(data, mean=self.input.mean, std=self.input.std), self.input._replace(size=crop)
         self.data = replace(data, size=crop) if self.from_files else data
         self.how = {"device": device} | ({"workers": workers} if self.from_files else {})
         self.train = self.data.batches(settings["batch_size"], seed=self.config.seed, **self.how)
         self.test = self.data.batches(settings["batch_size"], train=False, **self.how)
         if self.augment != Augment():
+            if self.loaders and data.soft and self.augment.soft:
+                raise ValueError(
+                    f"the loaders of {data.name} give class probabilities: {' and '.join(self.augment.soft)} needs classes"
+                )
             self.train = AugmentedBatches(self.train, self.augment, self.classes, self.config.seed)
         if settings["preset"] and "warmup_steps" not in fields:
             warm = round(PRESETS[settings["preset"]].warmup * self.config.epochs * len(self.train))
             self.config = replace(self.config, warmup_steps=warm)
-        crops = self.input._replace(size=crop)
         self.teacher_hook = adapt_input(self.teacher, crops, self.teacher_input)
         self.hooks = [adapt_input(net, crops, self.input) for net in (self.student, self.fresh) if net is not None]
         self.check()
+
+    def as_they_come(self, ours: InputConfig, theirs: InputConfig) -> tuple[InputConfig, InputConfig]:
+        "Return what the networks take where nobody said how images are normalised. ValueError where weights depend on it."
+        unknown = f"{self.given['data']} does not say how its images are normalised"
+        pretrained = (("student", self.given["student_weights"], ours), ("teacher", not self.trains_teacher, theirs))
+        for who, weights, config in pretrained:
+            if weights and config.mean is not None:
+                raise ValueError(
+                    f"{unknown}, and the weights of the {who} are for mean {config.mean} and std {config.std}: return "
+                    "(train, val, {'mean': ..., 'std': ...})"
+                )
+        warnings.warn(
+            f"{unknown}, so `student_transform` cannot do it: return (train, val, {{'mean': ..., 'std': ...}})",
+            stacklevel=5,
+        )
+        return ours._replace(mean=None, std=None), theirs._replace(mean=None, std=None)
 
     def make_networks(self):
         "Create the student and the teacher. Without labels the student has the teacher's outputs if the method compares logits."
@@ -334,11 +367,11 @@ class _Run:
     def check_method(self):
         "Run a first step on copies of the networks. Raises ValueError, with what to change, if the method fails."
         method = self.given["method"]
-        soft, why = self.augment.soft, ""
+        soft, why = self.augment.soft or (["the loaders"] if self.loaders and self.data.soft else []), ""
         if not self.labels:
             why = f"{self.given['data']} has no labels"
         elif soft:
-            why = f"{' and '.join(soft)} make{'s' if len(soft) == 1 else ''} the targets class probabilities"
+            why = f"{' and '.join(soft)} make{'s' if self.augment.soft and len(soft) == 1 else ''} the targets class probabilities"
         try:
             task = self.task(copy.deepcopy(self.student), copy.deepcopy(self.teacher))
             task.prepare(self.train)
@@ -463,12 +496,21 @@ def _for_channels(config: InputConfig, channels: int) -> InputConfig:
     return config._replace(mean=(mean,) * channels, std=(std,) * channels)
 
 
+def _on_hub(data: str) -> bool:
+    "Return whether data names a dataset of the hub, and no folder."
+    return data.startswith(PREFIX) and not Path(data.removeprefix(PREFIX).partition("?")[0]).is_dir()
+
+
 def public(settings: dict) -> dict:
     "Return a copy of the settings for publishing, paths reduced to their last component."
     found = dict(settings)
     for name in ("data", "teacher", "teacher_weights", "student_weights"):
         value = found[name]
-        path = value and (name == "data" or Path(value).is_dir() or (name.endswith("weights") and is_file(value)))
+        path = value and (
+            (name == "data" and not _on_hub(value))
+            or Path(value).is_dir()
+            or (name.endswith("weights") and is_file(value))
+        )
         found[name] = Path(value).name if path else value
     return found
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import rcka
+from .data.loaders import LoaderData
 from .data.own import held_out_images, open_data
 from .extras import optional_import
 from .files import write_atomic
-from .models.sources import InputConfig, input_config
+from .models.sources import InputConfig, adapted, input_config
 from .models.student import load_student, read_about
 
 # %% auto #0
@@ -148,7 +149,12 @@ def _images_for(student: nn.Module, folder: Path, data: str | Path | None) -> Te
     if data is None:
         raise ValueError(f"{folder} does not say on which images its student was distilled: give images= or data=")
     try:
-        return held_out_images(open_data(data), 64, config.size, config.mean, config.std)
+        opened = open_data(data)
+        images = held_out_images(opened, 64, config.size, config.mean, config.std)
+        if isinstance(opened, LoaderData):  # as the loader normalised them
+            given = InputConfig(opened.mean, opened.std, opened.shape[-1])
+            images = adapted(images, given, config if opened.mean else InputConfig(size=config.size))
+        return images
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. To export with other images, give images= or data=") from None
 

@@ -51,14 +51,20 @@ class AugmentedBatches:
 
     def __init__(
         self,
-        batches,  # `Batches` or `FileBatches`, for training
+        batches,  # for training: `Batches`, `FileBatches`, or `LoadedBatches`
         how: Augment,
         num_classes: int,  # 0: there are no labels, and the targets stay as they are
         seed: int = 0,
     ):
         from torchvision.transforms import v2
 
+        if how.augment and batches.mean is None:
+            raise ValueError(
+                f"augment={how.augment!r} changes pixels, and nobody said how these images are normalised: return "
+                "(train, val, {'mean': ..., 'std': ...}) with the loaders, or augment in them"
+            )
         self.batches, self.how, self.num_classes, self.seed = batches, how, num_classes, seed
+        self.exact = getattr(batches, "exact", True)  # of a loader an epoch begins at its first batch
         self.targets, self.batch_size = batches.targets, batches.batch_size
         policies = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
         self.policy = policies[how.augment]() if how.augment else None

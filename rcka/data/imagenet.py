@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..core import Batch, BatchesFailed, check_enough, check_whole, seed_of
-from .folder import SUFFIXES, class_folders, open_image, some_names
+from .folder import SUFFIXES, EncodedImages, class_folders, open_image, some_names
 from .memory import Batches, balanced_slice, draw_epoch, identity_of
 from ..distributed import as_shard, shard_rows, world_size
 from ..files import data_root, listing
@@ -43,6 +43,14 @@ class Files(NamedTuple):
     def path(self, i: int) -> str:
         "Return the path of image `i`."
         return os.path.join(self.folder, os.fsdecode(self.names[i]))
+
+    def decode(self, i: int) -> Tensor:  # uint8 (3, H, W)
+        "Decode image `i` to RGB. Raises whatever a decoder raises for a broken file."
+        return decode(self.path(i))
+
+    def digest(self) -> str:
+        "Return the hash of the files' names and sizes."
+        return listing(self.folder, map(self.path, range(len(self))))
 
     def keep(self, some: Tensor) -> Files:
         "Return the files of these indices, or of this mask."
@@ -77,20 +85,20 @@ def _is_image(name: str) -> bool:
 
 # %% ../../nbs/method/05c_imagenet.ipynb #cdeb92e0
 def decode(
-    path: str | Path,  # an image file
+    path: str | Path | EncodedImages,  # an image file, or its content
 ) -> Tensor:  # uint8 (3, H, W)
     "Decode an image to RGB. Raises whatever a decoder raises for a broken file."
+    in_memory = isinstance(path, EncodedImages)
     try:
         from torchvision.io import ImageReadMode, decode_image
 
-        image = decode_image(
-            torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8), mode=ImageReadMode.RGB
-        )
+        content = path.content if in_memory else Path(path).read_bytes()
+        image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
         if image.dim() == 3 and image.dtype == torch.uint8:
             return image
     except (ImportError, RuntimeError, ValueError):
         pass  # Pillow reads it, or says what is wrong with it
-    return torch.from_numpy(np.array(open_image(str(path), None))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(open_image(path if in_memory else str(path), None))).permute(2, 0, 1)
 
 # %% ../../nbs/method/05c_imagenet.ipynb #9fbdc190
 @contextlib.contextmanager
@@ -149,7 +157,7 @@ class Decoder(torch.utils.data.Dataset):
             j %= len(self.files)
             try:
                 with chance(*key, j):
-                    return self.transform(decode(self.files.path(j))), j
+                    return self.transform(self.files.decode(j)), j
             except Exception as err:  # decoders raise whatever they like
                 broken.append(f"{self.files.path(j)} ({type(err).__name__}: {' '.join(str(err).split())[-120:]})")
         return None, i
@@ -322,9 +330,8 @@ class FileBatches(Batches):
             yield self.normalize(images.to(self.device, non_blocking=True))
 
     def view_identity(self) -> dict:
-        files = listing(self.images.folder, map(self.images.path, range(len(self.images))))
         kept = {name: getattr(self, name) for name in ("size", "mean", "std", "dtype")}
-        return identity_of([files, self.targets], **kept)
+        return identity_of([self.images.digest(), self.targets], **kept)
 
     def _to_device(self, images: Tensor, index: list[int]) -> Batch:
         rows = torch.tensor(index, dtype=torch.int64).to(self.device)
@@ -332,10 +339,9 @@ class FileBatches(Batches):
 
     def identity(self) -> dict:
         "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
-        files = listing(self.images.folder, map(self.images.path, range(len(self.images))))
         drawn = {"batch_size": self.batch_size, "seed": self.seed, "views": self.views} if self.train else {}
         kept = {name: getattr(self, name) for name in ("size", "skip_broken", "mean", "std", "dtype")}
-        return identity_of([files, self.targets], **drawn, **kept)
+        return identity_of([self.images.digest(), self.targets], **drawn, **kept)
 
 # %% ../../nbs/method/05c_imagenet.ipynb #f12cc4c8
 @dataclass(frozen=True, eq=False, repr=False)

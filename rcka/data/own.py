@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .datasets import KNOWN, load_dataset
 from .folder import class_folders, find_image_folder, walk_images
+from .hub import PREFIX, is_hub_folder, open_hub
 from .imagenet import FileDataset, Files, load_imagenet
+from .loaders import LoaderData, is_function, open_loaders
 from .memory import Dataset, balanced_slice, limited
 
 # %% auto #0
@@ -21,13 +23,19 @@ __all__ = ['open_data', 'held_out_images']
 
 # %% ../../nbs/method/05f_own.ipynb #35e3cf50
 def open_data(
-    data: str | Path,  # a folder with train/ and val/ or test/, or a name of `list_datasets()`
-    size: int = 224,  # pixels of a side at which a folder's images are cropped
-) -> Dataset | FileDataset:  # with 0 classes where nobody labelled the images
-    "Open images to distil on. Raises ValueError or FileNotFoundError for what is neither a known name nor such a folder."
+    data: str | Path,  # a folder, a name of `list_datasets()`, "hfds/NAME" of the hub, or "package.module:function"
+    size: int = 224,  # pixels of a side at which images from files are cropped
+) -> Dataset | FileDataset | LoaderData:  # with 0 classes where nobody labelled the images
+    """Open images to distil on; see `open_hub` and `open_loaders` for what is neither a name nor a folder of images.
+
+    Raises ValueError or FileNotFoundError for what is not there or cannot be trained on, with what to do."""
     if str(data) in KNOWN:
         return load_dataset(str(data))
     folder = Path(data).expanduser()
+    if str(data).startswith(PREFIX) or (folder.is_dir() and is_hub_folder(folder)):
+        return _trainable(open_hub(str(data), size))
+    if is_function(data):
+        return open_loaders(str(data))
     if not folder.is_dir():
         if "/" in str(data):
             raise FileNotFoundError(
@@ -44,9 +52,7 @@ def open_data(
         return _unlabelled(folder.resolve(), part, size)
     train, test = find_image_folder(str(folder.resolve()), folder)
     found = load_imagenet(train.parent, size=size, val=test.name)
-    if found.num_classes < 2:
-        raise ValueError(f"{folder} has one class, {found.classes[0]}: a classifier needs two or more")
-    return found
+    return _trainable(found)
 
 
 _LEAST = 8  # images of a part without labels: debiased CKA needs four, and a batch some more
@@ -61,10 +67,17 @@ def _unlabelled(folder: Path, part: str | None, size: int) -> FileDataset:
         tenth = torch.arange(len(train)) % 10 == 9
         names = np.char.add(b"train/", train.names[tenth.numpy()])
         train, held_out = train.keep(~tenth), Files(folder, names, train.targets[tenth])
-    for where, files in (("to train on", train), (f"in {part}/" if part else "to hold out, one in ten,", held_out)):
-        if len(files) < _LEAST:
-            raise ValueError(f"{folder} has {len(files)} images {where} and needs {_LEAST} or more")
-    return FileDataset(f"unlabelled:{folder.name}", train, held_out, (), size)
+    return _trainable(FileDataset(f"unlabelled:{folder.name}", train, held_out, (), size))
+
+
+def _trainable(data: FileDataset) -> FileDataset:
+    "Return the dataset. Raises ValueError for one class, and without labels for too few images."
+    if data.num_classes == 1:
+        raise ValueError(f"{data.name} has one class, {data.classes[0]}: a classifier needs two or more")
+    for where, files in (("to train on", data.train), ("to hold out", data.test)):
+        if not data.num_classes and len(files) < _LEAST:
+            raise ValueError(f"{data.name} has {len(files)} images {where} and needs {_LEAST} or more")
+    return data
 
 
 def _files(folder: Path) -> Files:
@@ -75,13 +88,21 @@ def _files(folder: Path) -> Files:
 
 # %% ../../nbs/method/05f_own.ipynb #290dbddf
 def held_out_images(
-    data: Dataset | FileDataset,
+    data: Dataset | FileDataset | LoaderData,
     n: int,  # as many, or all where there are fewer
-    size: int | None = None,  # pixels of a side of a folder's images; None: those of `data`
-    mean: tuple[float, ...] | None = None,  # of the normalisation, by channel; None: that of `data`
+    size: int | None = None,  # pixels of a side of images from files; None: those of `data`
+    mean: tuple[float, ...]
+    | None = None,  # of the normalisation, by channel; None: that of `data`. Loaders have theirs
     std: tuple[float, ...] | None = None,
 ) -> Tensor:  # (n, channels, height, width), normalised
-    "Return the first held-out images of each class, as a network sees them."
+    "Return the first held-out images of each class, of a loader simply the first, as a network sees them."
+    if isinstance(data, LoaderData):
+        found, batches = 0, []
+        for batch in data.batches(train=False).epoch(0):
+            batches, found = [*batches, batch.images], found + len(batch.images)
+            if found >= n:
+                break
+        return torch.cat(batches)[:n]
     data = replace(data, mean=mean or data.mean, std=std or data.std)
     if isinstance(data, Dataset):
         data = limited(data, None, min(n, len(data.test_images)))

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..core import FeaturePaths, nearest
+from ..core import FeaturePaths, import_function, nearest
 from ..extras import optional_import
 from ..features import as_logits, feature_paths, unwrap
 
 # %% auto #0
 __all__ = ['SOURCES', 'SMALL', 'InputConfig', 'input_config', 'torchvision_network', 'timm_network', 'TransformersClassifier',
-           'transformers_network', 'import_function', 'function_network', 'qualify', 'adapt_input', 'adapted']
+           'transformers_network', 'function_network', 'qualify', 'adapt_input', 'adapted']
 
 # %% ../../nbs/method/04g_sources.ipynb #c354eb6a
 class InputConfig(NamedTuple):
@@ -108,18 +107,22 @@ def _reads(model: nn.Module, in_channels: int) -> nn.Module:
     return model
 
 # %% ../../nbs/method/04g_sources.ipynb #ea41f8bd
+def _pretrained(name: str, options: dict, hint: str = "") -> tuple[str | None, dict]:
+    'Return the weights that the options ask for, which may be "pretrained", and the other options.'
+    options = dict(options)
+    weights = options.pop("weights", None)
+    if weights not in (None, "pretrained"):
+        raise ValueError(f"weights of {name} must be 'pretrained', or a file; got {weights!r}{hint}")
+    return weights, options
+
+
 def timm_network(name: str, num_classes: int | None, in_channels: int, options: dict) -> nn.Module:
     'Create a network of timm; `weights="pretrained"` is its `pretrained=True`. With 0 classes it is an encoder.'
     with optional_import():
         import timm
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(nearest(name, timm.list_models(), "timm network", most=20))
-    options = dict(options)
-    weights = options.pop("weights", None)
-    if weights not in (None, "pretrained"):
-        raise ValueError(
-            f"weights of timm/{name} must be 'pretrained', or a file; got {weights!r}. A tag goes into the name: timm/NAME.TAG"
-        )
+    weights, options = _pretrained(f"timm/{name}", options, ". A tag goes into the name: timm/NAME.TAG")
     options["pretrained"] = options.get("pretrained", weights == "pretrained")
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
@@ -156,10 +159,7 @@ def transformers_network(name: str, num_classes: int | None, in_channels: int, o
     'Create an image classifier of transformers, with the weights of a repository or folder if `weights="pretrained"`.'
     with optional_import():
         import transformers
-    options = dict(options)
-    weights = options.pop("weights", None)
-    if weights not in (None, "pretrained"):
-        raise ValueError(f"weights of transformers/{name} must be 'pretrained', or a file; got {weights!r}")
+    weights, options = _pretrained(f"transformers/{name}", options)
     labels = {} if num_classes is None else {"num_labels": num_classes}
     channels = {} if in_channels == 3 else {"num_channels": in_channels}
     create = transformers.AutoModelForImageClassification
@@ -198,21 +198,6 @@ def _processor_config(processor, config) -> InputConfig:
     )
 
 # %% ../../nbs/method/04g_sources.ipynb #c98b2330
-def import_function(path: str) -> Callable:
-    "Return the function `package.module:function`. Raises ValueError where the module has none of that name, ImportError without the module."
-    module, _, name = path.partition(":")
-    try:
-        found = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and not module.startswith(error.name):
-            raise
-        raise ImportError(f"{path}: there is no module {error.name}; is its folder in PYTHONPATH?") from None
-    if not callable(getattr(found, name, None)):
-        functions = [n for n, f in vars(found).items() if callable(f) and not n.startswith("_")]
-        raise ValueError(nearest(name, functions, f"function of {module}"))
-    return getattr(found, name)
-
-
 def function_network(path: str, num_classes: int | None, in_channels: int, options: dict) -> nn.Module:
     "Call `package.module:function` with num_classes, in_channels and the options, as far as it takes them. TypeError where it returns no network."
     function = import_function(path)
