@@ -487,6 +487,9 @@ def test_train_refuses_the_result_of_other_weights(folder, tmp_path, capsys):
 
     options = ["--teacher", "resnet14", "--method", "kd", "--lr", "0.01"]
     assert command(folder, tmp_path, *options) == 0
+    assert "found" not in capsys.readouterr().err
+    assert command(folder, tmp_path, *options, "--method", "fcka") == 0
+    assert re.search(r"found data-resnet14-none-\S+, finished on 20", capsys.readouterr().err)  # its teacher was there
     teacher = next((tmp_path / "runs").glob("data-resnet14-none-*/last.safetensors"))
     teacher.write_bytes(teacher.read_bytes()[:-4] + b"\0\0\0\0")
     assert command(folder, tmp_path, *options) == 1

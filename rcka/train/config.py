@@ -32,10 +32,10 @@ CHOICES = {
 class TrainConfig:
     "Optimiser, schedule and precision of a run; the defaults are the protocol of CIFAR-100 (Tian et al. 2020)."
 
-    epochs: int = 240
-    lr: float = 0.05
+    epochs: int = 240  # passes over the training images
+    lr: float = 0.05  # learning rate, at its highest
     momentum: float = 0.9  # of "sgd"
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-4  # of the weights
     nesterov: bool = False  # of "sgd"
     schedule: str = "step"  # "step", "cosine", "onecycle" or "poly"
     lr_steps: tuple = (0.625, 0.75, 0.875)  # of "step": fractions of the run
@@ -74,6 +74,11 @@ class TrainConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {getattr(self, name)!r}")
+        for name in ("momentum", "weight_decay", "lr_steps", "lr_decay", "betas"):
+            value = getattr(self, name)
+            values = value if isinstance(value, (tuple, list)) else [value]
+            if not all(isinstance(v, (int, float)) and v >= 0 for v in values):
+                raise ValueError(f"{name} takes numbers that are not below 0; got {value!r}")
         if self.precision == "auto":
             object.__setattr__(self, "precision", auto_precision())
         if self.epochs < 1 or not self.lr > 0:
