@@ -75,7 +75,9 @@ def _check_annotation(a: dict, images: dict, categories: dict, path: Path):
         or len(box) != 4
         or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
     ):
-        raise ValueError(f"{where} has the box {box!r}; a box must be [left, top, width, height], finite numbers in pixels")
+        raise ValueError(
+            f"{where} has the box {box!r}; a box must be [left, top, width, height], finite numbers in pixels"
+        )
 
 # %% ../../nbs/method/05d_coco.ipynb #09e864fd
 def _as_boxes(

@@ -421,8 +421,7 @@ def list_datasets(
 def load_dataset(
     name: str,  # "digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:PATH", "imagenet", "imagenet:PATH"
     root: str | Path | None = None,  # the folder with the datasets; see `data_root`
-    limit: int
-    | None = None,  # number of training images to keep, the first of each class, after the validation split
+    limit: int | None = None,  # number of training images to keep, the first of each class, after the validation split
     test_limit: int | None = None,  # number of test (or validation) images to keep
     size: int
     | tuple[int, int]

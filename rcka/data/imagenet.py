@@ -66,7 +66,11 @@ def list_files(
         lying = sum(map(_is_image, os.listdir(folder))) if folder.is_dir() else 0
         raise ValueError(
             f"{folder} has no class folders: put the images into {folder.name}/WNID/*.JPEG"
-            + (f". It has {lying} images outside of class folders: move each into the folder of its class" if lying else "")
+            + (
+                f". It has {lying} images outside of class folders: move each into the folder of its class"
+                if lying
+                else ""
+            )
         )
     with ThreadPoolExecutor(16) as pool:
         found = list(
@@ -208,8 +212,7 @@ def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
     "Raise ValueError for broken images; with `skip_broken` warn once of each that is not in `known` yet."
     if lost and skip_broken:
         raise ValueError(
-            f"{len(broken)} consecutive images cannot be decoded, the last one {broken[-1]}; "
-            "is this the right folder?"
+            f"{len(broken)} consecutive images cannot be decoded, the last one {broken[-1]}; is this the right folder?"
         )
     if not skip_broken:
         raise ValueError(
@@ -256,8 +259,7 @@ class FileBatches(Batches):
         skip_broken: bool = False,  # warn of a broken image and take the next one (training) or skip it (evaluation)
         dtype: torch.dtype = torch.float32,  # of the images in a batch; normalisation is in float32
         channels_last: bool = False,  # memory format of the images in a batch
-        views: int
-        | None = None,  # training: number of stored augmentations of each image; None: a new one each time
+        views: int | None = None,  # training: number of stored augmentations of each image; None: a new one each time
     ):
         workers = default_workers() if workers is None else workers
         check_whole(1, batch_size=batch_size, size=size)

@@ -150,7 +150,9 @@ def _first_batch(batches: LoaderBatches, who: str) -> tuple[Tensor, Tensor | Non
     if not images.isfinite().all():
         raise ValueError(f"{who} yields images with NaN or infinity: check its transforms")
     if targets is not None and len(targets) != len(images):
-        raise ValueError(f"{who} must yield a target for each image, got {len(images)} images and {len(targets)} targets")
+        raise ValueError(
+            f"{who} must yield a target for each image, got {len(images)} images and {len(targets)} targets"
+        )
     return images, targets
 
 

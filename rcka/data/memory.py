@@ -34,7 +34,9 @@ def _check_images(images: Tensor, targets: Tensor, name: str, num_classes: int |
     if 0 in images.shape:
         raise ValueError(f"{name} images must not be empty, got shape {tuple(images.shape)}")
     if len(images) != len(targets):
-        raise ValueError(f"{name}: there must be a target for each image, got {len(images)} images and {len(targets)} targets")
+        raise ValueError(
+            f"{name}: there must be a target for each image, got {len(images)} images and {len(targets)} targets"
+        )
     low, high = targets.min().item(), targets.max().item()
     if low < 0 or (num_classes is not None and high >= num_classes):
         upto = "or more" if num_classes is None else f"to {num_classes - 1}"
@@ -120,9 +122,7 @@ def balanced_slice(
 
     Raises ValueError unless 1 <= limit <= N."""
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= len(targets):
-        raise ValueError(
-            f"{name} must be an integer from 1 to {len(targets)}, the number of images; got {limit!r}"
-        )
+        raise ValueError(f"{name} must be an integer from 1 to {len(targets)}, the number of images; got {limit!r}")
     order = torch.argsort(targets, stable=True)  # class by class, in file order
     counts = torch.bincount(targets)
     turn = torch.arange(len(targets)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
@@ -287,8 +287,7 @@ class Batches:
         dtype: torch.dtype = torch.float32,  # of the images in a batch; normalisation is in float32
         channels_last: bool = False,  # memory format of the images in a batch
         num_classes: int | None = None,  # if given, targets must be less
-        views: int
-        | None = None,  # training: number of stored augmentations of each image; None: a new one each time
+        views: int | None = None,  # training: number of stored augmentations of each image; None: a new one each time
     ):
         _check_images(images, targets, "training" if train else "evaluation", num_classes)
         check_whole(1, batch_size=batch_size)

@@ -190,7 +190,9 @@ class SceneReader:
     ):
         self.pairs, self.num_classes, self.device = pairs, num_classes, torch.device(device)
         self.size = check_sizes(pairs[:1])
-        gigabytes = 4e-9 * len(pairs) * self.size[0] * self.size[1]  # per pixel three bytes of the image and one of the mask
+        gigabytes = (
+            4e-9 * len(pairs) * self.size[0] * self.size[1]
+        )  # per pixel three bytes of the image and one of the mask
         self.held = self.decode(range(len(pairs))) if gigabytes <= memory else None
 
     def decode(self, index) -> tuple[Tensor, Tensor]:
