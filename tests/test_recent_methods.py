@@ -19,6 +19,7 @@ from rcka.methods.candidates import (
     kernel_cka,
     label_alignment,
     procrustes_similarity,
+    rotated_similarities,
 )
 from rcka.methods.cka import fcka
 from rcka.methods.features_recent import (
@@ -642,6 +643,44 @@ def test_candidates_know_their_optima():
     # the nuclear norm lies between the Frobenius norm and the root of the rank times it
     x = torch.randn(4, 7, 8, 8, dtype=torch.float64)
     assert 0 < procrustes_similarity(x, y) < 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("similarity", [procrustes_similarity, explained_variance, place_cka])
+def test_values_that_are_not_finite_reach_the_loss(similarity, bad):
+    "The watch of the trainer then names the term; a decomposition that raises would say nothing of it."
+    x, y = torch.randn(4, 3, 4, 4), torch.randn(4, 5, 4, 4)
+    x[0, 0, 0, 0] = bad
+    assert similarity(x, y).isnan() and similarity(y, x).isnan()
+
+
+def test_levels_are_cosines_after_one_rotation():
+    "Against the formula with scipy's rotation: the first is that of single places, the others are of means over blocks."
+    scipy_linalg = pytest.importorskip("scipy.linalg")
+    x, y = torch.randn(6, 4, 16, 16, dtype=torch.float64), torch.randn(6, 4, 16, 16, dtype=torch.float64)
+    y = y + 3 * x.flip(1) + torch.randn(6, 4, 1, 1, dtype=torch.float64)
+    rows = [z.reshape(6, 4, 8, 2, 8, 2).mean((3, 5)).movedim(1, -1) for z in (x, y)]  # size 8: means over 2 x 2 places
+    a, b = ((z - z.mean((0, 1, 2))).numpy() for z in rows)
+    rotation, _ = scipy_linalg.orthogonal_procrustes(a.reshape(-1, 4), b.reshape(-1, 4))
+    a = a @ rotation
+    wanted = []
+    for block in (1, 2, 8):
+        u, v = (z.reshape(6, 8 // block, block, 8 // block, block, 4).mean((2, 4)).ravel() for z in (a, b))
+        wanted.append(u @ v / (u @ u * (v @ v)) ** 0.5)
+    found = rotated_similarities(x, y, size=8, levels=(4, 1, 16))  # 16 is no mean of 8 x 8 places
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
+    one, two = (create_method("procrustes", {"size": 8, "levels": levels}) for levels in ((), (4, 1)))
+    for method, similarities in ((one, found[:1]), (two, found)):
+        term = method.terms(Outputs(None, (x,)), Outputs(None, (y,)))["procrustes"]
+        torch.testing.assert_close(term, 16 * (1 - similarities.mean()))
+
+
+@pytest.mark.parametrize(
+    "args, word", [({"size": 0}, "size"), ({"levels": (4, 0.5)}, "levels"), ({"levels": (-1,)}, "levels")]
+)
+def test_sizes_of_procrustes(args, word):
+    with pytest.raises(ValueError, match=word):
+        create_method("procrustes", args)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])

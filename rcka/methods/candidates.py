@@ -103,7 +103,7 @@ def rotated_similarities(
     height, width = (min(sides) if size is None else min(*sides, size) for sides in zip(*(x.shape[-2:] for x in maps)))
     x, y = _unit_maps(*(pooled_to(x, (height, width)) for x in maps))
     with torch.no_grad():
-        u, _, vt = torch.linalg.svd(y @ x.mT, full_matrices=False)
+        u, _, vt = torch.linalg.svd((y @ x.mT).nan_to_num(), full_matrices=False)  # else it raises; the product is NaN
     x = u @ vt @ x
     found = [(x * y).sum()]
     for level in levels:
@@ -173,7 +173,7 @@ def explained_variance(
     x, y = _unit_maps(student, teacher)
     # float64 and a penalty of at least the rounding error of the products: the factorisation never fails
     penalty = torch.where(x.detach().any(), max(ridge / len(x), 8 * torch.finfo(x.dtype).eps), 1.0)
-    covariance, cross = (x @ x.mT).double(), (x @ y.mT).double()
+    covariance, cross = (x @ x.mT).nan_to_num().double(), (x @ y.mT).double()  # of NaN it raises; the result is NaN
     factor = torch.linalg.cholesky(covariance + penalty * torch.eye(len(x), dtype=torch.float64, device=x.device))
     return torch.linalg.solve_triangular(factor, cross, upper=False).square().sum().to(x.dtype)
 
