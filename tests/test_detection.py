@@ -514,7 +514,7 @@ def in_processes(folder):
         {"weights": task.student.state_dict(), "scores": {k: history[-1][k] for k in METRICS}},
         folder / f"rank{rank()}.pt",
     )
-    with pytest.raises(ValueError, match="relations='global' is not for detectors"):
+    with pytest.raises(ValueError, match="relations='global' cannot be used for detectors"):
         task(next(test.epoch(0)), relations="global")
 
 

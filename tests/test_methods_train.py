@@ -13,17 +13,15 @@ from torchvision.models import VisionTransformer
 import rcka
 from rcka.data.datasets import load_dataset
 from rcka.features import feature_paths
-from rcka.methods import BUILT_IN  # not list_methods(): other tests register more
-from rcka.methods.base import DenseMethod, create_method
+from rcka.methods import FOR_CLASSIFIERS  # not list_methods(): other tests register more
+from rcka.methods.base import create_method
 from rcka.models.registry import create_model
 from rcka.train.classification import Distiller
 from rcka.train.config import TrainConfig
 from rcka.train.learner import Trainer, fit_many
 
 REPO = Path(__file__).parent.parent
-METHODS = [
-    name for name in sorted(BUILT_IN) if not (name.startswith("dense_") or isinstance(create_method(name), DenseMethod))
-]  # those for classification
+METHODS = sorted(FOR_CLASSIFIERS)
 # a weight that warms up is there in full from the second epoch on; CRD has 200 images to contrast, not 50,000; the ViT has one map
 SHORT = {
     "dkd": {"warmup": 1},

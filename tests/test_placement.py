@@ -12,15 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rcka.core import Batch, Outputs
 from rcka.data.memory import Batches
-from rcka.methods import BUILT_IN  # not list_methods(): other tests register more
+from rcka.methods import BUILT_IN, FOR_CLASSIFIERS  # not list_methods(): other tests register more
 from rcka.methods.base import DenseMethod, create_method
 from rcka.methods.features import Negatives
 from rcka.models.registry import create_model, list_models
 from rcka.train.classification import Distiller, evaluate
 
-DENSE = [n for n in sorted(BUILT_IN) if isinstance(create_method(n), DenseMethod)]
-LOGITS = [n for n in sorted(BUILT_IN) if n.startswith("dense_")]  # of detectors and segmentation networks
-CLASSIFICATION = sorted(BUILT_IN - {*DENSE} - {*LOGITS})
+FOR_DETECTORS = sorted(BUILT_IN - FOR_CLASSIFIERS)
+DENSE = [n for n in FOR_DETECTORS if isinstance(create_method(n), DenseMethod)]  # on their maps
+LOGITS = [n for n in FOR_DETECTORS if n not in DENSE]
 NETWORKS = sorted(
     {*list_models()}
     & {"resnet18", "wrn_16_1", "vgg8", "mobilenet_v1", "mobilenet_v2_half", "shufflenet_v1", "shufflenet_v2"}
@@ -103,7 +103,7 @@ def test_two_devices_are_an_error():
         images() + torch.arange(32)
 
 
-@pytest.mark.parametrize("name", CLASSIFICATION)
+@pytest.mark.parametrize("name", sorted(FOR_CLASSIFIERS))
 def test_methods(name):
     student, teacher = create_model("resnet8", 10).to("cuda"), create_model("resnet14", 10).to("cuda")
     distiller = Distiller(student, create_method(name), teacher)

@@ -292,7 +292,7 @@ def test_stopped_sweep_keeps_every_epoch(tmp_path):
         err, kept, run = stopped(root, signum, epochs + 5)
         assert kept["epoch"] == rows(root) >= epochs + 5
         epochs = kept["epoch"]
-        assert f"keeps the state after {epochs} epochs and {kept['step']} steps" in err
+        assert f"has a checkpoint after {epochs} epochs and {kept['step']} steps" in err
         assert not (run / "failure.json").exists() and not kernels_of(root)
         assert [row["epoch"] for row in kept["learner"]["history"]] == list(range(1, epochs + 1))
 

@@ -6,11 +6,11 @@ import torchvision.models as zoo
 from torch import nn
 
 from rcka.features import FORMS, Taps, as_map, feature_paths, parse_path
-from rcka.methods import BUILT_IN  # not list_methods(): other tests register more
+from rcka.methods import FOR_CLASSIFIERS  # not list_methods(): other tests register more
 from rcka.methods.base import create_method
 from rcka.pair import Pair
 
-ON_MAPS = [n for n in sorted(BUILT_IN) if not create_method(n).dense and any(create_method(n).wants_maps(2))]
+ON_MAPS = [n for n in sorted(FOR_CLASSIFIERS) if any(create_method(n).wants_maps(2))]
 SMALL = {"dpk": {"width": 8}}
 
 

@@ -95,7 +95,9 @@ def test_disk_full(data, tmp_path):
             step(*args)
 
         t.train_step = fill
-        with pytest.raises(OSError, match="No space left.*keeps the state after 1 epochs and 0 steps.*Free space") as e:
+        with pytest.raises(
+            OSError, match="No space left.*has a checkpoint after 1 epochs and 0 steps.*Free space"
+        ) as e:
             t.fit(progress=False)
         assert e.value.errno == errno.ENOSPC
         assert last_checkpoint(disk / "run")["epoch"] == 1 and not list((disk / "run").glob(".*.tmp"))
@@ -136,7 +138,7 @@ def test_disk_errors_without_a_disk(data, tmp_path, monkeypatch, code):
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="keeps the state after") as e:
+    with pytest.raises(OSError, match="has a checkpoint after") as e:
         t.fit(progress=False)
     assert e.value.errno == code and last_checkpoint(tmp_path) and not list(tmp_path.glob(".*.tmp"))
 
@@ -147,15 +149,7 @@ def test_damaged_checkpoint(data, tmp_path):
     whole = trainer(data, tmp_path / "whole")
     expected = whole.fit(progress=False)
     t = trainer(data, tmp_path / "run", checkpoint_seconds=0)
-    terms, n = t.task.method.terms, []
-
-    def stop(*args):
-        n.append(1)
-        if len(n) == 8:
-            raise KeyboardInterrupt
-        return terms(*args)
-
-    t.task.method.terms = stop
+    interrupt_at(t, 8)
     with pytest.raises(KeyboardInterrupt):
         t.fit(progress=False)
     newest = checkpoints(t.folder)[-1]
@@ -170,7 +164,7 @@ def test_damaged_checkpoint(data, tmp_path):
 
 def test_other_setting_is_said(data, tmp_path):
     trainer(data, tmp_path, epochs=1).fit(progress=False)
-    with pytest.warns(UserWarning, match="another setting .channels_last: False there, True here"):
+    with pytest.warns(UserWarning, match="another environment .channels_last: False there, True here"):
         trainer(data, tmp_path, epochs=1, channels_last=True).fit(progress=False)
 
 

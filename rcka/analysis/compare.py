@@ -355,19 +355,37 @@ def compare(
     wanted = [layers, layers if layers_b is None else layers_b][: len(models)]
     least = 4 if any(estimators) else 2
     accumulators = {(k, u): _FromRelations(unbiased=u) for k in range(len(kernels)) for u in estimators}
+    with tqdm(
+        as_batches(loader),
+        total=len(loader) if hasattr(loader, "__len__") else None,
+        desc="compare",
+        unit="batch",
+        leave=False,
+        disable=None if progress else True,
+    ) as batches:
+        paths, made = _accumulate(models, wanted, batches, kernels, accumulators, least, budget)
+    if not made["largest_batch"]:
+        raise ValueError(
+            f"no usable batch: the loader gave {made['samples_left_out']} image(s) in batches below {least}, "
+            f"which unbiased={unbiased} needs at least"
+        )
+    titles = _names([models[0], models[-1]], names)
+    if itself:
+        paths, made["layers_left_out"] = paths * 2, made["layers_left_out"] * 2
+    results = {
+        (_listed(kernel)[k], u): _frame(accumulator, kernels[k], paths, titles, **made)
+        for (k, u), accumulator in accumulators.items()
+    }
+    if isinstance(kernel, (tuple, list)) or isinstance(unbiased, (tuple, list)):
+        return results
+    return next(iter(results.values()))
+
+
+def _accumulate(models, wanted, batches, kernels, accumulators, least: int, budget: int | None) -> tuple[list, dict]:
+    "Give the relations of all layers, batch by batch, to the accumulators; return the layers' paths, and what `attrs` says."
     taps, missing, largest, skipped = [], [], 0, 0
-    with (
-        evaluating(*models),
-        contextlib.ExitStack() as stack,
-        tqdm(
-            total=len(loader) if hasattr(loader, "__len__") else None,
-            desc="compare",
-            unit="batch",
-            leave=False,
-            disable=None if progress else True,
-        ) as bar,
-    ):
-        for images in as_batches(loader):
+    with evaluating(*models), contextlib.ExitStack() as stack:
+        for images in batches:
             if not taps:
                 found = [_usable(m, w, to_device(m, images[:5])) for m, w in zip(models, wanted)]
                 missing = [f[1] for f in found]
@@ -382,25 +400,8 @@ def compare(
                 home = sides[0][0][0].device
                 for (k, _), accumulator in accumulators.items():
                     accumulator.update(*([layer[k].to(home) for layer in side] for side in sides))
-            bar.update()
-    if not largest:
-        raise ValueError(
-            f"no usable batch: the loader gave {skipped} image(s) in batches below {least}, which unbiased={unbiased} needs at least"
-        )
-    paths, titles = [list(t.paths) for t in taps] * (2 if itself else 1), _names([models[0], models[-1]], names)
-    made = {
-        "largest_batch": largest,
-        "samples_left_out": skipped,
-        "layers_left_out": missing * (2 if itself else 1),
-        "budget": budget,
-    }
-    results = {
-        (_listed(kernel)[k], u): _frame(accumulator, kernels[k], paths, titles, **made)
-        for (k, u), accumulator in accumulators.items()
-    }
-    if isinstance(kernel, (tuple, list)) or isinstance(unbiased, (tuple, list)):
-        return results
-    return next(iter(results.values()))
+    made = {"largest_batch": largest, "samples_left_out": skipped, "layers_left_out": missing, "budget": budget}
+    return [list(t.paths) for t in taps], made
 
 # %% ../../nbs/method/09_compare.ipynb #dfe5c214
 def compare_stages(

@@ -9,7 +9,6 @@ import copy
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import Batch, nearest
 from ..data.memory import Batches
@@ -29,8 +28,9 @@ from ..distributed import init_distributed
 from .experiment import Experiment, run
 from .result import device_name, git_commit, package_versions
 from .study import PAIR, SCREENED, Study, as_row, run_group, run_study, screened
+from .throughput import take_turns
 from ..files import as_csv, checkout, read_csv, write_atomic
-from ..methods.base import DenseMethod, create_method, list_methods
+from ..methods.base import create_method, list_methods
 from ..methods.cka import pcka
 from ..models.registry import create_model
 from ..similarity.measures import cka
@@ -41,12 +41,11 @@ from ..train.config import TrainConfig, determinism
 from ..train.learner import Learner, Stopped, Trainer, shared_teacher
 
 # %% auto #0
-__all__ = ['SIZES', 'TEST_SECONDS', 'COMPARISONS', 'ITEMS', 'Plan', 'classifier_methods', 'full_size', 'toy_size', 'OutOfTime',
-           'Deadline', 'Campaign', 'example_batch', 'step_of', 'check_step', 'small_trainer', 'check_resume',
-           'check_graph', 'checks', 'run_tests', 'run_pytest', 'clock', 'time_ways', 'noise_batches', 'network',
-           'usual_loop', 'learner', 'compare_steps', 'compare_methods', 'compare_students', 'channel_by_channel',
-           'compare_pcka', 'compare_layers', 'Pictures', 'compare_data', 'run_speed', 'run_the_study', 'run_teachers',
-           'run_students', 'run_campaign', 'main']
+__all__ = ['SIZES', 'TEST_SECONDS', 'COMPARISONS', 'ITEMS', 'Plan', 'full_size', 'toy_size', 'OutOfTime', 'Deadline', 'Campaign',
+           'example_batch', 'step_of', 'check_step', 'small_trainer', 'check_resume', 'check_graph', 'checks',
+           'run_tests', 'run_pytest', 'time_ways', 'noise_batches', 'network', 'usual_loop', 'learner', 'compare_steps',
+           'compare_methods', 'compare_students', 'channel_by_channel', 'compare_pcka', 'compare_layers', 'Pictures',
+           'compare_data', 'run_speed', 'run_the_study', 'run_teachers', 'run_students', 'run_campaign', 'main']
 
 # %% ../../nbs/method/08f_campaign.ipynb #42696c79
 @dataclass(frozen=True)
@@ -81,18 +80,13 @@ class Plan:
         return {network: one for network, one in runs.items() if one is not None}
 
 
-def classifier_methods() -> list[str]:
-    "Return the methods of classifiers."
-    return [n for n in list_methods() if not isinstance(create_method(n), DenseMethod) and not n.startswith("dense_")]
-
-
 def full_size() -> Plan:
     "Return the plan for a GPU."
     methods = {"none": ("none", None)} | {label: screened(label, PAIR.get(label, 1)) for label in SCREENED}
     settings = dict(dataset="cifar100", precision="bf16", teacher_weights="cifar100")
     pairs = "resnet32x4 resnet8x4, wrn_40_2 wrn_16_2, resnet56 resnet20, resnet110 resnet20, vgg13 vgg8, resnet50 vgg8"
     return Plan(
-        checked=tuple(classifier_methods()),
+        checked=tuple(list_methods(dense=False)),
         tests=("-m", "cuda", "-v", "--continue-on-collection-errors", "tests"),
         study=Study("cifar100-resnet20-resnet8-240", "resnet20", "resnet8", methods, settings=settings, group=8),
         first=("none", *PAIR),
@@ -346,13 +340,6 @@ def run_pytest(c: Campaign):
         raise RuntimeError(f"exit code {code}: {lines[-1] if lines else 'no output'}")
 
 # %% ../../nbs/method/08f_campaign.ipynb #5539369b
-def clock(device: torch.device) -> float:
-    "Return the time, after the device has done what it was asked for."
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def time_ways(
     c: Campaign,
     comparison: str,
@@ -361,34 +348,20 @@ def time_ways(
     calls: int | None = None,  # of each way in a round; None: the plan's steps
 ):
     "Time ways to do one thing and write their rows to speed.csv: milliseconds a unit, the median over the rounds."
-    calls = calls or c.plan.steps
-    times, peak, failed = {name: [] for name in ways}, dict.fromkeys(ways, 0.0), {}
-    for r in range(1 + c.plan.rounds):  # the first chooses kernels and allocates memory
-        for name, way in ways.items():
-            c.left()
-            if name in failed:
-                continue
-            try:
-                if c.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(c.device)
-                began = clock(c.device)
-                for _ in range(calls):
-                    way()
-                times[name] += [clock(c.device) - began] if r else []
-            except Exception as e:
-                failed[name] = f"{type(e).__name__}: {e}"
-                c.errors.append(f"{comparison}, {name}: {failed[name]}")
-            if c.device.type == "cuda":
-                peak[name] = max(peak[name], torch.cuda.max_memory_allocated(c.device) / 2**20)
-    medians = {name: 1e3 * statistics.median(t) / calls / units for name, t in times.items() if t}
-    first = medians.get(next(iter(ways)))
-    rows = []
-    for name in ways:
-        ms = medians.get(name)
-        row = {"comparison": comparison, "way": name, "ms": "" if ms is None else f"{ms:.4g}"}
-        row["times as fast"] = "" if ms is None or first is None else f"{first / ms:.3g}"
-        row["fastest / slowest round"] = f"{min(times[name]) / max(times[name]):.2f}" if ms is not None else ""
-        rows.append(row | {"peak MB": round(peak[name]) or "", "failed": failed.get(name, "")})
+    failed: dict[str, Exception] = {}
+    found = take_turns(ways, c.device, c.plan.rounds, calls or c.plan.steps, before=c.left, failed=failed)
+    first, rows = found[next(iter(ways))], []
+    for name, turns in found.items():
+        row = {"comparison": comparison, "way": name, "ms": "", "times as fast": "", "fastest / slowest round": ""}
+        row |= {"peak MB": "", "failed": ""}
+        if name in failed:
+            row["failed"] = f"{type(failed[name]).__name__}: {failed[name]}"
+            c.errors.append(f"{comparison}, {name}: {row['failed']}")
+        else:
+            row |= {"ms": f"{1e3 * turns.median / units:.4g}", "fastest / slowest round": f"{turns.steadiness:.2f}"}
+            row["times as fast"] = f"{first.median / turns.median:.3g}" if next(iter(ways)) not in failed else ""
+            row["peak MB"] = round(max(turns.peak)) if c.device.type == "cuda" else ""
+        rows.append(row)
     c.put("speed", rows, ("comparison", "way"))
 
 
@@ -406,12 +379,12 @@ def network(c: Campaign, which: int, seed: int = 0):
     return create_model(c.plan.networks[which], 100).to(c.device)
 
 
-def usual_loop(c: Campaign, batch: Batch) -> Callable[[], None]:
+def usual_loop(student: nn.Module, teacher: nn.Module, batch: Batch) -> Callable[[], None]:
     "Return a step of KD as most repositories write it, which reads loss and accuracy on the host."
-    teacher, student = network(c, 0).eval(), network(c, 1)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
     def step():
+        student.train()
         with torch.no_grad():
             known = teacher(batch.images)
         logits = student(batch.images)
@@ -446,7 +419,7 @@ def compare_steps(c: Campaign):
     }
     if c.device.type == "cuda":  # compiling on a CPU takes minutes
         ways |= {"trainer, bf16, channels_last and compile": quick | {"compile": True}}
-    steps: dict[str, Callable] = {"usual loop": usual_loop(c, batch)}
+    steps: dict[str, Callable] = {"usual loop": usual_loop(network(c, 1), network(c, 0).eval(), batch)}
     for name, options in ways.items():
         one = learner(c, train, **options)
         steps[name] = lambda one=one: one.train_step(batch)
@@ -482,8 +455,8 @@ def compare_students(c: Campaign):
         time_ways(c, "step of four students", {"one by one": one_by_one, "together": together}, units=4)
 
 
-def channel_by_channel(student: Tensor, teacher: Tensor, k: int = 16) -> Tensor:
-    "PCKA, intra and inter, as published: one channel after the other, all Gram matrices formed."
+def channel_by_channel(student: Tensor, teacher: Tensor, inter: bool = True, k: int = 16) -> Tensor:
+    "Compute PCKA as published, intra and perhaps inter: one channel after the other, all Gram matrices formed."
 
     def cut(x):
         size = [-(-s // k) * k for s in teacher.shape[2:]]
@@ -495,7 +468,8 @@ def channel_by_channel(student: Tensor, teacher: Tensor, k: int = 16) -> Tensor:
         return torch.trace(a @ b.T) / torch.sqrt(torch.trace(a @ a.T) * torch.trace(b @ b.T))
 
     student, teacher = cut(student), cut(teacher)
-    return torch.stack([alignment(x, y) + alignment(x.T, y.T) for x, y in zip(student, teacher)]).mean()
+    pairs = [(x, y) for a, b in zip(student, teacher) for x, y in ([(a, b), (a.T, b.T)] if inter else [(a, b)])]
+    return torch.stack([alignment(x, y) for x, y in pairs]).sum() / len(student)
 
 
 def compare_pcka(c: Campaign):
@@ -529,7 +503,7 @@ def compare_layers(c: Campaign):
 
 
 class Pictures(torch.utils.data.Dataset):
-    "Images of noise as PIL images, cropped and flipped by torchvision."
+    "The images of batches as PIL images, cropped, flipped and normalised by torchvision."
 
     def __init__(self, batches: Batches):
         import torchvision.transforms as T
@@ -537,13 +511,9 @@ class Pictures(torch.utils.data.Dataset):
 
         self.pixels = batches.images.permute(0, 2, 3, 1).cpu().numpy()
         self.targets, self.open = batches.targets.tolist(), Image.fromarray
-        steps = [
-            T.RandomCrop(32, padding=4),
-            T.RandomHorizontalFlip(),
-            T.ToTensor(),
-            T.Normalize((0.5,) * 3, (0.25,) * 3),
-        ]
-        self.transform = T.Compose(steps)
+        crop = T.RandomCrop(batches.images.shape[-2:], padding=batches.pad)
+        normalize = T.Normalize(batches.mean.flatten().tolist(), batches.std.flatten().tolist())
+        self.transform = T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalize])
 
     def __len__(self):
         return len(self.targets)

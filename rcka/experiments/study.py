@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from ..distributed import first_shard, init_distributed
 from .exhibits import record_exhibit
 from .experiment import Experiment, make_trainer, run_many
 from .result import Result, runs_root
+from .throughput import take_turns
 from ..extras import optional_import
 from ..files import as_csv, read_csv, write_atomic
 from ..methods.base import Wrapper, create_method, register
@@ -177,28 +177,6 @@ def inflation(rows: Iterable[dict]) -> float:
     return sum(gaps) / len(gaps)
 
 # %% ../../nbs/method/08e_study.ipynb #c057a002
-def _reset_peak(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    elif (path := Path("/proc/self/clear_refs")).exists():  # Linux; elsewhere the memory is NaN
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # what was freed goes back to the system, so that it does not count as held
-        path.write_text("5")
-
-
-def _memory(device: torch.device, peak: bool) -> float:
-    "Return MiB held now, or at most since `_reset_peak`."
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next(
-        (int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM" if peak else "VmRSS")), math.nan
-    )
-
-
 def step_costs(
     study: Study,
     labels: Iterable[str] | None = None,  # of these methods; None: all of them
@@ -217,30 +195,20 @@ def step_costs(
             parts = experiment.prepare(Path(folder), device, False, options, shared if experiment.teacher else None)
             shared = parts if experiment.teacher else shared
             trainers[label] = make_trainer(experiment, parts, Path(folder) / str(len(trainers)), options)
-        times, peaks = {label: [] for label in trainers}, {label: [] for label in trainers}
-        for r in range(rounds + 1):
-            for label, trainer in trainers.items():
-                batch = first_shard(trainer.train)
-                if r == 0:  # chooses kernels and allocates what is kept
-                    trainer.begin_epoch()
-                _reset_peak(device)
-                held, began = _memory(device, peak=False), time.perf_counter()
-                for _ in range(steps if r else 2):
-                    trainer.train_step(batch)
-                peak = _memory(device, peak=True)  # waits for the device
-                if r:
-                    times[label].append((time.perf_counter() - began) / steps)
-                    peaks[label].append(peak - held)
-    first = statistics.median(next(iter(times.values())))
+        for trainer in trainers.values():
+            trainer.begin_epoch()
+        ways = {label: partial(one.train_step, first_shard(one.train)) for label, one in trainers.items()}
+        found = take_turns(ways, device, rounds, steps)
+    first = next(iter(found.values())).median
     return [
         {
             "label": label,
-            "milliseconds": round(1e3 * statistics.median(times[label]), 2),
-            "ratio": round(statistics.median(times[label]) / first, 2),
-            "peak_mb": round(statistics.median(peaks[label]), 1),
-            "parameters": sum(p.numel() for p in trainer.task.method.parameters()),
+            "milliseconds": round(1e3 * turns.median, 2),
+            "ratio": round(turns.median / first, 2),
+            "peak_mb": round(statistics.median(p - h for p, h in zip(turns.peak, turns.held)), 1),
+            "parameters": sum(p.numel() for p in trainers[label].task.method.parameters()),
         }
-        for label, trainer in trainers.items()
+        for label, turns in found.items()
     ]
 
 # %% ../../nbs/method/08e_study.ipynb #def0d951

@@ -3,9 +3,13 @@
 # %% ../../nbs/method/07e_throughput.ipynb #e61e9209
 from __future__ import annotations
 
+import ctypes
 import itertools
+import math
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +22,90 @@ from ..train.config import determinism
 from ..train.learner import Trainer
 
 # %% auto #0
-__all__ = ['Throughput', 'throughput']
+__all__ = ['clock', 'reset_peak', 'memory_mb', 'Turns', 'take_turns', 'Throughput', 'throughput']
+
+# %% ../../nbs/method/07e_throughput.ipynb #f845e02f
+def clock(device: torch.device) -> float:
+    "Return the time in seconds, after the device has done what it was asked for."
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def reset_peak(device: torch.device):
+    "Begin to measure peak memory anew."
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (path := Path("/proc/self/clear_refs")).exists():  # Linux; elsewhere the memory is NaN
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what was freed goes back to the system, so that it does not count as held
+        path.write_text("5")
+
+
+def memory_mb(device: torch.device, peak: bool) -> float:
+    "Return the MiB held now, or at most since `reset_peak`: allocated on CUDA, resident of the process on a CPU."
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next(
+        (int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM" if peak else "VmRSS")), math.nan
+    )
+
+# %% ../../nbs/method/07e_throughput.ipynb #c492aa76
+class Turns(NamedTuple):
+    "What the turns of one way took."
+
+    seconds: list[float]  # of a call, one number a round
+    held: list[float]  # MiB before each turn, the first rounds included
+    peak: list[float]  # MiB at most in each turn, the first rounds included
+
+    @property
+    def median(self) -> float:
+        "Seconds of a call, the median over the rounds."
+        return statistics.median(self.seconds)
+
+    @property
+    def steadiness(self) -> float:
+        "The fastest round over the slowest."
+        return min(self.seconds) / max(self.seconds)
+
+
+def take_turns(
+    ways: dict[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int = 3,
+    calls: int = 1,  # of each way in a round
+    warm: int = 1,  # rounds before the timed ones, which choose kernels and allocate memory
+    before: Callable[[], object] = lambda: None,  # called before each turn
+    failed: dict[str, Exception]
+    | None = None,  # takes the error of a way, which then has no more turns; None: it is raised
+) -> dict[str, Turns]:  # by the name of a way
+    "Time ways to do one thing, one after the other in each round, so that a busy machine slows all of them alike."
+    found = {name: Turns([], [], []) for name in ways}
+    for r in range(warm + rounds):
+        for name, way in ways.items():
+            before()
+            if failed and name in failed:
+                continue
+            reset_peak(device)
+            held, began = memory_mb(device, peak=False), clock(device)
+            try:
+                for _ in range(calls):
+                    way()
+                seconds = (clock(device) - began) / calls
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[name] = error
+                continue
+            found[name].held.append(held)
+            found[name].peak.append(memory_mb(device, peak=True))
+            if r >= warm:
+                found[name].seconds.append(seconds)
+    return found
 
 # %% ../../nbs/method/07e_throughput.ipynb #6229bb95
 class Throughput(NamedTuple):
@@ -88,22 +175,16 @@ def throughput(
     return Throughput(*rates, Result.load(done).images_per_second if done.exists() else None, device.type)
 
 
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def _data_rate(train, steps: int, device: torch.device) -> float:
     "Return images per second of the batches alone, without the first of each worker."
     workers = getattr(train, "workers", 0)
     batches = itertools.chain.from_iterable(train.epoch(e) for e in itertools.count())
     for _ in range(max(1, workers)):
         next(batches)
-    began, n = _clock(device), 0
+    began, n = clock(device), 0
     for batch in itertools.islice(batches, max(steps, 2 * workers)):
         n += len(batch.targets)
-    return n / (_clock(device) - began)
+    return n / (clock(device) - began)
 
 
 def _step_rate(trainer: Trainer, steps: int, device: torch.device) -> float:
@@ -113,7 +194,7 @@ def _step_rate(trainer: Trainer, steps: int, device: torch.device) -> float:
     with determinism(trainer.config.deterministic):
         for _ in range(2):
             trainer.train_step(batch)
-        began = _clock(device)
+        began = clock(device)
         for _ in range(steps):
             trainer.train_step(batch)
-        return steps * len(batch.targets) * world_size() / (_clock(device) - began)
+        return steps * len(batch.targets) * world_size() / (clock(device) - began)

@@ -7,3 +7,4 @@ from .cka import FCKA, LCKA, PCKA, RCKA, fcka, lcka, pcka
 __all__ = ["FCKA", "LCKA", "PCKA", "RCKA", "Method", "Sum", "create_method", "fcka", "lcka", "list_methods", "pcka", "register"]
 
 BUILT_IN = frozenset(list_methods())  # names of the methods of this package
+FOR_CLASSIFIERS = BUILT_IN & {*list_methods(dense=False)}  # the others are for detectors and segmentation networks

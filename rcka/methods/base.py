@@ -131,9 +131,12 @@ def register(name: str):
     return add
 
 
-def list_methods() -> list[str]:
-    "Return the sorted names of all registered methods."
-    return sorted(METHODS)
+def list_methods(
+    dense: bool
+    | None = None,  # only those of detectors and segmentation networks, or only those of classifiers; None: all
+) -> list[str]:
+    "Return the sorted names of the registered methods."
+    return sorted(name for name, method in METHODS.items() if dense is None or method.dense == dense)
 
 
 def create_method(

@@ -26,8 +26,8 @@ from .logits_recent import ClassMapMethod, CosineDecay
 from ..similarity.measures import as_real, check_pair, cosine, full_precision, unit
 
 # %% auto #0
-__all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF', 'itrd_correlation_loss', 'itrd_mutual_loss',
-           'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss', 'CATKD', 'SimKD']
+__all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF', 'check_widths', 'itrd_correlation_loss',
+           'itrd_mutual_loss', 'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss', 'CATKD', 'SimKD']
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #b0bfd456
 class _Moments(torch.autograd.Function):
@@ -158,6 +158,16 @@ class WKDF(CosineDecay, MapMethod):
         return {"wkd_f": self.share * self.weight * sum(losses)}
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #5c3b1073
+def check_widths(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    "Return both as `check_samples` does. Raises ValueError where their widths differ."
+    student, teacher = check_samples(student, teacher)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the widths differ: {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
+        )
+    return student, teacher
+
+
 @full_precision
 def itrd_correlation_loss(
     student: Tensor,  # (n, p): embedded features

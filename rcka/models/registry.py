@@ -411,21 +411,11 @@ def export_weights(
     run_folder, folder = Path(run_folder), Path(folder or WEIGHTS)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", weights):
         raise ValueError(f"weights must be a name of small letters, digits, - and _, got {weights!r}")
-    log, run = _read_log(run_folder / "metrics.csv"), _described(run_folder)
-    network, seed = network or run["network"], run["seed"] if seed is None else seed
-    settings = run["recipe"] | (recipe or {})
-    for what, value in (("network", network), ("seed", seed), ("epochs", settings.get("epochs"))):
-        if value is None:
-            where = "recipe={'epochs': ...}" if what == "epochs" else f"{what}=..."
-            raise ValueError(f"{run_folder} does not say the {what} of its run: give export_weights(..., {where})")
-    if log[-1]["epoch"] != settings["epochs"]:
-        raise ValueError(f"the run in {run_folder} is not finished: {log[-1]['epoch']} of {settings['epochs']} epochs")
-    if run["dataset"] not in (None, data.name):
-        raise ValueError(f"the run in {run_folder} is of {run['dataset']}, but data is {data.name}")
-
-    model = create_model(network, data.num_classes, data.channels)
+    run = _finished_run(run_folder, data, network, seed, recipe or {})
+    log = run["log"]
+    model = create_model(run["network"], data.num_classes, data.channels)
     load_weights(model, run_folder / "last.safetensors")
-    stem = folder / f"{network}-{weights}"
+    stem = folder / f"{run['network']}-{weights}"
     tensors, dtype = _small(_tensors(model), stem.name)
     content = _as_bytes(tensors)
     _fit(model, _safetensors().torch.load(content), stem.with_suffix(".safetensors"))
@@ -439,7 +429,7 @@ def export_weights(
     best = max(log, key=lambda row: row["top1"])
     card = {
         "format": 1,
-        "network": network,
+        "network": run["network"],
         "weights": weights,
         "dataset": data.name,
         "classes": data.num_classes,
@@ -449,9 +439,9 @@ def export_weights(
         "std": list(data.std),
         "method": run["method"],
         "teacher": run["teacher"],
-        "recipe": settings,
+        "recipe": run["recipe"],
         "source": source,
-        "seed": seed,
+        "seed": run["seed"],
         "evaluated_on": data.evaluated_on,
         "top1": {
             "last": log[-1]["top1"],
@@ -473,6 +463,23 @@ def export_weights(
     return _read_card(stem.with_suffix(".json"))
 
 # %% ../../nbs/method/04_models.ipynb #8d4a8f01
+def _finished_run(folder: Path, data, network: str | None, seed: int | None, recipe: dict) -> dict:
+    "Return what a run's folder tells of it, what it does not say taken from the arguments, and as `log` its epochs."
+    log, run = _read_log(folder / "metrics.csv"), _described(folder)
+    run |= {"network": network or run["network"], "seed": run["seed"] if seed is None else seed, "log": log}
+    run["recipe"] = run["recipe"] | recipe
+    epochs = run["recipe"].get("epochs")
+    for what, value in (("network", run["network"]), ("seed", run["seed"]), ("epochs", epochs)):
+        if value is None:
+            where = "recipe={'epochs': ...}" if what == "epochs" else f"{what}=..."
+            raise ValueError(f"{folder} does not say the {what} of its run: give export_weights(..., {where})")
+    if log[-1]["epoch"] != epochs:
+        raise ValueError(f"the run in {folder} is not finished: {log[-1]['epoch']} of {epochs} epochs")
+    if run["dataset"] not in (None, data.name):
+        raise ValueError(f"the run in {folder} is of {run['dataset']}, but data is {data.name}")
+    return run
+
+
 def _read_log(path: Path) -> list[dict]:
     "Read the epochs of a run's metrics.csv; numbers to six digits."
     if not path.is_file():

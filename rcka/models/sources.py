@@ -107,18 +107,22 @@ def _reads(model: nn.Module, in_channels: int) -> nn.Module:
     return model
 
 # %% ../../nbs/method/04g_sources.ipynb #ea41f8bd
+def _pretrained(name: str, options: dict, hint: str = "") -> tuple[str | None, dict]:
+    'Return the weights that the options ask for, which may be "pretrained", and the other options.'
+    options = dict(options)
+    weights = options.pop("weights", None)
+    if weights not in (None, "pretrained"):
+        raise ValueError(f"weights of {name} must be 'pretrained', or a file; got {weights!r}{hint}")
+    return weights, options
+
+
 def timm_network(name: str, num_classes: int | None, in_channels: int, options: dict) -> nn.Module:
     'Create a network of timm; `weights="pretrained"` is its `pretrained=True`. With 0 classes it is an encoder.'
     with optional_import():
         import timm
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(nearest(name, timm.list_models(), "timm network", most=20))
-    options = dict(options)
-    weights = options.pop("weights", None)
-    if weights not in (None, "pretrained"):
-        raise ValueError(
-            f"weights of timm/{name} must be 'pretrained', or a file; got {weights!r}. A tag goes into the name: timm/NAME.TAG"
-        )
+    weights, options = _pretrained(f"timm/{name}", options, ". A tag goes into the name: timm/NAME.TAG")
     options["pretrained"] = options.get("pretrained", weights == "pretrained")
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
@@ -155,10 +159,7 @@ def transformers_network(name: str, num_classes: int | None, in_channels: int, o
     'Create an image classifier of transformers, with the weights of a repository or folder if `weights="pretrained"`.'
     with optional_import():
         import transformers
-    options = dict(options)
-    weights = options.pop("weights", None)
-    if weights not in (None, "pretrained"):
-        raise ValueError(f"weights of transformers/{name} must be 'pretrained', or a file; got {weights!r}")
+    weights, options = _pretrained(f"transformers/{name}", options)
     labels = {} if num_classes is None else {"num_labels": num_classes}
     channels = {} if in_channels == 3 else {"num_channels": in_channels}
     create = transformers.AutoModelForImageClassification
