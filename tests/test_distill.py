@@ -66,6 +66,7 @@ def test_a_folder_of_images(photos, tmp_path):
         rcka.distill(*given, output=tmp_path / "out", size=32, alone=True, **SMALL | {"epochs": 2})
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     "Stopped while the student trains; the second call neither trains the teacher again nor ends elsewhere."
     given = dict(
