@@ -161,7 +161,7 @@ def test_broken_pictures_are_named_or_skipped(tmp_path):
         (images / "2.png").write_bytes(b"not a picture")
         Image.new("RGB", (5, 5)).save(images / "3.png")
 
-    with pytest.raises(BrokenImage, match="1 of 6 pictures are missing in .*1.png"):
+    with pytest.raises(BrokenImage, match="1 of 6 images are missing in .*1.png"):
         changed(tmp_path, damage)
     data = changed(tmp_path, damage, skip_broken=True)
     assert (
