@@ -228,6 +228,13 @@ def distill(
         str | None,
         typer.Option(help="A published recipe: crd, torchvision-v2 or deit. Default: AdamW with a cosine schedule."),
     ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Ship the average of the weights along training, with this decay; without it as the preset, 0: none.",
+        ),
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option(
@@ -266,6 +273,7 @@ def distill(
             export=export,
             push_to_hub=push_to_hub,
             preset=preset,
+            ema=ema,
             **fields,
         )
     except KeyboardInterrupt as error:

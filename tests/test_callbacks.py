@@ -195,6 +195,56 @@ def test_ema_leaves_the_run_alone_and_begins_afresh_with_another(batches):
     assert same(once.average, average.average)
 
 
+def test_ema_is_torch_s_average(batches):
+    """As torchvision's references use `AveragedModel`: at every third update of an epoch, and copies in the first one.
+
+    Its buffers are averaged too, as there."""
+    from torch.optim.swa_utils import AveragedModel
+
+    decay, every, steps = 0.8, 3, len(batches[0])
+
+    class Theirs(Callback):
+        def before_fit(self, learner):
+            step = lambda mean, value, n: decay * mean + (1 - decay) * value
+            self.average = AveragedModel(learner.network, avg_fn=step, use_buffers=True)
+
+        def after_step(self, learner):
+            if (learner.step - 1) % every == 0:
+                self.average.update_parameters(learner.network)
+                if learner.epoch < 1:
+                    self.average.n_averaged.fill_(0)
+
+    ours, theirs = EMA(decay, every=every, copy_steps=steps), Theirs()
+    Learner(Distiller(network()), *batches, replace(CONFIG, epochs=3), [ours, theirs]).fit(progress=False)
+    for name, value in theirs.average.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(ours.average[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_an_interrupted_average_goes_on(batches, tmp_path):
+    "Stopped while it still copies: the same average as unbroken; with another interval it is refused."
+    averages = {}
+    for name, stop in (("whole", None), ("parts", 2)):
+        for _ in range(2 if stop else 1):
+            average = EMA(0.8, every=2, copy_steps=len(batches[0]) + 2)
+            checkpoint = Checkpoint(tmp_path / name, seconds=0)
+            learner = Learner(Distiller(network()), *batches, replace(CONFIG, epochs=3), [average, checkpoint])
+            if stop:
+                learner.callbacks.append(StopAfter(0))
+                with pytest.raises(Stopped):
+                    learner.fit(progress=False)
+                stop = None
+            else:
+                learner.fit(progress=False)
+        averages[name] = average.average
+    assert same(averages["whole"], averages["parts"])
+    learner = Learner(
+        Distiller(network()), *batches, replace(CONFIG, epochs=3), [EMA(0.8), Checkpoint(tmp_path / "whole")]
+    )
+    with pytest.raises(ValueError, match="has EMA every 2, got 1: give the same every"):
+        learner.fit(progress=False)
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
 def test_ema_refuses_a_decay(decay):
     with pytest.raises(ValueError, match="decay must be at least 0 and below 1"):

@@ -203,6 +203,7 @@ def test_options_of_train_say_what_they_are():
         assert "--weight_decay VALUE of the weights (float, default" in text
 
 
+@pytest.mark.slow
 def test_sweep_status_report(stub, says, tmp_path):
     "A sweep with a failure, what status says of it, and its report; then the same again with an edited notebook."
     root = tmp_path / "runs"

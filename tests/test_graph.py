@@ -64,6 +64,7 @@ ADAMW = {"optimizer": "adamw", "lr": 3e-3, "decay_norms": False, "grad_clip": 1.
         ("kd", {"precision": "fp16"}),
     ],
 )
+@pytest.mark.slow
 def test_the_twin_ends_at_the_bits_of_ordinary_steps(data, tmp_path, method, settings):
     plain = trainer(data, tmp_path / "plain", method, **settings)
     graphed = trainer(data, tmp_path / "graphed", method, cuda_graph=True, **settings)

@@ -175,6 +175,7 @@ def test_other_setting_is_said(data, tmp_path):
 @pytest.mark.parametrize(
     "fast, tolerance", [({"channels_last": True}, 1e-4), ({"precision": "bf16"}, 0.03), ({"precision": "fp16"}, 0.03)]
 )
+@pytest.mark.slow
 def test_fast_paths_keep_the_loss_curve(data, tmp_path, device, fast, tolerance):
     "Relative difference of the epochs' mean losses to the plain path in fp32, at a rate at which rounding does not grow."
     slow = {"lr": 0.002}
@@ -240,6 +241,7 @@ def test_compile_keeps_the_loss_curve(data, tmp_path, device):
 # groups of runs
 
 
+@pytest.mark.slow
 def test_a_group_gets_the_same_bits(data, tmp_path):
     "Three students with methods that draw random numbers and keep memory, together and alone; killed and resumed at different steps."
     train, test, teacher = data.batches(32), data.batches(train=False), network(0)

@@ -272,14 +272,21 @@ class EMA(Callback):
 
     # torch.optim.swa_utils.AveragedModel would copy the module together with the hooks that read its features
 
+    _SETTINGS = ("decay", "every", "copy_steps")
+
     def __init__(
         self,
         decay: float = 0.999,  # weight of the old average at each step
         folder: Path | str | None = None,  # of `ema.safetensors`; None: not written
+        every: int = 1,  # average at the first of so many updates, counted from the start of each epoch
+        copy_steps: int = 0,  # first steps of the run in which the average is a copy, such as those of the warm-up
     ):
+        check_whole(1, every=every)
+        check_whole(0, copy_steps=copy_steps)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
-        self.decay, self.folder = decay, folder
+        self.decay, self.folder, self.every, self.copy_steps = decay, folder, every, copy_steps
+        self.copies = copy_steps > 0  # whether the next average is a copy
         self.average: dict[str, Tensor] = {}  # by the names of the student's state_dict
         self.learner, self.restored = (
             None,
@@ -291,6 +298,7 @@ class EMA(Callback):
             self.average = {name: value.to(learner.device) for name, value in self.average.items()}
         else:
             self.average = copy.deepcopy(learner.network.state_dict())
+            self.copies = self.copy_steps > 0
         self.learner = learner
 
     def after_fit(self, learner):
@@ -298,14 +306,15 @@ class EMA(Callback):
 
     @torch.no_grad()
     def after_step(self, learner):
-        if not learner.between_updates:
+        if not learner.between_updates or (learner.step - 1) // learner.config.accumulate % self.every:
             return
         for name, value in learner.network.state_dict().items():
             average = self.average[name]
-            if average.is_floating_point():
+            if average.is_floating_point() and not self.copies:
                 average.lerp_(value, 1 - self.decay)
-            else:  # num_batches_tracked of batch normalisation
+            else:  # or the batch counter of batch normalisation
                 average.copy_(value)
+        self.copies = learner.epoch * len(learner.train) + learner.step <= self.copy_steps
 
     def after_epoch(self, learner):
         student = learner.network
@@ -321,13 +330,15 @@ class EMA(Callback):
         learner.history[-1].update({f"ema_{name}": value for name, value in scores.items()})
 
     def state_dict(self):
-        return {"decay": self.decay, "average": self.average}
+        return {name: getattr(self, name) for name in (*self._SETTINGS, "copies", "average")}
 
     def load_state_dict(self, state):
-        if state["decay"] != self.decay:
-            raise ValueError(
-                f"the saved run has EMA decay {state['decay']}, got {self.decay}: give the same decay, or another folder"
-            )
+        for name in self._SETTINGS:
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the saved run has EMA {name} {state[name]}, got {getattr(self, name)}: give the same {name}, or another folder"
+                )
+        self.copies = state["copies"]
         device = "cpu" if self.learner is None else self.learner.device
         self.average = {name: value.to(device, copy=True) for name, value in state["average"].items()}
         self.restored = True
