@@ -35,13 +35,14 @@ app = typer.Typer(
 )
 console = Console(width=None if sys.stdout.isatty() else 160, force_jupyter=False)
 
-Root = Annotated[
-    Path | None, typer.Option(help="Folder of all runs. Default: RCKA_RUNS, else runs/ of the checkout.")
-]
+Root = Annotated[Path | None, typer.Option(help="Folder of all runs. Default: RCKA_RUNS, else runs/ of the checkout.")]
 Fields = Annotated[
     list[str] | None,
     typer.Option(
-        "--param", "-p", metavar="NAME=VALUE", help="A field of Experiment, such as epochs=60; may be given several times."
+        "--param",
+        "-p",
+        metavar="NAME=VALUE",
+        help="A field of Experiment, such as epochs=60; may be given several times.",
     ),
 ]
 NotebookPath = Annotated[Path | None, typer.Option(help="Notebook to run instead of the dataset's benchmark notebook.")]
@@ -172,7 +173,9 @@ def train(
     raise typer.Exit(main(arguments or [], program="rcka train"))
 
 # %% ../nbs/method/08c_cli.ipynb #d1571a11
-Options = Annotated[str | None, typer.Option(metavar="JSON", help="Options of the network, such as '{\"img_size\": 32}'.")]
+Options = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Options of the network, such as '{\"img_size\": 32}'.")
+]
 WeightsOf = Annotated[
     str | None,
     typer.Option(
@@ -238,7 +241,10 @@ def distill(
     param: Annotated[
         list[str] | None,
         typer.Option(
-            "--param", "-p", metavar="NAME=VALUE", help="A field of TrainConfig or Augment, such as lr=0.01 or mixup=0.2."
+            "--param",
+            "-p",
+            metavar="NAME=VALUE",
+            help="A field of TrainConfig or Augment, such as lr=0.01 or mixup=0.2.",
         ),
     ] = None,
 ):
@@ -471,7 +477,8 @@ def _clock(seconds: float) -> str:
 def sweep(
     dataset: Annotated[str, typer.Argument(help="A dataset of `rcka datasets`, or imagefolder:PATH or imagenet:PATH.")],
     pairs: Annotated[
-        str, typer.Option(help="Networks as TEACHER:STUDENT, separated by commas; all: the pairs of the published table.")
+        str,
+        typer.Option(help="Networks as TEACHER:STUDENT, separated by commas; all: the pairs of the published table."),
     ] = "all",
     methods: Annotated[
         str, typer.Option(help="Methods of `rcka methods`, separated by commas; none: the student alone.")
@@ -484,7 +491,8 @@ def sweep(
         int, typer.Option(min=1, help="Number of runs, or groups of runs, at the same time on this machine.")
     ] = 1,
     group: Annotated[
-        int, typer.Option(min=1, help="Maximum number of runs that share a teacher's forward pass; results are the same.")
+        int,
+        typer.Option(min=1, help="Maximum number of runs that share a teacher's forward pass; results are the same."),
     ] = 4,
     retry: Annotated[bool, typer.Option(help="Run again what failed before.")] = True,
     dry_run: Annotated[

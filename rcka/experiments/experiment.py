@@ -342,7 +342,9 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
     def prepare(self, root: Path, device, progress: bool, options: dict, shared: Parts | None = None) -> Parts:
         "Return data, teacher and student. `shared`: the parts of an experiment with the same data and teacher."
         if shared is None:
-            data = self.load_data()  # the teacher is trained before batches are created, since these may fill the device
+            data = (
+                self.load_data()
+            )  # the teacher is trained before batches are created, since these may fill the device
             teacher, scores = self.prepare_teacher(data, root, device, progress, options)
             train, test = self.batches(data, device, options)
             if teacher is not None and scores is None:

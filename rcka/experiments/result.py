@@ -71,7 +71,9 @@ class Result:
         try:
             values = json.loads(Path(path).read_text())
         except ValueError as e:
-            raise ValueError(f"{path} is not a result file, or incomplete ({e}): remove it and run again, to write it anew") from e
+            raise ValueError(
+                f"{path} is not a result file, or incomplete ({e}): remove it and run again, to write it anew"
+            ) from e
         found = values.get("format") if isinstance(values, dict) else None
         if found == 2:
             values |= {"group_size": values.pop("company", 1), "format": RESULT_FORMAT}

@@ -57,7 +57,8 @@ __all__ = ['PATIENCE', 'FULL', 'grid', 'paper_pairs', 'with_teachers', 'validate
 # %% ../../nbs/method/08_sweep.ipynb #a60dbc75
 def grid(
     dataset: str,
-    pairs: str | Iterable[str] = "all",  # "TEACHER:STUDENT", several separated by commas or as a list; "all": the published ones
+    pairs: str
+    | Iterable[str] = "all",  # "TEACHER:STUDENT", several separated by commas or as a list; "all": the published ones
     methods: str | Iterable[str] = ("none", "kd", "rcka"),
     seeds: Iterable[int] = (0, 1, 2),
     **fields,  # of `Experiment`, the same for all
@@ -505,7 +506,9 @@ def _outcomes(future, group: list[tuple], patience: float = 0) -> list[Outcome]:
     try:
         return future.result()
     except Exception as error:
-        time.sleep(patience)  # if a whole job is killed, its children may die first, which is not a failure of their runs
+        time.sleep(
+            patience
+        )  # if a whole job is killed, its children may die first, which is not a failure of their runs
         folders = [Path(root) / Experiment.from_dict(values).key for values, root, *_ in group]
         return [
             Outcome(f.name, "done") if state(f) == "done" else Outcome(f.name, "failed", error=write_failure(f, error))

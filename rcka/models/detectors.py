@@ -84,7 +84,8 @@ def create_backbone(
     channels: int = 256,  # of every map of the pyramid
     norm: str = "frozen",  # "frozen" batch norm (for pretrained backbones), "batch" or "group"
     weights=None,  # of a classifier: a state dict, a file, or a name such as "IMAGENET1K_V1" (downloaded)
-    trainable_layers: int | None = None,  # number of trainable stages from the end (5: all); None: 3 with weights, else 5
+    trainable_layers: int
+    | None = None,  # number of trainable stages from the end (5: all); None: 3 with weights, else 5
 ) -> BackboneWithFPN:
     """Create a backbone with a feature pyramid from a network of torchvision.
 

@@ -180,7 +180,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or incomplete ({error}): download or copy it again") from None
+        raise ValueError(
+            f"{path} is not a safetensors file, or incomplete ({error}): download or copy it again"
+        ) from None
 
 
 def _weights(content, path: Path) -> dict[str, Tensor]:
@@ -345,7 +347,9 @@ def _read_card(path: Path) -> PretrainedWeights:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a card of weights, or incomplete ({error}): install the package again") from None
+        raise ValueError(
+            f"{path} is not a card of weights, or incomplete ({error}): install the package again"
+        ) from None
     if missing := [k for k in CARD if not isinstance(card, dict) or k not in card]:
         raise ValueError(f"{path} is not a card of weights: it does not have {', '.join(missing)}")
     return PretrainedWeights(card["network"], card["weights"], path.with_suffix(".safetensors"), card)
