@@ -102,7 +102,7 @@ class DetectionExperiment(BoxConfig, BaseExperiment):
         self._resolve(example="resnet101, a backbone")
         self._set_published()
         self._check_method()
-        self.train_config  # raises what is wrong with it
+        self.train_config  # raises ValueError for invalid fields
         self._set("method_args", resolved_args(self.method, self.method_args))
 
     def _set_published(self):

@@ -57,7 +57,7 @@ class SegmentationExperiment(SceneConfig, BaseExperiment):
             raise ValueError(
                 f"batch_size must be at least 2, for batch normalisation of pooled maps; got {self.batch_size}"
             )
-        self.train_config  # raises what is wrong with it
+        self.train_config  # raises ValueError for invalid fields
         self._set("method_args", resolved_args(self.method, self.method_args))
 
     def load_data(self) -> Scenes:
