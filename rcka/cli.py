@@ -368,8 +368,8 @@ def run(
         _check_types({k: v for k, v in values.items() if k in hints}, hints)
         experiment = Experiment.from_parameters(known | values)
         folder = runs / experiment.key
-        if S.state(folder) != "done" and (problems := S.validate([experiment])):
-            raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
+        if S.state(folder) != "done":
+            _refuse([experiment])
         claim_folder(folder, experiment)
         output = output or folder / "notebook.ipynb"
         counts = {runs / e.key: e.epochs for e in S.with_teachers([experiment])}
@@ -572,9 +572,16 @@ def _grid(dataset: str, pairs: str, methods: str, seeds: str, fields: dict) -> l
             _known([dataset], KNOWN, "dataset")
         raise ValueError(f"no pairs are published for {dataset}: give --pairs TEACHER:STUDENT, several with commas")
     runs = S.grid(dataset, pairs, methods, [int(s) for s in seeds.split(",") if s.strip()], **fields)
-    if problems := S.validate(runs):
-        raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
+    _refuse(runs)
     return runs
+
+
+def _refuse(experiments: list):
+    "Raise ValueError for experiments that could not run."
+    from rcka.experiments.sweep import validate
+
+    if problems := validate(experiments):
+        raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
 
 # %% ../nbs/method/08c_cli.ipynb #b71e96cf
 @app.command()

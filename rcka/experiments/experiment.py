@@ -43,10 +43,10 @@ from ..train.learner import RunsFailed, Trainer, fit_many
 from ..train.teacher_cache import BUDGET, TeacherCache
 
 # %% auto #0
-__all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'resolved_args', 'RunConfig', 'TrainFields', 'TeacherConfig',
-           'DataConfig', 'without_teacher', 'BaseExperiment', 'of_imagenet', 'paper_lr', 'images_below', 'ImageConfig',
-           'Experiment', 'torchvision_teacher', 'run', 'find_or_train', 'make_cache', 'make_trainer', 'save_result',
-           'report_found', 'run_many', 'groups_of', 'check_group_fields']
+__all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'check_network', 'resolved_args', 'RunConfig', 'TrainFields',
+           'TeacherConfig', 'DataConfig', 'without_teacher', 'BaseExperiment', 'of_imagenet', 'paper_lr',
+           'images_below', 'ImageConfig', 'Experiment', 'torchvision_teacher', 'run', 'find_or_train', 'make_cache',
+           'make_trainer', 'save_result', 'report_found', 'run_many', 'groups_of', 'check_group_fields']
 
 # %% ../../nbs/method/07_experiments.ipynb #6f71ff4e
 class Parts(NamedTuple):
@@ -59,6 +59,12 @@ class Parts(NamedTuple):
     teacher_scores: dict | None  # in per cent
     data: object = None  # what `load_data` returned
     teacher_cache: TeacherCache | None = None
+
+
+def check_network(name: str):
+    "Raise ValueError for a name without a slash that is no network of the package, with the nearest."
+    if "/" not in name and name not in list_models():
+        raise ValueError(nearest(name, list_models(), "network"))
 
 
 def resolved_args(
@@ -193,6 +199,11 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
 
     def _set(self, name: str, value):
         object.__setattr__(self, name, value)  # of a frozen dataclass, while it is made
+
+    def _complete(self):
+        "Check the fields of the training, and write out all arguments of the method."
+        self.train_config  # raises what is wrong with it
+        self._set("method_args", resolved_args(self.method, self.method_args))
 
     def _resolve(self, example: str):
         """Bring fields to one form: tuples for JSON's lists, None for a default of `TrainConfig`.
@@ -396,16 +407,14 @@ class Experiment(ImageConfig, BaseExperiment):
         if self.method_args is None:
             self._set("method_args", paper_args(self.method, self.teacher, self.student, self.dataset))
         for name in filter(None, (self.student, self.teacher)):
-            if "/" not in name and name not in list_models():
-                raise ValueError(nearest(name, list_models(), "network"))
+            check_network(name)
         if not of_imagenet(self.dataset) and (self.evaluate_on or self.skip_broken):
             raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}")
         if self.teacher_projection and not self.teacher_cache:
             raise ValueError("teacher_projection is of what is kept of the teacher: give teacher_cache, such as 4, too")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {self.batch_size}")
-        self.train_config  # raises what is wrong with it
-        self._set("method_args", resolved_args(self.method, self.method_args))
+        self._complete()
 
     @staticmethod
     def paper(dataset: str, teacher: str | None, student: str, method: str, seed: int = 0, **changes) -> Experiment:
