@@ -9,6 +9,7 @@ from layers import LEVEL, ROOT, room
 
 import rcka
 
+pytestmark = pytest.mark.slow
 PAGE = ROOT.parent / "nbs" / "method" / "12_layers.ipynb"
 TINY = dict(dataset="digits", teacher="resnet8", student="resnet8", method="kd+fcka", epochs=1, batch_size=16)
 TINY |= dict(train_limit=32, test_limit=20, device="cpu")
