@@ -14,16 +14,14 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
 extras = {
-    name: cfg[f"{name}_requirements"].split()
-    for name in (
-        *("train", "notebook", "parquet", "segmentation", "detection", "slurm", "dev", "docs"),
-        *("timm", "transformers", "datasets", "hub", "export"),
-    )
+    key.removesuffix("_requirements"): value.split() for key, value in cfg.items() if key.endswith("_requirements")
 }
-extras["notebook"] += extras["train"]
-extras["parquet"] += extras["train"]
-extras["segmentation"] += extras["train"]
-extras["detection"] += extras["train"]
+pictures = [requirement for requirement in extras["notebook"] if requirement.startswith("matplotlib")]
+# an extra works alone: what uses its packages is the trainer's, a student is saved as safetensors, loggers draw
+for name in ("notebook", "parquet", "segmentation", "detection", "datasets", "hub", "export"):
+    extras[name] += extras["train"]
+for name in ("tensorboard", "wandb", "mlflow"):
+    extras[name] += extras["train"] + pictures
 extras["slurm"] += extras["notebook"]
 extras["dev"] += extras["slurm"] + extras["parquet"] + extras["segmentation"] + extras["detection"]
 extras["docs"] += extras["dev"]

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
+from typing import Annotated, get_type_hints
 
 import rcka
 from .extras import optional_import
@@ -64,32 +64,6 @@ def _known(names, known, what: str):
     for name in names:
         if name not in known:
             raise ValueError(nearest(name, known, what))
-
-
-_TYPE_NAMES: dict[type, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    tuple: "a list, as [1, 2]",
-    list: "a list, as [1, 2]",
-    dict: "a dict, as {'weight': 4}",
-    type(None): "null",
-}
-
-
-def _check_types(values: dict, hints: dict):
-    "ValueError for a value that is not of the type its parameter has; `hints` are types, as int or float | None."
-    for name, value in values.items():
-        kinds = [get_origin(kind) or kind for kind in get_args(hints[name]) or [hints[name]]]
-        wider = {float: (float, int), tuple: (tuple, list), list: (tuple, list)}
-        if isinstance(value, bool):  # which Python counts among the integers
-            fits = bool in kinds
-        else:
-            fits = any(isinstance(value, wider.get(kind, kind)) for kind in kinds)
-        if not fits:
-            expected = " or ".join(_TYPE_NAMES.get(kind) or kind.__name__ for kind in kinds)
-            raise ValueError(f"parameter {name} must be {expected}, got {value!r}")
 
 
 def _stopped(why: str = "") -> typer.Exit:
@@ -254,6 +228,13 @@ def distill(
         str | None,
         typer.Option(help="A published recipe: crd, torchvision-v2 or deit. Without it: AdamW and a cosine."),
     ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Ship the average of the weights along training, with this decay; without it as the preset, 0: none.",
+        ),
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option(
@@ -266,11 +247,12 @@ def distill(
     from rcka.data.augment import Augment
     from rcka.distillation import SCORES
     from rcka.distillation import distill as run_distill
+    from rcka.experiments.experiment import check_types
     from rcka.train.config import TrainConfig
 
     fields, hints = _fields(param), get_type_hints(TrainConfig) | get_type_hints(Augment)
     _known(fields, set(hints) - {"epochs"}, "field of TrainConfig or Augment")
-    _check_types(fields, hints)
+    check_types(fields, hints)
     try:
         results = run_distill(
             data,
@@ -291,6 +273,7 @@ def distill(
             export=export,
             push_to_hub=push_to_hub,
             preset=preset,
+            ema=ema,
             **fields,
         )
     except KeyboardInterrupt as error:
@@ -351,8 +334,8 @@ def run(
 ):
     "Run a benchmark notebook with papermill. The kernel listens on IPC sockets, not on TCP."
     from rcka.experiments import sweep as S
-    from rcka.experiments.experiment import Experiment
-    from rcka.experiments.result import claim_folder, runs_root
+    from rcka.experiments.experiment import Experiment, check_types, report_found
+    from rcka.experiments.result import Result, claim_folder, runs_root
 
     is_path = what.endswith(".ipynb")
     notebook = Path(what) if is_path else S.notebook_for(what)
@@ -363,19 +346,23 @@ def run(
     _known(values, known, f"parameter of {notebook.name}")
     if output and output.is_dir():
         raise ValueError(f"--output is the file of the executed notebook, and {output} is a folder")
-    runs, experiment, folder, counts = runs_root(root).resolve(), None, Path(), {}
+    runs, experiment, folder, counts, found = runs_root(root).resolve(), None, Path(), {}, []
     if set(Experiment().to_dict()) <= set(known):  # one experiment; digits.ipynb runs several, coco.ipynb other ones
-        _check_types({k: v for k, v in values.items() if k in hints}, hints)
+        asked = {k: v for k, v in values.items() if k in hints}
+        check_types(asked, hints)
+        if values.get("method") == "none":
+            Experiment(**asked)  # the teacher of the page is left out, one that was asked for is refused
         experiment = Experiment.from_parameters(known | values)
         folder = runs / experiment.key
-        if S.state(folder) != "done":
+        found = [runs / e.key for e in S.with_teachers([experiment]) if S.state(runs / e.key) == "done"]
+        if folder not in found:
             _refuse([experiment])
         claim_folder(folder, experiment)
         output = output or folder / "notebook.ipynb"
         counts = {runs / e.key: e.epochs for e in S.with_teachers([experiment])}
     else:
         numbers = {k: float if type(v) is int else type(v) for k, v in known.items() if v is not None}
-        _check_types({k: v for k, v in values.items() if k in numbers and v is not None}, numbers)
+        check_types({k: v for k, v in values.items() if k in numbers and v is not None}, numbers)
     output = output or runs / notebook.name
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"the executed notebook goes to {output}")
@@ -394,6 +381,8 @@ def run(
         raise typer.Exit(1) from None
     if experiment:
         (folder / "failure.json").unlink(missing_ok=True)
+        for done in found:
+            report_found(done, Result.load(done / "result.json"))
         _print_scores(experiment, runs)
 
 
@@ -556,7 +545,7 @@ def _grid(dataset: str, pairs: str, methods: str, seeds: str, fields: dict) -> l
     "Return the experiments of a sweep. Raises ValueError for what could not run, before anything does."
     from rcka.data.datasets import KNOWN
     from rcka.experiments import sweep as S
-    from rcka.experiments.experiment import Experiment
+    from rcka.experiments.experiment import Experiment, check_types
     from rcka.experiments.result import TABLES
 
     _known(
@@ -564,7 +553,7 @@ def _grid(dataset: str, pairs: str, methods: str, seeds: str, fields: dict) -> l
         set(Experiment().to_dict()) - {"dataset", "student", "teacher", "method", "seed"},
         "field of an experiment to set for a whole sweep",
     )
-    _check_types(fields, get_type_hints(Experiment))
+    check_types(fields, get_type_hints(Experiment))
     if not seeds.replace(",", "").replace(" ", "").isdecimal():
         raise ValueError(f"--seeds are whole numbers with commas, as 0,1,2; got {seeds!r}")
     if pairs == "all" and not (TABLES / f"{dataset.partition(':')[0]}.csv").exists():

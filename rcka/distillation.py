@@ -35,15 +35,16 @@ from .methods.base import create_method
 from .models.registry import list_models
 from .models.sources import SMALL, InputConfig, adapt_input, input_config, qualify
 from .models.student import is_file, load_student, make_network, read_about, save_student
-from .shipping import EXPORTS, check_formats, check_repository, export_student, write_card
+from .shipping import EXPORTS, average_said, check_formats, check_repository, export_student, write_card
 from .shipping import push_to_hub as send
-from .train.callbacks import Callback
+from .train.callbacks import EMA, Callback
 from .train.classification import Distiller, UnlabelledDistiller, evaluate
 from .train.config import TrainConfig
 from .train.learner import Trainer
 
 # %% auto #0
-__all__ = ['SCORES', 'AS_GIVEN', 'PRESETS', 'BESIDE', 'costs', 'EpochLines', 'Preset', 'recipe', 'distill', 'public', 'report']
+__all__ = ['SCORES', 'AS_GIVEN', 'PRESETS', 'IMAGENET', 'BESIDE', 'costs', 'EpochLines', 'Preset', 'recipe', 'scaled_ema',
+           'distill', 'public', 'report']
 
 # %% ../nbs/method/11_distill.ipynb #34ee35f4
 def costs(model: nn.Module, config: InputConfig, channels: int, device) -> dict:
@@ -87,7 +88,8 @@ class EpochLines(Callback):
         row = learner.history[-1]
         print(
             f"{learner.name}: epoch {row['epoch']}/{learner.config.epochs}  loss {row['loss']:.3f}  "
-            f"{SCORES[learner.task.score]}: {row[learner.task.score]:.2f}  {learner.seconds:.0f} s",
+            f"{SCORES[learner.task.score]}: {row.get(f'ema_{learner.task.score}', row[learner.task.score]):.2f}  "
+            f"{learner.seconds:.0f} s",
             flush=True,
         )
 
@@ -103,6 +105,7 @@ class Preset(NamedTuple):
     batch_size: int  # for which the learning rate was published
     warmup: float  # fraction of the run with learning rate warm-up
     fields: dict  # of `TrainConfig` and `Augment`
+    ema: tuple[float, int] | None = None  # decay and number of updates between two averages, on ImageNet
 
 
 PRESETS = {
@@ -119,6 +122,7 @@ PRESETS = {
             **{"schedule": "cosine", "label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0},
             **{"augment": "trivialaugment", "erasing": 0.1},
         },
+        ema=(0.99998, 32),
     ),
     "deit": Preset(
         "Touvron et al. 2021 (arXiv 2012.12877), Table 9",
@@ -147,6 +151,26 @@ def recipe(
         return AS_GIVEN | given
     found = PRESETS[preset]
     return found.fields | {"lr": found.fields["lr"] * batch_size / found.batch_size} | given
+
+
+IMAGENET = 1_281_167  # training images, for which decays were published
+
+
+def scaled_ema(
+    ema: tuple[float, int],  # of a preset: decay and number of updates between two averages
+    images: int,  # in an epoch
+    updates: int,  # of the optimiser in an epoch
+    epochs: int,
+) -> tuple[float, int]:  # the same for this run
+    """Return decay and interval with which a run averages as its recipe does on ImageNet.
+
+    torchvision's references/classification/train.py adjusts the decay d to the batch size B, the interval k and the
+    epochs E, 1 - d' = min(1, (1 - d) B k / E), and leaves out the number of images, which is a constant there. Here it
+    counts, N_ImageNet / N, and k goes down with the updates of an epoch, so that as many averages are taken in it."""
+    decay, every = ema
+    batch = images / updates
+    every = max(1, round(every * updates * 1024 / IMAGENET))
+    return 1 - min(1, (1 - decay) * batch * every / epochs * IMAGENET / images), every
 
 # %% ../nbs/method/11_distill.ipynb #9ead39de
 BESIDE = (
@@ -183,6 +207,7 @@ def distill(
     export: str | None = None,  # also export the student: "onnx", "torch", or both joined by a plus
     push_to_hub: str | None = None,  # upload the student to this repository of the Hugging Face hub, USER/NAME
     preset: str | None = None,  # a recipe of `PRESETS`; None: AdamW with a cosine schedule
+    ema: float | None = None,  # decay of an average of the weights, which is then shipped; None: the preset's; 0: none
     **config,  # fields of `TrainConfig` and of `Augment`, such as lr=0.01 or mixup=0.2
 ) -> dict:  # the results, as in distill.json
     """Distil a teacher into a student, and write the student, its log, a card and a report to a folder.
@@ -200,6 +225,7 @@ def distill(
     epochs = epochs if epochs is not None else PRESETS[preset].epochs if preset else 5
     check_whole(1, epochs=epochs, batch_size=64 if batch_size is None else batch_size)
     create_method(method, method_args)
+    EMA(ema or 0.0)  # a decay that is none is refused
     settings = {k: v for k, v in given.items() if k not in BESIDE} | {"epochs": epochs} | config
     formats = export.split("+") if export else []
     check_formats(formats)
@@ -284,6 +310,7 @@ class _Run:
         if settings["preset"] and "warmup_steps" not in fields:
             warm = round(PRESETS[settings["preset"]].warmup * self.config.epochs * len(self.train))
             self.config = replace(self.config, warmup_steps=warm)
+        self.ema = self.averages()
         self.teacher_hook = adapt_input(self.teacher, crops, self.teacher_input)
         self.hooks = [adapt_input(net, crops, self.input) for net in (self.student, self.fresh) if net is not None]
         self.check()
@@ -303,6 +330,18 @@ class _Run:
             stacklevel=5,
         )
         return ours._replace(mean=None, std=None), theirs._replace(mean=None, std=None)
+
+    def averages(self) -> dict | None:
+        "Return the arguments of `EMA`; None where weights are not averaged."
+        preset, decay, every = self.given["preset"], self.given["ema"], 1
+        if decay is None and preset and PRESETS[preset].ema:
+            steps = len(self.train)
+            targets = self.train.targets  # a loader need not know all of them
+            images = steps * (self.train.batch_size or 1) if targets is None else len(targets)
+            decay, every = scaled_ema(
+                PRESETS[preset].ema, images, -(-steps // self.config.accumulate), self.config.epochs
+            )
+        return {"decay": decay, "every": every, "copy_steps": self.config.warmup_steps} if decay else None
 
     def make_networks(self):
         "Create the student and the teacher. Without labels the student has the teacher's outputs if the method compares logits."
@@ -399,10 +438,16 @@ class _Run:
                 f"{name}: {self.config.epochs} epochs of {len(self.train)} batches on {device_name(self.device)}",
                 flush=True,
             )
-        callbacks = [EpochLines()] if self.progress else []
-        return Trainer(task, self.train, self.test, self.config, self.folder / name, callbacks=callbacks).fit(
-            self.progress
-        )
+        average = EMA(folder=self.folder / name, **self.ema) if self.ema else None
+        callbacks = [*filter(None, [average]), *([EpochLines()] if self.progress else [])]
+        trainer = Trainer(task, self.train, self.test, self.config, self.folder / name, callbacks=callbacks)
+        history = trainer.fit(self.progress)
+        if average:
+            trainer.network.load_state_dict(average.average)
+            for row in history:  # the average is what counts; the weights of the step have names of their own
+                row |= {f"last_step_{k}": row[k] for k in SCORES if k in row}
+                row |= {k: row.pop(f"ema_{k}") for k in SCORES if f"ema_{k}" in row}
+        return history
 
     def all(self) -> dict:
         "Train the networks and write the results."
@@ -418,6 +463,7 @@ class _Run:
             "teacher": self.teacher_name,
             "labels": self.labels,
             "method_args": resolved_args(self.given["method"], self.given["method_args"]),
+            "average": self.ema,
             "versions": package_versions(),
         }
         task = self.task(self.student, self.teacher)
@@ -443,13 +489,14 @@ class _Run:
             | costs(self.teacher, self.teacher_input, self.channels, self.device),
             "student": {"network": self.student_name}
             | self.shipped_scores(history)
+            | {k: v for k, v in history[-1].items() if k.startswith("last_step_")}
             | costs(task.network, self.input, self.channels, self.device),
             "alone": alone and {"top1": alone[-1]["top1"]},
             "device": device_name(self.device),
         }
         write_atomic(self.folder / "history.csv", as_csv(history))
         self.curves({"student": history} | ({"student alone": alone} if alone else {}), teacher_top1)
-        write_atomic(self.folder / "report.md", report(self.given, results, drawn))
+        write_atomic(self.folder / "report.md", report(self.given, results, drawn, self.ema))
         return results
 
     def knows_classes(self) -> bool:
@@ -515,7 +562,7 @@ def public(settings: dict) -> dict:
     return found
 
 # %% ../nbs/method/11_distill.ipynb #2d6f5031
-def report(settings: dict, results: dict, similarity: bool) -> str:
+def report(settings: dict, results: dict, similarity: bool, ema: dict | None = None) -> str:
     "Return the report of a run as Markdown."
     lines = [
         f"# {results['student']['network']}, distilled from {results['teacher']['network']} by {settings['method']}",
@@ -534,6 +581,10 @@ def report(settings: dict, results: dict, similarity: bool) -> str:
         lines.append(
             f"| {who} | {top1} | {r['parameters']:,} | {r['flops'] / 1e9:.3g} | {r['megabytes']:.1f} | {r['milliseconds']:.2f} |"
         )
+    if ema:
+        score = next(name for name in SCORES if f"last_step_{name}" in results["student"])
+        last = f"{SCORES[score]}: {results['student'][f'last_step_{score}']:.2f}"
+        lines += ["", f"{average_said(ema)}. Those of the last step, as they were trained: {last}."]
     for name in ("agreement", "cka"):
         if name in results["student"]:
             lines += ["", f"Student on held-out images: {SCORES[name]}: {results['student'][name]:.2f}."]

@@ -20,8 +20,8 @@ from torch import nn
 from .extras import optional_import
 
 # %% auto #0
-__all__ = ['write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv', 'read_csv', 'data_root',
-           'checkout', 'digest', 'listing']
+__all__ = ['TRAINER_LOCK', 'write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv', 'read_csv',
+           'data_root', 'checkout', 'digest', 'listing']
 
 # %% ../nbs/method/01b_files.ipynb #09dd4027
 def write_atomic(path: Path | str, data: bytes | str):
@@ -52,6 +52,9 @@ def remove_parts(folder: Path | str):
         part.unlink(missing_ok=True)
 
 
+TRAINER_LOCK = ".trainer.lock"
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path | str):
     """Lock a folder for this process within the context; create it if it is missing.
@@ -60,7 +63,7 @@ def folder_lock(folder: Path | str):
     with optional_import():
         from filelock import FileLock, Timeout
     folder = Path(folder)
-    lock = FileLock(folder / ".trainer.lock")
+    lock = FileLock(folder / TRAINER_LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)  # the operating system releases it when the process dies

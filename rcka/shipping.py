@@ -24,7 +24,7 @@ from .models.student import load_student, read_about
 
 # %% auto #0
 __all__ = ['EXPORTS', 'TOLERANCE', 'CARD_MARK', 'PICTURES', 'check_formats', 'compare_logits', 'export_student', 'model_card',
-           'write_card', 'check_repository', 'push_to_hub']
+           'average_said', 'write_card', 'check_repository', 'push_to_hub']
 
 # %% ../nbs/method/11a_ship.ipynb #f2152908
 EXPORTS = {"onnx": "student.onnx", "torch": "student.pt2"}  # the formats, and the files they are written to
@@ -206,7 +206,13 @@ def _origin(made: dict, settings: dict) -> list[str]:
         return []
     unlabelled = "" if made.get("labels", True) else ", without labels, so with no cross-entropy"
     origin = f"Trained with the method `{settings['method']}` for {settings['epochs']} epochs on {settings['data']}{unlabelled}."
-    return [origin]
+    return [f"{origin} {average_said(made['average'])}." if made.get("average") else origin]
+
+
+def average_said(ema: dict) -> str:
+    "Return the sentence on an average of weights along training, without its full stop."
+    often = "every update" if ema["every"] == 1 else f"every {ema['every']} updates"
+    return f"The weights are an exponential average along training (decay {ema['decay']:.6g} at {often})"
 
 
 def _use(about: dict) -> str:

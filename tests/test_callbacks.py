@@ -126,7 +126,7 @@ def test_state_is_saved_and_restored(batches, tmp_path, own_first):
             broken.fit(progress=False)
             break
         except Stopped as e:
-            assert "0 seconds are over" in str(e)
+            assert "time limit of 0 seconds" in str(e)
     assert n > 2 * len(batches[0])  # a stop after each step
     assert torch.equal(torch.stack(again.norms), torch.stack(norms.norms))
     assert same(again_average.average, average.average)
@@ -138,7 +138,7 @@ def test_other_callbacks_are_refused(batches, tmp_path):
         Trainer(Distiller(network()), *batches, CONFIG, tmp_path / folder, callbacks=callbacks).fit(progress=False)
 
     fit("with", EMA(0.9))
-    with pytest.raises(ValueError, match="saved with a callback EMA, which is not given now"):
+    with pytest.raises(ValueError, match="saved with a callback EMA, which is missing now"):
         fit("with")
     with pytest.raises(ValueError, match="decay 0.9, got 0.99"):
         fit("with", EMA(0.99))
@@ -195,6 +195,56 @@ def test_ema_leaves_the_run_alone_and_begins_afresh_with_another(batches):
     assert same(once.average, average.average)
 
 
+def test_ema_is_torch_s_average(batches):
+    """As torchvision's references use `AveragedModel`: at every third update of an epoch, and copies in the first one.
+
+    Its buffers are averaged too, as there."""
+    from torch.optim.swa_utils import AveragedModel
+
+    decay, every, steps = 0.8, 3, len(batches[0])
+
+    class Theirs(Callback):
+        def before_fit(self, learner):
+            step = lambda mean, value, n: decay * mean + (1 - decay) * value
+            self.average = AveragedModel(learner.network, avg_fn=step, use_buffers=True)
+
+        def after_step(self, learner):
+            if (learner.step - 1) % every == 0:
+                self.average.update_parameters(learner.network)
+                if learner.epoch < 1:
+                    self.average.n_averaged.fill_(0)
+
+    ours, theirs = EMA(decay, every=every, copy_steps=steps), Theirs()
+    Learner(Distiller(network()), *batches, replace(CONFIG, epochs=3), [ours, theirs]).fit(progress=False)
+    for name, value in theirs.average.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(ours.average[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_an_interrupted_average_goes_on(batches, tmp_path):
+    "Stopped while it still copies: the same average as unbroken; with another interval it is refused."
+    averages = {}
+    for name, stop in (("whole", None), ("parts", 2)):
+        for _ in range(2 if stop else 1):
+            average = EMA(0.8, every=2, copy_steps=len(batches[0]) + 2)
+            checkpoint = Checkpoint(tmp_path / name, seconds=0)
+            learner = Learner(Distiller(network()), *batches, replace(CONFIG, epochs=3), [average, checkpoint])
+            if stop:
+                learner.callbacks.append(StopAfter(0))
+                with pytest.raises(Stopped):
+                    learner.fit(progress=False)
+                stop = None
+            else:
+                learner.fit(progress=False)
+        averages[name] = average.average
+    assert same(averages["whole"], averages["parts"])
+    learner = Learner(
+        Distiller(network()), *batches, replace(CONFIG, epochs=3), [EMA(0.8), Checkpoint(tmp_path / "whole")]
+    )
+    with pytest.raises(ValueError, match="has EMA every 2, got 1: give the same every"):
+        learner.fit(progress=False)
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
 def test_ema_refuses_a_decay(decay):
     with pytest.raises(ValueError, match="decay must be at least 0 and below 1"):
@@ -233,7 +283,7 @@ def test_stop_after(batches, tmp_path):
     stopped = trainer("run", 1, StopAfter(0))
     for step in (1, 2):  # the same object goes on, too
         with pytest.raises(
-            Stopped, match=f"0 seconds are over in epoch 1, after step {step}.*0 epochs and {step} st"
+            Stopped, match=f"time limit of 0 seconds in epoch 1, after step {step}.*0 epochs and {step} st"
         ) as e:
             stopped.fit(progress=False)
         assert e.value.signum is None
@@ -417,7 +467,7 @@ def test_plain_loaders_train(images, tmp_path):
     )
     torch.manual_seed(5)
     expected = torch.rand(3)
-    with pytest.warns(UserWarning, match="goes on from the start of its epoch") as said:
+    with pytest.warns(UserWarning, match="resumes at the start of its epoch") as said:
         torch.manual_seed(5)
         alone = [make(seed, f"alone{seed}") for seed in (1, 2)]
         torch.manual_seed(5)
@@ -442,7 +492,7 @@ def test_plain_loaders_go_on_from_the_start_of_the_epoch(images, tmp_path):
     whole = Trainer(Distiller(network()), train, test, CONFIG, tmp_path / "whole")
     expected = whole.fit(progress=False)
     broken = Trainer(Distiller(network()), train, test, CONFIG, tmp_path / "run", 0, callbacks=[StopAt()])
-    with pytest.raises(Stopped, match="epoch 2, after step 2.*keeps the state after 1 epochs and 0 steps"):
+    with pytest.raises(Stopped, match="epoch 2, after step 2.*has a checkpoint after 1 epochs and 0 steps"):
         broken.fit(progress=False)
     assert [p.name[:22] for p in checkpoints(tmp_path / "run")] == ["checkpoint-0000-000004", "checkpoint-0001-000000"]
     again = Trainer(Distiller(network(9)), train, test, CONFIG, tmp_path / "run")

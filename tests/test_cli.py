@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import typer
 
 from rcka.cli import app, main
 from rcka.experiments.experiment import Experiment
+from rcka.experiments.launch import KINDS, field_comments, kind_of, make_parser
 from rcka.experiments.sweep import fingerprint, state
 from rcka.models.registry import create_model, save_weights
 
@@ -128,6 +131,10 @@ def test_lists(says):
         (["run", "digits", "-p", "method_args=4"], ["method_args must be a dict", "4"]),
         (["run", "digits", "-p", "deterministic=1"], ["deterministic must be true or false", "1"]),
         (["run", "digits", "-p", "epochs=0"], ["epochs", "0"]),
+        (["run", "digits", "-p", "lr_steps=['a']"], ["lr_steps takes numbers", "'a'"]),
+        (["run", "digits", "-p", "momentum=-1"], ["momentum", "-1"]),
+        (["run", "digits", "-p", "method_args={'alpha': 'x'}"], ["alpha of method 'rcka' must be a number", "'x'"]),
+        (["run", "digits", "-p", "method=none", "-p", "teacher=resnett14"], ["resnett14", "trains the student alone"]),
         (["run", "digits", "-p", "batch_size=-1"], ["batch_size", "-1"]),
         (["run", "digits", "-p", "train_limit=-5"], ["-5"]),
         (["run", "digits", "-p", "student=resnet21"], ["resnet21", "resnet20"]),
@@ -157,6 +164,46 @@ def test_bad_input(args, words, says, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--dataset", "digitss"], ["did you mean digits"]),
+        (["--student", "resnet9"], ["did you mean resnet8"]),
+        (["--student", "torchvision/vit_b_16"], ["vit_b_16 cannot take images of 1 x 8 x 8", "224"]),
+        (["--teacher", "torchvision/vit_b_16", "--method", "kd"], ["vit_b_16 cannot take images of 1 x 8 x 8"]),
+        (["--epochs", "abc"], ["epochs must be a whole number, got 'abc'"]),
+        (["--lr_steps", "[true, 'a']"], ["lr_steps must be a list", "true, 'a'"]),
+        (["--lr_steps", '["a"]'], ["lr_steps takes numbers", "'a'"]),
+        (["--optimizer", "adamw", "--betas", '["a", 1]'], ["betas", "'a'"]),
+        (["--weight_decay", "-1"], ["weight_decay", "-1"]),
+        (
+            ["--teacher", "resnet14", "--method", "rcka", "--method_args", '{"alpha": "x"}'],
+            ["must be a number, got 'x'"],
+        ),
+        (["--teacher", "resnett14"], ["resnett14", "trains the student alone"]),
+        (["--dataset", "imagefolder:nowhere"], ["nowhere"]),
+        (["--device", "cud"], ["--device", "'cud'"]),
+        (["nowhere.json"], ["nowhere.json"]),
+    ],
+)
+def test_bad_input_to_train(args, words, says, tmp_path):
+    "The same for the command without a notebook; a run that cannot begin leaves no folder."
+    code, out, err = says("train", *args, "--root", tmp_path, "--quiet")
+    assert code in (1, 2) and not out and "Traceback" not in err and all(word in err for word in words), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_train_say_what_they_are():
+    "Each field of each kind of experiment has a comment in the source, which is its help."
+    for kind in KINDS:
+        comments = field_comments(kind_of(["--kind", kind]))
+        silent = [f.name for f in fields(kind_of(["--kind", kind])) if not comments.get(f.name)]
+        assert not silent, f"{kind}: a comment beside {silent} in the notebook becomes the help of the option"
+        text = " ".join(make_parser(kind_of(["--kind", kind]), "rcka train").format_help().split())
+        assert "--weight_decay VALUE of the weights (float, default" in text
+
+
+@pytest.mark.slow
 def test_sweep_status_report(stub, says, tmp_path):
     "A sweep with a failure, what status says of it, and its report; then the same again with an edited notebook."
     root = tmp_path / "runs"
@@ -231,6 +278,9 @@ def test_run_says_what_came_of_the_teacher(stub, says, tmp_path):
     code, out, err = says("run", stub, *params, "--root", root)
     assert code == 0 and f"teacher resnet14: top-1 50.00 %; weights: {given}" in out, err
     assert "student resnet8, method kd: top-1 50.00 %" in out and "1/1 epochs" in out
+    assert "found" not in err
+    code, out, err = says("run", stub, *params, "--root", root)
+    assert code == 0 and re.search(r"found digits-resnet14-resnet8-kd-s0-\w+, finished on 20", err), err
 
 
 def test_run_that_fails(stub, says, tmp_path):

@@ -83,6 +83,7 @@ def test_every_section_with_code_is_followed():
 
 
 @pytest.mark.parametrize("section", CHECKS)
+@pytest.mark.slow
 def test_section(section, tmp_path):
     code = "\n".join([*blocks(section, "python"), CHECKS[section]])
     done = call([sys.executable, "-"], tmp_path, input=code)

@@ -161,7 +161,7 @@ def test_broken_pictures_are_named_or_skipped(tmp_path):
         (images / "2.png").write_bytes(b"not a picture")
         Image.new("RGB", (5, 5)).save(images / "3.png")
 
-    with pytest.raises(BrokenImage, match="1 of 6 pictures are missing in .*1.png"):
+    with pytest.raises(BrokenImage, match="1 of 6 images are missing in .*1.png"):
         changed(tmp_path, damage)
     data = changed(tmp_path, damage, skip_broken=True)
     assert (
@@ -514,7 +514,7 @@ def in_processes(folder):
         {"weights": task.student.state_dict(), "scores": {k: history[-1][k] for k in METRICS}},
         folder / f"rank{rank()}.pt",
     )
-    with pytest.raises(ValueError, match="relations='global' is not for detectors"):
+    with pytest.raises(ValueError, match="relations='global' cannot be used for detectors"):
         task(next(test.epoch(0)), relations="global")
 
 

@@ -66,6 +66,7 @@ def test_a_folder_of_images(photos, tmp_path):
         rcka.distill(*given, output=tmp_path / "out", size=32, alone=True, **SMALL | {"epochs": 2})
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     "Stopped while the student trains; the second call neither trains the teacher again nor ends elsewhere."
     given = dict(
@@ -319,6 +320,55 @@ def test_presets_are_the_published_recipes():
     assert (deit["lr"], deit["mixup"], deit["cutmix"], deit["erasing"]) == (5e-4, 0.8, 1.0, 0)
     modern = recipe("torchvision-v2", 1024, {})
     assert (modern["lr"], modern["weight_decay"], modern["label_smoothing"], modern["mixup"]) == (0.5, 2e-5, 0.1, 0.2)
+
+
+def test_the_average_of_a_preset_is_that_of_torchvision():
+    "Its formula at its own size; on fewer images as many averages in an epoch, and the same part of the run in them."
+    from rcka.distillation import IMAGENET, PRESETS, scaled_ema
+
+    assert {name for name, p in PRESETS.items() if p.ema} == {"torchvision-v2"}  # DeiT and CRD average nothing
+    ema = PRESETS["torchvision-v2"].ema
+    for batch, epochs in ((1024, 600), (256, 90)):
+        adjust = 1 * batch * 32 / epochs  # world_size * batch_size * model_ema_steps / epochs
+        decay, every = scaled_ema(ema, IMAGENET, IMAGENET / batch, epochs)
+        adjust *= every / 32
+        assert decay == pytest.approx(1 - min(1, (1 - 0.99998) * adjust), rel=1e-9)
+    assert scaled_ema(ema, IMAGENET, IMAGENET / 1024, 600)[1] == 32
+    whole = [
+        (1 - d) * epochs * updates / k
+        for images, updates, epochs in ((IMAGENET, IMAGENET / 1024, 600), (5000, 79, 20))
+        for d, k in [scaled_ema(ema, images, updates, epochs)]
+    ]
+    assert whole[0] == pytest.approx(whole[1])
+
+
+def test_what_is_shipped_is_the_average(tmp_path):
+    "It is what is evaluated and saved; the report says so, and what the last step's weights score."
+    from safetensors.torch import load_file
+
+    given = dict(teacher="resnet8", student="resnet8", method="kd", epochs=2, device="cpu", progress=False)
+    results = rcka.distill("digits", preset="torchvision-v2", output=tmp_path / "a", **given)
+    shipped, averaged, last = (
+        load_file(tmp_path / "a" / name)
+        for name in ("student.safetensors", "student/ema.safetensors", "student/last.safetensors")
+    )
+    assert all(torch.equal(shipped[k], averaged[k]) for k in averaged)
+    assert not all(torch.equal(shipped[k], last[k]) for k in last)
+    from rcka.train.classification import evaluate
+
+    student = rcka.load_student(tmp_path / "a")
+    data = load_dataset("digits")
+    data = type(data)(**vars(data) | {"mean": student.input_config.mean, "std": student.input_config.std})
+    assert evaluate(student, data.batches(train=False)).top1 == pytest.approx(results["student"]["top1"])
+    assert results["student"]["last_step_top1"] >= 0
+    for name in ("report.md", "README.md"):
+        assert "exponential average along training (decay" in (tmp_path / "a" / name).read_text()
+    assert f"{results['student']['last_step_top1']:.2f}" in (tmp_path / "a" / "report.md").read_text()
+    assert rcka.distill("digits", preset="torchvision-v2", output=tmp_path / "a", **given) == results
+    plain = rcka.distill("digits", ema=0, preset="torchvision-v2", output=tmp_path / "b", **given)
+    assert "last_step_top1" not in plain["student"] and not list((tmp_path / "b").rglob("ema.safetensors"))
+    with pytest.raises(ValueError, match="decay must be at least 0 and below 1"):
+        rcka.distill("digits", ema=1.5, output=tmp_path / "c", **given)
 
 
 @pytest.mark.slow

@@ -105,6 +105,7 @@ def test_a_page_in_the_checkout_leaves_its_exhibits_alone(tmp_path, monkeypatch)
     assert {p: p.read_bytes() for p in figures.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_exhibits_are_made_again_from_their_records(tmp_path, monkeypatch):
     "A page with its recorded parameters, in a copy of the checkout: the record and the files are new, the rest as it was."
     (tmp_path / "nbs").mkdir()

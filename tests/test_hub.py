@@ -206,7 +206,7 @@ def test_broken_and_missing_images_are_named(tmp_path):
     data = open_data(tmp_path / "broken", size=8)
     with pytest.raises(ValueError, match="cannot decode row 2 of split test"):
         list(data.batches(2, train=False, workers=0).epoch(0))
-    with pytest.raises(ValueError, match="there is no image in this row"):
+    with pytest.raises(ValueError, match="this row has no image"):
         data.test.decode(4)
     assert data.test.decode(0).shape == (3, 12, 12)
 
@@ -218,7 +218,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
     unreachable = lambda *args, **kw: (_ for _ in ()).throw(ConnectionError("Couldn't reach the hub"))
     monkeypatch.setattr(hf, "load_dataset", unreachable)
     with pytest.raises(
-        FileNotFoundError, match="no dataset nobody/nothing here, and it cannot be fetched .*data=FOLDER"
+        FileNotFoundError, match="no dataset nobody/nothing here, and it cannot be downloaded .*data=FOLDER"
     ):
         open_data("hfds/nobody/nothing")
 

@@ -123,7 +123,7 @@ def test_the_same_run_is_found(data, trained):
 
 
 def test_memory_layout_and_initial_weights_are_no_identity(data, trained):
-    with pytest.warns(UserWarning, match="another setting"):
+    with pytest.warns(UserWarning, match="another environment"):
         assert trainer(data, trained, channels_last=True).fit(progress=False)
 
 
@@ -263,7 +263,7 @@ def test_older_checkpoints_are_refused(data, trained, tmp_path, monkeypatch):
         trainer(data, tmp_path).fit(progress=False)
     assert checkpoints(tmp_path)
     with pytest.raises(
-        ValueError, match=f"format {C.CHECKPOINT_FORMAT - 1} and this version reads {C.CHECKPOINT_FORMAT}"
+        ValueError, match=f"format {C.CHECKPOINT_FORMAT - 1}, but this version reads format {C.CHECKPOINT_FORMAT}"
     ):
         trainer(data, tmp_path).fit(progress=False)
 
@@ -487,6 +487,9 @@ def test_train_refuses_the_result_of_other_weights(folder, tmp_path, capsys):
 
     options = ["--teacher", "resnet14", "--method", "kd", "--lr", "0.01"]
     assert command(folder, tmp_path, *options) == 0
+    assert "found" not in capsys.readouterr().err
+    assert command(folder, tmp_path, *options, "--method", "fcka") == 0
+    assert re.search(r"found data-resnet14-none-\S+, finished on 20", capsys.readouterr().err)  # its teacher was there
     teacher = next((tmp_path / "runs").glob("data-resnet14-none-*/last.safetensors"))
     teacher.write_bytes(teacher.read_bytes()[:-4] + b"\0\0\0\0")
     assert command(folder, tmp_path, *options) == 1

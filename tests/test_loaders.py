@@ -217,7 +217,7 @@ BAD = {
         TypeError,
         "training loader .* float images .*uint8",
     ),
-    "not finite": (lambda: (pair(images() / 0 - images() / 0, CLASSES), GOOD()), ValueError, "not finite"),
+    "not finite": (lambda: (pair(images() / 0 - images() / 0, CLASSES), GOOD()), ValueError, "NaN or infinity"),
     "one image": (lambda: (pair(images(), CLASSES, 1), GOOD()), ValueError, r"1 image\(s\) in its first batch"),
     "no batch": (
         lambda: (DataLoader(GOOD().dataset, 32, drop_last=True), GOOD()),
@@ -228,7 +228,7 @@ BAD = {
     "targets too high": (
         lambda: (GOOD(), pair(images(), CLASSES + 1)),
         ValueError,
-        "validation loader .* targets 1 to 2, and there are 2",
+        "validation loader .* targets 1 to 2, but there are 2",
     ),
     "real targets": (
         lambda: (pair(images(), CLASSES.float()), GOOD(), {"classes": "ab"}),
@@ -240,7 +240,7 @@ BAD = {
         ValueError,
         "validation loader .* integers",
     ),
-    "labels in one": (lambda: (GOOD(), DataLoader(images(), 8)), ValueError, "from one loader and not from the other"),
+    "labels in one": (lambda: (GOOD(), DataLoader(images(), 8)), ValueError, "only one of the loaders yields targets"),
     "one class": (lambda: (pair(images(), 0 * CLASSES), GOOD()), ValueError, "has one class, 0"),
     "three values": (
         lambda: (DataLoader(TensorDataset(images(), CLASSES, CLASSES), 8), GOOD()),
@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_refused(name, monkeypatch, tmp_path):
         ({"data": "my_loaders:plian"}, ValueError, "did you mean plain"),
         ({"data": "no_such_module:loaders"}, ImportError, "no module no_such_module"),
         ({"batch_size": 32}, ValueError, "have a batch size of their own"),
-        ({"data": lambda: 0}, ValueError, "function with a name in a module"),
+        ({"data": lambda: 0}, ValueError, "function at the top level of a module"),
         ({"data": "my_loaders:mixed", "mixup": 0.2}, ValueError, "give class probabilities: mixup"),
         (
             {"data": "my_loaders:mixed", "method": "dkd"},
@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_refused(name, monkeypatch, tmp_path):
         (
             {"data": "my_loaders:dicts", "augment": "randaugment"},
             ValueError,
-            "nobody said how these images are normalised",
+            "needs the mean and std",
         ),
     ],
 )

@@ -239,3 +239,24 @@ def test_the_teacher_is_in_eval_mode_for_all_others():
     assert asked == ["ofd"] and create_method("kd+ofd").teacher_batch_stats
     assert not create_method("kd+ofd", {"ofd.teacher_batch_stats": False}).teacher_batch_stats
     assert not create_method("kd+fcka").teacher_batch_stats
+
+
+def test_rcka_released_is_the_last_stage_and_says_where_its_term_is_from():
+    "The released class sums its feature term over stages: here it is that of the last one, or a mean, and the sum by `alpha`."
+    generator = torch.Generator().manual_seed(0)
+    names = tuple(f"stage{i}" for i in range(3))
+    layers = FeaturePaths(names, names, "pooled", "fc")
+    assert create_method("rcka_released").wants(layers) == ["stage2"]
+    student, teacher = (tuple(torch.randn(N, c, 4, 4, generator=generator) for _ in range(3)) for c in (4, 8))
+    z = torch.randn(N, CLASSES, generator=generator)
+
+    def features(alpha, *stages):
+        method = create_method("rcka_released", {"alpha": alpha, "stages": stages})
+        taken = (tuple(f[i] for i in stages) for f in (student, teacher))
+        return method.terms(*(Outputs(z, f) for f in taken), TARGETS[:N])["fcka"]
+
+    summed = sum(features(1.0, i) for i in range(3))
+    torch.testing.assert_close(features(1.0, 0, 1, 2), summed / 3)
+    torch.testing.assert_close(features(3.0, 0, 1, 2), summed)
+    said = " ".join(type(create_method("rcka_released")).__doc__.split())
+    assert "sums the feature term over all stages" in said and "another paper" in said and "BMVC 2022" in said

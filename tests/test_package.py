@@ -135,6 +135,32 @@ def test_extras_are_those_of_the_settings():
     assert set(rcka.EXTRAS) - set(extra_of) == {"nbformat"}  # comes with papermill
 
 
+def test_extras_of_the_settings_can_be_installed(monkeypatch):
+    "setup.py offers each of them, and what an error tells to install is one."
+    import runpy
+
+    import setuptools
+
+    import rcka
+
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **settings: given.update(settings))
+    runpy.run_path(str(root / "setup.py"))
+    named = {key.removesuffix("_requirements") for key in cfg if key.endswith("_requirements")}
+    assert set(given["extras_require"]) == named >= set(rcka.EXTRAS.values())
+    for extra, requirements in given["extras_require"].items():
+        assert set(cfg[f"{extra}_requirements"].split()) <= set(requirements)
+
+
+def test_every_extra_is_used_alone():
+    "`tests/extras_alone` has a program for each extra that a user installs."
+    import runpy
+
+    import rcka
+
+    assert set(runpy.run_path(str(root / "tests" / "extras_alone"))["USES"]) == set(rcka.EXTRAS.values())
+
+
 @pytest.mark.parametrize("path", sorted((root / "rcka").rglob("*.py")), ids=lambda p: p.stem)
 def test_optional_imports_name_their_extra(path):
     "Each import of an optional package stands in `with optional_import()`; papermill itself calls the engine."

@@ -1,6 +1,7 @@
 "README.md and CHANGELOG.md say what is true: code runs, commands parse, names and files exist."
 
 import importlib
+import os
 import re
 import shlex
 from pathlib import Path
@@ -62,6 +63,23 @@ def test_make_has_the_targets():
     targets = re.findall(r"^([\w-]+):", (root / "Makefile").read_text(encoding="utf-8"), re.M)
     named = re.findall(r"^make ([\w-]+)", "\n".join(SHELL), re.M)
     assert named and set(named) <= set(targets)
+
+
+def test_lanes_see_nothing_but_the_repository():
+    "Every call of pytest in the Makefile clears the folders of data and runs and leaves out the tests of real images."
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    alone = re.search(r"^ALONE := (.*)$", makefile, re.M)[1]
+    assert "-u RCKA_DATA" in alone and "-u RCKA_RUNS" in alone
+    calls = re.findall(r"^\t.*\b(?:pytest|nbdev_test) .*$", makefile, re.M)
+    assert len(calls) >= 4 and all("$(ALONE)" in call for call in calls)
+    assert all("not real_data" in call for call in calls if "pytest" in call)
+    ci = (root / ".ci" / "run").read_text(encoding="utf-8")
+    clone, real = ci.index("git clone"), ci.index("pytest -q -n 2 -m real_data")
+    assert clone < ci.index("env -u RCKA_DATA -u RCKA_RUNS make lint test") < ci.index("export RCKA_DATA") < real
+
+
+def test_tests_look_at_nothing_of_the_shell():
+    assert not {"RCKA_DATA", "RCKA_RUNS"} & set(os.environ)
 
 
 def test_every_benchmark_is_in_the_table():

@@ -82,6 +82,29 @@ def test_whose_weights(method, args, said):
     assert whose_weights(e) == said
 
 
+@pytest.mark.parametrize(
+    "method, teacher, student, said",
+    [
+        ("reviewkd", "vgg13", "vgg8", "ours"),  # whose script has no line for VGG
+        ("reviewkd", "vgg13", "mobilenet_v2_half", "ours"),
+        ("dkd", "vgg13", "vgg8", "published"),
+        ("reviewkd", "resnet32x4", "shufflenet_v2", "published"),
+        ("kd+dkd", "resnet110", "resnet20", "published + ours"),
+        ("dkd", "resnet110", "resnet32", "published"),
+    ],
+)
+def test_settings_that_nobody_published_are_ours(method, teacher, student, said):
+    assert whose_weights(Experiment("cifar100", student, teacher, method)) == said
+
+
+def test_unpublished_settings_are_those_that_are_used():
+    from rcka.methods.features import UNPUBLISHED, paper_args
+
+    assert {m for m, *_ in UNPUBLISHED} == {"dkd", "reviewkd", "ikl_kd"}
+    assert all(paper_args(*one) for one in UNPUBLISHED)
+    assert "ours" in paper_args.__doc__
+
+
 def test_a_method_of_ones_own_is_not_called_published():
     from rcka.methods.base import METHODS, Method, register
 
@@ -152,7 +175,14 @@ def test_disagreements_are_those_of_the_table():
 
 
 def test_published_cell_knows_our_names():
-    assert published_cell("cifar100", "vgg13", "mobilenet_v2_half", "ickd_c").paper == 67.55
+    for method in ("kd+ickd_c", "ickd_c+kd"):
+        assert published_cell("cifar100", "vgg13", "mobilenet_v2_half", method).paper == 67.55
+    for method in (
+        "ickd_c",
+        "ickd_c+fcka",
+        "kd+ickd_c+fcka",
+    ):  # what is printed as ICKD-C has KD beside it, and no more
+        assert published_cell("cifar100", "vgg13", "mobilenet_v2_half", method) == PublishedCell()
     assert published_cell("cifar100", "resnet110", "resnet20", "none").paper == 69.06
     assert published_cell("cifar100", "resnet110", "resnet20", "teacher").paper == 74.31
     assert published_cell("imagenet", "torchvision/resnet34", "resnet18", "rcka_released").paper == 72.34

@@ -184,3 +184,16 @@ def test_fcka_copies_no_map():
 def test_memory_order_of_plain_features_is_their_own(shape):
     x = torch.randn(shape)
     assert torch.equal(as_features(in_memory_order(x)), as_features(x))
+
+
+def test_shapes_and_errors_of_features():
+    assert as_features(torch.zeros(7, 5, 3), batch_dims=1).shape == (7, 5, 3)
+    maps = torch.zeros(5, 3, 2, 4).to(memory_format=torch.channels_last)
+    assert in_memory_order(maps).shape == (5, 2, 4, 3)
+    for dtype, message in ((torch.long, r"convert it with x.float\(\)"), (torch.cfloat, "real floating point")):
+        with pytest.raises(TypeError, match=message):
+            as_features(torch.zeros(5, 3, dtype=dtype))
+    with pytest.raises(ValueError, match="unknown kernel 'rbf'"):
+        gram(torch.zeros(6, 4), "rbf")
+    with pytest.raises(ValueError, match="at least 4"):
+        hsic(torch.eye(3), torch.eye(3), unbiased=True)

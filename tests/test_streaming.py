@@ -150,6 +150,36 @@ def test_what_rounding_leaves_of_a_constant_layer_is_zero(kernel):
     assert (table[0] == 0).all() and table[1, 0] == 0 and abs(table[1, 1] - 1) < 1e-6
 
 
+def test_errors_of_the_accumulators_and_tiny_or_huge_features():
+    torch.manual_seed(0)
+    flat, x, y = torch.full((8, 5), 0.1), torch.randn(8, 3), torch.randn(8, 4)
+    bad = x.clone()
+    bad[2, 1] = float("nan")
+    assert MinibatchCKA().update([flat, x], y).compute()[0, 0] == 0
+    for message, wrong in {
+        r"layer\(s\) \[1\] of a": lambda: MinibatchCKA().update([flat, bad], flat).compute(),
+        "needs at least 4": lambda: MinibatchCKA().update(flat[:3], flat[:3]),
+        "update": lambda: MinibatchCKA().compute(),
+        "same samples": lambda: MinibatchCKA().update(flat, flat[:4]),
+        r"a\[1\] has 4": lambda: MinibatchCKA().update([flat, flat[:4]], flat),
+        "earlier batches": lambda: MinibatchCKA().update(flat, flat).update([flat, flat], flat),
+        "same type": lambda: MinibatchCKA() + MinibatchCKA("gaussian"),
+        r"got 0 sample\(s\)": lambda: StreamingCKA().compute(),
+        "at least 4": lambda: StreamingCKA().update(x[:3], y[:3]).compute(unbiased=True),
+        "keep their widths": lambda: StreamingCKA().update(x, y).update(y, x),
+        "not finite": lambda: StreamingCKA().update(x * float("inf"), y).compute(),
+    }.items():
+        with pytest.raises((ValueError, RuntimeError, TypeError), match=message):
+            wrong()
+    x, y = x.double(), y.double()
+    for scale in [1e-20, 1e15]:
+        value = MinibatchCKA().update(x * scale, y).compute()
+        torch.testing.assert_close(value, cka(x, y, unbiased=True).view(1, 1), rtol=1e-8, atol=1e-8)
+    parts = [MinibatchCKA().update(x, y), MinibatchCKA().update(y, x)]
+    sum(parts, start=MinibatchCKA())
+    assert parts[0].samples == 8  # `+` leaves its operands alone
+
+
 def test_half_precision_autocast_and_mixed_dtypes():
     a, b = make(3, 16, [12], [7])
     a, b = a[0].half(), b[0].half()

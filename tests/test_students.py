@@ -120,6 +120,7 @@ def test_a_network_of_224_pixels_sees_the_crop_of_96():
         adapt_input(model, InputConfig(), theirs)
 
 
+@pytest.mark.slow
 def test_a_student_loads_without_the_trainer(tmp_path):
     "In a process that imports neither the trainer nor its packages; the same outputs, exactly."
     torch.manual_seed(0)

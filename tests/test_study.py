@@ -73,6 +73,17 @@ def test_a_run_that_is_not_finite_does_not_take_others_with_it(tmp_path):
     assert table.loc["kd x1e+38", "seeds"] == 0 and table.loc["kd x1", "seeds"] == 2
 
 
+def test_a_label_has_settings_of_its_own(tmp_path):
+    "Runs that cannot share a teacher's forward pass are not put side by side, and each has its own settings."
+    settings = dict(dataset="digits", epochs=1, batch_size=16, train_limit=64, test_limit=50, teacher_epochs=1)
+    own = {label: {"teacher_cache": 1} for label in ("kd K=1", "fcka K=1")}
+    methods = {label: (label.split()[0], None) for label in ("none", "kd", "kd K=1", "fcka K=1")}
+    cached = Study("toy", "resnet8", "resnet8", methods, (0,), settings, label_settings=own)
+    assert [cached.experiment(label, 0).to_dict().get("teacher_cache") for label in methods] == [None, None, 1, 1]
+    rows = run_study(cached, tmp_path, tmp_path / "runs", progress=False)
+    assert [row["label"] for row in rows] == list(methods) and not any(row["failed"] for row in rows)
+
+
 def test_the_pair_runs_at_the_factors_that_the_screen_chose():
     rows = read_table(TABLES / "cifar100-screen.csv").values()
     assert {row["evaluated_on"] for row in rows if not row["failed"]} == {"validation"}

@@ -109,6 +109,7 @@ def test_failures_stay_with_their_run(stub, tmp_path, pool):
     assert len(lines(root / bad.key / "starts")) == 2 and states(again)["failed"] == 1
 
 
+@pytest.mark.slow
 def test_teacher_fails(stub, tmp_path, pool):
     runs = pairs("kd,rcka", teacher_seed=66)
     assert states(sweep(runs, tmp_path / "runs", pool, stub, every=0.1)) == {"failed": 1, "blocked": 2}
@@ -118,6 +119,7 @@ def test_no_experiments(tmp_path):
     assert sweep([], tmp_path) == []
 
 
+@pytest.mark.slow
 def test_bad_result_files(stub, tmp_path, pool):
     "Cut short, or of a newer format: named, left alone, and their students blocked."
     runs, root = pairs("none,kd", (0, 1)), tmp_path / "runs"
@@ -213,6 +215,7 @@ def test_killed_and_started_again(stub, tmp_path, pool):
 
 
 @pytest.mark.parametrize("executor", ["threads", "submitit"])
+@pytest.mark.slow
 def test_other_executors(executor, stub, tmp_path):
     "Python's own thread pool, and submitit's local executor with two runs a job."
     if executor == "threads":
@@ -292,7 +295,7 @@ def test_stopped_sweep_keeps_every_epoch(tmp_path):
         err, kept, run = stopped(root, signum, epochs + 5)
         assert kept["epoch"] == rows(root) >= epochs + 5
         epochs = kept["epoch"]
-        assert f"keeps the state after {epochs} epochs and {kept['step']} steps" in err
+        assert f"has a checkpoint after {epochs} epochs and {kept['step']} steps" in err
         assert not (run / "failure.json").exists() and not kernels_of(root)
         assert [row["epoch"] for row in kept["learner"]["history"]] == list(range(1, epochs + 1))
 
@@ -311,6 +314,7 @@ sweep._stop_kernels(Call())
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_answer_is_killed():
     "A kernel that ignores SIGTERM gets PATIENCE and no more."
     repo = str(Path(__file__).resolve().parents[1])

@@ -141,7 +141,7 @@ def test_runs_agree(two, tmp_path, method):
 
 
 def test_memory_is_refused_per_device(two):
-    assert "Use relations='global'" in two[0]["refused"] and "memory" in two[0]["refused"]
+    assert "use relations='global'" in two[0]["refused"] and "memory" in two[0]["refused"]
 
 
 EXPERIMENT = [

@@ -22,13 +22,13 @@ POLICIES = (None, "randaugment", "trivialaugment")
 
 @dataclass(frozen=True)
 class Augment:
-    "What happens to training images besides crop and flip; by default nothing."
+    "Augmentation of training images besides crop and flip; none by default."
 
-    augment: str | None = None  # of each image: "randaugment" (2 operations of strength 9) or "trivialaugment"
-    erasing: float = 0.0  # the probability that a rectangle of an image is erased
-    mixup: float = 0.0  # alpha of the Beta distribution of mixup; 0: none
-    cutmix: float = 0.0  # alpha of the Beta distribution of CutMix; 0: none
-    label_smoothing: float = 0.0  # the probability that is shared out among all classes
+    augment: str | None = None  # policy for each image: "randaugment" (2 operations of magnitude 9) or "trivialaugment"
+    erasing: float = 0.0  # probability of erasing a random rectangle of an image
+    mixup: float = 0.0  # alpha of the Beta distribution of mixup; 0: no mixup
+    cutmix: float = 0.0  # alpha of the Beta distribution of CutMix; 0: no CutMix
+    label_smoothing: float = 0.0  # probability mass distributed evenly over all classes
 
     def __post_init__(self):
         if self.augment not in POLICIES:
@@ -42,29 +42,29 @@ class Augment:
 
     @property
     def soft(self) -> list[str]:
-        "The fields by which labels become class probabilities."
+        "Names of the active fields that turn labels into class probabilities."
         return [name for name in ("mixup", "cutmix", "label_smoothing") if getattr(self, name)]
 
 # %% ../../nbs/method/05g_augment.ipynb #87751ef1
 class AugmentedBatches:
-    "Training batches, augmented. Raises ValueError for batches of one process's share."
+    "Training batches with augmentation. Raises ValueError in several processes if each decodes its shard alone."
 
     def __init__(
         self,
         batches,  # for training: `Batches`, `FileBatches`, or `LoadedBatches`
         how: Augment,
-        num_classes: int,  # 0: there are no labels, and the targets stay as they are
+        num_classes: int,  # 0: no labels, targets are not changed
         seed: int = 0,
     ):
         from torchvision.transforms import v2
 
         if how.augment and batches.mean is None:
             raise ValueError(
-                f"augment={how.augment!r} changes pixels, and nobody said how these images are normalised: return "
-                "(train, val, {'mean': ..., 'std': ...}) with the loaders, or augment in them"
+                f"augment={how.augment!r} changes pixels, so it needs the mean and std with which the loaders normalise: "
+                "return (train, val, {'mean': ..., 'std': ...}), or augment in the loaders"
             )
         self.batches, self.how, self.num_classes, self.seed = batches, how, num_classes, seed
-        self.exact = getattr(batches, "exact", True)  # of a loader an epoch begins at its first batch
+        self.exact = getattr(batches, "exact", True)  # False for a loader, which begins an epoch at its first batch
         self.targets, self.batch_size = batches.targets, batches.batch_size
         policies = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
         self.policy = policies[how.augment]() if how.augment else None
@@ -78,11 +78,12 @@ class AugmentedBatches:
         return len(self.batches)
 
     def epoch(self, e: int = 0, start: int = 0) -> Iterator[Batch]:
-        "Iterate over the batches of epoch `e` from step `start` on."
+        "Yield the batches of epoch `e` from step `start` on."
         for step, batch in enumerate(self.batches.epoch(e, start), start):
             if not isinstance(batch.images, Tensor):
                 raise ValueError(
-                    f"{self.how} needs whole batches, and each of several processes decodes its share only"
+                    f"{self.how} needs whole batches, but each of several processes decodes its shard only: train in one "
+                    "process, or without this augmentation"
                 )
             with chance("augment", self.seed, e, step):
                 augmented = self._augmented(batch)
@@ -92,7 +93,7 @@ class AugmentedBatches:
         images, targets = batch.images, batch.targets
         if self.policy:
             pixels = images.float() * self.batches.std + self.batches.mean
-            pixels = (255 * pixels).round().clamp(0, 255).to(torch.uint8)  # the bytes it was made of
+            pixels = (255 * pixels).round().clamp(0, 255).to(torch.uint8)  # the bytes before normalisation
             images = self.batches.normalize(torch.stack([self.policy(image) for image in pixels]))
         if self.erase:
             images = torch.stack([self.erase(image) for image in images])
@@ -106,5 +107,5 @@ class AugmentedBatches:
         return batch._replace(images=images, targets=targets)
 
     def identity(self) -> dict:
-        "Return what decides a result that is trained on these batches, as plain values by name."
+        "Return the properties of the batches that determine a training result, as plain values by name."
         return self.batches.identity() | {f"augmentation: {k}": v for k, v in asdict(self.how).items() if v}

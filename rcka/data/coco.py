@@ -31,20 +31,20 @@ __all__ = ['Boxes', 'BrokenImage', 'read_image', 'CocoData', 'load_coco', 'draw_
 class Boxes(NamedTuple):
     "The annotated objects of an image."
 
-    boxes: Tensor  # float32 (m, 4): left, top, right, bottom, in pixels of the original, clipped to it
+    boxes: Tensor  # float32 (m, 4): left, top, right, bottom, in pixels of the original image, clipped to it
     labels: Tensor  # int64 (m,): 1 to K
-    area: Tensor  # float32 (m,): of the object, as the file gives it; of the box where it does not
-    crowd: Tensor  # bool (m,): a box around many
+    area: Tensor  # float32 (m,): of the object if the file has it, else of the box
+    crowd: Tensor  # bool (m,): COCO's iscrowd, a box around a group of objects
 
 
 def _read_json(path: Path) -> dict:
-    "Read an annotation file. Raises FileNotFoundError, or ValueError for another layout."
+    "Return the content of an annotation file. Raises FileNotFoundError, or ValueError for another layout."
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"annotations: there is no file {path}") from None
     except ValueError as e:
-        raise ValueError(f"annotations: {path} is no JSON file, or only a part of one: {e}") from e
+        raise ValueError(f"annotations: {path} is not a JSON file, or incomplete ({e}): download it again") from e
     for key in ("images", "annotations", "categories"):
         if not isinstance(found, dict) or not isinstance(found.get(key), list):
             raise ValueError(
@@ -58,12 +58,12 @@ def _by_id(records: list, what: str, path: Path) -> dict:
     found = {r["id"]: r for r in records}
     if len(found) < len(records):
         twice = next(i for i, n in Counter(r["id"] for r in records).items() if n > 1)
-        raise ValueError(f"{path}: {what} id {twice} is used twice")
+        raise ValueError(f"{path}: {what} id {twice} is used twice: ids must be unique")
     return found
 
 
 def _check_annotation(a: dict, images: dict, categories: dict, path: Path):
-    "Raise ValueError for an annotation of an unknown image or category, or with a box that is none."
+    "Raise ValueError for an annotation of an unknown image or category, or with an invalid box."
     where = f"{path}: annotation {a.get('id')}"
     if a.get("image_id") not in images:
         raise ValueError(f"{where} is of image {a.get('image_id')!r}, which is not among the file's images")
@@ -75,7 +75,9 @@ def _check_annotation(a: dict, images: dict, categories: dict, path: Path):
         or len(box) != 4
         or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
     ):
-        raise ValueError(f"{where} has the box {box!r}; a box is [left, top, width, height], in pixels")
+        raise ValueError(
+            f"{where} has the box {box!r}; a box must be [left, top, width, height], finite numbers in pixels"
+        )
 
 # %% ../../nbs/method/05d_coco.ipynb #09e864fd
 def _as_boxes(
@@ -98,21 +100,21 @@ def _as_boxes(
 
 
 def _has_area(boxes: Tensor) -> Tensor:
-    "Return which boxes (m, 4) are wider and higher than a tenth of a pixel."
+    "Return a mask (m,) of the boxes (m, 4) whose width and height exceed a tenth of a pixel."
     return ((boxes[:, 2:] - boxes[:, :2]) > 0.1).all(1)
 
 # %% ../../nbs/method/05d_coco.ipynb #e08392be
 class BrokenImage(OSError):
-    "A picture that is missing, cannot be decoded, or is not of the size that its annotation says."
+    "An image file is missing, cannot be decoded, or has another size than its annotation says."
 
 
 def read_image(
     path: Path | str,
-    size: tuple[int, int] | None = None,  # (width, height) that it must have, in pixels
+    size: tuple[int, int] | None = None,  # expected (width, height) in pixels; None: any
 ) -> Tensor:  # uint8 (3, H, W)
-    """Read an image file as RGB. Its orientation tag is ignored: COCO's boxes refer to the pixels as they are stored.
+    """Read an image file as RGB. Its orientation tag is ignored, since COCO's boxes refer to the stored pixels.
 
-    Raises `BrokenImage` where the file is missing, cannot be decoded, or is of another size."""
+    Raises `BrokenImage` if the file is missing, cannot be decoded, or has another size."""
     import numpy as np
     from PIL import Image
 
@@ -133,17 +135,17 @@ def read_image(
 # %% ../../nbs/method/05d_coco.ipynb #97baccd3
 @dataclass(frozen=True, eq=False, repr=False)
 class CocoData:
-    "A detection dataset: image files, which stay on the disk, and their annotations."
+    "A detection dataset: image files on disk and their annotations."
 
-    folder: Path  # with the pictures
+    folder: Path  # of the image files
     files: tuple[str, ...]  # file name of each image
-    ids: tuple[int, ...]  # its id in the annotation file
-    sizes: tuple  # (width, height) of each, in pixels
-    found: tuple[Boxes, ...]  # the objects of each
-    raw: tuple  # its annotations as the file has them
-    classes: tuple[str, ...]  # a name for each of the labels 1 to K
-    categories: tuple[int, ...]  # and its id in the annotation file
-    notes: dict  # number of unusual things, by what they are
+    ids: tuple[int, ...]  # id of each image in the annotation file
+    sizes: tuple  # (width, height) of each image in pixels
+    found: tuple[Boxes, ...]  # objects of each image
+    raw: tuple  # annotations of each image as in the file
+    classes: tuple[str, ...]  # names of the labels 1 to K
+    categories: tuple[int, ...]  # category ids of the labels in the annotation file
+    notes: dict  # counts of unusual annotations by kind, and the broken images
 
     def __len__(self):
         return len(self.files)
@@ -161,7 +163,7 @@ class CocoData:
         return read_image(self.folder / self.files[i], self.sizes[i])
 
     def take(self, keep) -> CocoData:
-        "Return the dataset of these images alone, by index."
+        "Return the dataset reduced to the images with these indices."
         keep, names = list(keep), ("files", "ids", "sizes", "found", "raw")
         return replace(self, **{name: tuple(getattr(self, name)[i] for i in keep) for name in names})
 
@@ -171,22 +173,22 @@ class CocoData:
 
 # %% ../../nbs/method/05d_coco.ipynb #5186be08
 def load_coco(
-    images: Path | str,  # folder with the pictures
-    annotations: Path | str,  # json file in COCO's layout
-    limit: int | None = None,  # number of images to keep, the first
-    skip_broken: bool = False,  # decode every image now, and leave out those that are missing or broken
-    workers: int = 8,  # threads that do so
+    images: Path | str,  # folder of the image files
+    annotations: Path | str,  # JSON file in COCO's layout
+    limit: int | None = None,  # number of images to keep, the first ones
+    skip_broken: bool = False,  # decode every image now, and drop those that are missing or broken
+    workers: int = 8,  # number of threads for this
 ) -> CocoData:
-    "Load a dataset in COCO's layout. Raises FileNotFoundError, ValueError or `BrokenImage` for what is wrong with it."
+    "Load a dataset in COCO's layout. Raises FileNotFoundError, ValueError or `BrokenImage`, naming the file and the entry."
     folder, path = Path(images), Path(annotations)
     found = _read_json(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"images: there is no folder {folder}")
     records, categories = (_by_id(found[key], key, path) for key in ("images", "categories"))
     if not records:
-        raise ValueError(f"{path}: there are no images")
+        raise ValueError(f"{path}: the list of images is empty; is it the right file?")
     if not categories:
-        raise ValueError(f"{path}: there are no categories")
+        raise ValueError(f"{path}: the list of categories is empty; is it the right file?")
     label_of = {c: k for k, c in enumerate(sorted(categories), 1)}
     own = {i: [] for i in records}
     for a in found["annotations"]:
@@ -209,7 +211,9 @@ def load_coco(
     if bad:
         data = data.take([i for i in range(len(data)) if i not in bad])
     if not len(data):
-        raise BrokenImage(f"none of the {len(bad)} pictures can be read; the first: {next(iter(bad.values()))}")
+        raise BrokenImage(
+            f"none of the {len(bad)} images can be read, the first because: {next(iter(bad.values()))}. Is {folder} the right folder?"
+        )
     return replace(data, notes=_notes(data) | {"broken": list(bad.values())})
 
 # %% ../../nbs/method/05d_coco.ipynb #b6c1a639
@@ -222,21 +226,21 @@ def _size_of(folder: Path, record: dict, lenient: bool) -> tuple[int, int]:
         return width, height
     except BrokenImage:
         if lenient:
-            return 1, 1  # it will be left out
+            return 1, 1  # the image is dropped later
         raise
 
 
 def _broken(data: CocoData, decode: bool, workers: int) -> dict[int, str]:
-    """Return why images cannot be used, by index.
+    """Return the reasons why images cannot be used, by index.
 
-    Without `decode` only missing files are looked for, and they raise `BrokenImage`."""
+    Without `decode`, only check for missing files, and raise `BrokenImage` if there are any."""
     if not decode:
         listed = {p.relative_to(data.folder).as_posix() for p in data.folder.rglob("*")}
         missing = [f for f in data.files if f not in listed and not (data.folder / f).is_file()]
         if missing:
             raise BrokenImage(
-                f"{len(missing)} of {len(data)} pictures are missing in {data.folder}, "
-                f"such as {', '.join(missing[:3])}; skip_broken=True leaves them out"
+                f"{len(missing)} of {len(data)} images are missing in {data.folder}, "
+                f"such as {', '.join(missing[:3])}: give the folder that has them, or skip_broken=True to drop them"
             )
         return {}
 
@@ -251,7 +255,7 @@ def _broken(data: CocoData, decode: bool, workers: int) -> dict[int, str]:
 
 
 def _notes(data: CocoData) -> dict:
-    "Count what is unusual in the annotations."
+    "Return the numbers of unusual annotations: clipped boxes, boxes without area, crowds, images without boxes."
     edges = [torch.tensor([a["bbox"] for a in raw], dtype=torch.float64).view(-1, 4) for raw in data.raw]
     out = [
         (e[:, :2] < 0).any(1) | (e[:, :2] + e[:, 2:] > torch.tensor(size) + 1e-6).any(1)
@@ -266,11 +270,11 @@ def _notes(data: CocoData) -> dict:
 
 # %% ../../nbs/method/05d_coco.ipynb #efc4b8f1
 def draw_rectangles(
-    folder: Path | str,  # gets SPLIT/*.png and annotations/instances_SPLIT.json
-    n: int = 8,  # images
+    folder: Path | str,  # SPLIT/*.png and annotations/instances_SPLIT.json are written here
+    n: int = 8,  # number of images
     split: str = "train2017",
     seed: int = 0,
-) -> tuple[Path, Path, dict]:  # the folder with the pictures, the annotation file and its content
+) -> tuple[Path, Path, dict]:  # the folder of the images, the annotation file and its content
     "Draw a dataset of wide and upright images with one coloured rectangle each, in COCO's layout."
     from PIL import Image
 
@@ -305,29 +309,29 @@ def draw_rectangles(
 class DetectionBatch(NamedTuple):
     "A batch of images, each of its own size, and their objects."
 
-    images: list[Tensor]  # float32 (3, H_i, W_i) in [0, 1], not normalised: detectors do that
-    targets: list[dict]  # of each image: boxes float32 (m, 4) in pixels of the image as it is here, labels int64 (m,)
-    index: Tensor  # int64 (B,): which images of the dataset these are
+    images: list[Tensor]  # float32 (3, H_i, W_i) in [0, 1], not normalised, since detectors do that
+    targets: list[dict]  # for each image: boxes float32 (m, 4) in pixels of this resized image, labels int64 (m,)
+    index: Tensor  # int64 (B,): positions of the images in the dataset
 
 
 def resized(
     width: int,
     height: int,  # of an image, in pixels
-    size: int,  # wanted shorter side
-    max_size: int,  # the longer side's limit, which wins
+    size: int,  # of the shorter side
+    max_size: int,  # maximum of the longer side, which takes precedence
 ) -> tuple[int, int]:  # (width, height)
-    "Return the size to which an image is resized; its aspect ratio is kept, to the pixel."
+    "Return the size to which an image is resized, with its aspect ratio up to rounding."
     factor = min(size / min(width, height), max_size / max(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 # %% ../../nbs/method/05d_coco.ipynb #72a9e3d0
 def prepare_image(
     image: Tensor,  # uint8 (3, H, W)
-    boxes: Tensor,  # (m, 4) in its pixels
-    size: tuple[int, int],  # (width, height) wanted
+    boxes: Tensor,  # (m, 4) in pixels of the image
+    size: tuple[int, int],  # new (width, height)
     mirror: bool = False,
-) -> tuple[Tensor, Tensor]:  # float32 (3, height, width) in [0, 1], and the boxes in its pixels
-    "Resize an image and its boxes, bilinear with antialiasing, and mirror them."
+) -> tuple[Tensor, Tensor]:  # image float32 (3, height, width) in [0, 1], and boxes in its pixels
+    "Resize an image, bilinear with antialiasing, and its boxes; flip them horizontally if `mirror`."
     here = (image.shape[1], image.shape[2])
     pair = [tv_tensors.Image(image), tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=here)]
     pair = [functional.resize(x, [size[1], size[0]], antialias=True) for x in pair]
@@ -340,29 +344,29 @@ def prepare_image(
 class CocoBatches:
     """Batches of images with boxes.
 
-    `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`. An incomplete last batch is kept."""
+    `epoch(e, start=k)` yields exactly the batches of epoch `e` from step `k` on. An incomplete last batch is kept."""
 
     def __init__(
         self,
         data: CocoData,
         batch_size: int,
-        train: bool = True,  # shuffled and augmented, images with boxes alone; or all images in order, as they are
+        train: bool = True,  # images with boxes, shuffled and augmented; False: all images in order, not augmented
         size: int | tuple[int, int] = (
             640,
             800,
-        ),  # shorter side in pixels; training draws from a range, evaluation takes its end
-        max_size: int = 1333,  # longer side, at most
-        flip: bool = True,  # training: mirror every second image, at random
-        negatives: bool = False,  # training: take images without boxes too
+        ),  # shorter side in pixels; training draws from the range, evaluation takes its upper end
+        max_size: int = 1333,  # maximum of the longer side
+        flip: bool = True,  # training: random horizontal flip
+        negatives: bool = False,  # training: include images without boxes
         seed: int = 0,
-        workers: int = 0,  # threads that decode ahead; 0: none, each batch when it is asked for
+        workers: int = 0,  # number of threads that decode ahead; 0: decode each batch when needed
         device: str | torch.device = "cpu",
     ):
         low, high = size if isinstance(size, (tuple, list)) else (size, size)
         check_whole(1, batch_size=batch_size, size=low, max_size=max_size)
         if not low <= high <= max_size:
             raise ValueError(
-                f"size must be a number, or a range (low, high), of at most max_size; got {size} and {max_size}"
+                f"size must be an integer or a range (low, high), at most max_size; got size={size} and max_size={max_size}"
             )
         check_whole(0, workers=workers)
         self.data, self.batch_size, self.train = data, batch_size, train
@@ -374,7 +378,9 @@ class CocoBatches:
         ]  # in the originals' pixels
         self.numbers = [i for i, u in enumerate(usable) if not train or negatives or u.any()]
         if not self.numbers:
-            raise ValueError(f"{data} has no image with a box to train on; negatives=True takes images without")
+            raise ValueError(
+                f"{data} has no image with a box to train on: give other annotations, or negatives=True to train without boxes"
+            )
         wide = [data.sizes[i][0] >= data.sizes[i][1] for i in self.numbers]
         self.groups = [
             torch.tensor([i for i, w in zip(self.numbers, wide) if w == which], dtype=torch.int64)
@@ -390,15 +396,15 @@ class CocoBatches:
         return len(self.numbers)
 
     def plan(self, e: int) -> list[list[tuple]]:
-        "Return for each batch of an epoch its images: (index, shorter side, mirrored or not)."
+        "Return the images of each batch of an epoch as (index, shorter side, whether flipped)."
         size = self.batch_size
         if not self.train:
             return [
                 [(i, self.size[1], False) for i in self.numbers[at : at + size]]
                 for at in range(0, len(self.numbers), size)
             ]
-        # GroupedBatchSampler of torchvision's references is in no package, repeats images to fill its last batches, and
-        # begins every epoch at its first
+        # torchvision's reference GroupedBatchSampler is not in a package, repeats images to fill its last batches, and
+        # cannot begin an epoch at a later batch
         g = torch.Generator().manual_seed(seed_of(self.seed, e))
         shuffled = [group[torch.randperm(len(group), generator=g)] for group in self.groups]
         whole = [batch for group in shuffled for batch in group[: len(group) // size * size].split(size) if len(batch)]
@@ -416,17 +422,17 @@ class CocoBatches:
         e: int = 0,  # the epoch; random choices depend on it and the seed alone
         start: int = 0,  # first step, 0 to len(self)
     ) -> Iterator[DetectionBatch]:
-        "Iterate over the batches of an epoch, from step `start` on."
+        "Yield the batches of an epoch from step `start` on."
         check_epoch(e, start, len(self))
         with contextlib.ExitStack() as held:
             pool = held.enter_context(ThreadPoolExecutor(self.workers)) if self.workers else None
             plan = self.plan(e)[start:]
-            own = [batch[shard_rows(len(batch), self.train)] for batch in plan]  # a process decodes its shards alone
+            own = [batch[shard_rows(len(batch), self.train)] for batch in plan]  # each process decodes its own shards
             for batch, ready in zip(plan, _ahead(pool, self._one, own)):
                 yield as_shard(self._batch(ready), len(batch), self.train)
 
     def _one(self, what: tuple) -> tuple:
-        "Read and prepare an image of a plan; return its index, itself and its target."
+        "Read and prepare an image of a plan; return its index, the image and its target."
         i, side, mirror = what
         image, boxes = prepare_image(
             self.data.image(i), self.targets[i]["boxes"], resized(*self.data.sizes[i], side, self.max_size), mirror
@@ -434,7 +440,7 @@ class CocoBatches:
         return i, image, {"boxes": boxes, "labels": self.targets[i]["labels"]}
 
     def _batch(self, ready: list[tuple]) -> DetectionBatch:
-        "Put prepared images together, on the device."
+        "Collate prepared images on the device."
         index, images, targets = zip(*ready) if ready else ((), (), ())
         return DetectionBatch(
             [x.to(self.device, non_blocking=True) for x in images],
@@ -443,7 +449,7 @@ class CocoBatches:
         )
 
     def identity(self) -> dict:
-        "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
+        "Return the properties of the batches that determine a result, as plain values by name."
         data = self.data
         content = [listing(data.folder, (data.folder / name for name in data.files)), data.found, data.classes]
         drawn = {"batch_size": self.batch_size, "seed": self.seed, "flip": self.flip} if self.train else {}
@@ -451,7 +457,7 @@ class CocoBatches:
 
 # %% ../../nbs/method/05d_coco.ipynb #7b058944
 def _ahead(pool: ThreadPoolExecutor | None, one, plan: list[list]) -> Iterator[list]:
-    "Iterate over the prepared batches of a plan; the pool works on the next two."
+    "Yield the prepared batches of a plan, while the pool prepares the next two."
     if pool is None:
         yield from ([one(what) for what in batch] for batch in plan)
         return
@@ -465,14 +471,14 @@ def _ahead(pool: ThreadPoolExecutor | None, one, plan: list[list]) -> Iterator[l
             yield [f.result() for f in waiting.popleft()]
     finally:
         for f in (f for batch in waiting for f in batch):
-            f.cancel()  # nobody waits for these any more
+            f.cancel()  # not needed any more
 
 # %% ../../nbs/method/05d_coco.ipynb #b5ec5132
 def show_boxes(
     ax,  # matplotlib axes
     image: Tensor,  # uint8 (3, H, W)
     boxes: Tensor,  # (m, 4) in its pixels
-    labels=(),  # a text for each box
+    labels=(),  # text of each box
     color: str = "#E69F00",
     title: str = "",
 ):

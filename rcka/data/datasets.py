@@ -67,11 +67,11 @@ def _digits(root: Path, download: bool) -> Dataset:
 
 # %% ../../nbs/method/05a_datasets.ipynb #656f77e6
 class _Known(NamedTuple):
-    "What is known of a dataset before it is loaded."
+    "Constants of a dataset that are known before it is loaded."
 
     classes: int
     shape: tuple[int, int, int]  # (C, H, W)
-    files: dict  # file under the root -> its size in bytes
+    files: dict  # size in bytes (None: any) by file name under the root
     mean: tuple = ()
     std: tuple = ()
     pad: int = 4
@@ -132,7 +132,7 @@ KNOWN = {
 
 
 def _is_there(name: str, root: Path) -> bool:
-    "Whether the files of a known dataset are under the root, and of the right size where that is known."
+    "Return whether the files of a known dataset are under the root, with the right sizes where they are known."
     if name == "digits":
         return importlib.util.find_spec("sklearn") is not None
     return all(
@@ -141,7 +141,7 @@ def _is_there(name: str, root: Path) -> bool:
 
 # %% ../../nbs/method/05a_datasets.ipynb #38f00104
 def _torchvision(name: str, root: Path, download: bool) -> Dataset:
-    "Load Fashion-MNIST, CIFAR-10 or CIFAR-100 by torchvision, after a download if its files are missing or broken."
+    "Load Fashion-MNIST, CIFAR-10 or CIFAR-100 with torchvision; download it first if its files are missing or broken."
     from torchvision import datasets
 
     cls = {"fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
@@ -167,7 +167,7 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
 
 
 def _fetch(name: str, cls, root: Path, download: bool, why: str):
-    "Download a dataset with a progress bar; files of a wrong size, left by an earlier try, are replaced."
+    "Download a dataset with a progress bar; files of a wrong size, from an interrupted download, are replaced."
     if not download:
         raise _missing(name, cls, root, f"{why}, and download=False")
     for f, size in KNOWN[name].files.items():
@@ -186,7 +186,7 @@ def _fetch(name: str, cls, root: Path, download: bool, why: str):
 
 
 def _missing(name: str, cls, root: Path, why: str) -> FileNotFoundError:
-    "Return the error that says where a dataset was looked for and how to get it."
+    "Return the error for a missing dataset: the folder that was searched, and how to get the dataset."
     url = getattr(cls, "url", None) or cls.mirrors[0]
     folder = root / next(iter(KNOWN[name].files)).split("/")[0]
     others = (
@@ -197,13 +197,13 @@ def _missing(name: str, cls, root: Path, why: str) -> FileNotFoundError:
     )
     return FileNotFoundError(
         f"no dataset {name!r} in {folder}: {why}. With a network, `python -m rcka.data {name} --root {root}` "
-        f"fetches it from {url}; or put the files there by hand{others}; another folder is chosen by root= or the "
+        f"downloads it from {url}; or put the files there by hand{others}; choose another folder by root= or the "
         "environment variable RCKA_DATA"
     )
 
 # %% ../../nbs/method/05a_datasets.ipynb #7186d794
 def _form(name: str, root: Path) -> str | None:
-    "Return the form in which a known dataset is under the root; None where it is missing."
+    "Return the file format in which a known dataset is under the root; None if it is missing."
     if name == "digits":
         return "scikit-learn" if _is_there(name, root) else None
     if _is_there(name, root):
@@ -218,9 +218,9 @@ def _form(name: str, root: Path) -> str | None:
 def _check_complete(
     name: str,  # of a dataset in KNOWN
     counts: tuple[dict[str, int], dict[str, int]],  # images by class, of the training and of the test part
-    places: tuple,  # where the two were found, for errors
+    places: tuple,  # paths of the two parts, for errors
 ):
-    "Raise ValueError where classes or images of a known dataset are missing, or there are others."
+    "Raise ValueError if classes or images of a known dataset are missing, or there are additional ones."
     known = KNOWN[name]
     for part, want, found, place in zip(("training", "test"), known.per_class, counts, places):
         differ = [f"{found[c]} of {c}" for c in known.names if c in found and found[c] != want]
@@ -235,17 +235,19 @@ def _check_complete(
         ]
         if problems:
             raise ValueError(
-                f"{place} is not all of {name}: expected {want} {part} images in each of {known.classes} classes, "
+                f"{place} is not the complete {name}: expected {want} {part} images in each of {known.classes} classes, "
                 f"found {sum(found.values())} images in {len(found)} classes; {'; '.join(problems)}"
             )
 
 
 def _as_known(name: str, data: Dataset, where: Path) -> Dataset:
-    "Return images of a known dataset under its name, with its constants. Raises ValueError for another size."
+    "Return the dataset with the name and constants of a known one. Raises ValueError for images of another size."
     known = KNOWN[name]
     if data.shape != known.shape:
         (_, h, w), (_, height, width) = data.shape, known.shape
-        raise ValueError(f"{where} has images of {h} x {w} pixels; those of {name} have {height} x {width}")
+        raise ValueError(
+            f"{where} has images of {h} x {w} pixels, but {name} has {height} x {width}: load it as imagefolder:PATH instead"
+        )
     return replace(
         data,
         name=name,
@@ -269,7 +271,7 @@ def _known_folder(name: str, root: Path) -> Dataset:
 
 # %% ../../nbs/method/05a_datasets.ipynb #2f7acf2b
 def _parquet_files(name: str, root: Path) -> dict[str, list[Path]]:
-    "Find the hub's files of the training and the test images, in ROOT/NAME or in one of the folders that the hub uses."
+    "Return the hub's parquet files of the training and the test images, in ROOT/NAME or a folder of it that the hub uses."
     for below in ("", name, "data", "plain_text"):
         found = {part: sorted((root / name / below).glob(f"{part}[-.]*parquet")) for part in ("train", "test")}
         if any(found.values()):
@@ -329,18 +331,20 @@ def _read_parquet(paths: list[Path], *columns: str):
                 )
             tables.append(file.read(list(columns)))
         except pyarrow.ArrowException as err:
-            raise ValueError(f"{path} is not a parquet file, or only half of one: {err}") from None
+            raise ValueError(f"{path} is not a parquet file, or incomplete ({err}): download it again") from None
     table = pyarrow.concat_tables(tables)
     for column in columns:
         if table[column].null_count:
-            raise ValueError(f"{paths[0]}: column {column} lacks {table[column].null_count} of {len(table)} values")
+            raise ValueError(
+                f"{paths[0]}: column {column} has no value in {table[column].null_count} of {len(table)} rows: give complete files"
+            )
     if not pyarrow.types.is_integer(table[columns[1]].type):
         raise ValueError(f"{paths[0]}: column {columns[1]} must hold whole numbers, got {table[columns[1]].type}")
     return table
 
 
 def _image_bytes(column, path: Path) -> list[bytes]:
-    "Return the encoded images of a column in which the hub keeps {bytes, path}."
+    "Return the encoded images of a column of structs {bytes, path}, as the hub stores them."
     with optional_import():
         import pyarrow.compute
         import pyarrow.types
@@ -352,26 +356,26 @@ def _image_bytes(column, path: Path) -> list[bytes]:
 
 # %% ../../nbs/method/05a_datasets.ipynb #dfcc1d89
 class DatasetInfo(NamedTuple):
-    "What `list_datasets` tells of a dataset."
+    "An entry of `list_datasets`."
 
     name: str
     classes: int
     shape: tuple[int, int, int]  # (C, H, W)
     there: bool  # whether it is under the root
     how: str  # how to get it
-    form: str | None  # of its files: torchvision files, image folder, parquet files; None where it is missing
+    form: str | None  # torchvision files, image folder or parquet files; None if it is missing
 
 
 def list_datasets(
     root: str | Path | None = None,  # see `data_root`
 ) -> list[DatasetInfo]:
-    "List the datasets that have a name, and the image folders found under the root."
+    "Return the datasets with a name, and the image folders found under the root."
     root = data_root(root)
     how = {"digits": "comes with scikit-learn: pip install scikit-learn"}
     forms = {name: _form(name, root) for name in KNOWN}
     for name, form in forms.items():
         if form == "image folder" and class_folders(root / name / "train") != list(KNOWN[name].names):
-            forms[name] = None  # a part of it, or other images: listed as a folder of your own
+            forms[name] = None  # incomplete, or other images: listed as an image folder
     infos = [
         DatasetInfo(
             name,
@@ -417,25 +421,24 @@ def list_datasets(
 def load_dataset(
     name: str,  # "digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:PATH", "imagenet", "imagenet:PATH"
     root: str | Path | None = None,  # the folder with the datasets; see `data_root`
-    limit: int
-    | None = None,  # number of training images to keep, the first of each class, after validation images are taken
+    limit: int | None = None,  # number of training images to keep, the first of each class, after the validation split
     test_limit: int | None = None,  # number of test (or validation) images to keep
     size: int
     | tuple[int, int]
     | None = None,  # image folders: cover (H, W), crop the centre; imagenet: side, None is 224
-    download: bool = True,  # fetch what is missing, with a progress bar
-    val_fraction: float | None = None,  # evaluate on this part of the training images, see `validation_split`
-    val_seed: int = 0,  # chooses these images
+    download: bool = True,  # download a missing dataset, with a progress bar
+    val_fraction: float | None = None,  # evaluate on this fraction of the training images, see `validation_split`
+    val_seed: int = 0,  # seed of this split
     **options,  # imagenet only: val, skip_broken; see `load_imagenet`
 ) -> Dataset | FileDataset:
-    """Load a dataset into memory; "imagenet" stays in files, with the same `batches`.
+    """Load a dataset into memory; "imagenet" is read from files, with the same interface.
 
     CIFAR-10 and CIFAR-100 are read from torchvision's files, from a folder NAME/{train,test}/CLASS/* or from the
-    parquet files of the Hugging Face hub, whichever is found first in this order, or downloaded where none is found.
-    `limit` changes neither the classes nor mean and deviation, which are those of the whole training set.
+    parquet files of the Hugging Face hub, whichever is found first in this order, or else downloaded. `limit` changes
+    neither the classes nor mean and std, which are those of the whole training set.
 
-    Raises ValueError for an unknown name (with the near ones), a folder of another layout, or a `val_fraction` that
-    leaves a class empty; FileNotFoundError where the dataset is missing and cannot be fetched (with the URL, the folder
+    Raises ValueError for an unknown name (with the nearest ones), a folder of another layout, or a `val_fraction` that
+    leaves a class empty; FileNotFoundError if the dataset is missing and cannot be downloaded (with the URL, the folder
     and the command)."""
     root = data_root(root)
     kind, _, path = str(name).partition(":")
@@ -444,14 +447,14 @@ def load_dataset(
 
         if val_fraction is not None:
             raise ValueError(
-                "val_fraction is for datasets in memory, not for imagenet: "
+                "val_fraction cannot be used with imagenet, only with datasets in memory: "
                 "to evaluate on the training images, give val='train'"
             )
         return load_imagenet(
             path or name, root, limit, test_limit, **({} if size is None else {"size": size}), **options
         )
     if options:
-        raise TypeError(f"{', '.join(options)} is for imagenet; {name} has no such option")
+        raise TypeError(f"{name} has no option {', '.join(options)}, only imagenet: leave it out")
     data = _in_memory(name, root, size, download)
     if val_fraction is not None:
         data = with_validation(data, val_fraction, val_seed)
@@ -459,21 +462,21 @@ def load_dataset(
 
 
 def _in_memory(name: str, root: Path, size, download: bool) -> Dataset:
-    "Load a dataset whole, by whatever form of it is found."
+    "Load a whole dataset from the file format that is found."
     kind, _, path = str(name).partition(":")
     if kind == "imagefolder" and path:
         return load_image_folder(path, root, size)
     if name not in KNOWN:
         names = [*KNOWN, "imagenet", "imagenet:PATH", "imagefolder:PATH"]
         folder = (
-            f"; for the folder {name} say imagefolder:{name}"
+            f"; for the folder {name} give imagefolder:{name}"
             if (root / str(name)).is_dir() or Path(str(name)).is_dir()
             else ""
         )
         raise ValueError(nearest(name, names, "dataset") + folder)
     if size is not None:
         raise ValueError(
-            f"size is for image folders; {name} has images of {KNOWN[name].shape[1]} x {KNOWN[name].shape[2]}"
+            f"size={size} is for image folders, but {name} has images of {KNOWN[name].shape[1]} x {KNOWN[name].shape[2]}: leave it out"
         )
     if name == "digits":
         return _digits(root, download)
@@ -486,7 +489,7 @@ def _in_memory(name: str, root: Path, size, download: bool) -> Dataset:
 
 # %% ../../nbs/method/05a_datasets.ipynb #6186378d
 def _table(infos: list[DatasetInfo]) -> str:
-    "Format datasets as a table, a line each."
+    "Return datasets as a table with a line for each."
     rows = [
         ("name", "classes", "image", "found as", "how to get it"),
         *((i.name, str(i.classes), "x".join(map(str, i.shape)), i.form or "no", i.how) for i in infos),
@@ -496,12 +499,12 @@ def _table(infos: list[DatasetInfo]) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    "List the datasets, or fetch and check one: `python -m rcka.data [NAME] [--root ROOT] [--size N]`."
-    parser = argparse.ArgumentParser("python -m rcka.data", description="List the datasets, or fetch and check one.")
+    "List the datasets, or download and check one: `python -m rcka.data [NAME] [--root ROOT] [--size N]`."
+    parser = argparse.ArgumentParser("python -m rcka.data", description="List the datasets, or download and check one.")
     parser.add_argument(
         "name",
         nargs="?",
-        help="digits, fashion_mnist, cifar10, cifar100, imagenet, imagenet:PATH or imagefolder:PATH; none lists them",
+        help="digits, fashion_mnist, cifar10, cifar100, imagenet, imagenet:PATH or imagefolder:PATH; without it, list all",
     )
     parser.add_argument(
         "--root", help="the folder with the datasets (default: RCKA_DATA, else data/ of the checkout, else ./data)"

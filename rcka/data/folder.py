@@ -30,7 +30,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".
 
 
 def walk_images(folder: Path) -> Iterator[tuple[str, int, int]]:
-    "Iterate over (path, size, time of change) of every image below `folder`; hidden files are left out."
+    "Yield (path, size, modification time) of every image below `folder`, except hidden files."
     with os.scandir(folder) as entries:
         for e in entries:
             if e.name.startswith("."):
@@ -43,7 +43,7 @@ def walk_images(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    "List the folders in `folder`, in alphabetical order; hidden ones are left out. Empty where it is no folder."
+    "Return the names of the folders in `folder` except hidden ones, in alphabetical order. Empty if it is not a folder."
     if not folder.is_dir():
         return []
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
@@ -68,25 +68,25 @@ def check_images(folder: Path, found: dict[str, Sized]):
 
 def _list_images(
     folder: Path,  # with a folder for each class
-) -> tuple[list[str], list[list[tuple]]]:  # classes, and for each its images, sorted
-    "List the class folders and their images. Raises ValueError where there are none."
+) -> tuple[list[str], list[list[tuple]]]:  # classes, and the sorted images of each
+    "List the class folders and their images. Raises ValueError if there are none, or no images in one."
     classes = class_folders(folder)
     if not classes:
-        raise ValueError(f"{folder} has no class folders; expected {folder.name}/CLASS/*.jpg")
+        raise ValueError(f"{folder} has no class folders: put the images into {folder.name}/CLASS/*.jpg")
     images = [sorted(walk_images(folder / c)) for c in classes]
     check_images(folder, dict(zip(classes, images)))
     return classes, images
 
 
 def some_names(items: list, most: int = 5) -> str:
-    "Join the first few of many items, for an error."
+    "Return the first few of many items as text for an error message."
     return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def find_image_folder(path: str, root: Path) -> tuple[Path, Path]:
-    """Find the training and the test folder of an image folder, below the root or else below the working directory.
+    """Return the training and the test folder of an image folder below the root, or else below the working directory.
 
-    Raises FileNotFoundError where the folder is missing, ValueError where it lacks train/, or both test/ and val/."""
+    Raises FileNotFoundError if the folder is missing, ValueError if it has no train/, or neither test/ nor val/."""
     given = Path(path).expanduser()
     places = [given] if given.is_absolute() else [root / given, Path.cwd() / given]
     base = next((p for p in places if p.is_dir()), None)
@@ -97,10 +97,13 @@ def find_image_folder(path: str, root: Path) -> tuple[Path, Path]:
             "or below the working directory"
         )
     if not (base / "train").is_dir():
-        raise ValueError(f"{base} has no folder train/; it holds {some_names(sorted(os.listdir(base))) or 'nothing'}")
+        raise ValueError(
+            f"{base} has no folder train/, only {some_names(sorted(os.listdir(base))) or 'nothing'}: put the training images "
+            "into train/CLASS/*.jpg"
+        )
     tests = [t for t in ("test", "val") if (base / t).is_dir()]
     if not tests:
-        raise ValueError(f"{base} has neither test/ nor val/; make one, with the same class folders as train/")
+        raise ValueError(f"{base} has neither test/ nor val/: create one, with the same class folders as train/")
     labelled = [t for t in tests if class_folders(base / t)]
     return base / "train", base / (labelled or tests)[0]  # test/ is often without labels
 
@@ -114,7 +117,7 @@ def _differ(first: str, a: tuple, second: str, b: tuple) -> str:
 
 
 class EncodedImages(NamedTuple):
-    "An image file in memory, which `decode_images` takes in place of a path."
+    "The content of an image file, which `decode_images` accepts instead of a path."
 
     name: str  # for errors
     content: bytes
@@ -124,54 +127,54 @@ class EncodedImages(NamedTuple):
 
 
 def _image(path: str | EncodedImages):
-    "Open an image with PIL; it is not decoded yet."
+    "Open an image with PIL, without decoding it yet."
     from PIL import Image
 
     return Image.open(io.BytesIO(path.content) if isinstance(path, EncodedImages) else path)
 
 
 def first_size(paths: list[str | EncodedImages]) -> tuple[str, tuple[int, int]]:
-    "Find the first image that can be read, and its (H, W). Raises ValueError where none can."
+    "Return the path and the (H, W) of the first readable image. Raises ValueError if there is none."
     for path in paths:
         with contextlib.suppress(Exception), _image(path) as im:
             return str(path), im.size[::-1]
-    raise ValueError(f"none of {len(paths)} images can be decoded: {some_names(paths)}")
+    raise ValueError(f"none of {len(paths)} images can be decoded: {some_names(paths)}. Is this the right folder?")
 
 
 def _check_memory(n: int, height: int, width: int):
-    "Raise ValueError where decoded images do not fit into memory: they become one tensor, which is copied once."
+    "Raise ValueError if the decoded images, one tensor that is copied once, do not fit into memory."
     need = 2 * n * 3 * height * width
     try:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return  # this system does not tell
+        return  # not available on this system
     if need > have:
         raise ValueError(
-            f"{n} images of {height} x {width} need {need / 1e9:.0f} GB while they are read, "
-            f"and this machine has {have / 1e9:.0f} GB; choose a smaller size="
+            f"{n} images of {height} x {width} need {need / 1e9:.0f} GB of memory while they are read, but this machine has "
+            f"{have / 1e9:.0f} GB: give a smaller size="
         )
 
 # %% ../../nbs/method/05b_folder.ipynb #d0e6b301
 def open_image(path: str | EncodedImages, size: tuple[int, int] | None):
-    "Decode an image to RGB; with `size`, resize it to cover (H, W) and crop its centre. Raises ValueError for 16 bits."
+    "Decode an image to RGB; with `size`, resize it to cover (H, W) and crop the centre. Raises ValueError for more than 8 bits."
     from PIL import Image, ImageOps
 
     with _image(path) as im:
         if im.mode[0] in "IF":
-            raise ValueError(f"{im.mode} pixels have more than 8 bits")
+            raise ValueError(f"{im.mode} pixels have more than 8 bits: convert the image to 8 bits")
         im = im.convert("RGB")
     return ImageOps.fit(im, size[::-1], Image.Resampling.BICUBIC) if size else im
 
 
 def _decode_some(jobs: list[tuple[int, str | EncodedImages]], out, size):
-    "Decode images into `out` (N, H, W, 3); return the broken ones, and the first of another size."
+    "Decode images into `out` (N, H, W, 3); return the broken images, and the first one of another size."
     import numpy as np
 
     broken = []
     for i, path in jobs:
         try:
             pixels = np.asarray(open_image(path, size))
-        except Exception as err:  # decoders raise whatever they like
+        except Exception as err:  # decoders raise many kinds of errors
             broken.append(f"{path} ({type(err).__name__}: {err})")
             continue
         if pixels.shape != out.shape[1:]:
@@ -182,10 +185,10 @@ def _decode_some(jobs: list[tuple[int, str | EncodedImages]], out, size):
 
 def decode_images(
     paths: list[str | EncodedImages],  # image files
-    size: int | tuple[int, int] | None = None,  # resize to (H, W), or to a square; None: all must have one size
-    workers: int | None = None,  # threads; None is one for each core, and one more
+    size: int | tuple[int, int] | None = None,  # resize to (H, W), or to a square; None: all must have the same size
+    workers: int | None = None,  # number of threads; None: number of cores + 1
 ) -> Tensor:  # uint8 (N, 3, H, W)
-    "Decode images of any format of PIL to RGB. Raises ValueError, with names, for broken ones and other sizes."
+    "Decode images of any format that PIL reads to RGB. Raises ValueError, with the files, for broken images and different sizes."
     import numpy as np
 
     if isinstance(size, int):
@@ -202,18 +205,20 @@ def decode_images(
                 broken += bad
                 if other:
                     raise ValueError(_differ(first, (height, width), *other))
-        except BaseException:  # Ctrl-C too: do not decode the rest first
+        except BaseException:  # also for Ctrl-C: do not decode the rest first
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if broken:
-        raise ValueError(f"{len(broken)} of {len(paths)} images cannot be decoded: {some_names(broken)}")
+        raise ValueError(
+            f"{len(broken)} of {len(paths)} images cannot be decoded: {some_names(broken)}. Repair or remove these files"
+        )
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 # %% ../../nbs/method/05b_folder.ipynb #f669da93
 def load_image_folder(path: str, root: Path, size: int | tuple[int, int] | None) -> Dataset:
     """Load PATH/train/CLASS/* and PATH/test/CLASS/* (or val/) as one dataset in memory.
 
-    Raises ValueError or FileNotFoundError for a folder of another layout, broken images, and sizes that differ."""
+    Raises FileNotFoundError or ValueError for another layout, broken images, and images of different sizes."""
     folders = find_image_folder(path, root)
     (classes, train), (test_classes, test) = map(_list_images, folders)
     check_classes(folders[0], classes, folders[1], test_classes)
@@ -256,7 +261,7 @@ def _as_size(size) -> tuple[int, int] | None:
         return None
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(s, int) and s >= 1 for s in pair):
-        raise ValueError(f"size must be a whole number or (H, W), got {size!r}")
+        raise ValueError(f"size must be a positive integer or (H, W), got {size!r}")
     return pair
 
 
@@ -264,22 +269,22 @@ def read_cache(
     path: Path,
     n: int,  # number of images it must hold
 ) -> tuple[Tensor, tuple[float, ...], tuple[float, ...]] | None:  # uint8 (n, 3, H, W), mean and std by channel
-    "Read what `write_cache` wrote; None, with a warning, for a file that is damaged or of other images."
+    "Return what `write_cache` wrote; None, with a warning, if the file is damaged or has another number of images."
     if not path.is_file():
         return None
     try:
         found = torch.load(path, weights_only=True)
         images = found["images"]
         if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != n:
-            raise ValueError("the images do not fit")
+            raise ValueError(f"expected {n} uint8 images, found {images.dtype} {tuple(images.shape)}")
         return images, tuple(found["mean"]), tuple(found["std"])
-    except Exception as err:  # whatever is wrong with the cache, the images themselves are still there
+    except Exception as err:  # the images themselves are still there
         reason = f"{type(err).__name__}: {' '.join(str(err).split())[:100]}"
         warnings.warn(f"the cache {path} cannot be read ({reason}); decoding the images again", stacklevel=2)
 
 
 def write_cache(path: Path, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]):
-    "Keep decoded images, atomically; without a word where the disk is full or read-only, for a cache is a convenience."
+    "Write decoded images to a cache file, atomically. Errors, such as a full disk, are ignored: the cache is optional."
     with contextlib.suppress(OSError, RuntimeError):
         path.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()

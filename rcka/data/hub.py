@@ -22,7 +22,7 @@ __all__ = ['PREFIX', 'CHOICES', 'HELD_OUT', 'Rows', 'is_hub_folder', 'open_hub']
 
 # %% ../../nbs/method/05h_hub.ipynb #a1c05e06
 class Rows(NamedTuple):
-    "The images of a split of a dataset of the Hugging Face hub, as `Files` are those of a folder."
+    "The images of a split of a dataset of the Hugging Face hub; the counterpart of `Files`."
 
     table: Any  # datasets.Dataset with one column, its images not decoded
     column: str
@@ -38,14 +38,14 @@ class Rows(NamedTuple):
         return f"split {self.split}"
 
     def path(self, i: int) -> str:
-        "Return what image `i` is called in an error."
+        "Return a description of image `i` for errors."
         return f"row {int(self.rows[i])} of {self.folder}"
 
     def decode(self, i: int) -> Tensor:  # uint8 (3, H, W)
-        "Decode image `i` to RGB. Raises whatever a decoder raises for a broken image, ValueError for a missing one."
+        "Decode image `i` to RGB. Raises the decoder's error for a broken image, ValueError for a missing one."
         found = self.table[int(self.rows[i])][self.column]
         if found is None or (found["bytes"] is None and found["path"] is None):
-            raise ValueError("there is no image in this row")
+            raise ValueError("this row has no image: remove it from the dataset")
         return decode(found["path"] if found["bytes"] is None else EncodedImages(self.path(i), found["bytes"]))
 
     def digest(self) -> str:
@@ -58,12 +58,12 @@ class Rows(NamedTuple):
         return digest([(Path(names[i] or "").name, sizes[i]) for i in self.rows.tolist()])
 
     def keep(self, some: Tensor) -> Rows:
-        "Return the rows of these indices, or of this mask."
+        "Return the rows selected by indices or a mask."
         return Rows(self.table, self.column, self.split, self.rows[some], self.targets[some])
 
 # %% ../../nbs/method/05h_hub.ipynb #a1c05e08
-PREFIX = "hfds/"  # as timm writes it
-CHOICES = ("config", "image", "label", "train", "val")  # what may stand behind the question mark
+PREFIX = "hfds/"  # as in timm
+CHOICES = ("config", "image", "label", "train", "val")  # options after the question mark
 HELD_OUT = ("test", "validation", "valid", "val", "dev")  # splits to evaluate on, in this order
 
 
@@ -77,11 +77,11 @@ def is_hub_folder(folder: Path) -> bool:
 
 def open_hub(
     data: str,  # "hfds/NAME" of the hub, or "hfds/FOLDER"; then "?label=COLUMN" and other `CHOICES`, joined by "&"
-    size: int = 224,  # pixels of a side at which images are cropped
-) -> FileDataset:  # with 0 classes where there are no labels
+    size: int = 224,  # height and width of the crops
+) -> FileDataset:  # with 0 classes if there are no labels
     """Open a dataset of the Hugging Face hub, or a folder that `datasets` wrote.
 
-    Raises FileNotFoundError where there is none, ValueError for splits or columns that are not there or not clear."""
+    Raises FileNotFoundError if there is none, ValueError for splits or columns that are missing or ambiguous."""
     name, _, query = data.removeprefix(PREFIX).partition("?")
     chosen = dict(parse_qsl(query, keep_blank_values=True))
     for key in chosen:
@@ -100,7 +100,7 @@ def open_hub(
 
 
 def _read(name: str, config: str | None) -> dict:
-    "Return the splits of a dataset by name; one that was saved alone is `train`."
+    "Return the splits of a dataset by name; a dataset without splits is `train`."
     with optional_import():
         import datasets
     folder = Path(name).expanduser()
@@ -112,8 +112,8 @@ def _read(name: str, config: str | None) -> dict:
     except (OSError, ConnectionError) as error:
         why = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"no dataset {name} here, and it cannot be fetched ({why}). Put its parquet files into a folder, as the hub "
-            "has them, and give that: data=FOLDER"
+            f"no dataset {name} here, and it cannot be downloaded ({why}). Put its parquet files into a folder, as on the hub, "
+            "and give data=FOLDER"
         ) from error
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"datasets cannot read {name}: {' '.join(str(error).split())[:300]}") from error
@@ -127,20 +127,20 @@ def _split(splits: dict, name: str, key: str, data: str):
 
 
 def _with(data: str, key: str, value: str) -> str:
-    "Return how to say a choice."
+    "Return `data` with an option appended, for errors."
     path = data if data.startswith(PREFIX) else f"{PREFIX}{data}"
     return f"{path}{'&' if '?' in path else '?'}{key}={value}"
 
 
 def _is_image(feature) -> bool:
-    "Whether a column holds images: as such, or as what they are stored as, without the description."
+    "Return whether a column holds images: of the type `datasets.Image`, or its plain storage {bytes, path}."
     with optional_import():
         import datasets
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
 
 def _columns(table, chosen: dict, data: str) -> tuple[str, str | None]:
-    "Return the columns of the image and of the label, None where there are no labels."
+    "Return the column of the images and that of the labels; None without labels. Raises ValueError if they are not clear."
     with optional_import():
         import datasets
     for key in ("image", "label"):
@@ -152,7 +152,7 @@ def _columns(table, chosen: dict, data: str) -> tuple[str, str | None]:
     for key, found, what in (("image", images, "images"), ("label", labels, "class labels")):
         if key not in chosen and len(found) > 1:
             raise ValueError(
-                f"{data} has several columns of {what}, {', '.join(found)}: choose one, {_with(data, key, found[0])}"
+                f"{data} has several columns of {what}, {', '.join(found)}: choose one, such as {_with(data, key, found[0])}"
             )
     image = chosen.get("image") or next(iter(images), None)
     if image is None or image not in images:
@@ -166,9 +166,9 @@ def _labels(
     splits: dict,
     split: str,
     column: str | None,
-    classes: tuple[str, ...] | None = None,  # of the training images; None: these are they
+    classes: tuple[str, ...] | None = None,  # of the training images; None: this split has the training images
 ) -> tuple[tuple[str, ...], Tensor]:
-    "Return the classes and the targets of a split. Raises ValueError where they are missing or others."
+    "Return the classes and the targets of a split. Raises ValueError if labels are missing or not among `classes`."
     with optional_import():
         import datasets
     table = splits[split]
@@ -179,7 +179,7 @@ def _labels(
     feature, values = table.features[column], table.select_columns([column]).with_format(None)[:][column]
     named = isinstance(feature, datasets.ClassLabel) and bool(feature.names)
     if not values or any(v is None or v == -1 for v in values):
-        raise ValueError(f"split {split} has rows without a label in {column}")
+        raise ValueError(f"split {split} has rows without a label in {column}: remove them, or choose another split")
     if not named and not all(isinstance(v, (int, str)) for v in values):
         raise ValueError(f"the labels in {column} of split {split} must be classes, got {type(values[0]).__name__}")
     own = tuple(feature.names if named else map(str, sorted(set(values))))
@@ -191,7 +191,7 @@ def _labels(
 
 
 def _held_out(splits: dict, chosen: dict, label: str | None, classes: tuple[str, ...], data: str):
-    "Return the split to evaluate on and its targets; None where there is none and none is needed."
+    "Return the split to evaluate on and its targets; (None, None) if there is none and there are no labels."
     if "val" in chosen:
         _split(splits, chosen["val"], "val", data)
         return chosen["val"], _labels(splits, chosen["val"], label, classes)[1]
@@ -212,7 +212,7 @@ def _held_out(splits: dict, chosen: dict, label: str | None, classes: tuple[str,
 
 
 def _rows(table, split: str, column: str, targets: Tensor) -> Rows:
-    "Return the rows of a split, with the image column alone, not decoded."
+    "Return the rows of a split, with the column of the encoded images only."
     with optional_import():
         import datasets
     table = table.with_format(None).select_columns([column]).cast_column(column, datasets.Image(decode=False))

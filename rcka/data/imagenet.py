@@ -31,7 +31,7 @@ __all__ = ['Files', 'list_files', 'decode', 'chance', 'transforms', 'Decoder', '
 
 # %% ../../nbs/method/05c_imagenet.ipynb #f13eb81e
 class Files(NamedTuple):
-    "The image files of a part of a dataset."
+    "The image files of the training or test part of a dataset."
 
     folder: Path
     names: np.ndarray  # bytes (N,), CLASS/FILE below the folder
@@ -45,7 +45,7 @@ class Files(NamedTuple):
         return os.path.join(self.folder, os.fsdecode(self.names[i]))
 
     def decode(self, i: int) -> Tensor:  # uint8 (3, H, W)
-        "Decode image `i` to RGB. Raises whatever a decoder raises for a broken file."
+        "Decode image `i` to RGB. Raises the decoder's error for a broken file."
         return decode(self.path(i))
 
     def digest(self) -> str:
@@ -53,25 +53,29 @@ class Files(NamedTuple):
         return listing(self.folder, map(self.path, range(len(self))))
 
     def keep(self, some: Tensor) -> Files:
-        "Return the files of these indices, or of this mask."
+        "Return the files selected by indices or a mask."
         return Files(self.folder, self.names[some.numpy()], self.targets[some])
 
 
 def list_files(
     folder: Path,  # with a folder for each class
 ) -> tuple[tuple[str, ...], Files]:  # classes in alphabetical order, and their images
-    "List the class folders and the images in them. Raises ValueError where there are none."
+    "Return the class folders and the images in them. Raises ValueError if there are none."
     classes = class_folders(folder)
     if not classes:
         lying = sum(map(_is_image, os.listdir(folder))) if folder.is_dir() else 0
         raise ValueError(
-            f"{folder} has no class folders; expected {folder.name}/WNID/*.JPEG"
-            + (f". {lying} images lie in it unsorted: move each into the folder of its class" if lying else "")
+            f"{folder} has no class folders: put the images into {folder.name}/WNID/*.JPEG"
+            + (
+                f". It has {lying} images outside of class folders: move each into the folder of its class"
+                if lying
+                else ""
+            )
         )
     with ThreadPoolExecutor(16) as pool:
         found = list(
             pool.map(lambda c: sorted(filter(_is_image, os.listdir(folder / c))), classes)
-        )  # threads: disks on a network wait
+        )  # threads, since network file systems are slow to answer
     check_images(folder, dict(zip(classes, found)))
     names = np.array([os.fsencode(f"{c}/{name}") for c, names in zip(classes, found) for name in names])
     targets = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(names) for names in found]))
@@ -85,7 +89,7 @@ def _is_image(name: str) -> bool:
 def decode(
     path: str | Path | EncodedImages,  # an image file, or its content
 ) -> Tensor:  # uint8 (3, H, W)
-    "Decode an image to RGB. Raises whatever a decoder raises for a broken file."
+    "Decode an image to RGB. Raises the decoder's error for a broken file."
     in_memory = isinstance(path, EncodedImages)
     try:
         from torchvision.io import ImageReadMode, decode_image
@@ -95,13 +99,13 @@ def decode(
         if image.dim() == 3 and image.dtype == torch.uint8:
             return image
     except (ImportError, RuntimeError, ValueError):
-        pass  # Pillow reads it, or says what is wrong with it
+        pass  # Pillow may read it, and raises an error if it cannot
     return torch.from_numpy(np.array(open_image(path if in_memory else str(path), None))).permute(2, 0, 1)
 
 # %% ../../nbs/method/05c_imagenet.ipynb #9fbdc190
 @contextlib.contextmanager
 def chance(*key):
-    "Seed torch's random numbers by `key` inside the context; restore their state after it."
+    "Seed torch's random numbers by `key` within the context, and restore their state afterwards."
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed_of(*key))  # torch.manual_seed takes 200 times as long
     try:
@@ -111,10 +115,10 @@ def chance(*key):
 
 
 def transforms(
-    size: int,  # pixels of a side
-    train: bool,  # random crop and flip; else a resize of the shorter side to 8/7 of `size`, and the centre
+    size: int,  # height and width of the crop
+    train: bool,  # random crop and flip; False: resize the shorter side to 8/7 of `size`, centre crop
 ):  # from uint8 (3, H, W) to uint8 (3, size, size)
-    "Make the augmentation of the paper: RandomResizedCrop and flip; or, at 224, resize to 256 and centre crop."
+    "Return the paper's transforms: RandomResizedCrop and flip in training; in evaluation, at 224, resize to 256 and centre crop."
     from torchvision.transforms import v2
 
     if train:
@@ -123,16 +127,16 @@ def transforms(
 
 
 class Decoder(torch.utils.data.Dataset):
-    "Decodes the images of a step, from files to one tensor; runs in the worker processes."
+    "Dataset for the `DataLoader` whose items are whole steps: the decoded images in one tensor. Runs in the worker processes."
 
     def __init__(self, files: Files, size: int, train: bool, seed: int, skip_broken: bool):
         self.files, self.size, self.train, self.seed, self.skip_broken = files, size, train, seed, skip_broken
         self.transform = transforms(size, train)
 
     def __getitem__(self, step: tuple[int | list[int], list[int]]) -> tuple[Tensor, list[int], list[str]]:
-        """Decode (epoch, indices): return images uint8 (B, 3, size, size), their indices, and messages on broken files.
+        """Decode (epoch, indices): return images uint8 (B, 3, size, size), their indices, and messages about broken files.
 
-        A list in place of the epoch says which stored augmentation each image has."""
+        A list instead of the epoch holds the number of the stored augmentation of each image."""
         drawn, indices = step
         images, found, broken = [], [], []
         for at, i in enumerate(indices):
@@ -150,25 +154,25 @@ class Decoder(torch.utils.data.Dataset):
         )
 
     def _one(self, key: tuple, i: int, broken: list[str]) -> tuple[Tensor | None, int]:
-        "Decode image `i`, or, in training with `skip_broken`, the next whole one; return it and its index."
+        "Decode image `i`, or, in training with `skip_broken`, the next intact one; return it and its index."
         for j in range(i, i + 100 if self.train and self.skip_broken else i + 1):
             j %= len(self.files)
             try:
                 with chance(*key, j):
                     return self.transform(self.files.decode(j)), j
-            except Exception as err:  # decoders raise whatever they like
+            except Exception as err:  # decoders raise many kinds of errors
                 broken.append(f"{self.files.path(j)} ({type(err).__name__}: {' '.join(str(err).split())[-120:]})")
         return None, i
 
 # %% ../../nbs/method/05c_imagenet.ipynb #13fc0fd0
 def default_workers() -> int:
-    "Return the number of cores for this process: those it may use, divided among the processes of the machine."
+    "Return the number of cores that this process may use, divided by the number of processes on the machine."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 # %% ../../nbs/method/05c_imagenet.ipynb #12b3c65e
 class _Steps:
-    "Sampler of the data loader: iterates over `plan`, which is set before each epoch."
+    "Sampler of the data loader: yields the steps of `plan`, which is set before each epoch."
 
     def __init__(self):
         self.plan = None
@@ -178,17 +182,17 @@ class _Steps:
 
 
 def _ignore_interrupt(worker: int):
-    "Ignore Ctrl-C, which reaches the workers too: the main process saves first, then ends them."
+    "Ignore Ctrl-C in a worker: the main process, which gets it as well, saves first and then ends the workers."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _identity(x):
-    "Return what a worker decoded as it is; a function of the module, so that it can be pickled."
+    "Return the argument: a collate function that can be pickled."
     return x
 
 
 def _loader(decoder: Decoder, steps: _Steps, workers: int, pinned: bool) -> DataLoader:
-    "Make the data loader, whose workers stay from one epoch to the next."
+    "Return the data loader, with workers that persist between epochs."
     more = dict(persistent_workers=True, prefetch_factor=2, worker_init_fn=_ignore_interrupt) if workers else {}
     return DataLoader(
         decoder,
@@ -199,15 +203,14 @@ def _loader(decoder: Decoder, steps: _Steps, workers: int, pinned: bool) -> Data
         pin_memory=pinned,
         generator=torch.Generator(),
         **more,
-    )  # a generator of its own: the global one belongs to the training loop
+    )  # its own generator, since the global one belongs to the training loop
 
 
 def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
-    "Raise ValueError for broken images, or with `skip_broken` warn of those that are not in `known`, once each."
+    "Raise ValueError for broken images; with `skip_broken` warn once of each that is not in `known` yet."
     if lost and skip_broken:
         raise ValueError(
-            f"{len(broken)} images in sequence cannot be decoded, the last of them {broken[-1]}; "
-            "is this the right folder?"
+            f"{len(broken)} consecutive images cannot be decoded, the last one {broken[-1]}; is this the right folder?"
         )
     if not skip_broken:
         raise ValueError(
@@ -215,7 +218,7 @@ def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
         )
     for what in broken:
         if what not in known:
-            warnings.warn(f"passed over, since it cannot be decoded: {what}", stacklevel=2)
+            warnings.warn(f"skipped an image that cannot be decoded: {what}", stacklevel=2)
     known.update(broken)
 
 
@@ -223,7 +226,7 @@ def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
 def _own_sigchld():
     """Restore the handler of SIGCHLD that a data loader replaces.
 
-    Its handler raises wherever the program is when a worker dies; without it the loader raises at the next batch."""
+    The loader's handler raises at an arbitrary line when a worker dies; without it the loader raises at the next batch."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
@@ -237,8 +240,8 @@ def _own_sigchld():
 class FileBatches(Batches):
     """Batches of images from files.
 
-    `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`, whatever the number of workers.
-    Raises ValueError for a broken image (see `skip_broken`), `BatchesFailed` where a worker process died."""
+    `epoch(e, start=k)` yields exactly the batches of epoch `e` from step `k` on, for any number of workers. Raises
+    ValueError for a broken image (see `skip_broken`), `BatchesFailed` if a worker process dies."""
 
     def __init__(
         self,
@@ -246,16 +249,15 @@ class FileBatches(Batches):
         batch_size: int,
         mean: tuple[float, ...],  # by channel, of pixels in [0, 1]
         std: tuple[float, ...],  # by channel, of pixels in [0, 1]
-        size: int,  # pixels of a side
+        size: int,  # height and width of the crops
         device: str | torch.device = "cpu",
-        train: bool = True,  # shuffled and augmented; else in order, all images, their centres
+        train: bool = True,  # shuffled and augmented; False: all images in order, centre crops
         seed: int = 0,
-        workers: int | None = None,  # processes that decode; 0 decodes in this one; None: see `default_workers`
-        skip_broken: bool = False,  # warn of a broken image and take the next (training) or leave it out (evaluation)
+        workers: int | None = None,  # number of decoding processes; 0: decode in this one; None: see `default_workers`
+        skip_broken: bool = False,  # warn of a broken image and take the next one (training) or skip it (evaluation)
         dtype: torch.dtype = torch.float32,  # of the images in a batch; normalisation is in float32
         channels_last: bool = False,  # memory format of the images in a batch
-        views: int
-        | None = None,  # training: each image in one of so many stored augmentations; None: a new one each time
+        views: int | None = None,  # training: number of stored augmentations of each image; None: a new one each time
     ):
         workers = default_workers() if workers is None else workers
         check_whole(1, batch_size=batch_size, size=size)
@@ -265,13 +267,14 @@ class FileBatches(Batches):
         self._keep_views(views, train)
         if views and skip_broken:
             raise ValueError(
-                "views and skip_broken exclude each other: the teacher would not know which images are broken"
+                f"views={views} cannot be used with skip_broken=True, since stored outputs belong to fixed images: repair or "
+                "remove the broken files, or train without views"
             )
         self.images, self.targets, self.device = files, files.targets.to(device), torch.device(device)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
         self.batch_size, self.train, self.size, self.seed, self.workers = batch_size, train, size, seed, workers
         self.dtype, self.memory_format = dtype, torch.channels_last if channels_last else torch.contiguous_format
-        self.skip_broken, self.broken = skip_broken, set()  # what was broken so far
+        self.skip_broken, self.broken = skip_broken, set()  # broken images found so far
         self._steps, self._loader, self._turn = _Steps(), None, 0
 
     def _epoch(self, e: int, start: int) -> Iterator[Batch]:
@@ -292,10 +295,13 @@ class FileBatches(Batches):
                 )
             yield as_shard(self._to_device(images, index), len(step), self.train)
             if turn != self._turn:
-                raise RuntimeError("another epoch of these batches was begun; its workers cannot do two at once")
+                raise RuntimeError(
+                    "another epoch of the same batches was started, but the workers can decode one at a time: finish an epoch "
+                    "first, or create a second FileBatches"
+                )
 
     def _decoded(self, steps: list[tuple]):
-        "Iterate over the decoded shard of this process of each step, in order: (epoch, indices), or (views, indices)."
+        "Yield this process's decoded shard of each step, given as (epoch, indices) or (views, indices)."
 
         def own(x):
             return x[shard_rows(len(x), self.train)].tolist() if isinstance(x, Tensor) else x
@@ -309,18 +315,20 @@ class FileBatches(Batches):
                 results = iter(self._loader)
             yield from results
         except Exception as err:
-            self._loader = None  # the end of one worker is the end of all; the next epoch starts new ones
+            self._loader = None  # all workers end with one; the next epoch starts new ones
             if not self.workers:
                 raise
             raise BatchesFailed(
                 f"a worker process that decodes images died ({type(err).__name__}{f': {err}' if str(err) else ''}); "
-                f"it may have been killed for lack of memory: try fewer than workers={self.workers}"
+                f"it may have run out of memory: try fewer than workers={self.workers}"
             ) from err
 
     def view(self, k: int, steps: list[Tensor]) -> Iterator[Tensor]:
-        "Iterate over images in their `k`-th stored augmentation, normalised, a batch for each tensor of indices."
+        "Yield normalised images in their `k`-th stored augmentation, a batch for each tensor of indices."
         if world_size() > 1:
-            raise ValueError("stored augmentations of files are decoded in one process: run this once without torchrun")
+            raise ValueError(
+                f"stored augmentations of files must be decoded in one process, got {world_size()}: run this once without torchrun"
+            )
         self._turn += 1
         for images, _, broken in self._decoded([(torch.full_like(index, k), index) for index in steps]):
             if broken:
@@ -336,7 +344,7 @@ class FileBatches(Batches):
         return Batch(self.normalize(images.to(self.device, non_blocking=True)), self.targets[rows], rows)
 
     def identity(self) -> dict:
-        "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
+        "Return the properties of the batches that determine a result, as plain values by name."
         drawn = {"batch_size": self.batch_size, "seed": self.seed, "views": self.views} if self.train else {}
         kept = {name: getattr(self, name) for name in ("size", "skip_broken", "mean", "std", "dtype")}
         return identity_of([self.images.digest(), self.targets], **drawn, **kept)
@@ -344,13 +352,13 @@ class FileBatches(Batches):
 # %% ../../nbs/method/05c_imagenet.ipynb #f12cc4c8
 @dataclass(frozen=True, eq=False, repr=False)
 class FileDataset:
-    "A dataset in files, with the constants of its normalisation; like `Dataset`, but its images stay on the disk."
+    "A dataset in files with the constants of its normalisation: like `Dataset`, but its images stay on disk."
 
     name: str
     train: Files
     test: Files
     classes: tuple[str, ...]  # a name for each target
-    size: int = 224  # pixels of a side, as the network sees them
+    size: int = 224  # height and width of the network's images
     skip_broken: bool = False
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # torchvision's, by channel, of pixels in [0, 1]
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -379,7 +387,7 @@ class FileDataset:
     def batches(
         self,
         batch_size: int | None = None,  # None: 256
-        train: bool = True,  # training images, shuffled and augmented; or test images in order
+        train: bool = True,  # training images, shuffled and augmented; False: test images in order
         **kwargs,  # device, seed, workers, dtype, channels_last: see `FileBatches`
     ) -> FileBatches:
         "Return batches of this dataset, with its own normalisation and augmentation."
@@ -395,17 +403,17 @@ class FileDataset:
 
 # %% ../../nbs/method/05c_imagenet.ipynb #38119dfe
 def load_imagenet(
-    path: str | Path = "imagenet",  # of train/WNID and val/WNID: absolute, below the root or the working directory
+    path: str | Path = "imagenet",  # folder of train/ and val/: absolute, below the root or the working directory
     root: str | Path | None = None,  # the folder with the datasets; see `data_root`
     limit: int | None = None,  # number of training images to keep, the first of each class
     test_limit: int | None = None,  # number of test images to keep
-    size: int = 224,  # pixels of a side; evaluation resizes to 8/7 of it first
+    size: int = 224,  # height and width of the crops; evaluation resizes to 8/7 of it first
     val: str = "val",  # the folder to evaluate on; "train" evaluates on the training images
     skip_broken: bool = False,  # skip images that cannot be decoded, with a warning
 ) -> FileDataset:
     """Load ImageNet, or any dataset in its layout: train/WNID/*.JPEG and val/WNID/*.JPEG, with the same WNIDs.
 
-    Raises FileNotFoundError or ValueError for a folder that is missing or of another layout."""
+    Raises FileNotFoundError for a missing folder, ValueError for another layout."""
     base = _base(path, data_root(root))
     if not (base / val).is_dir():
         raise FileNotFoundError(
@@ -425,7 +433,7 @@ def load_imagenet(
 
 
 def _base(path: str | Path, root: Path) -> Path:
-    "Find the folder of a dataset, below the root or the working directory. Raises FileNotFoundError."
+    "Return the folder of a dataset, below the root or the working directory. Raises FileNotFoundError if it is missing."
     path = Path(path).expanduser()
     places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
     base = next((p for p in places if (p / "train").is_dir()), None)

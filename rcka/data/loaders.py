@@ -19,7 +19,7 @@ __all__ = ['LoadedBatches', 'LoaderData', 'is_function', 'function_name', 'open_
 
 # %% ../../nbs/method/05i_loaders.ipynb #b2d16f06
 class LoadedBatches(LoaderBatches):
-    "Batches of a loader whose normalisation is known, or not (None)."
+    "Batches of a loader, with the mean and std of its normalisation if they are known."
 
     mean: Tensor | None = None  # (channels, 1, 1)
     std: Tensor | None = None
@@ -29,15 +29,15 @@ class LoadedBatches(LoaderBatches):
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
     def identity(self) -> dict:
-        "Return what is known of what decides a result: the targets, the number of batches, the seed and the normalisation."
+        "Return the known properties that determine a result: targets, number of batches, seed and normalisation."
         return identity_of([len(self), self.targets], seed=self.seed, mean=self.mean, std=self.std)
 
 
 @dataclass(frozen=True, eq=False)
 class LoaderData:
-    "Training and validation images from two loaders, with what `Dataset` says of its own."
+    "Training and validation images from two loaders: like `Dataset`, but with loaders instead of tensors."
 
-    name: str  # of the function they come from
+    name: str  # of the function that returned the loaders
     loaders: tuple[Any, Any]  # training, validation
     classes: tuple[str, ...]  # a name for each target; empty without labels
     shape: tuple[int, int, int]  # of an image
@@ -52,7 +52,7 @@ class LoaderData:
 
     def batches(
         self,
-        batch_size: int | None = None,  # is the loader's
+        batch_size: int | None = None,  # ignored: the loader has its own
         train: bool = True,
         device: str | torch.device = "cpu",
         seed: int = 0,  # of the random numbers that the loader draws in this process
@@ -65,17 +65,17 @@ class LoaderData:
 
 # %% ../../nbs/method/05i_loaders.ipynb #b2d16f08
 def is_function(data) -> bool:
-    "Return whether data is given as `package.module:function`."
+    "Return whether `data` has the form `package.module:function`."
     found = re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*", str(data))
     return bool(found) and found[1] not in ("imagefolder", "imagenet", "coco")
 
 
 def function_name(function: Callable) -> str:
-    "Return `package.module:function` of a function, which is how a run is found again. Raises ValueError for one without a name."
+    "Return the name `package.module:function` of a function, by which a run is resumed. Raises ValueError for a lambda or local function."
     name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", "")
     if not is_function(f"{module}:{name}"):
         raise ValueError(
-            f"data must be a function with a name in a module, so that a run can be read again; got {function!r}"
+            f"data must be a function at the top level of a module, so that a run can be resumed; got {function!r}"
         )
     return f"{module}:{name}"
 
@@ -83,10 +83,10 @@ def function_name(function: Callable) -> str:
 def open_loaders(
     path: str,  # "package.module:function"
 ) -> LoaderData:
-    """Call a function that returns two loaders, and perhaps a dict of `classes`, `mean` and `std`.
+    """Call a function that returns two loaders, and optionally a dict of `classes`, `mean` and `std`.
 
-    Raises TypeError for what are no loaders, batches or images, ValueError for images and targets that do not fit,
-    ImportError without the module."""
+    Raises TypeError if these are not loaders of images, ValueError if images and targets do not fit, ImportError if the
+    module is missing."""
     found = import_function(path)()
     extra = found[2] if isinstance(found, (tuple, list)) and len(found) == 3 else {}
     if not isinstance(found, (tuple, list)) or len(found) not in (2, 3) or not isinstance(extra, dict):
@@ -98,7 +98,7 @@ def open_loaders(
         if key not in ("classes", "mean", "std"):
             raise ValueError(nearest(key, ("classes", "mean", "std"), f"key of what {path} returns"))
     if (extra.get("mean") is None) != (extra.get("std") is None):
-        raise ValueError(f"{path} must say both mean and std, or neither; got {sorted(extra)}")
+        raise ValueError(f"{path} must return both mean and std, or neither; got {sorted(extra)}")
     train, val = (as_batches(loader, torch.device("cpu")) for loader in found[:2])
     if not (isinstance(train, LoaderBatches) and isinstance(val, LoaderBatches)):
         raise TypeError(f"{path} must return two DataLoaders, got {_describe(found)}")
@@ -112,7 +112,7 @@ def open_loaders(
             f"{path}: training images are {tuple(images.shape[1:])}, validation images {tuple(held_out[0].shape[1:])}; they must agree"
         )
     if (targets is None) != (held_out[1] is None):
-        raise ValueError(f"{path}: targets come from one loader and not from the other")
+        raise ValueError(f"{path}: only one of the loaders yields targets: both must yield them, or neither")
     mean, std = (_constants(extra.get(key), key, images.shape[1], path) for key in ("mean", "std"))
     classes = () if targets is None else _classes(extra.get("classes"), train, targets, path)
     for values, who in ((targets, "training"), (held_out[1], "validation")):
@@ -130,7 +130,7 @@ def _describe(found) -> str:
 
 
 def _first_batch(batches: LoaderBatches, who: str) -> tuple[Tensor, Tensor | None]:
-    "Return images and targets of the first batch. Raises TypeError or ValueError, naming the loader, for images that cannot be trained on."
+    "Return the images and targets of the first batch. Raises TypeError or ValueError, naming the loader, for invalid images."
     if len(batches) == 0:
         raise ValueError(f"{who} has no batches; is its dataset smaller than batch_size with drop_last=True?")
     with torch.random.fork_rng(devices=[]):
@@ -145,12 +145,14 @@ def _first_batch(batches: LoaderBatches, who: str) -> tuple[Tensor, Tensor | Non
         )
     if len(images) < 4:
         raise ValueError(
-            f"{who} has {len(images)} image(s) in its first batch, too few to compare: at least 4 are needed"
+            f"{who} has {len(images)} image(s) in its first batch, too few to compare: use batches of at least 4"
         )
     if not images.isfinite().all():
-        raise ValueError(f"{who} yields images that are not finite")
+        raise ValueError(f"{who} yields images with NaN or infinity: check its transforms")
     if targets is not None and len(targets) != len(images):
-        raise ValueError(f"{who}: {len(images)} images but {len(targets)} targets")
+        raise ValueError(
+            f"{who} must yield a target for each image, got {len(images)} images and {len(targets)} targets"
+        )
     return images, targets
 
 
@@ -166,7 +168,7 @@ def _constants(values, name: str, channels: int, path: str) -> tuple[float, ...]
 
 
 def _classes(given, train: LoaderBatches, targets: Tensor, path: str) -> tuple[str, ...]:
-    "Return the names of the classes: those given, or what the dataset says of them."
+    "Return the names of the classes: those given, or else those of the dataset or its targets."
     if given is None:
         dataset = getattr(train.loader, "dataset", None)
         while isinstance(dataset, torch.utils.data.Subset):
@@ -178,7 +180,7 @@ def _classes(given, train: LoaderBatches, targets: Tensor, path: str) -> tuple[s
         given = range(targets.shape[1])
     if given is None:
         raise ValueError(
-            f"{path} does not say which classes there are, and its dataset has neither `classes` nor `targets`: return "
+            f"the classes of {path} are unknown, since its dataset has neither `classes` nor `targets`: return "
             "(train, val, {'classes': [...]})"
         )
     classes = tuple(map(str, given))
@@ -197,5 +199,5 @@ def _check_targets(targets: Tensor, classes: int, who: str, soft: bool):
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:
         raise ValueError(
-            f"{who} yields targets {low} to {high}, and there are {classes} classes: they must be 0 to {classes - 1}"
+            f"{who} yields targets {low} to {high}, but there are {classes} classes: targets must be 0 to {classes - 1}"
         )

@@ -32,9 +32,11 @@ def _check_images(images: Tensor, targets: Tensor, name: str, num_classes: int |
         got = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"{name} targets must be an int64 tensor (N,), got {got}")
     if 0 in images.shape:
-        raise ValueError(f"{name} images are empty: their shape is {tuple(images.shape)}")
+        raise ValueError(f"{name} images must not be empty, got shape {tuple(images.shape)}")
     if len(images) != len(targets):
-        raise ValueError(f"{name}: {len(images)} images but {len(targets)} targets")
+        raise ValueError(
+            f"{name}: there must be a target for each image, got {len(images)} images and {len(targets)} targets"
+        )
     low, high = targets.min().item(), targets.max().item()
     if low < 0 or (num_classes is not None and high >= num_classes):
         upto = "or more" if num_classes is None else f"to {num_classes - 1}"
@@ -43,7 +45,7 @@ def _check_images(images: Tensor, targets: Tensor, name: str, num_classes: int |
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    "A dataset in memory, with the constants of its normalisation and the augmentation that suits it."
+    "A dataset in memory, with the constants of its normalisation and of its augmentation."
 
     name: str
     train_images: Tensor  # uint8 (N, C, H, W)
@@ -53,9 +55,9 @@ class Dataset:
     classes: tuple[str, ...]  # a name for each target
     mean: tuple[float, ...]  # by channel, of pixels in [0, 1]
     std: tuple[float, ...]  # by channel, of pixels in [0, 1]
-    pad: int = 4  # random crop: how many pixels an image may move
-    flip: bool = True  # whether a mirrored image is still of its class
-    evaluated_on: str = "test"  # what the test part holds; "validation": images held out of the training part
+    pad: int = 4  # padding of the random crop in pixels
+    flip: bool = True  # whether training images may be flipped horizontally
+    evaluated_on: str = "test"  # "test", or "validation" if the test part holds images held out of the training images
 
     def __post_init__(self):
         for part in ("train", "test"):
@@ -68,7 +70,7 @@ class Dataset:
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError(
                 f"{self.name}: training images are {tuple(self.train_images.shape[1:])}, "
-                f"test images {tuple(self.test_images.shape[1:])}; they must agree"
+                f"test images {tuple(self.test_images.shape[1:])}; they must have the same shape"
             )
 
     def __repr__(self):
@@ -92,13 +94,13 @@ class Dataset:
     def batches(
         self,
         batch_size: int | None = None,  # None: 64 for training; for evaluation 125 on a CPU, 500 elsewhere
-        train: bool = True,  # training images, shuffled and augmented; or test (or validation) images in order
+        train: bool = True,  # training images, shuffled and augmented; False: test (or validation) images in order
         **kwargs,  # device, seed, dtype, channels_last, pad, flip: see `Batches`
     ) -> Batches:
         "Return batches of this dataset, with its own normalisation and augmentation."
         part = "train" if train else "test"
         on_cpu = torch.device(kwargs.get("device", "cpu")).type == "cpu"
-        evaluation = 125 if on_cpu else 500  # activations of larger batches leave the cache of a CPU
+        evaluation = 125 if on_cpu else 500  # the activations of larger batches exceed the cache of a CPU
         return Batches(
             getattr(self, f"{part}_images"),
             getattr(self, f"{part}_targets"),
@@ -113,16 +115,14 @@ class Dataset:
 # %% ../../nbs/method/05_data.ipynb #598c1a66
 def balanced_slice(
     targets: Tensor,  # int64 (N,)
-    limit: int,  # how many to keep
+    limit: int,  # number of samples to keep
     name: str = "limit",  # what to call it in an error
-) -> Tensor:  # int64 (limit,): indices in rising order
-    """Choose the first samples of each class, `limit` in all; the numbers of two classes differ by one at most.
+) -> Tensor:  # int64 (limit,): indices in ascending order
+    """Return the indices of the first samples of each class, `limit` in all; numbers of samples by class differ by at most one.
 
     Raises ValueError unless 1 <= limit <= N."""
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= len(targets):
-        raise ValueError(
-            f"{name} must be a whole number from 1 to {len(targets)}, the number of images there are; got {limit!r}"
-        )
+        raise ValueError(f"{name} must be an integer from 1 to {len(targets)}, the number of images; got {limit!r}")
     order = torch.argsort(targets, stable=True)  # class by class, in file order
     counts = torch.bincount(targets)
     turn = torch.arange(len(targets)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
@@ -130,7 +130,7 @@ def balanced_slice(
 
 
 def limited(data: Dataset, limit: int | None, test_limit: int | None) -> Dataset:
-    "Return the dataset with so many training and test images, by `balanced_slice`; None keeps all."
+    "Return the dataset with `limit` training and `test_limit` test images, chosen by `balanced_slice`; None keeps all."
     if limit is not None:
         keep = balanced_slice(data.train_targets, limit, "limit")
         data = replace(data, train_images=data.train_images[keep], train_targets=data.train_targets[keep])
@@ -143,16 +143,16 @@ def limited(data: Dataset, limit: int | None, test_limit: int | None) -> Dataset
 def validation_split(
     targets: Tensor,  # int64 (N,), of the training images
     fraction: float,  # of each class, between 0 and 1
-    seed: int = 0,  # of this choice only
-) -> Tensor:  # bool (N,): the validation images
-    """Choose a class-balanced validation part.
+    seed: int = 0,  # of the split
+) -> Tensor:  # bool (N,): True for validation images
+    """Return a class-balanced validation split.
 
-    Of each class in order, these are the first round(fraction * n) of a random permutation of its n members. Raises
-    ValueError where a class would have no training or no validation images."""
+    Of the n images of a class, the first round(fraction * n) of a random permutation are for validation. Raises ValueError
+    if a class would have no training or no validation images."""
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise ValueError(f"val_fraction must be a number between 0 and 1, got {fraction!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"val_seed must be a whole number, got {seed!r}")
+        raise ValueError(f"val_seed must be an integer, got {seed!r}")
     g = torch.Generator().manual_seed(seed_of("validation", seed))
     chosen = torch.zeros(len(targets), dtype=torch.bool)
     for c in range(int(targets.max()) + 1):
@@ -162,14 +162,14 @@ def validation_split(
             part = "validation" if n == 0 else "training"
             raise ValueError(
                 f"val_fraction={fraction} leaves class {c}, of {len(members)} training images, without {part} images; "
-                f"choose a fraction that gives each class one or more in both parts"
+                f"give a fraction that leaves each class at least one image in both parts"
             )
         chosen[members[torch.randperm(len(members), generator=g)[:n]]] = True
     return chosen
 
 
 def with_validation(data: Dataset, fraction: float, seed: int) -> Dataset:
-    "Return the dataset with validation images in place of the test images, and the rest of the training images."
+    "Return the dataset with a validation split in place of the test images; the other training images remain."
     chosen = validation_split(data.train_targets, fraction, seed)
     return replace(
         data,
@@ -184,7 +184,7 @@ def with_validation(data: Dataset, fraction: float, seed: int) -> Dataset:
 def channel_stats(
     images: Tensor,  # uint8 (N, C, H, W)
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean and standard deviation by channel, four decimals
-    "Compute mean and standard deviation of all pixels in [0, 1]. A channel that is constant gets the deviation 1."
+    "Compute the mean and standard deviation of all pixels in [0, 1]; a constant channel gets standard deviation 1."
     value = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for c in range(images.shape[1]):
@@ -197,13 +197,13 @@ def channel_stats(
 
 # %% ../../nbs/method/05_data.ipynb #2b3b0306
 def _check_normalisation(mean, std, channels: int, dtype: torch.dtype):
-    "Raise ValueError or TypeError for constants by which images cannot be normalised."
+    "Raise ValueError or TypeError for a mean, std or dtype with which images cannot be normalised."
     if not (len(mean) == len(std) == channels) or not all(
         math.isfinite(m) and 0 < s < math.inf for m, s in zip(mean, std)
     ):
         raise ValueError(
             f"mean and std must have a finite number for each of {channels} channel(s), std positive; "
-            f"got {tuple(mean)} and {tuple(std)}"
+            f"got mean={tuple(mean)} and std={tuple(std)}"
         )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
@@ -218,7 +218,7 @@ class _Draws(NamedTuple):
 
 
 def draw_epoch(n: int, pad: int, flip: bool, seed: int, epoch: int) -> _Draws:
-    "Draw the random choices of an epoch. They depend on the arguments alone, not on the device."
+    "Return the random choices of an epoch, which depend on the arguments alone, not on the device."
     g = torch.Generator().manual_seed(seed_of(seed, epoch))
     order = torch.randperm(n, generator=g)
     offsets = torch.randint(0, 2 * pad + 1, (2, n), generator=g)
@@ -226,7 +226,7 @@ def draw_epoch(n: int, pad: int, flip: bool, seed: int, epoch: int) -> _Draws:
 
 
 def draw_view(n: int, pad: int, flip: bool, k: int) -> tuple[Tensor, Tensor]:
-    "Draw the `k`-th stored augmentation of each image: offsets (2, N) and flips (N,). No other seed is in it."
+    "Return the `k`-th stored augmentation of each image: offsets (2, N) and flips (N,). It depends on no other seed."
     g = torch.Generator().manual_seed(seed_of("view", k))
     offsets = torch.randint(0, 2 * pad + 1, (2, n), generator=g)
     return offsets, torch.rand(n, generator=g) < (0.5 if flip else 0)
@@ -236,9 +236,9 @@ def crop_flip(
     images: Tensor,  # (B, C, H, W)
     pad: int,  # black pixels added on each side
     offsets: Tensor,  # int64 (2, B): top and left of each crop in the padded image, 0 to 2 pad
-    flips: Tensor,  # bool (B,): whether the crop is mirrored, left to right
+    flips: Tensor,  # bool (B,): whether the crop is flipped horizontally
 ) -> Tensor:  # (B, C, H, W)
-    "Pad each image, crop it back to its size at its own offset, and mirror it or not: one gather for the batch."
+    "Pad each image, crop it to its size at its own offset, and flip it where `flips` is True, with one gather for the batch."
     b, c, h, w = images.shape
     row, col = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
     rows = (offsets[0, :, None] + row) * (w + 2 * pad)  # (B, H)
@@ -248,15 +248,15 @@ def crop_flip(
 
 # %% ../../nbs/method/05_data.ipynb #d1a7c0df
 def identity_of(
-    content: list,  # what `digest` takes: tensors, or a `listing`
-    **settings,  # that decide the batches, as plain values; those that are None are left out
+    content: list,  # values for `digest`: tensors, or a `listing`
+    **settings,  # that change the batches; None values are left out
 ) -> dict:
-    "Return what of batches decides a result, as plain values by name: the hash of the content, and the settings."
+    "Return the properties of batches that determine a result, as plain values by name: a hash of the content, and the settings."
     return {"content": digest(content)} | {name: _plain(v) for name, v in settings.items() if v is not None}
 
 
 def _plain(value):
-    "Return a value as checkpoints and JSON can hold it."
+    "Return a value in a form that checkpoints and JSON can store."
     if isinstance(value, Tensor):
         return value.flatten().tolist()
     if isinstance(value, tuple):
@@ -265,12 +265,12 @@ def _plain(value):
 
 # %% ../../nbs/method/05_data.ipynb #f9b48083
 class Batches:
-    """Batches of a dataset that lies on the device.
+    """Batches of a dataset that is stored on the device.
 
-    `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`. Raises TypeError or ValueError for
-    images, targets or settings that do not fit."""
+    `epoch(e, start=k)` yields exactly the batches of epoch `e` from step `k` on. Raises TypeError or ValueError for invalid
+    images, targets or settings."""
 
-    smallest = 4  # an incomplete last training batch of fewer images is left out
+    smallest = 4  # an incomplete last training batch with fewer images is dropped
 
     def __init__(
         self,
@@ -280,15 +280,14 @@ class Batches:
         mean: tuple[float, ...],  # by channel, of pixels in [0, 1]
         std: tuple[float, ...],  # by channel, of pixels in [0, 1]
         device: str | torch.device = "cpu",
-        train: bool = True,  # shuffled and augmented; else in order, all images, as they are
-        pad: int = 4,  # training: width of the black border on each side before the random crop
-        flip: bool = True,  # training: mirror every second image, at random
+        train: bool = True,  # shuffled and augmented; False: all images in order, not augmented
+        pad: int = 4,  # training: zero padding on each side before the random crop
+        flip: bool = True,  # training: random horizontal flip
         seed: int = 0,
         dtype: torch.dtype = torch.float32,  # of the images in a batch; normalisation is in float32
         channels_last: bool = False,  # memory format of the images in a batch
-        num_classes: int | None = None,  # if given, targets must be below
-        views: int
-        | None = None,  # training: each image in one of so many stored augmentations; None: a new one each time
+        num_classes: int | None = None,  # if given, targets must be less
+        views: int | None = None,  # training: number of stored augmentations of each image; None: a new one each time
     ):
         _check_images(images, targets, "training" if train else "evaluation", num_classes)
         check_whole(1, batch_size=batch_size)
@@ -306,7 +305,9 @@ class Batches:
         if views is not None:
             check_whole(1, views=views)
             if not train:
-                raise ValueError("views are for training: images of an evaluation are not augmented")
+                raise ValueError(
+                    f"views={views} is for training, since images of an evaluation are not augmented: leave views out"
+                )
         self.views = views
 
     def __len__(self) -> int:
@@ -316,11 +317,11 @@ class Batches:
 
     @property
     def samples(self) -> int:
-        "The number of images in an epoch, those left out not counted."
+        "The number of images in an epoch, without those of a dropped last batch."
         return min(len(self) * self.batch_size, len(self.images))
 
     def epoch(self, e: int = 0, start: int = 0) -> Iterator[Batch]:
-        "Iterate over the batches of epoch `e` from step `start` on. Random choices depend on the seed and `e` alone."
+        "Yield the batches of epoch `e` from step `start` on. Random choices depend on the seed and `e` alone."
         check_epoch(e, start, len(self))
         return self._epoch(e, start)
 
@@ -341,38 +342,38 @@ class Batches:
             yield Batch(self.normalize(images), self.targets[order[now]], order[now])
 
     def view_at(self, e: int) -> Tensor:  # int64 (N,) on the CPU, in [0, views)
-        """Return which stored augmentation each image has in epoch `e`.
+        """Return the number of the stored augmentation that each image has in epoch `e`.
 
-        Every image goes through all of them in turn, from a first one that the seed draws."""
+        Every image cycles through all of them; the seed determines the first one."""
         g = torch.Generator().manual_seed(seed_of("views", self.seed))
         return (torch.randint(0, self.views, (len(self.images),), generator=g) + e) % self.views
 
     def _views_at(self, e: int) -> tuple[Tensor, Tensor]:
-        "Offsets and flips of the images in epoch `e`, in the order of the dataset."
+        "Return the offsets and flips of the images in epoch `e`, in the order of the dataset."
         view, n = self.view_at(e), len(self.images)
         offsets, flips = zip(*(draw_view(n, self.pad, self.flip, k) for k in range(self.views)))
         every = torch.arange(n)
         return torch.stack(offsets)[view, :, every].T, torch.stack(flips)[view, every]
 
     def view(self, k: int, steps: list[Tensor]) -> Iterator[Tensor]:
-        "Iterate over images in their `k`-th stored augmentation, normalised, a batch for each tensor of indices."
+        "Yield normalised images in their `k`-th stored augmentation, a batch for each tensor of indices."
         offsets, flips = (t.to(self.images.device) for t in draw_view(len(self.images), self.pad, self.flip, k))
         for index in steps:
             index = index.to(self.images.device)
             yield self.normalize(crop_flip(self.images[index], self.pad, offsets[:, index], flips[index]))
 
     def view_identity(self) -> dict:
-        "Return what decides the stored augmentations, as plain values by name; neither the seed nor their number does."
+        "Return the properties that determine the stored augmentations, as plain values by name: not the seed, nor their number."
         kept = {"pad": self.pad, "flip": self.flip, "mean": self.mean, "std": self.std, "dtype": self.dtype}
         return identity_of([self.images, self.targets], **kept)
 
     def normalize(self, images: Tensor) -> Tensor:
-        "Normalise uint8 (B, C, H, W) to the same of `dtype`: as torchvision's ToTensor and Normalize, to the bit."
+        "Normalise uint8 images (B, C, H, W), bit for bit as torchvision's ToTensor and Normalize, and convert them to `dtype`."
         images = images.float().div_(255).sub_(self.mean).div_(self.std)
         return images.to(self.dtype).contiguous(memory_format=self.memory_format)
 
     def identity(self) -> dict:
-        "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
+        "Return the properties of the batches that determine a result, as plain values by name."
         drawn = {"batch_size": self.batch_size, "seed": self.seed, "pad": self.pad, "flip": self.flip}
         drawn["views"] = self.views
         return identity_of(

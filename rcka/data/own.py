@@ -24,11 +24,11 @@ __all__ = ['open_data', 'held_out_images']
 # %% ../../nbs/method/05f_own.ipynb #35e3cf50
 def open_data(
     data: str | Path,  # a folder, a name of `list_datasets()`, "hfds/NAME" of the hub, or "package.module:function"
-    size: int = 224,  # pixels of a side at which images from files are cropped
-) -> Dataset | FileDataset | LoaderData:  # with 0 classes where nobody labelled the images
-    """Open images to distil on; see `open_hub` and `open_loaders` for what is neither a name nor a folder of images.
+    size: int = 224,  # height and width of the crops of images from files
+) -> Dataset | FileDataset | LoaderData:  # with 0 classes if there are no labels
+    """Open images to distil on: by name, from a folder, from the hub (`open_hub`) or from loaders (`open_loaders`).
 
-    Raises ValueError or FileNotFoundError for what is not there or cannot be trained on, with what to do."""
+    Raises FileNotFoundError or ValueError, with what to do, for data that is missing or cannot be trained on."""
     if str(data) in KNOWN:
         return load_dataset(str(data))
     folder = Path(data).expanduser()
@@ -41,11 +41,11 @@ def open_data(
             raise FileNotFoundError(
                 f"there is no folder {folder}: data is a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or a name of `rcka datasets`"
             )
-        return load_dataset(str(data))  # says which names there are
+        return load_dataset(str(data))  # raises an error with the known names
     if not (folder / "train").is_dir():
         raise ValueError(
-            f"{folder} has no folder train/: put the images as train/CLASS/*.jpg and val/CLASS/*.jpg, or as train/*.jpg "
-            "where nobody labelled them"
+            f"{folder} has no folder train/: put the images into train/CLASS/*.jpg and val/CLASS/*.jpg, or without labels "
+            "into train/*.jpg"
         )
     if not class_folders(folder / "train"):
         part = next((p for p in ("test", "val") if (folder / p).is_dir()), None)
@@ -55,11 +55,11 @@ def open_data(
     return _trainable(found)
 
 
-_LEAST = 8  # images of a part without labels: debiased CKA needs four, and a batch some more
+_LEAST = 8  # images for training and held out, without labels: debiased CKA needs four
 
 
 def _unlabelled(folder: Path, part: str | None, size: int) -> FileDataset:
-    "Return the images of a folder without labels; without val/ or test/ every tenth is held out."
+    "Return the images of a folder without labels. If there is no val/ or test/, every tenth image is held out."
     train = _files(folder / "train")
     if part:
         held_out = _files(folder / part)
@@ -71,12 +71,12 @@ def _unlabelled(folder: Path, part: str | None, size: int) -> FileDataset:
 
 
 def _trainable(data: FileDataset) -> FileDataset:
-    "Return the dataset. Raises ValueError for one class, and without labels for too few images."
+    "Return the dataset if it can be trained on. Raises ValueError for a single class, or without labels for too few images."
     if data.num_classes == 1:
         raise ValueError(f"{data.name} has one class, {data.classes[0]}: a classifier needs two or more")
     for where, files in (("to train on", data.train), ("to hold out", data.test)):
         if not data.num_classes and len(files) < _LEAST:
-            raise ValueError(f"{data.name} has {len(files)} images {where} and needs {_LEAST} or more")
+            raise ValueError(f"{data.name} has {len(files)} images {where}: give {_LEAST} or more")
     return data
 
 
@@ -89,13 +89,13 @@ def _files(folder: Path) -> Files:
 # %% ../../nbs/method/05f_own.ipynb #290dbddf
 def held_out_images(
     data: Dataset | FileDataset | LoaderData,
-    n: int,  # as many, or all where there are fewer
-    size: int | None = None,  # pixels of a side of images from files; None: those of `data`
+    n: int,  # number of images, or all if there are fewer
+    size: int | None = None,  # height and width of images from files; None: those of `data`
     mean: tuple[float, ...]
-    | None = None,  # of the normalisation, by channel; None: that of `data`. Loaders have theirs
+    | None = None,  # of the normalisation, by channel; None: that of `data`. Ignored for loaders
     std: tuple[float, ...] | None = None,
 ) -> Tensor:  # (n, channels, height, width), normalised
-    "Return the first held-out images of each class, of a loader simply the first, as a network sees them."
+    "Return the first held-out images of each class as the network's input; of a loader the first images of any class."
     if isinstance(data, LoaderData):
         found, batches = 0, []
         for batch in data.batches(train=False).epoch(0):

@@ -49,18 +49,18 @@ CITYSCAPES = {  # label id: class, in the order of the train ids
     32: "motorcycle",
     33: "bicycle",
 }
-UNKNOWN = 254  # the class of ids that no label file may hold
+UNKNOWN = 254  # class of invalid ids
 
 
 def label_table(
     num_classes: int = 19,
-    train_ids: bool = False,  # the file holds train ids already
-):  # numpy uint8 (256,): the class of each byte, IGNORED, or UNKNOWN
-    "Return the classes that the bytes of a label file stand for."
+    train_ids: bool = False,  # the file has train ids instead of label ids
+):  # numpy uint8 (256,): the class of each id, IGNORED, or UNKNOWN
+    "Return the table that maps the bytes of a label file to classes."
     import numpy as np
 
     table = np.full(256, UNKNOWN, np.uint8)
-    table[IGNORED] = IGNORED  # in label ids, where the licence plate has -1, too
+    table[IGNORED] = IGNORED  # also for label ids, where the licence plate has -1
     if train_ids:
         table[:num_classes] = np.arange(num_classes)
     else:
@@ -74,7 +74,7 @@ def list_scenes(
     folder: Path,  # PATH
     part: str,  # "train" or "val"
 ) -> list[tuple[Path, Path]]:  # images and their masks
-    "List the images of a part with their masks, by name. Raises FileNotFoundError for a missing one, with its path."
+    "Return the images of a part with their masks, sorted by name. Raises FileNotFoundError, with the path, for a missing one."
     images = sorted((folder / "leftImg8bit" / part).glob("*/*_leftImg8bit.*"))
     if not images:
         raise FileNotFoundError(
@@ -95,14 +95,13 @@ def list_scenes(
             missing.append(f"{stem}_gtFine_labelIds.png")
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(images)} images in {part} have no mask; "
-            f"the first that is missing is {missing[0]} (or labelTrainIds)"
+            f"{len(missing)} of {len(images)} images in {part} have no mask: add them, first {missing[0]} (or labelTrainIds)"
         )
     return pairs
 
 
 def check_sizes(pairs: list[tuple[Path, Path]], size: tuple[int, int] | None = None) -> tuple[int, int]:
-    "Return (H, W) of all images and masks. Raises ValueError, with the file, for one that differs or cannot be read."
+    "Return the common (H, W) of all images and masks. Raises ValueError, with the file, for another size or an unreadable file."
     from PIL import Image
 
     for path in (p for pair in pairs for p in pair):
@@ -110,13 +109,15 @@ def check_sizes(pairs: list[tuple[Path, Path]], size: tuple[int, int] | None = N
             with Image.open(path) as im:
                 width, height = im.size
         except Exception as error:
-            raise ValueError(f"{path} is no image that can be read ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{path} cannot be read as an image ({type(error).__name__}: {error}): repair or remove it"
+            ) from None
         if size is None:
             size = (height, width)
         elif size != (height, width):
             raise ValueError(
-                f"{path} has {height} x {width} pixels and those before it {size[0]} x {size[1]}: "
-                "images and masks must have one size"
+                f"{path} has {height} x {width} pixels, but those before it {size[0]} x {size[1]}: "
+                "resize all images and masks to the same size"
             )
     if size is None:
         raise ValueError("pairs is empty: give at least one image and its mask")
@@ -127,7 +128,7 @@ def read_scene(
     pair: tuple[Path, Path],  # image and mask
     num_classes: int = 19,
 ):  # numpy uint8 (H, W, 3) and (H, W): RGB, and classes with IGNORED
-    "Decode an image and its mask. Raises ValueError, with the file, for a broken one and for unknown label ids."
+    "Decode an image and its mask. Raises ValueError, with the file, for a broken file and for unknown label ids."
     import numpy as np
     from PIL import Image
 
@@ -140,14 +141,14 @@ def read_scene(
     except Exception as error:
         raise ValueError(f"{image} or {mask} cannot be decoded ({type(error).__name__}: {error})") from None
     if mode not in ("L", "P"):
-        raise ValueError(f"{mask} has the mode {mode}: a mask has one byte a pixel, the id of its label")
+        raise ValueError(f"{mask} has mode {mode}, but a mask must have one byte per pixel, the label id (mode L or P)")
     classes = label_table(num_classes, mask.name.endswith("labelTrainIds.png"))[ids]
     if (classes == UNKNOWN).any():
         unknown = sorted(set(ids[classes == UNKNOWN].tolist()))
         highest = num_classes - 1 if mask.name.endswith("labelTrainIds.png") else 33
         raise ValueError(
-            f"{mask} holds ids that are no labels: {', '.join(map(str, unknown[:5]))}"
-            f"{' and more' if len(unknown) > 5 else ''}; labels are 0 to {highest}, and 255"
+            f"{mask} has unknown label ids: {', '.join(map(str, unknown[:5]))}"
+            f"{' and more' if len(unknown) > 5 else ''}; ids must be 0 to {highest}, or 255"
         )
     return rgb, classes
 
@@ -156,13 +157,13 @@ def window(
     images: Tensor,  # float (B, C, H, W)
     masks: Tensor,  # uint8 (B, H, W)
     scale: Tensor,  # (B,)
-    corner: Tensor,  # (2, B): top and left of each crop, from 0 to 1 over the offsets that fit into the scaled image
+    corner: Tensor,  # (2, B): top and left of each crop, as fractions of the offsets possible in the scaled image
     flip: Tensor,  # bool (B,)
     crop: tuple[int, int],  # (h, w)
 ) -> tuple[Tensor, Tensor]:  # (B, C, h, w) and int64 (B, h, w)
-    "Cut crops out of scaled images and masks; zero and IGNORED outside of the image."
+    "Crop scaled images and masks; pixels outside of an image are 0 and IGNORED."
     size, device = images.shape[-2:], images.device
-    places = []  # (B, h) and (B, w): where the crop's rows and columns are, in pixels of the image, edges at 0 and H
+    places = []  # (B, h) and (B, w): positions of the crop's rows and columns in pixels of the image, edges at 0 and H
     for axis, (n, full, where) in enumerate(zip(crop, size, corner)):
         i = torch.arange(n, device=device).expand(len(scale), n)
         if axis == 1:
@@ -178,34 +179,36 @@ def window(
 
 # %% ../../nbs/method/05e_scenes.ipynb #0bdcaa9a
 class SceneReader:
-    "Reads images and masks as bytes onto the device, and keeps them there where they fit into `memory`."
+    "Reader of images and masks as bytes on the device, which holds all of them there if they fit into `memory`."
 
     def __init__(
         self,
-        pairs: list[tuple[Path, Path]],  # images and masks of one size
+        pairs: list[tuple[Path, Path]],  # images and masks, all of the same size
         num_classes: int,
         device: str | torch.device,
-        memory: float,  # GB that decoded images may take on the device
+        memory: float,  # maximum GB for decoded images on the device
     ):
         self.pairs, self.num_classes, self.device = pairs, num_classes, torch.device(device)
         self.size = check_sizes(pairs[:1])
-        gigabytes = 4e-9 * len(pairs) * self.size[0] * self.size[1]  # three bytes a pixel of an image, one of a mask
+        gigabytes = (
+            4e-9 * len(pairs) * self.size[0] * self.size[1]
+        )  # per pixel three bytes of the image and one of the mask
         self.held = self.decode(range(len(pairs))) if gigabytes <= memory else None
 
     def decode(self, index) -> tuple[Tensor, Tensor]:
-        "Decode the images and masks of these indices: uint8 (n, 3, H, W) and (n, H, W)."
+        "Return the decoded images uint8 (n, 3, H, W) and masks (n, H, W) of these indices."
         import numpy as np
 
         if not len(index):
             images = torch.empty(0, 3, *self.size, dtype=torch.uint8, device=self.device)
-            return images, images[:, 0]  # of several processes, one has no rows of a small batch
+            return images, images[:, 0]  # a process may have no rows of a small batch
         with ThreadPoolExecutor() as pool:
             found = list(pool.map(partial(read_scene, num_classes=self.num_classes), [self.pairs[i] for i in index]))
         images, masks = (torch.from_numpy(np.stack(part)).to(self.device, non_blocking=True) for part in zip(*found))
         return images.permute(0, 3, 1, 2), masks
 
     def read(self, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        "Iterate over the images and masks of each index; the next is decoded while one is used."
+        "Yield the images and masks of each tensor of indices; the next one is decoded meanwhile."
         if self.held is not None:
             yield from ((self.held[0][i], self.held[1][i]) for i in (index.to(self.device) for index in indices))
         elif indices:
@@ -223,44 +226,44 @@ class SceneBatch(NamedTuple):
 
     images: Tensor  # (B, 3, h, w) normalised
     targets: Tensor  # int64 (B, h, w): classes, and IGNORED
-    index: Tensor  # int64 (B,): which images of the dataset these are
+    index: Tensor  # int64 (B,): positions of the images in the dataset
 
 
 class SceneBatches:
     """Batches of images and masks.
 
-    `epoch(e, start=k)` yields exactly what a whole epoch `e` would from step `k`. Raises ValueError for settings that
-    do not fit, and for images or masks that cannot be read."""
+    `epoch(e, start=k)` yields exactly the batches of epoch `e` from step `k` on. Raises ValueError for invalid settings,
+    and for images or masks that cannot be read."""
 
-    smallest = 2  # a last training batch with fewer images for a process is left out: batch norm of a vector needs two
+    smallest = 2  # a last training batch with fewer images per process is dropped: batch norm of vectors needs two
 
     def __init__(
         self,
-        pairs: list[tuple[Path, Path]],  # images and masks of one size
+        pairs: list[tuple[Path, Path]],  # images and masks, all of the same size
         num_classes: int,
         batch_size: int,
         device: str | torch.device = "cpu",
-        train: bool = True,  # shuffled, scaled, cropped and mirrored; else in order, whole
-        crop: tuple[int, int] | None = (512, 1024),  # training: (h, w); None is the whole size
-        scales: tuple[float, float] = (0.5, 2.0),  # training: random scale, uniform
-        flip: bool = True,  # training: mirror every second image, at random
+        train: bool = True,  # shuffled, scaled, cropped and flipped; False: whole images in order
+        crop: tuple[int, int] | None = (512, 1024),  # training: (h, w); None: the whole size
+        scales: tuple[float, float] = (0.5, 2.0),  # training: range of the uniform random scale
+        flip: bool = True,  # training: random horizontal flip
         seed: int = 0,
-        memory: float = 8.0,  # GB that decoded images may take on the device
+        memory: float = 8.0,  # maximum GB for decoded images on the device
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),  # by channel, of pixels in [0, 1]: ImageNet's
     ):
         for name, value, parts in (("batch_size", batch_size, [batch_size]), ("crop", crop, crop or ())):
             if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in parts):
-                raise ValueError(f"{name} must be positive whole numbers, got {value!r}")
+                raise ValueError(f"{name} must be a positive integer (crop: two of them), got {value!r}")
         if not 0 < scales[0] <= scales[1]:
-            raise ValueError(f"scales must be (least, most), both positive; got {scales}")
+            raise ValueError(f"scales must be (low, high) with 0 < low <= high, got {scales}")
         if train and len(pairs) < min(batch_size, self.smallest):
-            raise ValueError(f"{len(pairs)} image(s) make no training batch: at least {self.smallest} are needed")
+            raise ValueError(f"got {len(pairs)} image(s), too few for a training batch: give at least {self.smallest}")
         each = self.smallest * world_size()
         if train and world_size() > 1 and min(batch_size, len(pairs)) < each:
             raise ValueError(
-                f"batch_size must be at least {each} for {world_size()} processes, with as many images; "
-                f"got {batch_size} and {len(pairs)}"
+                f"batch_size and the number of images must be at least {each} for {world_size()} processes; got "
+                f"batch_size={batch_size} and {len(pairs)} images"
             )
         self.reader = SceneReader(pairs, num_classes, device, memory)
         self.num_classes, self.batch_size, self.train = num_classes, batch_size, train
@@ -274,11 +277,11 @@ class SceneBatches:
 
     @property
     def samples(self) -> int:
-        "The number of images in an epoch, those left out not counted."
+        "The number of images in an epoch, without those of a dropped last batch."
         return min(len(self) * self.batch_size, len(self.reader.pairs))
 
     def epoch(self, e: int = 0, start: int = 0) -> Iterator[SceneBatch]:
-        "Iterate over the batches of epoch `e` from step `start` on. Random choices depend on the seed and `e` alone."
+        "Yield the batches of epoch `e` from step `start` on. Random choices depend on the seed and `e` alone."
         check_epoch(e, start, len(self))
         n, device = len(self.reader.pairs), self.reader.device
         g = torch.Generator().manual_seed(seed_of(self.seed, e))
@@ -288,7 +291,7 @@ class SceneBatches:
         draws = scale, torch.stack([top, left]), flip < (0.5 if self.flip else 0)
         scale, corner, flip = (t.to(device) for t in draws)
         steps = [torch.arange(n)[k * self.batch_size : (k + 1) * self.batch_size] for k in range(start, len(self))]
-        own = [step[shard_rows(len(step), self.train)] for step in steps]  # a process decodes its shards alone
+        own = [step[shard_rows(len(step), self.train)] for step in steps]  # each process decodes its own shards
         for step, now, (images, masks) in zip(steps, own, self.reader.read([order[now] for now in own])):
             images = images.float().div_(255).sub_(self.mean).div_(self.std)
             if self.train:
@@ -297,7 +300,7 @@ class SceneBatches:
             yield as_shard(SceneBatch(images, masks.long(), order[now].to(device)), len(step), self.train)
 
     def identity(self) -> dict:
-        "Return what decides a result that is trained or evaluated on these batches, as plain values by name."
+        "Return the properties of the batches that determine a result, as plain values by name."
         pairs = self.reader.pairs
         content = [listing(pairs[0][0].parents[3], (path for pair in pairs for path in pair))]
         names = ("batch_size", "seed", "flip", "crop", "scales") if self.train else ()
@@ -312,7 +315,7 @@ class Scenes:
     train: list[tuple[Path, Path]]  # images and masks
     val: list[tuple[Path, Path]]
     classes: tuple[str, ...]
-    size: tuple[int, int]  # (H, W) of all of them
+    size: tuple[int, int]  # (H, W) of all images
 
     def __repr__(self):
         parts = f"{len(self.train)} training and {len(self.val)} validation images"
@@ -343,7 +346,7 @@ def load_scenes(
 ) -> Scenes:
     """Open a folder in the layout of Cityscapes.
 
-    Raises FileNotFoundError for a missing folder, image or mask, ValueError for sizes that differ."""
+    Raises FileNotFoundError for a missing folder, image or mask, ValueError for images of different sizes."""
     kind, _, path = str(name).partition(":")
     if kind != "cityscapes":
         raise ValueError(nearest(str(name), ["cityscapes", "cityscapes:PATH"], "segmentation dataset"))
@@ -361,15 +364,15 @@ def load_scenes(
         wrong = [m for _, m in (*train, *val) if not m.name.endswith("labelTrainIds.png")]
         if wrong:
             raise ValueError(
-                f"{names} names classes, which is for masks with train ids; but {wrong[0]} is not called labelTrainIds"
+                f"{names} needs masks with train ids, but {wrong[0]} is not called labelTrainIds: rename the masks, or remove {names.name}"
             )
         if not 2 <= len(classes) < UNKNOWN:
-            raise ValueError(f"{names} must name 2 to {UNKNOWN - 1} classes, one a line; it names {len(classes)}")
+            raise ValueError(f"{names} must name 2 to {UNKNOWN - 1} classes, one per line; it has {len(classes)}")
     return Scenes(str(name), train, val, classes, check_sizes([*train, *val]))
 
 # %% ../../nbs/method/05e_scenes.ipynb #5d2a9c71
 def draw_scenes(
-    folder: Path,  # made if missing; the layout is that of Cityscapes
+    folder: Path,  # created if missing, in the layout of Cityscapes
     part: str,  # "train" or "val"
     n: int,  # number of scenes
     size: tuple[int, int] = (48, 80),  # (H, W) in pixels
@@ -396,13 +399,13 @@ def draw_scenes(
 # %% ../../nbs/method/05e_scenes.ipynb #73d0be91
 def scenes_from_boxes(
     source: str | Path,  # a folder with train2017/, val2017/ and annotations/instances_*2017.json, in COCO's layout
-    out: str | Path,  # the folder to make, in the layout of Cityscapes
+    out: str | Path,  # the folder to create, in the layout of Cityscapes
     classes: list[str],  # names of categories; all others are "background"
-    size: tuple[int, int] = (160, 208),  # (H, W) of the images and masks: resized to cover it, and cut to the middle
+    size: tuple[int, int] = (160, 208),  # (H, W) of images and masks, resized to cover it and centre-cropped
 ) -> Path:  # `out`
-    """Make a segmentation dataset of images with a box of these classes: masks are painted boxes, the largest first.
+    """Create a segmentation dataset from images with boxes of these classes: the masks are filled boxes, the largest first.
 
-    Raises ValueError for a class that is no category."""
+    Raises ValueError for a class that is not a category."""
     from PIL import Image, ImageDraw, ImageOps
 
     source, out = Path(source), Path(out)

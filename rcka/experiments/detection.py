@@ -59,11 +59,11 @@ class BoxConfig(DataConfig):
     dataset: str = "coco"  # a folder in COCO's layout, absolute or below the data root
     size: tuple | int | None = None  # shorter side, or a range to draw from; None: 800, for FCOS 640 to 800
     max_size: int = 1333  # longer side, at most
-    flip: bool = True
+    flip: bool = True  # mirror half of the training images
     negatives: bool = False  # train on images without boxes too
     skip_broken: bool = False  # leave out images that cannot be read, instead of an error
-    train_split: str = "train2017"
-    test_split: str = "val2017"
+    train_split: str = "train2017"  # folder of the training images, and name of their annotations
+    test_split: str = "val2017"  # of the test images, likewise
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ class DetectionExperiment(BoxConfig, BaseExperiment):
     watch: int | None = None  # patch size at which the similarity of each level is recorded along training
     # the detectors
     backbone_weights: str | None = None  # of the student: a file, or a name such as "IMAGENET1K_V1", which downloads
-    teacher_backbone_weights: str | None = None
+    teacher_backbone_weights: str | None = None  # of the teacher, likewise
     norm: str = "frozen"  # "frozen" batch statistics; "batch" or "group" for detectors without pretrained weights
-    trainable_layers: int | None = None
-    channels: int = 256
-    head_convs: int = 4  # FCOS
+    trainable_layers: int | None = None  # number of stem and stages, from the end; None: 3 with weights, else all 5
+    channels: int = 256  # of the feature pyramid
+    head_convs: int = 4  # number of convolutions in the heads of FCOS
 
     def __post_init__(self):
         for name, known in (("detector", DETECTORS), ("norm", NORMS)):

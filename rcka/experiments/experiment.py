@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -31,6 +31,7 @@ from rcka.experiments.result import (
     git_commit,
     lock_run,
     package_versions,
+    remove_unused,
     runs_root,
 )
 from ..files import data_root, listing
@@ -43,8 +44,8 @@ from ..train.learner import RunsFailed, Trainer, fit_many
 from ..train.teacher_cache import BUDGET, TeacherCache
 
 # %% auto #0
-__all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'check_network', 'resolved_args', 'RunConfig', 'TrainFields',
-           'TeacherConfig', 'DataConfig', 'without_teacher', 'BaseExperiment', 'of_imagenet', 'paper_lr',
+__all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'check_network', 'resolved_args', 'check_types', 'RunConfig',
+           'TrainFields', 'TeacherConfig', 'DataConfig', 'without_teacher', 'BaseExperiment', 'of_imagenet', 'paper_lr',
            'images_below', 'ImageConfig', 'Experiment', 'torchvision_teacher', 'run', 'find_or_train', 'make_cache',
            'make_trainer', 'save_result', 'report_found', 'run_many', 'groups_of', 'check_group_fields']
 
@@ -83,6 +84,8 @@ def resolved_args(
             if given:  # 16 and 16.0 are one value
                 as_float = isinstance(parameter.default, float) and type(given[0]) is int
                 value = float(given[0]) if as_float else given[0]
+                if isinstance(value, str) and isinstance(parameter.default, (int, float)):
+                    raise ValueError(f"{full} of method {method!r} must be a number, got {value!r}")
             elif parameter.default is not parameter.empty:
                 value = parameter.default
             else:
@@ -97,6 +100,32 @@ def resolved_args(
     return found
 
 
+_TYPE_NAMES: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    tuple: "a list, as [1, 2]",
+    list: "a list, as [1, 2]",
+    dict: "a dict, as {'weight': 4}",
+    type(None): "null",
+}
+
+
+def check_types(values: dict, hints: dict):
+    "ValueError for a value that is not of the type its field has; `hints` are types, as int or float | None."
+    for name, value in values.items():
+        kinds = [get_origin(kind) or kind for kind in get_args(hints[name]) or [hints[name]]]
+        wider = {float: (float, int), tuple: (tuple, list), list: (tuple, list)}
+        if isinstance(value, bool):  # which Python counts among the integers
+            fits = bool in kinds
+        else:
+            fits = any(isinstance(value, wider.get(kind, kind)) for kind in kinds)
+        if not fits:
+            expected = " or ".join(_TYPE_NAMES.get(kind) or kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     "What is trained, from what and by which method."
@@ -106,7 +135,7 @@ class RunConfig:
     teacher: str | None = None  # None with method "none"
     method: str = "none"  # a name of `list_methods()`, or several with a plus
     method_args: dict | None = None  # as for `create_method`; None: the defaults, or the published ones for this pair
-    seed: int = 0
+    seed: int = 0  # of initial weights, connectors and what a method draws; of the images too where data_seed is None
 
 
 @dataclass(frozen=True)
@@ -138,7 +167,7 @@ class TeacherConfig:
 
     teacher: str | None = None  # None with method "none"
     teacher_weights: str | None = None  # a checkpoint to load instead of training one
-    teacher_seed: int = 0
+    teacher_seed: int = 0  # of the run that trains the teacher
     teacher_epochs: int | None = None  # None: as many as the student
     teacher_lr: float | None = None  # None: the student's
 
@@ -148,10 +177,10 @@ class DataConfig:
     "The images and their batches."
 
     dataset: str = ""
-    batch_size: int = 16
+    batch_size: int = 16  # number of images, over all devices
     data_seed: int | None = None  # of order and augmentation of the images; None: `seed`. Runs with one can be grouped
-    train_limit: int | None = None  # number of images
-    test_limit: int | None = None
+    train_limit: int | None = None  # number of training images; None: all
+    test_limit: int | None = None  # number of test images; None: all
 
 
 def without_teacher(values: dict) -> dict:
@@ -182,11 +211,14 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
 
     @classmethod
     def from_dict(cls, values: dict):
-        "Make an experiment from what `to_dict` returned. Raises ValueError, with the near names, for an unknown field."
+        """Make an experiment from what `to_dict` returned.
+
+        Raises ValueError for an unknown field, with the near names, and for a value of another type than its field's."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
                 raise ValueError(nearest(name, known, "field of an experiment"))
+        check_types(values, get_type_hints(cls))
         return cls(**values)
 
     @classmethod
@@ -369,7 +401,7 @@ class ImageConfig(DataConfig):
     "The images of a classifier."
 
     dataset: str = "digits"  # a name of `list_datasets()`, or imagefolder:PATH, or imagenet:PATH
-    batch_size: int = 64
+    batch_size: int = 64  # number of images, over all devices
     val_fraction: float | None = None  # evaluate on this part of the training images; None: on the test images
     image_size: int | None = None  # pixels of a side; None: 224 of imagenet, as they are of an image folder
     evaluate_on: str | None = None  # imagenet: "train" evaluates on the training images, for a folder without val/
@@ -394,9 +426,8 @@ class Experiment(ImageConfig, BaseExperiment):
     # `teacher_weights` may be a name too: of torchvision's, or of those of the package
     teacher_cache: int | None = None  # keep its outputs for so many augmentations an image; None: run it on every batch
     teacher_projection: int | None = None  # and so many numbers of a feature, for methods that see relations only
-    # module paths of the features, for networks whose feature paths are not known
-    student_paths: tuple | None = None
-    teacher_paths: tuple | None = None
+    student_paths: tuple | None = None  # module paths of its features, for a network whose feature paths are not known
+    teacher_paths: tuple | None = None  # of the teacher's, likewise
 
     def __post_init__(self):
         self._resolve(example="resnet32x4; list_models() has them all")
@@ -459,8 +490,15 @@ class Experiment(ImageConfig, BaseExperiment):
         return train, data.batches(train=False, **how)
 
     def network(self, name: str, data, start: bool = True) -> torch.nn.Module:
-        "Return a network for the data, with random weights."
-        return create_model(name, num_classes=data.num_classes, in_channels=data.shape[0])
+        "Return a network for the data, with random weights. Raises ValueError where it cannot take the images."
+        model = create_model(name, num_classes=data.num_classes, in_channels=data.shape[0])
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, *data.shape))  # in eval mode nothing of the network changes
+        except Exception as error:
+            size = " x ".join(map(str, data.shape))
+            raise ValueError(f"{name} cannot take images of {size}, those of {self.dataset}: {error}") from error
+        return model.train()
 
     def evaluate(self, network: torch.nn.Module, test: Batches) -> dict:
         "Return top-1 and top-5 accuracy in per cent."
@@ -533,13 +571,15 @@ def run(
 def find_or_train(experiment, root, folder, device, progress, options) -> tuple[Result, bool]:
     "Return the result of an experiment, and whether it was there already."
     first = rank() == 0
-    if first:
-        claim_folder(folder, experiment)
-    barrier()
-    if result := find_result(experiment, folder, root):
-        return result, True
-    with lock_run(folder) if first else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
         if first:
+            stack.enter_context(remove_unused(folder))
+            claim_folder(folder, experiment)
+        barrier()
+        if result := find_result(experiment, folder, root):
+            return result, True
+        if first:
+            stack.enter_context(lock_run(folder))
             claim_folder(folder, experiment)  # again, now that nobody else can
         barrier()
         if result := find_result(experiment, folder, root):
@@ -631,7 +671,7 @@ def run_many(
     if world_size() > 1:
         raise RuntimeError("run_many works in one process; started in several, use run for each experiment")
     folders = {root / e.key: e for e in experiments}
-    with contextlib.ExitStack() as locks:
+    with remove_unused(*folders), contextlib.ExitStack() as locks:
         for folder in sorted(folders):  # everybody locks in the same order, so that no two wait for each other
             claim_folder(folder, folders[folder])
             locks.enter_context(lock_run(folder))

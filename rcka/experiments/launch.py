@@ -4,21 +4,27 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from ..core import BatchesFailed
 from ..distributed import rank
-from .experiment import BaseExperiment, run
+from .experiment import BaseExperiment, report_found, run
+from .result import Result, runs_root
 from ..files import FolderBusy
 from ..train.callbacks import NonFiniteLoss
+from ..train.config import TrainConfig
 from ..train.learner import OutOfMemory, Stopped
 
 # %% auto #0
-__all__ = ['KINDS', 'kind_of', 'make_parser', 'parse', 'main']
+__all__ = ['KINDS', 'kind_of', 'field_comments', 'make_parser', 'parse', 'main']
 
 # %% ../../nbs/method/07d_launch.ipynb #412524cf
 def _value(text: str):
@@ -43,6 +49,26 @@ def kind_of(args: list[str] | None) -> type[BaseExperiment]:
     return getattr(import_module(module), name)
 
 
+def _device(text: str) -> str:
+    "Return the name of a device that is there."
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"no device {text!r}: give cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():  # which does not start CUDA
+        raise argparse.ArgumentTypeError("there is no CUDA device here: give cpu")
+    return text
+
+
+def field_comments(kind: type[BaseExperiment]) -> dict[str, str]:
+    "Return the comments beside the fields of an experiment in the source; where it has none, those of `TrainConfig`."
+    found: dict[str, str] = {}
+    for cls in (TrainConfig, *reversed(kind.__mro__)):
+        if is_dataclass(cls):
+            found |= re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M)
+    return found
+
+
 def make_parser(kind: type[BaseExperiment], program: str) -> argparse.ArgumentParser:
     "Return the parser of the options for experiments of a kind."
     parser = argparse.ArgumentParser(
@@ -58,18 +84,19 @@ def make_parser(kind: type[BaseExperiment], program: str) -> argparse.ArgumentPa
         help="what is trained (default: classification); the fields below are those of that kind",
     )
     group = parser.add_argument_group("fields of the experiment", "Values are read as JSON, else as text.")
+    comments = field_comments(kind)
     for f in fields(kind):
         group.add_argument(
             f"--{f.name}",
             type=_value,
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=f"{f.type}, default {f.default}",
+            help=f"{comments[f.name]} ({f.type}, default {f.default})".replace("%", "%%"),
         )
     how = parser.add_argument_group("how to run it, which changes no result")
     how.add_argument("--root", help="folder of all runs (default: RCKA_RUNS, else runs/)")
     how.add_argument("--folder", help="folder of this run (default: named by its key, under root)")
-    how.add_argument("--device", help="cpu or cuda (default: CUDA where there is one)")
+    how.add_argument("--device", type=_device, help="cpu or cuda (default: CUDA where there is one)")
     how.add_argument(
         "--checkpoint_seconds", type=float, help="time between two checkpoints, lost when the process is killed (60)"
     )
@@ -116,7 +143,12 @@ def main(args: list[str] | None = None, program: str = "python -m rcka.train") -
     "Run the command line of one experiment; return the exit code."
     try:
         experiment, options = parse(args, program)
+        teacher = experiment.teacher_experiment if not experiment.teacher_weights else None
+        trained = runs_root(options.get("root")) / teacher.key / "result.json" if teacher else Path()
+        there = trained.is_file()
         result = run(experiment, **options)
+        if there:
+            report_found(trained.parent, Result.load(trained))
     except Stopped as e:
         print(f"stopped: {e}", file=sys.stderr)
         return 1 if e.signum is None else 128 + e.signum

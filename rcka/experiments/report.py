@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .experiment import Experiment
+from .experiment import Experiment, of_imagenet
 from .result import Result, published, runs_root
 from ..extras import optional_import
 from ..files import as_csv
 from ..methods import BUILT_IN
+from ..methods.features import UNPUBLISHED
 from ..style import RC, line_styles
 
 # %% auto #0
@@ -94,9 +95,13 @@ def published_cell(
     student: str,
     method: str,  # "none" is the student alone, "teacher" the teacher; "rcka_released" stands beside the paper's RCKA
 ) -> PublishedCell:
-    "Find the printed numbers by our names of networks and methods; all None where the tables have no such cell."
+    """Find the printed numbers by our names of networks and methods; all None where the tables have no such cell.
+
+    The numbers printed as ICKD-C are those of `kd+ickd_c`, which is what its authors ran, and not of `ickd_c` alone."""
     if dataset not in ("cifar100", "imagenet"):
         return PublishedCell()
+    if "ickd_c" in (parts := method.split("+")):
+        method = "ickd_c" if sorted(parts) == ["ickd_c", "kd"] else ""
     for row in published(dataset):
         if row["student"] != plain_name(student) or (teacher and row["teacher"] != plain_name(teacher)):
             continue
@@ -110,11 +115,12 @@ def published_cell(
 
 def disagreements(dataset: str = "cifar100") -> list[dict]:
     "Rows of a published table where another source prints another number than the paper, or one where the paper has a dash."
+    ours = {"ICKD-C": "kd+ickd_c"}
     return [
         {"teacher": r["teacher"], "student": r["student"], "method": r["method"]} | cell._asdict()
         for r in published(dataset)
         if (
-            cell := published_cell(dataset, r["teacher"], r["student"], r["method"].lower().replace("-", "_"))
+            cell := published_cell(dataset, r["teacher"], r["student"], ours.get(r["method"], plain_name(r["method"])))
         ).disagrees
     ]
 
@@ -205,7 +211,10 @@ def whose_weights(e: Experiment) -> str:
     def of(name: str) -> str:
         if name not in BUILT_IN:
             return "own method"
-        return {"rcka_released": "released"}.get(name, "ours" if name in NOT_PUBLIC else "published")
+        pair = (plain_name(e.teacher or ""), plain_name(e.student))
+        if name in NOT_PUBLIC or (not of_imagenet(e.dataset) and (name, *pair) in UNPUBLISHED):
+            return "ours"
+        return {"rcka_released": "released"}.get(name, "published")
 
     return " + ".join(map(of, e.method.split("+")))
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 import rcka
 from ..core import nearest
 from ..extras import optional_import
-from ..files import FolderBusy, checkout, read_csv, write_atomic
+from ..files import TRAINER_LOCK, FolderBusy, checkout, read_csv, write_atomic
 from ..style import PALETTE
 from ..train.callbacks import differences
 
@@ -28,8 +29,8 @@ with optional_import():
 
 # %% auto #0
 __all__ = ['RESULT_FORMAT', 'RUN_LOCK', 'SWEEP_LOCK', 'TABLES', 'Result', 'runs_root', 'package_versions', 'git_commit',
-           'device_name', 'lock_run', 'is_running', 'claim_folder', 'find_result', 'summary', 'plot_history',
-           'plot_run', 'published']
+           'device_name', 'lock_run', 'is_running', 'claim_folder', 'remove_unused', 'find_result', 'summary',
+           'plot_history', 'plot_run', 'published']
 
 # %% ../../nbs/method/07a_results.ipynb #d07f4ba6
 RESULT_FORMAT = 3  # 1 did not have all arguments of the method; 2 had another name for `group_size`
@@ -176,6 +177,20 @@ def claim_folder(folder: Path, experiment):
         raise ValueError(f"{folder} is not empty and holds no experiment; nothing was touched. Use another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(values, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def remove_unused(*folders: Path):
+    "Remove those of these folders of runs that were not there before, where an error comes before anything is trained."
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except Exception:
+        for folder in new:
+            found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+            if found <= {"experiment.json", RUN_LOCK, TRAINER_LOCK} and not is_running(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def find_result(

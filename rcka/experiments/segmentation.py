@@ -40,9 +40,8 @@ class SegmentationExperiment(SceneConfig, BaseExperiment):
     schedule: str = "poly"
     warmup_steps: int = 0
     backbone_weights: str | None = None  # of student and teacher: "IMAGENET1K_V1", which downloads
-    # module paths of the features, for networks whose feature paths are not known
-    student_paths: tuple | None = None
-    teacher_paths: tuple | None = None
+    student_paths: tuple | None = None  # module paths of its features, for a network whose feature paths are not known
+    teacher_paths: tuple | None = None  # of the teacher's, likewise
 
     def __post_init__(self):
         self._resolve(example="pspnet/resnet101")

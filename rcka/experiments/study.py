@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -28,9 +29,9 @@ from ..train.callbacks import NonFiniteLoss
 from ..train.learner import RunsFailed, Stopped
 
 # %% auto #0
-__all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'STUDIES', 'Scaled', 'Study', 'run_study', 'run_group', 'as_row', 'read_table',
-           'differences_to', 'inflation', 'step_costs', 'screened', 'accuracy_by_factor', 'factors_to_try',
-           'run_screen', 'main', 'record_study']
+__all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'CACHED', 'STUDIES', 'Scaled', 'Study', 'run_study', 'run_group', 'as_row',
+           'read_table', 'differences_to', 'inflation', 'step_costs', 'screened', 'accuracy_by_factor',
+           'factors_to_try', 'run_screen', 'main', 'record_study']
 
 # %% ../../nbs/method/08e_study.ipynb #ed0364bb
 @register("scaled")
@@ -63,11 +64,12 @@ class Study:
     seeds: tuple = (0, 1, 2)
     settings: dict = field(default_factory=dict)  # fields of Experiment, the same for all runs
     group: int = 6  # number of students trained side by side
+    label_settings: dict = field(default_factory=dict)  # label to more fields of Experiment, for its runs alone
 
     def experiment(self, label: str, seed: int) -> Experiment:
         "Return one run of the study."
         method, args = self.methods[label]
-        settings = dict(self.settings)
+        settings = self.settings | self.label_settings.get(label, {})
         if method == "none":
             settings.pop("teacher_weights", None)
         teacher = None if method == "none" else self.teacher
@@ -93,8 +95,11 @@ def run_study(
     path = Path(out) / f"{study.name}.csv"
     rows = read_table(path)
     alone = [label for label in labels if study.methods[label][0] == "none"]  # these have no teacher to share
-    rest = [label for label in labels if label not in alone]
-    groups = [rest[i : i + study.group] for i in range(0, len(rest), study.group)]
+    alike: dict[str, list] = {}  # those that can share a teacher's forward pass, by their own settings
+    for label in labels:
+        if label not in alone:
+            alike.setdefault(json.dumps(study.label_settings.get(label)), []).append(label)
+    groups = [group[i : i + study.group] for group in alike.values() for i in range(0, len(group), study.group)]
     for seed in study.seeds if seeds is None else seeds:
         for group in [alone, *groups] if alone else groups:
             experiments = [study.experiment(label, seed) for label in group]
@@ -231,6 +236,11 @@ SCREENED = {  # label to method and arguments; None: the usual ones
     "lcka T=4": ("lcka", {"temperature": 4.0}),
     "cka_places last stage": ("cka_places", {"stages": [-1]}),
     "dist+procrustes 256": ("dist+procrustes", {"procrustes.weight": 256.0}),  # 16 times the usual one
+    "dist+reviewkd 320": ("dist+reviewkd", {"reviewkd.weight": 320.0}),  # 64 times the usual one
+    "dist+reviewkd+procrustes": (
+        "dist+reviewkd+procrustes",
+        {"reviewkd.weight": 320.0, "procrustes.weight": 256.0, "procrustes.size": 8, "procrustes.levels": [4, 1]},
+    ),
     "dist+fcka three stages": ("dist+fcka", {"fcka.stages": [-3, -2, -1]}),
     "dist+fcka+cka_places": ("dist+fcka+cka_places", {"fcka.stages": [-3, -2, -1]}),
 }
@@ -249,7 +259,12 @@ PAIR = {  # label to the factor of its usual weights that was best in the screen
     "kd+fcka": 4,
     "cka_places": 1,
     "dist+procrustes 256": 1,
+    "dist+reviewkd 320": 1,
+    "dist+reviewkd+procrustes": 1,
 }
+
+
+CACHED = {f" K={k}": k for k in (1, 4, 8)}  # suffix of a label to number of augmentations
 
 
 def screened(label: str, factor: float) -> tuple:
@@ -276,6 +291,22 @@ STUDIES = {
             {"none": ("none", None)} | {label: screened(label, factor) for label, factor in PAIR.items()},
             settings=SHORT | dict(epochs=6),
             group=7,
+        ),
+        Study(  # a pair on which nothing was chosen: the factors are those of the other one
+            "cifar100-resnet20-wrn_16_1",
+            "resnet20",
+            "wrn_16_1",
+            {"none": ("none", None)}
+            | {m: screened(m, PAIR[m]) for m in ("kd", "dist", "reviewkd", "fcka", "rcka", "dist+procrustes 256")},
+            settings=SHORT | dict(epochs=6, train_limit=20000),
+        ),
+        Study(  # what it costs to keep the teacher's outputs for K augmentations an image
+            "cifar100-teacher-cache",
+            "resnet20",
+            "resnet8",
+            {m + views: screened(m, PAIR[m]) for views in ("", *CACHED) for m in ("kd", "rcka")},
+            settings=SHORT | dict(epochs=12, train_limit=10000),
+            label_settings={m + views: {"teacher_cache": k} for views, k in CACHED.items() for m in ("kd", "rcka")},
         ),
     )
 }

@@ -4,19 +4,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import FeatureMethod, MapMethod, check_maps, check_samples, class_indices, register, same_size
+from rcka.methods.base import (
+    FeatureMethod,
+    MapMethod,
+    check_maps,
+    check_samples,
+    class_indices,
+    pooled_to,
+    register,
+    same_size,
+)
 from .cka import fcka
 from .features_recent import centred_places, place_cka
 from ..similarity.measures import as_features, check_pair, cka, full_precision, unit
 
 # %% auto #0
-__all__ = ['angular_distance', 'CKAAngle', 'procrustes_similarity', 'Procrustes', 'explained_variance', 'ExplainedVariance',
-           'label_alignment', 'LabelCKA', 'kernel_cka', 'KernelCKA']
+__all__ = ['angular_distance', 'CKAAngle', 'rotated_similarities', 'procrustes_similarity', 'Procrustes', 'explained_variance',
+           'ExplainedVariance', 'label_alignment', 'LabelCKA', 'kernel_cka', 'KernelCKA']
 
 # %% ../../nbs/method/02h_candidates.ipynb #0edf6b40
 @full_precision
@@ -78,6 +88,31 @@ def _unit_maps(student: Tensor, teacher: Tensor) -> list[Tensor]:
 
 
 @full_precision
+def rotated_similarities(
+    student: Tensor,  # (n, c, H, W)
+    teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
+    size: int | None = None,  # largest height and width that are compared; larger maps are averaged down
+    levels: Sequence[int] = (),  # heights and widths to which the rotated maps are averaged down beside that
+) -> Tensor:  # (1 + number of levels smaller than the maps,), each in [-1, 1]; 1 at the optimum
+    """Return the cosines of two maps after the rotation that brings the student's places closest to the teacher's.
+
+    The first is `procrustes_similarity`; the others compare the same rotated maps averaged over blocks of places. The
+    rotation carries no gradient: for the first value that makes no difference, since it is the best one. 0 with a zero
+    gradient where a side is constant in every channel."""
+    maps = check_maps(student, teacher)
+    height, width = (min(sides) if size is None else min(*sides, size) for sides in zip(*(x.shape[-2:] for x in maps)))
+    x, y = _unit_maps(*(pooled_to(x, (height, width)) for x in maps))
+    with torch.no_grad():
+        u, _, vt = torch.linalg.svd(y @ x.mT, full_matrices=False)
+    x = u @ vt @ x
+    found = [(x * y).sum()]
+    for level in levels:
+        if level < height and level < width:
+            blocks = [pooled_to(z.view(len(z), -1, height, width), (level, level)).flatten() for z in (x, y)]
+            found.append((unit(blocks[0]) * unit(blocks[1])).sum())
+    return torch.stack(found)
+
+
 def procrustes_similarity(
     student: Tensor,  # (n, c, H, W)
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
@@ -85,8 +120,7 @@ def procrustes_similarity(
     """Return 1 - half the squared Procrustes distance of two maps, centred and of Frobenius norm one, whose samples are their places.
 
     This is the nuclear norm of their cross-covariance. 0 with a zero gradient where a side is constant in every channel."""
-    x, y = _unit_maps(student, teacher)
-    return torch.linalg.svdvals(x @ y.mT).sum()
+    return rotated_similarities(student, teacher)[0]
 
 
 class _PlaceDistance(_MeanDistance, MapMethod):
@@ -103,12 +137,27 @@ class _PlaceDistance(_MeanDistance, MapMethod):
 
 @register("procrustes")
 class Procrustes(_PlaceDistance):
-    "weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared Procrustes distance. Ours."
+    """weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared Procrustes distance. Ours.
+
+    With `levels`, the mean over them and the places of 1 - cosine after the rotation, see `rotated_similarities`."""
 
     capturable = False  # the singular value decomposition synchronises with the device
 
+    def __init__(
+        self,
+        weight: float = 16.0,  # of the term
+        stages=(-3, -2, -1),  # positions of stages
+        size: int | None = None,  # largest height and width that are compared
+        levels: Sequence[int] = (),  # heights and widths of blocks that are compared beside single places
+    ):
+        super().__init__(weight, stages)
+        for name, sizes in (("size", [] if size is None else [size]), ("levels", levels)):
+            if not all(isinstance(s, int) and s > 0 for s in sizes):
+                raise ValueError(f"{name} must be positive numbers of places, got {size if name == 'size' else levels}")
+        self.size, self.levels = size, tuple(levels)
+
     def distance(self, student, teacher):
-        return 1 - procrustes_similarity(student, teacher)
+        return 1 - rotated_similarities(student, teacher, self.size, self.levels).mean()
 
 # %% ../../nbs/method/02h_candidates.ipynb #ev0a51c3
 @full_precision

@@ -33,10 +33,10 @@ __all__ = ['CHECK_EVERY', 'Callback', 'NonFiniteLoss', 'NonFiniteWatch', 'SaveRe
 
 # %% ../../nbs/method/06d_callbacks.ipynb #33debea7
 class Callback:
-    """Base class of what is added to a run: override the points of interest.
+    """Base class of callbacks: override the points at which something is to happen.
 
-    Callbacks are called in the order in which they are given. Those that change the history come before those that write
-    it: a `Trainer` calls its own, which save, after the ones it is given."""
+    Callbacks are called in the order of the list. Those that change the history must come before those that write it; a
+    `Trainer` therefore calls the user's callbacks before its own, which save."""
 
     def before_fit(self, learner: Learner): ...
     def before_epoch(self, learner: Learner): ...
@@ -49,18 +49,18 @@ class Callback:
     def after_fit(self, learner: Learner): ...
 
     def state_dict(self) -> dict:
-        "Return what must be saved with the run: tensors, numbers, text, and lists and dicts of these."
+        "Return the state to save with the run: tensors, numbers, strings, and lists and dicts of these."
         return {}
 
     def load_state_dict(self, state: dict):
-        "Restore what `state_dict` returned; tensors are on the CPU. Called by `Checkpoint` in its `before_fit`."
+        "Restore the state that `state_dict` returned, tensors on the CPU. Called by `Checkpoint` in its `before_fit`."
 
 # %% ../../nbs/method/06d_callbacks.ipynb #600eada1
 CHECK_EVERY = 50  # steps between two checks of the loss
 
 
 class NonFiniteLoss(RuntimeError):
-    "A loss term is NaN or infinite. Its arguments are what happened, and what is saved where and what to do."
+    "A loss term is NaN or infinite. Two arguments: what happened; what was saved, and what to do."
 
     def __str__(self):
         return " ".join(map(str, self.args))
@@ -72,7 +72,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class _Finite:
-    "Whether some values are finite: asked now, answered later, so that only the answer waits for the device."
+    "Asynchronous check that values are finite: started when created, synchronised with the device only by `bool`."
 
     def __init__(self, values: list):
         self.ok = not values or torch.stack(values).isfinite().all().to("cpu", non_blocking=True)
@@ -87,7 +87,7 @@ class _Finite:
 
 
 class NonFiniteWatch(Callback):
-    "Stop the run with `NonFiniteLoss` where a loss term is NaN or infinite, before that state is saved."
+    "Stop the run with `NonFiniteLoss` if a loss term is NaN or infinite, before such a state is saved."
 
     def before_epoch(self, learner):
         self.checked, self.answer = 0, _Finite([])
@@ -103,7 +103,7 @@ class NonFiniteWatch(Callback):
         self.check(learner, wait=True)
 
     def check(self, learner, wait: bool = False):
-        "Raise `NonFiniteLoss` if a value up to the last check was not finite; with `wait`, up to now."
+        "Raise `NonFiniteLoss` if a value before the last check is not finite; with `wait`, also for values since then."
         if not self.answer:
             raise self.error(learner)
         self.answer, self.checked = _Finite(learner.values[self.checked :]), len(learner.values)
@@ -111,13 +111,13 @@ class NonFiniteWatch(Callback):
             raise self.error(learner)
 
     def error(self, learner) -> NonFiniteLoss:
-        "Return the error that names the terms and the first step."
+        "Return the error, with the first step at which values are not finite, and its terms."
         bad = ~torch.stack(learner.values).isfinite()
         step = int(bad.any(1).nonzero()[0])
         terms = [n for n, b in zip(learner.names, bad[step].tolist()) if b and n != "loss"]
         return NonFiniteLoss(
             f"{', '.join(terms) or 'the sum of the terms'} is not finite in epoch {learner.epoch + 1}, step {step + 1}.",
-            f"{learner.saved_state()} Try a lower lr, or a lower weight of that term",
+            f"{learner.saved_state()} Try a lower lr, or a smaller weight of that term",
         )
 
 # %% ../../nbs/method/06d_callbacks.ipynb #728211e1
@@ -140,7 +140,7 @@ class SaveResults(Callback):
 
 @contextlib.contextmanager
 def saving(learner: Learner, folder: Path):
-    "Add to an OSError inside what it means for the run."
+    "Turn an OSError within the context into one that says what was saved and what to do."
     try:
         yield
     except OSError as e:
@@ -153,17 +153,16 @@ def saving(learner: Learner, folder: Path):
 
 # %% ../../nbs/method/06d_callbacks.ipynb #4bb71104
 class Checkpoint(Callback):
-    """Save the state of a run to its folder, and take it up again from there.
+    """Save the state of a run to its folder, and resume from there.
 
-    The folder is locked while the run lasts. Raises ValueError where it holds the run of another configuration,
-    `FolderBusy` where another process is at work in it, OSError where it cannot be written. In several processes
-    the first one reads and writes for all."""
+    The folder is locked during the run. Raises ValueError if it holds a run of another configuration, `FolderBusy` if
+    another process is training in it, OSError if it is not writable. In several processes rank 0 reads and writes."""
 
     def __init__(
         self,
         folder: Path | str,
-        seconds: float = 60,  # between two checkpoints: about as much work is lost when the process is killed
-        keep: int = 2,  # number of checkpoints that stay, the newest
+        seconds: float = 60,  # between two checkpoints; at most about this much work is lost when the process is killed
+        keep: int = 2,  # number of checkpoints to keep, the newest
     ):
         self.folder, self.seconds, self.keep = Path(folder), seconds, keep
         self.lock = contextlib.ExitStack()
@@ -179,24 +178,25 @@ class Checkpoint(Callback):
             self.compare(learner, state[0])
             learner.load_state_dict(state[0]["learner"])
             if rank() == 0:
-                remove_old(checkpoints(self.folder), self.keep)  # a kill right after a save leaves one more
+                remove_old(checkpoints(self.folder), self.keep)  # a process killed right after saving leaves one more
         if not getattr(learner.train, "exact", True):
             warnings.warn(
-                "a plain DataLoader cannot begin in the middle of an epoch: an interrupted run goes on from the start of "
-                "its epoch. Batches of rcka.data go on from the step",
+                "a plain DataLoader cannot begin in the middle of an epoch: an interrupted run resumes at the start of its "
+                "epoch. With the batches of rcka.data it resumes at the step",
                 stacklevel=2,
             )
         self.saved = time.perf_counter()
 
     def compare(self, learner, state: dict):
-        "Refuse the state of another run; warn where this one goes on in another setting."
+        "Raise ValueError for the state of another run; warn if the run resumes with another device, torch or number of processes."
         if found := differences(state["config"], asdict(learner.config)):
             raise ValueError(f"{self.folder} belongs to another configuration ({found}). Use another folder")
         if found := differences(state["identity"], self.identity):
             raise ValueError(f"{self.folder} belongs to another run ({found}). Use another folder")
         if found := differences(state["setting"], learner.setting()):
             warnings.warn(
-                f"{self.folder} goes on in another setting ({found}): right, but not to the bits of an unbroken run",
+                f"the run in {self.folder} resumes in another environment ({found}): the training is correct, but its result "
+                "will differ by rounding from that of an uninterrupted run",
                 stacklevel=2,
             )
 
@@ -216,7 +216,7 @@ class Checkpoint(Callback):
         self.lock.close()
 
     def save(self, learner):
-        "Write a checkpoint; the oldest ones go."
+        "Write a checkpoint and remove the oldest ones."
         learner.call("before_save")
         self.saved = time.perf_counter()
         state = {
@@ -230,18 +230,18 @@ class Checkpoint(Callback):
                 save_checkpoint(self.folder, state | {"epoch": learner.epoch, "step": learner.step}, self.keep)
 
     def saved_state(self) -> str:
-        "Return a sentence on what one would start again from."
+        "Return a sentence that says from where the run can resume."
         return saved_state(self.folder)
 
 
 def differences(saved: dict, current: dict) -> str:
-    "Return what differs between two dicts, as text; empty if nothing."
+    "Return the entries in which two dicts differ, as text; empty if none."
     names = [k for k in {**saved, **current} if saved.get(k) != current.get(k)]
     return "; ".join(f"{k}: {saved.get(k)!r} there, {current.get(k)!r} here" for k in names)
 
 # %% ../../nbs/method/06d_callbacks.ipynb #49ad7ddb
 class Progress(Callback):
-    "Show a bar of epochs with the loss and the score of the last one."
+    "Show a progress bar over epochs with the loss and the score of the last epoch."
 
     bar = None
 
@@ -265,29 +265,40 @@ class Progress(Callback):
 
 
 class EMA(Callback):
-    """Average the student's weights exponentially along training, and evaluate the average after every epoch.
+    """Keep an exponential moving average of the student's weights, and evaluate it after every epoch.
 
-    The average's scores stand in the history as `ema_` and the name of the score. With a folder the averaged weights
-    are written to `ema.safetensors` after the last epoch. The average is part of the run's state."""
+    Its scores are in the history, with the prefix `ema_`. With `folder`, the averaged weights are written to
+    `ema.safetensors` after the last epoch. The average is part of the run's state."""
 
-    # torch.optim.swa_utils.AveragedModel copies the module, and the hooks that take its features with it
+    # torch.optim.swa_utils.AveragedModel would copy the module together with the hooks that read its features
+
+    _SETTINGS = ("decay", "every", "copy_steps")
 
     def __init__(
         self,
         decay: float = 0.999,  # weight of the old average at each step
-        folder: Path | str | None = None,  # where `ema.safetensors` goes
+        folder: Path | str | None = None,  # of `ema.safetensors`; None: not written
+        every: int = 1,  # average at the first of so many updates, counted from the start of each epoch
+        copy_steps: int = 0,  # first steps of the run in which the average is a copy, such as those of the warm-up
     ):
+        check_whole(1, every=every)
+        check_whole(0, copy_steps=copy_steps)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
-        self.decay, self.folder = decay, folder
+        self.decay, self.folder, self.every, self.copy_steps = decay, folder, every, copy_steps
+        self.copies = copy_steps > 0  # whether the next average is a copy
         self.average: dict[str, Tensor] = {}  # by the names of the student's state_dict
-        self.learner, self.restored = None, False  # whose weights are averaged; whether from a checkpoint
+        self.learner, self.restored = (
+            None,
+            False,
+        )  # learner whose weights are averaged; whether the average comes from a checkpoint
 
     def before_fit(self, learner):
-        if self.restored or self.learner is learner:  # the run goes on
+        if self.restored or self.learner is learner:  # the run resumes
             self.average = {name: value.to(learner.device) for name, value in self.average.items()}
         else:
             self.average = copy.deepcopy(learner.network.state_dict())
+            self.copies = self.copy_steps > 0
         self.learner = learner
 
     def after_fit(self, learner):
@@ -295,18 +306,19 @@ class EMA(Callback):
 
     @torch.no_grad()
     def after_step(self, learner):
-        if not learner.between_updates:
+        if not learner.between_updates or (learner.step - 1) // learner.config.accumulate % self.every:
             return
         for name, value in learner.network.state_dict().items():
             average = self.average[name]
-            if average.is_floating_point():
+            if average.is_floating_point() and not self.copies:
                 average.lerp_(value, 1 - self.decay)
-            else:  # the number of batches that a normalisation has seen
+            else:  # or the batch counter of batch normalisation
                 average.copy_(value)
+        self.copies = learner.epoch * len(learner.train) + learner.step <= self.copy_steps
 
     def after_epoch(self, learner):
         student = learner.network
-        broadcast(self.average.values())  # each process has seen other statistics of batch normalisation
+        broadcast(self.average.values())  # the statistics of batch normalisation differ between processes
         own = copy.deepcopy(student.state_dict())
         student.load_state_dict(self.average)
         try:
@@ -318,11 +330,15 @@ class EMA(Callback):
         learner.history[-1].update({f"ema_{name}": value for name, value in scores.items()})
 
     def state_dict(self):
-        return {"decay": self.decay, "average": self.average}
+        return {name: getattr(self, name) for name in (*self._SETTINGS, "copies", "average")}
 
     def load_state_dict(self, state):
-        if state["decay"] != self.decay:
-            raise ValueError(f"the run averages with decay {state['decay']}, got {self.decay}: give the same decay")
+        for name in self._SETTINGS:
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the saved run has EMA {name} {state[name]}, got {getattr(self, name)}: give the same {name}, or another folder"
+                )
+        self.copies = state["copies"]
         device = "cpu" if self.learner is None else self.learner.device
         self.average = {name: value.to(device, copy=True) for name, value in state["average"].items()}
         self.restored = True
@@ -344,9 +360,9 @@ class KeepWeights(Callback):
 
 
 class StopAfter(Callback):
-    """Stop the run in an orderly way after a number of seconds of wall-clock time, counted from each start.
+    """Stop the run, with its state saved, after some seconds of wall-clock time from each start.
 
-    In several processes the first one's clock counts."""
+    In several processes the clock of rank 0 decides."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -361,4 +377,4 @@ class StopAfter(Callback):
             broadcast([said])
             over = bool(said)
         if over:
-            learner.stop(f"{self.seconds:g} seconds are over")
+            learner.stop(f"time limit of {self.seconds:g} seconds")

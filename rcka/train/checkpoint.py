@@ -33,17 +33,17 @@ def checkpoints(folder: Path | str) -> list[Path]:
 
 
 def remove_old(found: list[Path], keep: int):
-    "Remove checkpoints, given oldest first, but for the newest `keep`."
+    "Remove all but the newest `keep` of some checkpoints, which are given oldest first."
     for old in found[::-1][keep:]:
         old.unlink(missing_ok=True)
 
 
 def save_checkpoint(
     folder: Path | str,
-    state: dict,  # with "epoch" and "step": where the run stands
-    keep: int = 2,  # number of checkpoints that stay, the newest
+    state: dict,  # with "epoch" and "step", the numbers done so far
+    keep: int = 2,  # number of checkpoints to keep, the newest
 ) -> Path:
-    "Write a checkpoint atomically, then remove the oldest ones. Raises OSError, with the folder as it was."
+    "Write a checkpoint atomically, then remove the oldest ones. If writing fails, raise OSError and leave the folder unchanged."
     buffer = io.BytesIO()
     torch.save(state | {"format": CHECKPOINT_FORMAT}, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
@@ -54,27 +54,27 @@ def save_checkpoint(
 
 
 def read_checkpoint(path: Path | str) -> dict:
-    "Return the content of a checkpoint. Raises `Damaged` if its bytes do not give its name, ValueError for another format."
+    "Return the content of a checkpoint. Raises `Damaged` if its hash is not that of its name, ValueError for another format."
     path = Path(path)
     data = path.read_bytes()
     name = CHECKPOINT_NAME.fullmatch(path.name)
     if name is None or hashlib.sha256(data).hexdigest()[:16] != name[3]:
-        raise Damaged(f"{path} is damaged: its bytes do not give its name")
+        raise Damaged(f"{path} is damaged: the hash of its content is not the one in its name")
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
-            f"{path} has checkpoint format {state.get('format')!r} and this version reads {CHECKPOINT_FORMAT}; "
-            "it was left as it is. Use the version that wrote it, or another folder"
+            f"{path} has checkpoint format {state.get('format')!r}, but this version reads format {CHECKPOINT_FORMAT}. "
+            "Use the version that wrote it, or another folder"
         )
     return state
 
 
 class Damaged(ValueError):
-    "The bytes of a checkpoint are not those that were written."
+    "The content of a checkpoint is not what was written."
 
 
 def last_checkpoint(folder: Path | str) -> dict | None:
-    """Return the newest checkpoint that is whole, None if there is none at all.
+    """Return the newest intact checkpoint; None if the folder has no checkpoints.
 
     Damaged ones are renamed, with a warning. Raises ValueError if all are damaged."""
     damaged = []
@@ -86,26 +86,26 @@ def last_checkpoint(folder: Path | str) -> dict | None:
             warnings.warn(f"{e}. It is now {damaged[-1].name}, and the checkpoint before it is used", stacklevel=2)
     if damaged:
         raise ValueError(
-            f"no checkpoint in {Path(folder)} is whole; the damaged ones are {', '.join(p.name for p in damaged)}. "
-            "Start again in another folder, or remove them to start afresh in this one"
+            f"all checkpoints in {Path(folder)} are damaged: {', '.join(p.name for p in damaged)}. "
+            "Start in another folder, or remove them to start from the beginning in this one"
         )
     return None
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #5a68b0c0
 def saved_state(folder: Path) -> str:
-    "Return a sentence on the state that a run would go on from."
+    "Return a sentence that says from where a run can resume."
     found = checkpoints(folder)
     if not found:
         return f"{folder} has no checkpoint yet."
     epoch, step = found[-1].name.split("-")[1:3]
-    return f"{folder} keeps the state after {int(epoch)} epochs and {int(step)} steps."
+    return f"{folder} has a checkpoint after {int(epoch)} epochs and {int(step)} steps."
 
 # %% ../../nbs/method/06b_checkpoint.ipynb #b423f8f0
 def data_identity(batches) -> dict:
-    """Return what of batches decides a result, as plain values by name.
+    """Return the properties of batches that determine a result, as plain values by name.
 
-    Batches of this package, and others with a method `identity()`, say it themselves. Of the rest the targets and the
-    number of batches count."""
+    Batches with a method `identity()`, such as those of this package, return them. For others they are a hash of the
+    targets and of the number of batches."""
     if hasattr(batches, "identity"):
         return batches.identity()
     return {"content": digest([len(batches), getattr(batches, "targets", None)])}
@@ -121,7 +121,7 @@ def method_identity(method: Method) -> dict:
             return all(map(plain, v.values() if isinstance(v, dict) else v))
         return isinstance(v, (bool, int, float, str, type(None)))
 
-    method.set_epoch(0)  # a method that warms up is to look the same whenever it is asked
+    method.set_epoch(0)  # so that the warm-up of a method does not change its identity
     found = {}
     for name, part in method.named_modules():
         if isinstance(part, Method):
@@ -138,7 +138,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def run_identity(task, train, test) -> dict:
-    "Return what decides the result of a run besides its configuration, as the first process sees it, in all processes."
+    "Return what determines the result of a run besides its configuration, in all processes as on rank 0."
     found: list[dict] = [{}]
     if rank() == 0:
         layout = {k: tuple(v.shape) for k, v in task.student.state_dict().items()}

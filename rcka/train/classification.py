@@ -22,21 +22,23 @@ __all__ = ['Accuracy', 'evaluate', 'Step', 'Distiller', 'UnlabelledDistiller']
 
 # %% ../../nbs/method/06c_classification.ipynb #0749ca0f
 class Accuracy(NamedTuple):
-    top1: float  # per cent
-    top5: float  # per cent; of fewer than five classes, all of them
+    "Accuracy of a classifier, in per cent."
+
+    top1: float
+    top5: float  # 100 for five classes or fewer
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,  # gives logits (n, classes)
+    model: nn.Module,  # returns logits (n, classes)
     batches,  # with `epoch(e)`, an iterator of Batch; or a DataLoader of (images, targets)
     precision: str = "fp32",
     before=lambda: None,  # called before each batch
 ) -> Accuracy:
     "Return the top-1 and top-5 accuracy in per cent; restore the network's mode afterwards."
     device = next(model.parameters()).device
-    # whole numbers add up to the same in any batches and processes; torchmetrics would be needed for these three alone
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # right at once, right among five, all
+    # integer counts: the sum is the same for any batches and processes, and no torchmetrics is needed
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # correct top-1, correct top-5, samples
     with evaluating(model):
         for images, targets, _ in as_batches(batches, device).epoch(0):
             before()
@@ -54,16 +56,14 @@ def evaluate(
 
 # %% ../../nbs/method/06c_classification.ipynb #a5e6ba46
 class Step(NamedTuple):
-    "What a task returns for a batch."
+    "The loss terms and counts that a task returns for a batch."
 
     terms: dict[str, torch.Tensor]  # weighted scalars; their sum is the loss
-    counts: dict[
-        str, tuple[torch.Tensor, torch.Tensor]
-    ] = {}  # by name a sum and a number; reported as 100 * sum / number
+    counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # (sum, number) by name; reported as 100 * sum / number
 
 # %% ../../nbs/method/06c_classification.ipynb #0c06d4d0
 class Distiller:
-    "A student, perhaps a teacher, and the method between them: the task of classification."
+    "The task of classification: a student, a distillation method and a teacher, or the student alone."
 
     score = "top1"
 
@@ -71,12 +71,13 @@ class Distiller:
         self,
         student: nn.Module,  # the network to train
         method: Method | None = None,  # None: the student alone
-        teacher: nn.Module | None = None,  # frozen, in eval mode; some methods let it use the statistics of the batch
-        student_paths=None,  # module paths of the features, instead of what the method wants of a known network
+        teacher: nn.Module
+        | None = None,  # is frozen, in eval mode; some methods let it use the statistics of the batch
+        student_paths=None,  # module paths of the features; None: those that the method wants of a known network
         teacher_paths=None,
     ):
         self.student, self.teacher, self.method = student, teacher, method or Vanilla()
-        self.network = student  # the one that predicts
+        self.network = student  # used for prediction
         if teacher is None:
             self.student_taps = Taps(student, wanted_paths(self.method, student, student_paths))
             return
@@ -84,7 +85,7 @@ class Distiller:
         self.student_taps, self.teacher_taps = paired_taps(self.method, student, teacher, student_paths, teacher_paths)
 
     def prepare(self, train):
-        "Build the method from the first of the training batches; called before the optimiser is made."
+        "Build the method from the first training batch. Called before the optimiser is created."
         self.build(first_shard(train).images, train.targets)
 
     def build(self, images: torch.Tensor, targets: torch.Tensor):
@@ -109,8 +110,8 @@ class Distiller:
             return (taps or self.teacher_taps)(as_stored(images, self.teacher))
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "Return the method's terms and the student's hits. `teacher`: its outputs in eval mode, if they were computed already."
-        # outputs that were made for several methods are those of eval mode
+        "Return the method's terms and the number of correct predictions. `teacher`: its outputs in eval mode, if already computed."
+        # shared outputs of the teacher are those of eval mode
         if self.teacher is not None and (teacher is None or self.method.teacher_batch_stats):
             teacher = self._teacher_outputs(batch.images)
         student, targets, index = self.student_taps(batch.images), batch.targets, batch.index
@@ -118,7 +119,7 @@ class Distiller:
             student, teacher, targets, index = map(all_gather, (student, teacher, targets, index))
         terms = self.method(student, teacher, targets, index)
         logits = student.logits.detach() if self.method.predicted is None else self.method.predicted
-        classes = targets.argmax(1) if targets.dim() == 2 else targets  # class probabilities: the most probable
+        classes = targets.argmax(1) if targets.dim() == 2 else targets  # of class probabilities the most probable class
         hits = (logits.argmax(1) == classes).sum()
         return Step(terms, {"train_top1": (hits, torch.full_like(hits, len(targets)))})
 
@@ -128,15 +129,16 @@ class Distiller:
 
 # %% ../../nbs/method/06c_classification.ipynb #0cd62d8d
 class UnlabelledDistiller(Distiller):
-    """A student that learns from its teacher alone: labels are not read, and there is no cross-entropy.
+    """The task of distillation without labels: the student learns from the teacher alone, without cross-entropy.
 
-    The scores are on held-out images: `cka` is the CKA of both networks' outputs, debiased, times 100, and `agreement`, where
-    the method compares logits, the per cent for which both name the same class. Raises ValueError without a teacher, and in
-    several processes."""
+    Scores on held-out images: `cka` is the debiased CKA of the outputs of both networks, times 100; `agreement`, if the
+    method compares logits, the percentage of images for which both predict the same class. Raises ValueError without a
+    teacher, and in several processes."""
 
     def __init__(self, student, method, teacher, student_paths=None, teacher_paths=None):
         if teacher is None or world_size() > 1:
-            raise ValueError("without labels a student needs a teacher, and is trained in one process")
+            got = "no teacher" if teacher is None else f"{world_size()} processes"
+            raise ValueError(f"distillation without labels needs a teacher and a single process; got {got}")
         super().__init__(student, method, teacher, student_paths, teacher_paths)
         self.score = "agreement" if self.method.wants_logits else "cka"
 
@@ -144,14 +146,14 @@ class UnlabelledDistiller(Distiller):
         self.build(first_shard(train).images, None)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "Return the method's terms. `teacher`: its outputs in eval mode, if they were computed already."
+        "Return the method's terms. `teacher`: its outputs in eval mode, if already computed."
         if teacher is None or self.method.teacher_batch_stats:
             teacher = self._teacher_outputs(batch.images)
         return Step(self.method.terms(self.student_taps(batch.images), teacher, None, batch.index))
 
     @torch.no_grad()
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
-        "Return how near the student's outputs are to the teacher's; `before` is called before each batch."
+        "Return the scores `cka` and `agreement` of the student against the teacher; `before` is called before each batch."
         device, found = next(self.student.parameters()).device, []
         assert self.teacher is not None  # refused by __init__
         networks = (self.network, self.teacher)

@@ -30,30 +30,30 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    "How a network is optimised; the defaults are the protocol of CIFAR-100 (Tian et al. 2020)."
+    "Optimiser, schedule and precision of a run; the defaults are the protocol of CIFAR-100 (Tian et al. 2020)."
 
-    epochs: int = 240
-    lr: float = 0.05
+    epochs: int = 240  # passes over the training images
+    lr: float = 0.05  # learning rate, at its highest
     momentum: float = 0.9  # of "sgd"
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-4  # of the weights
     nesterov: bool = False  # of "sgd"
     schedule: str = "step"  # "step", "cosine", "onecycle" or "poly"
     lr_steps: tuple = (0.625, 0.75, 0.875)  # of "step": fractions of the run
-    lr_decay: float = 0.1  # of "step": the factor at each
-    warmup_steps: int = 0  # number of first steps over which the rate grows linearly
-    precision: str = "fp32"  # "fp32", "bf16", "fp16" (with loss scaling); "auto" becomes that of `auto_precision`
-    deterministic: bool = False  # refuse kernels whose result can vary; slower on a GPU
-    seed: int = 0  # of connectors and of what a method draws; initial weights and data have seeds of their own
-    relations: str | None = None  # on several devices: "global" (None) compares the whole batch, "device" each shard
+    lr_decay: float = 0.1  # of "step": factor of the learning rate at each of lr_steps
+    warmup_steps: int = 0  # number of steps of linear learning rate warm-up
+    precision: str = "fp32"  # "fp32", "bf16", "fp16" (with loss scaling); "auto": chosen by `auto_precision`
+    deterministic: bool = False  # deterministic kernels only; slower on a GPU
+    seed: int = 0  # of connectors and of a method's random numbers; initial weights and data have their own seeds
+    relations: str | None = None  # on several devices: "global" (or None) compares the whole batch, "device" each shard
     optimizer: str = "sgd"  # "sgd" or "adamw"
     betas: tuple = (0.9, 0.999)  # of "adamw"
-    decay_norms: bool = True  # False: no weight decay on biases and on parameters of normalisation
-    grad_clip: float | None = None  # largest norm of the gradient of all parameters
-    accumulate: int = 1  # batches to an update, whose mean gradient it takes
+    decay_norms: bool = True  # False: no weight decay on biases and normalisation parameters
+    grad_clip: float | None = None  # maximum norm of the gradient of all parameters; None: no clipping
+    accumulate: int = 1  # number of batches per update, whose gradients are averaged
 
     def lr_at(self, epoch: int, step: int = 0, steps: int = 1) -> float:
-        "Return the learning rate before step `step` of `steps` in `epoch`."
-        # a function of the step, where a scheduler of torch has a state to save and to take up again
+        "Return the learning rate of step `step` of `steps` in `epoch`, all counted from 0."
+        # a function of the step: unlike a torch scheduler it has no state to save
         done = epoch * steps + step
         warm = min(1, (done + 1) / self.warmup_steps) if self.warmup_steps else 1
         return self._scheduled(epoch, step, steps) * warm
@@ -74,23 +74,28 @@ class TrainConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {getattr(self, name)!r}")
+        for name in ("momentum", "weight_decay", "lr_steps", "lr_decay", "betas"):
+            value = getattr(self, name)
+            values = value if isinstance(value, (tuple, list)) else [value]
+            if not all(isinstance(v, (int, float)) and v >= 0 for v in values):
+                raise ValueError(f"{name} takes numbers that are not below 0; got {value!r}")
         if self.precision == "auto":
             object.__setattr__(self, "precision", auto_precision())
         if self.epochs < 1 or not self.lr > 0:
-            raise ValueError(f"epochs and lr must be positive; got {self.epochs} and {self.lr}")
+            raise ValueError(f"epochs and lr must be positive; got epochs={self.epochs} and lr={self.lr}")
         if self.accumulate < 1 or (self.grad_clip is not None and not self.grad_clip > 0):
             raise ValueError(
-                f"accumulate must be at least 1 and grad_clip positive; got {self.accumulate} and {self.grad_clip}"
+                f"accumulate must be at least 1 and grad_clip positive or None; got accumulate={self.accumulate} and grad_clip={self.grad_clip}"
             )
 
 
 def along_cosine(a: float, b: float, t: float) -> float:
-    "Return the point at `t` in [0, 1] of half a cosine from `a` to `b`."
+    "Return the value at `t` in [0, 1] of half a cosine from `a` to `b`."
     return b + (a - b) * (1 + math.cos(math.pi * t)) / 2
 
 # %% ../../nbs/method/06a_config.ipynb #a22a88c3
 def parameter_groups(modules: Iterable[nn.Module], config: TrainConfig) -> list[dict]:
-    "Return the trainable parameters of `modules` as groups; without `decay_norms`, those of one dimension decay by 0."
+    "Return the trainable parameters of `modules` in groups; with decay_norms=False those of one dimension have no weight decay."
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     if config.decay_norms:
         return [{"params": parameters}]
@@ -99,10 +104,10 @@ def parameter_groups(modules: Iterable[nn.Module], config: TrainConfig) -> list[
 
 
 def make_optimizer(
-    modules: Iterable[nn.Module],  # whose trainable parameters are optimised
+    modules: Iterable[nn.Module],  # their trainable parameters are optimised
     config: TrainConfig,
     device: torch.device,
-    factory: Callable | None = None,  # from parameter groups to an optimiser; None: the one that `config` names
+    factory: Callable | None = None,  # from parameter groups to an optimiser; None: that of `config`
 ) -> torch.optim.Optimizer:
     "Return the optimiser of a run. The learning rate is set before every step by `config.lr_at`."
     groups = parameter_groups(modules, config)
@@ -122,13 +127,13 @@ def make_optimizer(
     )
     if config.momentum:
         for group in optimizer.param_groups:
-            for p in group["params"]:  # a first step that the scaler skips would leave them as they came from memory
+            for p in group["params"]:  # if the scaler skips the first step, the buffers would stay uninitialised
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 # %% ../../nbs/method/06a_config.ipynb #72fc00b3
 def computes_in_bf16(device: str) -> bool:
-    "Return whether a device, cuda or cpu, multiplies matrices in bfloat16 faster than in float32, as far as torch says."
+    "Return whether torch reports hardware for bfloat16 matrix products on a device, cuda or cpu."
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -137,9 +142,9 @@ def computes_in_bf16(device: str) -> bool:
 
 @functools.cache
 def auto_precision(
-    device: str | None = None,  # cuda or cpu; None: CUDA where there is one
+    device: str | None = None,  # cuda or cpu; None: CUDA if available
 ) -> str:  # "bf16" or "fp32"
-    "Return the precision that the device gains from; say it on stderr, once."
+    "Return bf16 if the device has hardware for it, else fp32; print the choice to stderr once."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bf16" if computes_in_bf16(device) else "fp32"
     why = "has units for bfloat16; results differ by rounding" if precision == "bf16" else "has no units for bfloat16"
@@ -148,20 +153,20 @@ def auto_precision(
 
 
 def autocast(device: str, precision: str):
-    "Return the autocast context of a precision."
+    "Return the autocast context for a precision: fp32, bf16 or fp16."
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def cublas_workspace():
-    "Set the cuBLAS workspace that deterministic kernels need; warn where CUDA, which reads it once, runs already."
+    "Set the cuBLAS workspace that deterministic kernels need; warn if CUDA is initialised, since it reads the setting once."
     if not torch.cuda.is_available() or "CUBLAS_WORKSPACE_CONFIG" in os.environ:
         return
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if torch.cuda.is_initialized():
         warnings.warn(
-            "CUDA was started before deterministic=True was asked for. If PyTorch refuses a matrix product now, "
+            "CUDA was initialised before deterministic=True took effect. If PyTorch now raises an error in a matrix product, "
             "set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment and start again",
             stacklevel=2,
         )
@@ -169,9 +174,9 @@ def cublas_workspace():
 
 @contextlib.contextmanager
 def determinism(on: bool, search: bool = True):
-    "Use deterministic kernels inside, or with `search` the fastest for each shape; restore the old setting after."
+    "Use deterministic kernels within the context (`on`), or benchmark the fastest for each shape (`search`); restore the settings afterwards."
     before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = search and not on  # the fastest kernel may be another one next time
+    torch.backends.cudnn.benchmark = search and not on  # the fastest kernel may differ between runs
     if on:
         cublas_workspace()
         torch.use_deterministic_algorithms(True)

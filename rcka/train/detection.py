@@ -31,11 +31,11 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 def as_detections(
     data: CocoData,
-    i: int,  # number of the image
-    found: dict,  # boxes (m, 4) in the pixels of the image as the network saw it, labels (m,), scores (m,)
-    size: tuple[int, int],  # (width, height) of the image as the network saw it
-) -> list[dict]:  # in the layout of COCO's result files, boxes in the original's pixels
-    "Return the detections of an image as COCO's result files have them."
+    i: int,  # index of the image
+    found: dict,  # boxes (m, 4) in pixels of the network's input, labels (m,), scores (m,)
+    size: tuple[int, int],  # (width, height) of the image in the network's input
+) -> list[dict]:  # in COCO's results format, boxes in pixels of the original image
+    "Return the detections of an image in COCO's results format."
     width, height = data.sizes[i]
     boxes = found["boxes"].detach().double().cpu() * torch.tensor(
         [width / size[0], height / size[1]] * 2, dtype=torch.float64
@@ -48,7 +48,7 @@ def as_detections(
 
 
 def ground_truth(data: CocoData) -> dict:
-    "Return the content of an annotation file of these images."
+    "Return the content of a COCO annotation file for the images of `data`."
     images = [
         {"id": i, "file_name": f, "width": w, "height": h} for i, f, (w, h) in zip(data.ids, data.files, data.sizes)
     ]
@@ -60,26 +60,33 @@ def ground_truth(data: CocoData) -> dict:
     return {
         "info": {},
         "images": images,
-        "annotations": [a | {"id": k} for k, a in enumerate(own, 1)],  # new ids: 0 means "no match" to the tools
+        "annotations": [
+            a | {"id": k} for k, a in enumerate(own, 1)
+        ],  # new ids from 1: id 0 means "no match" to the evaluation
         "categories": [{"id": c, "name": n} for c, n in zip(data.categories, data.classes)],
     }
 
 # %% ../../nbs/method/06f_detection.ipynb #24e4319a
 def coco_metrics(
     data: CocoData,
-    detections: list[dict],  # of `as_detections`, of all images
-) -> dict[str, float]:  # the twelve numbers, in per cent; -1 where there are no such objects
-    """Compute average precision and recall as COCO's evaluation does.
+    detections: list[dict],  # from `as_detections`, for all images
+) -> dict[str, float]:  # COCO's twelve metrics, in per cent; -1 for sizes without objects
+    """Compute average precision and average recall with COCO's evaluation.
 
-    Raises ValueError for a detection of an unknown image, and for numbers that are not finite."""
+    Raises ValueError for a detection in an unknown image, and for boxes or scores that are not finite."""
     with optional_import():
         from faster_coco_eval import COCO, COCOeval_faster
     known = set(data.ids)
     for d in detections:
         if d["image_id"] not in known:
-            raise ValueError(f"a detection is of image {d['image_id']}, which is not in {data}")
+            raise ValueError(
+                f"a detection has image_id {d['image_id']}, which is not in {data}: give the data that was detected in"
+            )
         if not all(map(math.isfinite, (*d["bbox"], d["score"]))):
-            raise ValueError(f"a detection in image {d['image_id']} is not finite: box {d['bbox']}, score {d['score']}")
+            raise ValueError(
+                f"a detection in image {d['image_id']} is not finite: box {d['bbox']}, score {d['score']}. Check the "
+                "detector's weights"
+            )
     truth = ground_truth(data)
     if not any(not a["iscrowd"] for a in truth["annotations"]):
         return dict.fromkeys(METRICS, -1.0)
@@ -94,7 +101,7 @@ def coco_metrics(
 
 
 def _nothing_found(truth: dict) -> dict[str, float]:
-    "Return the numbers for no detections: 0, or -1 for sizes without objects."
+    "Return the metrics of no detections: 0, or -1 for sizes without objects."
     areas = [a["area"] for a in truth["annotations"] if not a["iscrowd"]]
     present = {
         "s": any(a <= 32**2 for a in areas),
@@ -105,7 +112,7 @@ def _nothing_found(truth: dict) -> dict[str, float]:
 
 # %% ../../nbs/method/06f_detection.ipynb #fbc80f4e
 def gather_lists(items: list) -> list:
-    "Return the items of every process, in the order of their ranks."
+    "Return the items of all processes, in the order of ranks."
     if world_size() == 1:
         return items
     parts: list[list] = [[]] * world_size()
@@ -114,7 +121,7 @@ def gather_lists(items: list) -> list:
 
 # %% ../../nbs/method/06f_detection.ipynb #45d0520c
 def input_size(detector: nn.Module, images: list[Tensor]) -> tuple[int, int]:
-    "Return height and width of the batch that the network sees, padding included."
+    "Return the height and width of the padded batch that the network gets."
     step = getattr(getattr(detector, "transform", None), "size_divisible", 1)
     height, width = (step * math.ceil(max(x.shape[d] for x in images) / step) for d in (1, 2))
     return height, width
@@ -125,9 +132,9 @@ def detect(
     detector: nn.Module,
     batches,  # CocoBatches with train=False
     precision: str = "fp32",
-    before=lambda: None,  # is called before each batch
-) -> list[dict]:  # in the layout of COCO's result files, boxes in the originals' pixels
-    "Detect objects in all images; several processes share the work. The mode of the detector is restored."
+    before=lambda: None,  # called before each batch
+) -> list[dict]:  # in COCO's results format, boxes in pixels of the original images
+    "Detect objects in all images, which are divided among the processes. The mode of the detector is restored."
     own, world, found = rank(), world_size(), []
     with evaluating(detector):
         for batch in batches.epoch(0):
@@ -146,22 +153,22 @@ ANY_LEVELS = FeaturePaths(tuple(f"level{i}" for i in range(5)), head="head")
 
 
 class DetectionDistiller:
-    """Train a detector, perhaps from another one, by a method between them: a task for `Trainer`.
+    """The task of detection for `Trainer`: a student, a distillation method and a teacher, or the student alone.
 
-    Raises ValueError where student and teacher give different numbers of features, or where a method compares class
-    logits and the two are of different kinds."""
+    Raises ValueError if student and teacher have different numbers of features, or if the method compares class logits and
+    the detectors are of different kinds."""
 
     score = "AP"
-    fixed_shapes = False  # batches differ in size: no search for the fastest kernel of each
+    fixed_shapes = False  # batches differ in size, so cuDNN does not benchmark kernels for each
 
     def __init__(
         self,
-        student: nn.Module,  # as torchvision's: gives losses in train mode, detections in eval mode
+        student: nn.Module,  # like torchvision's: returns losses in train mode, detections in eval mode
         method: Method | None = None,  # None: the student alone
-        teacher: nn.Module | None = None,  # frozen, in eval mode
-        student_paths=None,  # of the features, instead of what the method wants of the pyramid
+        teacher: nn.Module | None = None,  # is frozen, in eval mode
+        student_paths=None,  # module paths of the features; None: the levels of the pyramid that the method wants
         teacher_paths=None,
-        watch: int | None = None,  # patch size at which the history has the similarity of each level; None: not at all
+        watch: int | None = None,  # patch size of the intra-PCKA of each level in the history; None: not computed
     ):
         self.student, self.method, self.teacher, self.watch = student, method or Vanilla(), teacher, watch
         self.logits = teacher is not None and any(getattr(m, "wants_logits", False) for m in self.method.modules())
@@ -184,47 +191,47 @@ class DetectionDistiller:
             self._check_heads()
 
     def _paths(self, detector, paths) -> list[str]:
-        "Return the paths of the features: those given, or those that the method wants of the pyramid."
+        "Return the paths of the features: the user's, or those that the method wants of the pyramid."
         if paths is None:
             return self.method.wants(detector_paths(detector)) if self.method.wants(ANY_LEVELS) else []
         self.method.wants(ANY_LEVELS)
         return list(paths)
 
     def _check_heads(self):
-        "Raise ValueError where the class logits of the two detectors cannot be compared."
+        "Raise ValueError if the class logits of the two detectors cannot be compared."
         name, ours, theirs = self.method.name, *(detector_paths(d).head for d in (self.student, self.teacher))
         if not ours or ours != theirs:
             raise ValueError(
-                f"method {name!r} compares class logits, and the two detectors must be of one kind: the student has "
-                f"them at {ours or 'no known place'}, the teacher at {theirs or 'no known place'}"
+                f"method {name!r} compares class logits, so the two detectors must be of one kind: the student has "
+                f"them at {ours or 'no known path'}, the teacher at {theirs or 'no known path'}. Use a method on features"
             )
         if not isinstance(self.teacher_taps.model, Trunk):
             raise ValueError(
-                f"method {name!r} compares class logits, which is for torchvision's detectors; "
-                "for others choose one that compares features"
+                f"method {name!r} compares class logits, which works for torchvision's detectors alone, got "
+                f"{type(self.teacher).__name__}: use a method on features"
             )
         if "roi_heads" in ours:
             self.student.roi_heads.box_roi_pool.register_forward_pre_hook(self._note)
 
     def _note(self, module, args):
-        "Store the proposals of the student; a forward pre-hook of its RoI pooling."
+        "Store the student's proposals: forward pre-hook of its RoI pooling."
         self.proposals = args[1:]
 
     def teach(self, images: list[Tensor]) -> Outputs:
-        "Run the teacher: return all maps of its pyramid in place of logits, and those that are compared."
+        "Return the teacher's outputs: all maps of its pyramid in place of logits, and the compared features."
         with torch.no_grad():
             return self.teacher_taps(images)
 
     def teacher_logits(self, maps: Mapping[str, Tensor], ours: Tensor) -> Tensor:
-        "Compute the teacher's class logits where the student has its own. Raises ValueError for another shape."
+        "Return the teacher's class logits for the student's anchors or proposals. Raises ValueError if the shapes differ."
         with torch.no_grad():
             theirs = class_logits(self.teacher, maps, self.proposals)
         self.proposals = None
         if theirs.shape == ours.shape:
             return theirs
         raise ValueError(
-            "class logits can be compared where teacher and student know the same classes at the same places; "
-            f"the teacher gives {tuple(theirs.shape)}, the student {tuple(ours.shape)}"
+            "class logits can be compared if teacher and student have the same classes and the same anchors or proposals; "
+            f"the teacher gives {tuple(theirs.shape)}, the student {tuple(ours.shape)}. Use a method on features"
         )
 
     def prepare(self, train):
@@ -233,27 +240,29 @@ class DetectionDistiller:
             return
         images = first_shard(train).images[:2]
         taps = trunk_taps(self.student, self.student_taps.paths[: self.levels])
-        with torch.no_grad(), taps, evaluating(self.student):  # batch statistics must not see this batch
+        with torch.no_grad(), taps, evaluating(self.student):  # this batch must not enter the running statistics
             self.method.build(Outputs(None, taps(images).features), Outputs(None, self.teach(images).features))
         self.method.to(images[0].device)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "Compute the student's losses and the method's weighted terms. `teacher`: the output of `teach`, if known."
+        "Return the student's losses and the method's weighted terms. `teacher`: the output of `teach`, if already computed."
         if relations == "global" and world_size() > 1:
             raise ValueError(
-                "relations='global' is not for detectors, whose batches differ in size from process to process; "
-                "relations='device' compares within each"
+                "relations='global' cannot be used for detectors, since their batches differ in size between processes: use "
+                "relations='device', which compares within each process"
             )
         if self.teacher is not None and teacher is None:
             teacher = self.teach(batch.images)
         losses, found = self.student_taps(batch.images, batch.targets)
         if not isinstance(losses, Mapping):
-            raise TypeError(f"the student must give a dict of losses in train mode, got {type(losses).__name__}")
+            raise TypeError(
+                f"the student must return a dict of losses in train mode, as torchvision's detectors do; got {type(losses).__name__}"
+            )
         terms = {name: self.method.ce * loss for name, loss in losses.items()}
         if teacher is None:
             return Step(terms)
         ours = theirs = None
-        if self.logits:  # (places of all images, classes)
+        if self.logits:  # (anchors or proposals of all images, classes)
             theirs = self.teacher_logits(teacher.logits, found[-1]).flatten(0, -2)
             ours = found[-1].flatten(0, -2)
         student, teacher = Outputs(ours, found[: self.levels]), Outputs(theirs, teacher.features)
@@ -263,7 +272,7 @@ class DetectionDistiller:
 
     @torch.no_grad()
     def similarities(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, Tensor]]:
-        "Compute the centred intra-PCKA of each level, for the history: {'level0': (sum, number), ...}."
+        "Return the centred intra-PCKA of each level for the history: {'level0': (sum, number), ...}."
         pairs = (
             self.method.maps(student, teacher)
             if hasattr(self.method, "maps")
@@ -273,5 +282,5 @@ class DetectionDistiller:
         return {f"level{i}": (x, torch.ones_like(x)) for i, x in enumerate(found)}
 
     def evaluate(self, batches, precision: str = "fp32", before=lambda: None) -> dict[str, float]:
-        "Compute the twelve numbers of COCO's evaluation, in per cent."
+        "Compute COCO's twelve metrics, in per cent."
         return coco_metrics(batches.data, detect(self.student, batches, precision, before))

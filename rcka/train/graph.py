@@ -23,7 +23,7 @@ __all__ = ['WARM_UP', 'CapturedStep', 'EagerStep', 'why_eager', 'settings_of', '
 
 # %% ../../nbs/method/06i_graph.ipynb #a73d7931
 class CapturedStep:
-    "Work on a GPU that is recorded in a CUDA graph and repeated by one launch."
+    "Work on a GPU that is captured in a CUDA graph and replayed by one launch."
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
@@ -31,7 +31,7 @@ class CapturedStep:
 
     @contextlib.contextmanager
     def warm_up(self):
-        "Run what is inside on the stream that records later."
+        "Run the body of the context on the stream of the capture."
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -39,7 +39,7 @@ class CapturedStep:
         current.wait_stream(self.stream)
 
     def capture(self, work: Callable[[], Tensor]):
-        "Record `work` without running it; what was recorded before is freed."
+        "Capture `work` without running it; an earlier graph is freed."
         self.graph, self.output = None, None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
@@ -47,14 +47,14 @@ class CapturedStep:
         self.graph = graph
 
     def replay(self) -> Tensor:
-        "Run the recorded work; return what it returned, which the next call overwrites."
+        "Run the captured work and return its output, which the next call overwrites."
         assert self.graph is not None and self.output is not None
         self.graph.replay()
         return self.output
 
 
 class EagerStep:
-    "The twin of `CapturedStep` where there are no graphs: the work is done again at each call."
+    "The counterpart of `CapturedStep` for devices without graphs: each replay calls the function."
 
     work: Callable[[], Tensor]
 
@@ -68,28 +68,28 @@ class EagerStep:
         return self.work()
 
 # %% ../../nbs/method/06i_graph.ipynb #8690ccd4
-WARM_UP = 3  # ordinary steps before the one that is recorded
+WARM_UP = 3  # eager steps before the capture
 
 
 def why_eager(learner: Learner) -> str:
-    "Return why the steps of a learner cannot be recorded; empty where they can."
+    "Return the reason why the steps of a learner cannot be captured; empty if they can."
     optimizer = learner.optimizer
     fused = all(group.get("fused") for group in optimizer.param_groups)
     if not isinstance(learner.task, Distiller):
-        return f"the task {type(learner.task).__name__} is not that of classification"
+        return f"the task {type(learner.task).__name__} is not classification"
     if not learner.task.method.capturable:
-        return f"method {learner.task.method.name} does work that depends on values, or replaces its memory"
+        return f"method {learner.task.method.name} has kernels that depend on values, or replaces its buffers"
     if world_size() > 1:
         return "several processes exchange gradients"
     if learner.config.accumulate > 1:
-        return "several batches make an update (accumulate)"
+        return "gradients are accumulated over several batches (accumulate)"
     if not (fused and isinstance(optimizer, (torch.optim.SGD, torch.optim.AdamW))):
         return f"{type(optimizer).__name__} is not one of the trainer's own optimisers"
     return ""
 
 
 def settings_of(method: Method) -> dict:
-    "Return the numbers and strings of a method and its parts, which a recorded step has in it."
+    "Return the numbers and strings of a method and its parts, which are constants in a captured step."
     plain = (bool, int, float, str)
     return {
         f"{name}.{key}": value
@@ -100,10 +100,10 @@ def settings_of(method: Method) -> dict:
 
 # %% ../../nbs/method/06i_graph.ipynb #835ce3da
 class GraphedStep:
-    """Take the training steps of a learner by repeating a recorded one.
+    """Run the training steps of a learner by replaying a captured one.
 
-    The first `WARM_UP` steps are ordinary ones, and so is each batch that is smaller than the largest so far. Where
-    `reason` is not empty nothing is recorded: see `why_eager`. `counts` says how many steps went which way."""
+    The first `WARM_UP` steps are eager, as is every batch that is smaller than the largest so far. If `reason` is not
+    empty nothing is captured: see `why_eager`. `counts` has the number of steps of each kind."""
 
     def __init__(self, learner: Learner):
         self.learner, self.reason = learner, why_eager(learner)
@@ -112,11 +112,11 @@ class GraphedStep:
         # the kernels of CUDA read a float32; on a CPU float64 gives the bits of a Python number
         self.lr = torch.zeros((), dtype=torch.float32 if on_gpu else torch.float64, device=learner.device)
         self.counts = {"warm-up": 0, "captured": 0, "replayed": 0, "eager": 0}
-        self.form: list[tuple] = []  # shapes, types and strides of the batch that is recorded
+        self.form: list[tuple] = []  # shapes, dtypes and strides of the captured batch
         self.reset()
 
     def reset(self):
-        "Forget what was recorded, for tensors it works on have been replaced, as those of the optimiser by a checkpoint's."
+        "Discard the captured step. Needed after its tensors were replaced, as by loading a checkpoint."
         self.warm, self.inputs, self.settings = 0, [], {}
 
     def __call__(self, batch: Batch, teacher: Outputs | None):
@@ -138,7 +138,7 @@ class GraphedStep:
             self.replay(batch, teacher, tensors)
 
     def replay(self, batch: Batch, teacher: Outputs | None, tensors: list[Tensor]):
-        "Take the recorded step on a batch; record it first where there is none, or one with other settings."
+        "Replay the captured step on a batch; capture it first if there is none or the method's settings changed."
         learner, settings = self.learner, settings_of(self.learner.task.method)
         rate = learner.lr
         self.lr.fill_(rate)
@@ -151,7 +151,7 @@ class GraphedStep:
             own.copy_(given)
         with learner.own_random():
             row = self.record.replay()
-        for group in learner.optimizer.param_groups:  # as an ordinary step leaves them, and a checkpoint holds them
+        for group in learner.optimizer.param_groups:  # restore the values of an eager step, which checkpoints hold
             group["lr"] = rate
             if "capturable" in group:
                 group["capturable"] = False
@@ -159,7 +159,7 @@ class GraphedStep:
         self.counts["replayed"] += 1
 
     def capture(self, work: Callable[[], Tensor]):
-        "Record a step. Raises RuntimeError, with what to do, where the GPU refuses."
+        "Capture a step. Raises RuntimeError, with what to do, if CUDA cannot capture it."
         try:
             self.record.capture(work)
         except torch.OutOfMemoryError:
@@ -172,7 +172,7 @@ class GraphedStep:
         self.counts["captured"] += 1
 
     def work(self, batch: Batch, teacher: Outputs | None) -> Callable[[], Tensor]:
-        "Return a whole step on tensors that stay where they are, as a function."
+        "Return a function that runs a whole step on tensors at fixed addresses."
 
         def step() -> Tensor:
             for group in self.learner.optimizer.param_groups:
@@ -187,13 +187,13 @@ class GraphedStep:
 
 
 def _tensors(batch: Batch, teacher: Outputs | None) -> list[Tensor]:
-    "Return what a step reads, images first."
+    "Return the tensors that a step reads, images first."
     given = [*batch, *(() if teacher is None else (teacher.logits, *teacher.features))]
     return [t for t in given if t is not None]
 
 
 def _like(batch: Batch, teacher: Outputs | None, tensors: list[Tensor]) -> tuple[Batch, Outputs | None]:
-    "Return a batch and outputs like these that are made of the given tensors."
+    "Return a batch and outputs of the same structure with the given tensors."
     rest = iter(tensors)
     own = Batch(*(None if t is None else next(rest) for t in batch))
     if teacher is None:

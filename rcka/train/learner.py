@@ -30,32 +30,33 @@ __all__ = ['Stopped', 'Learner', 'random_state', 'seeded_state', 'set_random_sta
 
 # %% ../../nbs/method/06e_learner.ipynb #244374b9
 class Stopped(KeyboardInterrupt):
-    "The run ended early in an orderly way: Ctrl-C, SIGTERM or a callback; its state was saved if it has a `Checkpoint`."
+    "The run was stopped between two steps by Ctrl-C, SIGTERM or a callback; a run with a `Checkpoint` saved its state."
 
     def __init__(self, message: str, signum: int | None = None):
         super().__init__(message)
-        self.signum = signum  # of the signal; None where a callback stopped the run
+        self.signum = signum  # number of the signal; None if a callback stopped the run
 
 
 class Learner:
-    """Train the student of a task: the state of a run, and one step of it.
+    """Training loop for the student of a task: the state of a run, and its steps.
 
-    In several processes each one takes its shard of every batch. Raises ValueError where the task and the batches do not
-    fit, before anything is trained. See `rcka.core` for what batches must have."""
+    In several processes each one takes its shard of every batch. Raises ValueError before any training if task and batches
+    do not fit together. See `rcka.core` for the interface of batches."""
 
     def __init__(
         self,
-        task: Distiller,  # or another task: see `Distiller` for what it must have
+        task: Distiller,  # or another task with the interface of `Distiller`
         train,  # training batches: `len()`, `targets`, and `epoch(e, start=0)`, an iterator of Batch; or a DataLoader
         test,  # batches for the evaluation, likewise
         config: TrainConfig,
         callbacks: Iterable[Callback] = (),
-        optimizer_factory: Callable | None = None,  # from parameter groups to an optimiser; None: as `config` names it
-        channels_last: bool = False,  # memory layout of the networks; changes rounding, and speed
-        compile: bool = False,  # torch.compile of the networks; changes rounding, and speed
-        name: str = "run",  # shown beside the progress bar
-        teacher_cache: TeacherCache | None = None,  # of the training batches, in place of the teacher's forward passes
-        cuda_graph: bool = False,  # take a step by one launch where it can be captured: see `GraphedStep`
+        optimizer_factory: Callable | None = None,  # from parameter groups to an optimiser; None: that of `config`
+        channels_last: bool = False,  # memory format of the networks; changes speed and rounding
+        compile: bool = False,  # torch.compile the networks; changes speed and rounding
+        name: str = "run",  # title of the progress bar
+        teacher_cache: TeacherCache
+        | None = None,  # stored outputs that replace the teacher's forward passes in training
+        cuda_graph: bool = False,  # capture the training step in a CUDA graph where possible: see `GraphedStep`
     ):
         self.task, self.config, self.name = task, config, name
         self.device = next(task.student.parameters()).device
@@ -65,7 +66,9 @@ class Learner:
         self.teacher_cache = teacher_cache
         if teacher_cache is not None:
             if teacher_cache.train is not self.train or teacher_cache.teacher is not task.teacher:
-                raise ValueError("the teacher cache must be made of the teacher and the training batches of the run")
+                raise ValueError(
+                    "the teacher cache was made with another teacher or other training batches: create it with those of the run"
+                )
             teacher_cache.check(task.method, task.teacher_taps.paths)
         networks = [n for n in (task.student, task.teacher) if n is not None]
         if channels_last:
@@ -87,58 +90,59 @@ class Learner:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=config.precision == "fp16")
         self.callbacks = list(callbacks)
-        self.epoch, self.step = 0, 0  # whole epochs done; batches done in the one that is not
-        self.names, self.counted = [], []  # of the loss terms; of what is counted
-        self.values = []  # of this epoch, a row a batch, on the device: terms, then a sum and a number for each count
-        self.waiting = 0  # batches whose gradients wait for the next update
-        self.history: list[dict] = []  # a row an epoch
-        self.seconds, self.since = 0.0, time.perf_counter()  # of work, over all parts of the run
+        self.epoch, self.step = 0, 0  # completed epochs; completed batches of the current epoch
+        self.names, self.counted = [], []  # names of the loss terms; names of the counts
+        self.values = []  # a row for each batch of this epoch, on the device: terms, then sum and number of each count
+        self.waiting = 0  # batches accumulated since the last update
+        self.history: list[dict] = []  # a row for each epoch
+        self.seconds, self.since = 0.0, time.perf_counter()  # training time over all starts of the run
         self.stop_reason = ""
         self.graphed = GraphedStep(self) if cuda_graph else None
         if self.graphed and self.graphed.reason:
-            warnings.warn(f"cuda_graph: steps stay ordinary ones, since {self.graphed.reason}", stacklevel=2)
+            warnings.warn(f"cuda_graph has no effect, since {self.graphed.reason}: steps run eagerly", stacklevel=2)
 
     def fit(self, progress: bool = True) -> list[dict]:
-        "Train to the last epoch and return the history, one dict an epoch. A run that was interrupted goes on."
+        "Train to the last epoch and return the history, a dict for each epoch. An interrupted run resumes."
         return fit_many([self], progress)[0]
 
     def call(self, point: str, *args):
-        "Call a point of every callback."
+        "Call the method `point` of every callback."
         for callback in self.callbacks:
             getattr(callback, point)(self, *args)
 
     def stop(self, reason: str):
-        "End the run after this step, with its state saved."
+        "Stop the run after this step; its state is saved."
         self.stop_reason = reason
 
     @property
     def network(self) -> nn.Module:
-        "The network that predicts: the student, or what the task makes of it."
+        "The network used for prediction: the student, or the task's `network`."
         return getattr(self.task, "network", self.task.student)
 
     @property
     def between_updates(self) -> bool:
-        "Whether no gradient waits for more batches (`accumulate`)."
+        "Whether no gradients are being accumulated (`accumulate`)."
         return self.waiting == 0
 
     @property
     def can_save(self) -> bool:
-        "Whether a run can go on from here to the same bits: no gradient waits, and the batches can begin here."
+        "Whether a run can resume from here to the same bits: no accumulated gradients, and the batches can begin here."
         return self.between_updates and (self.step in (0, len(self.train)) or getattr(self.train, "exact", True))
 
     def train_step(self, batch, teacher: Outputs | None = None):
-        """Train on one batch; with `accumulate` the optimiser steps after the last one of a group.
+        """Train on one batch; with `accumulate` the optimiser steps after the last batch of a group.
 
-        `batch` is None where it has too few images for all processes; one of fewer than `method.smallest` is passed over. `teacher`: its outputs, if computed already."""
+        `batch` is None if it has fewer images than there are processes; a batch of fewer than `method.smallest` images is
+        skipped. `teacher` holds the teacher's outputs, if they are already computed."""
         if batch is not None and world_size() == 1 and len(batch.targets) < getattr(self.task.method, "smallest", 1):
-            batch = None  # the last one of a plain loader: there is nothing to compare
+            batch = None  # such as the last batch of a plain loader
         if self.graphed and batch is not None:
             self.graphed(batch, teacher)
         else:
             self.eager_step(batch, teacher)
 
     def eager_step(self, batch, teacher: Outputs | None = None):
-        "Train on one batch, one kernel after the other."
+        "Train on one batch without a CUDA graph."
         config, steps = self.config, len(self.train)
         if batch is not None:
             self.backward(batch, teacher)
@@ -147,7 +151,7 @@ class Learner:
             self.update()
 
     def backward(self, batch, teacher: Outputs | None):
-        "Add the gradients of one batch, and keep the values of its terms."
+        "Accumulate the gradients of one batch, and store the values of its terms."
         accumulate, steps = self.config.accumulate, len(self.train)
         group_size = min(accumulate, steps - self.step // accumulate * accumulate)
         for group in self.optimizer.param_groups:
@@ -158,11 +162,11 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        "The learning rate of the step that comes next."
+        "The learning rate of the next step."
         return self.config.lr_at(self.epoch, self.step, len(self.train))
 
     def differentiate(self, batch, teacher: Outputs | None, group_size: int = 1) -> Tensor:
-        "Add the gradients of one batch; return the loss, its terms and what is counted, in a row."
+        "Accumulate the gradients of one batch; return the loss, its terms and the counts as a vector."
         with autocast(self.device.type, self.config.precision):
             terms, counts = self.task(batch, teacher, self.config.relations)
         loss = sum(terms.values())
@@ -172,7 +176,7 @@ class Learner:
         return torch.stack([loss.detach(), *(v.detach() for v in terms.values()), *counted])
 
     def update(self):
-        "Take one step of the optimiser with the gradients of the batches that wait."
+        "Take one optimiser step with the accumulated gradients."
         average_gradients(self.parameters)
         if self.config.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -182,13 +186,13 @@ class Learner:
         self.clear_gradients()
 
     def clear_gradients(self):
-        "Forget the gradients of the batches that wait."
+        "Discard the accumulated gradients."
         self.optimizer.zero_grad()
         self.waiting = 0
 
     def begin_epoch(self):
-        "Prepare for the next batch of an epoch; also in the middle of one, after a checkpoint was loaded."
-        self.clear_gradients()  # those of a step that was interrupted
+        "Prepare for the next batch of an epoch; also in the middle of an epoch, after a checkpoint was loaded."
+        self.clear_gradients()  # of an interrupted step
         self.task.student.train()
         self.task.method.train()
         self.task.method.set_epoch(self.epoch)
@@ -209,7 +213,7 @@ class Learner:
         return self.task.evaluate(self.test, self.config.precision, before_batch)
 
     def means(self) -> dict[str, float]:
-        "Return the means of this epoch's terms over its steps, and the counts in per cent; over all processes."
+        "Return the mean of each term over the steps of this epoch, and the counts in per cent, over all processes."
         sums = all_reduce(torch.stack(self.values).double().sum(0)).tolist()
         means = {name: s / (len(self.values) * world_size()) for name, s in zip(self.names, sums)}
         counts = sums[len(self.names) :]
@@ -217,17 +221,17 @@ class Learner:
 
     @property
     def best(self) -> dict:
-        "The history's row of the best score, the first if several."
+        "The row of the history with the best score, the first of several."
         return max(self.history, key=lambda row: row[self.task.score])
 
     def tick(self):
-        "Count the time since the last tick as work."
+        "Add the time since the last tick to the training time."
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
 
     @property
     def parts(self) -> dict:
-        "What has a state_dict of its own."
+        "The objects with a state_dict, by name."
         return {
             "student": self.task.student,
             "method": self.task.method,
@@ -236,7 +240,7 @@ class Learner:
         }
 
     def state_dict(self) -> dict:
-        "Return everything that is needed to go on after a step, the callbacks' states included."
+        "Return everything needed to resume after a step, including the states of the callbacks."
         self.tick()
         own = {k: getattr(self, k) for k in ("epoch", "step", "names", "counted", "history", "seconds", "random")}
         return own | {
@@ -246,7 +250,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict):
-        "Go on from what `state_dict` returned."
+        "Restore the state that `state_dict` returned. Raises ValueError if the callbacks are not those that were saved."
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         for name in ("epoch", "step", "names", "counted", "history", "seconds", "random"):
@@ -259,7 +263,7 @@ class Learner:
             callback = next((c for c in callbacks if type(c).__name__ == name), None)
             if callback is None:
                 raise ValueError(
-                    f"the run was saved with a callback {name}, which is not given now: give the same callbacks"
+                    f"the run was saved with a callback {name}, which is missing now: give the same callbacks"
                 )
             callback.load_state_dict(own)
             callbacks.remove(callback)
@@ -270,7 +274,7 @@ class Learner:
             )
 
     def setting(self) -> dict:
-        "Return what the bits of a run depend on besides its configuration."
+        "Return the environment on which the bits of a result depend besides configuration and identity."
         return {
             "torch": str(torch.__version__),
             "device": self.device.type,
@@ -279,18 +283,18 @@ class Learner:
         } | self.switches
 
     def identity(self) -> dict:
-        "Return what decides the result of the run besides its configuration, as plain values by name."
+        "Return what determines the result of the run besides its configuration, as plain values by name."
         kept = {} if self.teacher_cache is None else self.teacher_cache.identity()
         return run_identity(self.task, self.train, self.test) | {f"teacher cache: {k}": v for k, v in kept.items()}
 
     def saved_state(self) -> str:
-        "Return a sentence on what one would start again from."
+        "Return a sentence that says from where the run can resume."
         found = [c.saved_state() for c in self.callbacks if isinstance(c, Checkpoint)]
         return found[0] if found else "Nothing was saved: the run has no Checkpoint callback."
 
     @contextlib.contextmanager
     def own_random(self):
-        "Random numbers inside are the run's own; outside nothing has changed."
+        "Use the run's own random state within the context, and restore the global one afterwards."
         outside = set_random_state(self.random, self.device)
         try:
             yield
@@ -305,7 +309,7 @@ def random_state(device: torch.device) -> dict:
 
 
 def seeded_state(seed: int, device: torch.device) -> dict:
-    "Return the state of torch's generators with which a run begins."
+    "Return the initial state of torch's generators for a run with this seed."
 
     def state(of):
         return torch.Generator(of).manual_seed(seed_of("trainer", seed)).get_state()
@@ -314,7 +318,7 @@ def seeded_state(seed: int, device: torch.device) -> dict:
 
 
 def set_random_state(state: dict, device: torch.device) -> dict:
-    "Set the state of torch's generators; return the one before."
+    "Set the state of torch's generators, and return the previous one."
     before = random_state(device)
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
@@ -323,23 +327,23 @@ def set_random_state(state: dict, device: torch.device) -> dict:
 
 
 def refuse_memory(method: nn.Module):
-    "Raise ValueError for a method with a memory bank in several processes, each of which would fill its own."
+    "Raise ValueError for a method with a memory bank in several processes, since each would fill its own."
     norms = (nn.modules.batchnorm._BatchNorm,)
     own = {id(b) for m in method.modules() if isinstance(m, norms) for b in m.buffers()}
     memory = [name for name, b in method.named_buffers() if id(b) not in own]
     if memory and world_size() > 1:
         raise ValueError(
-            f"relations='device' with a method that keeps a memory ({', '.join(memory)}): each process would fill its own. "
-            "Use relations='global'"
+            f"relations='device' cannot be used with a method that has a memory ({', '.join(memory)}), since each process "
+            "would fill its own: use relations='global'"
         )
 
 # %% ../../nbs/method/06e_learner.ipynb #65ba59d9
 class OutOfMemory(RuntimeError):
-    "A step did not fit into memory."
+    "A training step ran out of memory."
 
 
 class RunsFailed(RuntimeError):
-    "Some runs of a group failed, and the others went on to their end; `failures` has the error of each learner."
+    "Some runs of a group failed while the others finished; `failures` has the error of each failed learner."
 
     def __init__(self, failures: dict[Learner, Exception]):
         self.failures = failures
@@ -347,15 +351,15 @@ class RunsFailed(RuntimeError):
 
 
 class Group:
-    "The learners of a group that are still running. In one process an error of one run takes that one out."
+    "The learners of a group that are still running. In a single process a run that fails is removed and the others continue."
 
     def __init__(self, learners: list):
         self.running, self.failures = list(learners), {}
-        self.isolates = len(learners) > 1 and world_size() == 1  # other processes would wait for this one
+        self.isolates = len(learners) > 1 and world_size() == 1  # in several processes the others would wait forever
 
     @contextlib.contextmanager
     def only(self, learner: Learner):
-        "An error inside is the failure of this learner alone."
+        "Record an error within the context as the failure of this learner, and remove it from the group."
         try:
             yield
         except Exception as e:
@@ -370,14 +374,14 @@ def _no_memory(e: Exception) -> bool:
 
 
 def fit_many(
-    learners: list[Learner],  # with one teacher and the same batches; students and methods of their own
+    learners: list[Learner],  # with the same teacher and batches, but their own students and methods
     progress: bool = True,
 ) -> list[list[dict]]:  # their histories
-    """Train several students at once; the teacher sees each batch once.
+    """Train several students at once with one forward pass of the teacher for each batch.
 
     An error in the step, the evaluation or a callback of one run ends that run alone; it is raised at the end, as
-    `RunsFailed`. Raises ValueError where the runs do not fit together, `Stopped` after a signal or `Learner.stop`,
-    `BatchesFailed`, `OutOfMemory`; a single run raises its own error."""
+    `RunsFailed`. Raises ValueError if the runs do not fit together, `Stopped` after a signal or `Learner.stop`,
+    `BatchesFailed` and `OutOfMemory`; a single run raises its own error."""
     first, group = learners[0], Group(learners)
     for other in learners[1:]:
         check_group(first, other)
@@ -409,7 +413,7 @@ def fit_many(
 
 
 def one_epoch(group: Group, epoch: int, teach, signals: list[int]):
-    "Take the learners that stand in an epoch to its end."
+    "Train all learners that are in `epoch` to its end."
 
     def here() -> list[Learner]:
         return [one for one in group.running if one.epoch == epoch]
@@ -421,19 +425,19 @@ def one_epoch(group: Group, epoch: int, teach, signals: list[int]):
             learner.begin_epoch()
 
     def save() -> str:
-        "Let the callbacks save; return a sentence on what there is to go on from."
+        "Let the callbacks save; return a sentence that says from where the run can resume."
         for learner in here():
             learner.call("on_stop")
         saved = rank() == 0 and first.can_save and any(isinstance(c, Checkpoint) for c in first.callbacks)
         return ("The state was saved: " if saved else "") + first.saved_state()
 
     def stop():
-        "Leave where a signal came, or a callback asked for it, as soon as no gradient is waiting."
+        "Raise `Stopped` after a signal or `Learner.stop`, as soon as no gradients are being accumulated."
         asked = [one.stop_reason for one in here() if one.stop_reason]
         reason = signal.Signals(signals[0]).name if signals else asked[0] if asked else ""
         if reason and all(one.between_updates for one in here()):
             where = f"{reason} in epoch {epoch + 1}, after step {first.step}."
-            raise Stopped(f"{where} {save()} Start again to go on", signals[0] if signals else None)
+            raise Stopped(f"{where} {save()} Start again to resume", signals[0] if signals else None)
 
     try:
         batches = first.train.epoch(epoch, start=start)
@@ -458,12 +462,12 @@ def one_epoch(group: Group, epoch: int, teach, signals: list[int]):
         text = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise OutOfMemory(
             f"out of memory in epoch {epoch + 1}, step {first.step + 1} ({text}). {first.saved_state()} "
-            "Start again with a smaller batch_size, precision='bf16', or less else on the device"
+            "Start again with a smaller batch_size or precision='bf16', or free memory on the device"
         ) from e
 
 
 def checked(batches, n: int, save):
-    "Yield `n` batches, or raise an error that says where they ended, with the state saved."
+    "Yield `n` batches. If loading fails, save the state and raise `BatchesFailed`; likewise if there are not exactly `n`."
     got, batches = 0, iter(batches)
     while True:
         try:
@@ -472,29 +476,31 @@ def checked(batches, n: int, save):
             break
         except Exception as e:
             raise BatchesFailed(
-                f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. {save()} Start again to go on"
+                f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. {save()} Start again to resume"
             ) from e
         got += 1
         yield batch
     if got != n:
-        raise BatchesFailed(f"the training batches ended after {got} of {n}: len(train) and train.epoch() do not agree")
+        raise BatchesFailed(
+            f"train.epoch() yielded {got} batches, but len(train) promises {n}: correct one of them in the class of the batches"
+        )
 
 # %% ../../nbs/method/06e_learner.ipynb #7515e18e
 @contextlib.contextmanager
 def catch_signals():
-    """A list that gets the number of a first Ctrl-C or SIGTERM. A second Ctrl-C interrupts at once.
+    """Yield a list to which the number of a first SIGINT (Ctrl-C) or SIGTERM is appended. A second Ctrl-C interrupts at once.
 
-    A second SIGTERM is ignored: it may be the first one, sent to a group of processes and to its members."""
+    A second SIGTERM is ignored: it may be the first one, sent both to the process group and to the process."""
     caught, before = [], {}
 
     def note(signum, frame):
         if caught and signum == signal.SIGTERM:
             return
         if caught:
-            raise KeyboardInterrupt("stopped in the middle of a step: the last checkpoint counts")
+            raise KeyboardInterrupt("interrupted in the middle of a step: the run can resume from its last checkpoint")
         caught.append(signum)
 
-    if threading.current_thread() is threading.main_thread():  # the only one that may
+    if threading.current_thread() is threading.main_thread():  # signal handlers can be set in the main thread only
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
@@ -505,9 +511,9 @@ def catch_signals():
 
 @contextlib.contextmanager
 def shared_teacher(learners: list[Learner]):
-    """A function from a batch and its epoch to the teacher's outputs for each task, looked up or from one forward pass.
+    """Yield a function from a batch and its epoch to the teacher's outputs for each task, from the cache or one forward pass.
 
-    None where nothing is shared and each task runs the teacher."""
+    Yield None if nothing is shared: then each task runs the teacher."""
     tasks, cache, precision = [one.task for one in learners], learners[0].teacher_cache, learners[0].config.precision
     teacher = tasks[0].teacher
     if teacher is None or not all(isinstance(t, Distiller) for t in tasks) or (len(tasks) == 1 and cache is None):
@@ -529,7 +535,7 @@ def shared_teacher(learners: list[Learner]):
 
 
 def check_group(a: Learner, b: Learner):
-    "Raise ValueError where two runs cannot share a teacher's forward pass."
+    "Raise ValueError if two runs cannot share a teacher's forward pass."
     shared = {
         "the training batches": lambda one: getattr(one.train, "loader", one.train),
         "the test batches": lambda one: getattr(one.test, "loader", one.test),
@@ -538,32 +544,34 @@ def check_group(a: Learner, b: Learner):
     }
     for name, of in shared.items():
         if of(a) is not of(b):
-            raise ValueError(f"runs that share a teacher's forward pass need {name} to be one object")
+            raise ValueError(
+                f"runs that share a teacher's forward pass must have the same {name.removeprefix('the ')}: give them one object"
+            )
     for name in ("epochs", "precision", "deterministic", "accumulate"):
         one, other = getattr(a.config, name), getattr(b.config, name)
         if one != other:
             raise ValueError(
-                f"runs that share a teacher's forward pass must agree in {name}; got {one!r} and {other!r}"
+                f"runs that share a teacher's forward pass must have the same {name}, got {one!r} and {other!r}"
             )
     folders = [c.folder for one in (a, b) for c in one.callbacks if isinstance(c, Checkpoint)]
     if len(folders) != len(set(folders)):
-        raise ValueError(f"each run needs a folder of its own; two have {folders[0]}")
+        raise ValueError(f"each run needs its own folder, but two have {folders[0]}: give them different folders")
 
 # %% ../../nbs/method/06e_learner.ipynb #9a63aef4
 class Trainer(Learner):
-    """Train the student of a task in a folder: a `Learner` that watches its losses, saves its results and its state.
+    """A `Learner` with a folder: it saves checkpoints and results there, and stops at losses that are not finite.
 
-    A run that was interrupted goes on from the folder to the same bits."""
+    An interrupted run resumes from the folder to the same bits."""
 
     def __init__(
         self,
-        task: Distiller,  # or another task: see `Distiller` for what it must have
-        train,  # training batches, and
-        test,  # batches for the evaluation, as a `Learner` takes them
+        task: Distiller,  # or another task with the interface of `Distiller`
+        train,  # training batches, as for `Learner`
+        test,  # batches for the evaluation, as for `Learner`
         config: TrainConfig,
-        folder: Path | str,  # where the run lives
-        checkpoint_seconds: float = 60,  # between two checkpoints: about as much work is lost when the process is killed
-        keep: int = 2,  # number of checkpoints that stay, the newest
+        folder: Path | str,  # for checkpoints and results
+        checkpoint_seconds: float = 60,  # between two checkpoints; at most about this much work is lost when the process is killed
+        keep: int = 2,  # number of checkpoints to keep, the newest
         callbacks: Iterable[Callback] = (),  # called before the trainer's own
         **options,  # of `Learner`: optimizer_factory, channels_last, compile, teacher_cache, cuda_graph
     ):

@@ -22,15 +22,15 @@ __all__ = ['confusion', 'iou', 'evaluate_segmentation', 'pixel_ce', 'paths_to_he
 
 # %% ../../nbs/method/06g_segmentation.ipynb #5a11b8e2
 def confusion(
-    answer: Tensor,  # int (B, H, W): classes
-    target: Tensor,  # int64 (B, H, W): classes, and IGNORED
+    answer: Tensor,  # int (B, H, W): predicted classes
+    target: Tensor,  # int64 (B, H, W): true classes or IGNORED
     num_classes: int,
-) -> Tensor:  # int64 (num_classes, num_classes): pixels of the class of the row that were given the class of the column
+) -> Tensor:  # int64 (num_classes, num_classes): pixels of each true class (row) by predicted class (column)
     "Compute torchmetrics' confusion matrix of the pixels that are not ignored."
     with optional_import():
         from torchmetrics.functional.classification import multiclass_confusion_matrix
-    # whole numbers add up to the same in any order, but in deterministic mode torchmetrics would
-    # make a table of pixels by classes squared
+    # integer sums do not depend on the order, but in deterministic mode torchmetrics would
+    # create a table of pixels by squared classes
     with determinism(False, search=False):
         return multiclass_confusion_matrix(answer, target, num_classes, ignore_index=IGNORED, validate_args=False)
 
@@ -48,9 +48,9 @@ def evaluate_segmentation(
     precision: str = "fp32",
     before=lambda: None,  # called before each batch
 ) -> dict[str, float]:
-    """Compute mean intersection over union (miou) and accuracy by pixel, in per cent.
+    """Compute mean intersection over union (miou) and pixel accuracy, in per cent.
 
-    The mode of the network is restored. Raises ValueError where all pixels are ignored."""
+    The mode of the network is restored. Raises ValueError if all pixels are ignored."""
     counts = torch.zeros(
         batches.num_classes, batches.num_classes, dtype=torch.int64, device=next(model.parameters()).device
     )
@@ -66,7 +66,7 @@ def evaluate_segmentation(
             counts += confusion(answer, targets, batches.num_classes)
     counts = all_reduce(counts)
     if not counts.sum():
-        raise ValueError("no pixel of the evaluated masks has a class: all are ignored")
+        raise ValueError(f"all pixels of the evaluated masks are ignored ({IGNORED}): give masks with classes")
     return {
         "miou": 100 * iou(counts).nanmean().item(),
         "accuracy": 100 * (counts.diagonal().sum() / counts.sum()).item(),
@@ -75,29 +75,29 @@ def evaluate_segmentation(
 # %% ../../nbs/method/06g_segmentation.ipynb #bb57d175
 def pixel_ce(
     logits: Tensor,  # (B, P, H, W)
-    target: Tensor,  # int64 (B, H, W): classes, and IGNORED
+    target: Tensor,  # int64 (B, H, W): true classes or IGNORED
 ) -> Tensor:  # scalar
-    "Compute the mean cross-entropy over the pixels that are not ignored; 0 where all are."
-    rows = logits.float().movedim(1, -1).flatten(0, -2)  # CUDA has a deterministic kernel for rows, none for maps
+    "Compute the mean cross-entropy over the pixels that are not ignored; 0 if all are ignored."
+    rows = logits.float().movedim(1, -1).flatten(0, -2)  # CUDA has a deterministic kernel for rows, but not for maps
     total = F.cross_entropy(rows, target.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (target != IGNORED).sum().clamp_min(1)
 
 # %% ../../nbs/method/06g_segmentation.ipynb #96eca9d7
 def paths_to_head(method: Method, model: nn.Module, paths=None) -> list[str]:
-    """Return the paths of a method's features, those given or those it wants, and last that of the decode head.
+    """Return the paths of a method's features, the user's or those it wants, followed by the path of the decode head.
 
-    The logits of the decode head are what is compared. Raises ValueError where the network does not name it."""
+    The method compares the logits of the decode head. Raises ValueError if `model.layers` has no path for it."""
     layers = segmenter_paths(model)
     if not layers.head:
         raise ValueError(
-            f"model.layers of {type(model).__name__} must name the decode head: "
-            "FeaturePaths(stages=(...), head='classifier')"
+            f"model.layers of {type(model).__name__} has no path of the decode head: set "
+            "model.layers = FeaturePaths(stages=(...), head='classifier')"
         )
     return [*(method.wants(layers) if paths is None else paths), layers.head]
 
 
 class SegmentationDistiller(Distiller):
-    "Train a segmentation network, perhaps from a teacher, by a method between them: a task for `Trainer`."
+    "The task of segmentation for `Trainer`: a student, a distillation method and a teacher, or the student alone."
 
     score = "miou"
 
@@ -111,15 +111,15 @@ class SegmentationDistiller(Distiller):
         if self.teacher is None:
             return
         batch = first_shard(train)
-        with torch.no_grad(), evaluating(self.student):  # batch statistics must not see this batch
+        with torch.no_grad(), evaluating(self.student):  # this batch must not enter the running statistics
             student, teacher = self._decoded(self.student_taps(batch.images), self.teacher_taps(batch.images))
         self.method.build(student, teacher)
         self.method.to(batch.images.device)
 
     def _decoded(self, student: Outputs, teacher: Outputs | None):
-        """Return what the method compares: logits (B, P, h, w) of the decode heads, at the student's size; features.
+        """Return the `Outputs` that the method compares: logits (B, P, h, w) of the decode heads at the student's size, and features.
 
-        Raises ValueError where the numbers of classes differ."""
+        Raises ValueError if the numbers of classes differ."""
         s = student.features[-1]
         student = Outputs(s, student.features[:-1])
         if teacher is None:
@@ -127,15 +127,15 @@ class SegmentationDistiller(Distiller):
         t = teacher.features[-1]
         if s.shape[1] != t.shape[1]:
             raise ValueError(
-                f"teacher and student must know the same classes: the teacher's decode head gives {t.shape[1]}, "
-                f"the student's {s.shape[1]}"
+                f"teacher and student must have the same classes: the teacher's decode head has {t.shape[1]}, the student's "
+                f"{s.shape[1]}. Give a teacher of the data's classes"
             )
         if s.shape != t.shape:
             t = F.interpolate(t.float(), s.shape[-2:], mode="bilinear", align_corners=False)
         return student, Outputs(t, teacher.features[:-1])
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "Compute the weighted terms, and count the pixels that are right. Each process has its own cross-entropy."
+        "Return the weighted terms and the number of correct pixels. Each process computes the cross-entropy of its shard."
         if self.teacher is not None and teacher is None:
             with torch.no_grad():
                 teacher = self.teacher_taps(batch.images)
@@ -153,5 +153,5 @@ class SegmentationDistiller(Distiller):
         )
 
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
-        "Compute miou and accuracy of the student, in per cent."
+        "Compute the miou and the pixel accuracy of the student, in per cent."
         return evaluate_segmentation(self.student, batches, precision, before)

@@ -30,19 +30,17 @@ def principal_basis(
     x: Tensor,  # (n, p): features of some images
     width: int,  # number of directions
 ) -> tuple[Tensor, Tensor]:  # mean (p,) and basis (p, width), float32
-    """Return the mean and an orthonormal basis of it and the first principal directions.
+    """Return the mean, and an orthonormal basis of the mean and the first `width - 1` principal directions.
 
-    Raises ValueError where `n` images do not span so many directions."""
+    Raises ValueError unless `width` is from 2 to min(n, p)."""
     n, p = x.shape
     if not 2 <= width <= min(n, p):
-        raise ValueError(
-            f"cannot keep {width} directions of {n} features of {p} numbers: the width must be from 2 to {min(n, p)}"
-        )
+        raise ValueError(f"width must be from 2 to {min(n, p)} for {n} features of {p} elements, got {width}")
     x = x.double()
     mean = x.mean(0)
     x = x - mean
     if n < p:
-        values, vectors = torch.linalg.eigh(x @ x.T)  # n directions are all there are
+        values, vectors = torch.linalg.eigh(x @ x.T)  # the samples span at most n directions
         vectors = x.T @ vectors[:, -(width - 1) :] / values[-(width - 1) :].clamp_min(1e-300).sqrt()
     else:
         vectors = torch.linalg.eigh(x.T @ x).eigenvectors[:, -(width - 1) :]
@@ -50,35 +48,35 @@ def principal_basis(
     return mean.float(), basis.float()
 
 # %% ../../nbs/method/06h_teacher_cache.ipynb #4d593e31
-BUDGET = 16 * 2**30  # bytes that a cache may take
-SAMPLE = 2048  # images from which the basis of a projection is made
+BUDGET = 16 * 2**30  # maximum size of a cache in bytes
+SAMPLE = 2048  # number of images from which the basis of a projection is computed
 
 
 class Store:
-    "One output of the teacher for all images in each of their stored augmentations."
+    "Storage of one output of the teacher (logits or a feature) for all images in all stored augmentations."
 
     def __init__(
         self,
         name: str,
-        shape: tuple[int, ...],  # of the output of one image
-        dtype: torch.dtype,  # in which it is kept
-        size: tuple[int, int],  # augmentations, images
+        shape: tuple[int, ...],  # of the output for one image
+        dtype: torch.dtype,  # of the stored values
+        size: tuple[int, int],  # numbers of augmentations and of images
         folder: Path | None = None,  # None: in memory
-        width: int | None = None,  # numbers that a projection keeps; None: all
+        width: int | None = None,  # number of components after projection; None: no projection
     ):
         self.name, self.shape, self.dtype, self.folder, self.basis = name, tuple(shape), dtype, folder, None
         self.views, self.images = size
         self.width = math.prod(shape) if width is None else width
         self.block = self.images * self.width * dtype.itemsize  # bytes of one augmentation of all images
-        self.left_out, self.energy = 0.0, 0.0  # sums of squares: of what a projection leaves out, and of all
+        self.left_out, self.energy = 0.0, 0.0  # sums of squares: of what the projection removes, and of everything
         self.rows = torch.empty(0 if folder else self.views, self.images, self.width, dtype=dtype)
-        self.done = 0  # augmentations that are complete
+        self.done = 0  # number of complete augmentations
         if folder:
             self.path = folder / f"{digest(name)}.bin"
             self._take_up()
 
     def _take_up(self):
-        "Take up what the file holds; a block that was cut short is removed."
+        "Resume from the file; an incomplete block at its end is removed."
         if not (self.path.exists() and self.path.with_suffix(".pt").exists()):
             self.path.unlink(missing_ok=True)
             return
@@ -87,13 +85,13 @@ class Store:
             file.truncate(self.done * self.block)
 
     def _read_about(self) -> int:
-        "Read what is known of the file's content, the basis among it; return the number of complete augmentations."
+        "Read the metadata of the file, such as the basis; return the number of complete augmentations."
         known = torch.load(self.path.with_suffix(".pt"), weights_only=True)
         self.basis, self.left_out, self.energy = known["basis"], known["left_out"], known["energy"]
         return known["done"]
 
     def write(self, k: int, at: int, x: Tensor):
-        "Keep outputs (b, ...) of images from `at` on in augmentation `k`; blocks and images come in order."
+        "Append outputs (b, ...) for augmentation `k` of the images from index `at` on; to be called in order."
         x = x.contiguous().flatten(1)
         if self.basis is not None:
             mean, basis = (t.to(x.device) for t in self.basis)
@@ -111,7 +109,7 @@ class Store:
             file.write(x.contiguous().view(torch.uint8).numpy())
 
     def close_block(self, k: int):
-        "Note that augmentation `k` is complete."
+        "Mark augmentation `k` as complete."
         self.done = k + 1
         if self.folder:
             known = {"done": self.done, "basis": self.basis, "left_out": self.left_out, "energy": self.energy}
@@ -120,9 +118,9 @@ class Store:
             write_atomic(self.path.with_suffix(".pt"), buffer.getvalue())
 
     def open(self, device: torch.device):
-        "Map the file into memory; on a GPU, move the rows there if they fill less than half of what is free."
+        "Map the file into memory; on a GPU, move the rows there if they need less than half of its free memory."
         if self.folder:
-            self._read_about()  # the basis may be another process's
+            self._read_about()  # another process may have computed the basis
             size = self.views * self.images * self.width
             rows = torch.from_file(str(self.path), shared=False, size=size, dtype=self.dtype)
             self.rows = rows.view(self.views, self.images, self.width)
@@ -131,7 +129,7 @@ class Store:
         self.mean = None if self.basis is None else (self.basis[0] @ self.basis[1]).to(device)
 
     def read(self, view: Tensor, index: Tensor, device: torch.device) -> Tensor:
-        "Return the outputs of images in these augmentations, on the device."
+        "Return the outputs for images `index` in augmentations `view`, on the device."
         x = self.rows[view.to(self.rows.device), index.to(self.rows.device)].to(device)
         return x.unflatten(1, self.shape) if self.mean is None else x.float() + self.mean
 
@@ -139,10 +137,10 @@ class Store:
 class TeacherCache:
     """The teacher's logits and features for the stored augmentations of the training images.
 
-    `cache(index, epoch, paths)` returns the `Outputs` for images `index` as the student sees them in `epoch`. Making it
-    runs the teacher over all of them, unless the folder has the outputs already; what was interrupted goes on after the
-    last complete augmentation. Raises ValueError for batches without stored augmentations and for a cache that is larger
-    than its budget."""
+    `cache(index, epoch, paths)` returns the `Outputs` for the images `index` as augmented in `epoch`. The constructor runs
+    the teacher on all augmentations, unless the folder has the outputs already; if interrupted, it resumes after the last
+    complete augmentation. Raises ValueError for batches without stored augmentations and for a cache larger than
+    `budget`."""
 
     def __init__(
         self,
@@ -151,14 +149,15 @@ class TeacherCache:
         paths: Iterable[str] = (),  # of the features, as for `Taps`
         folder: Path | str | None = None,  # of all caches; None: in memory
         precision: str = "fp32",  # of the teacher's forward pass
-        width: int | None = None,  # numbers to keep of a feature that has more, for methods that see relations only
-        budget: int = BUDGET,  # bytes it may take
+        width: int | None = None,  # project larger features to this width, for methods that use Gram matrices only
+        budget: int = BUDGET,  # maximum size in bytes
         batch_size: int = 250,  # of the teacher's forward pass
-        progress: bool = False,  # a bar in the terminal
+        progress: bool = False,  # show a progress bar
     ):
         if not getattr(train, "views", None):
             raise ValueError(
-                "a teacher cache needs batches with stored augmentations: give them views=4, or another number"
+                f"a teacher cache needs training batches with stored augmentations, got views={getattr(train, 'views', None)}: "
+                "create the batches with views=4, for example"
             )
         if width is not None:
             check_whole(2, width=width)
@@ -180,7 +179,7 @@ class TeacherCache:
             store.open(self.device)
 
     def _lock(self):
-        "One process fills a folder; the others wait, and find it full."
+        "Return a lock with which one process fills a folder while the others wait."
         if self.folder is None:
             return contextlib.nullcontext()
         with optional_import():
@@ -188,14 +187,14 @@ class TeacherCache:
         return FileLock(self.folder / ".lock")
 
     def _outputs(self, taps: Taps, k: int, steps: list[Tensor]):
-        "Iterate over the teacher's outputs for images in their `k`-th augmentation: a list, logits first."
+        "Yield the teacher's outputs for images in their `k`-th augmentation, as a list with the logits first."
         for images in self.train.view(k, steps):
             with autocast(self.device.type, self.precision):
                 outputs = taps(as_stored(images, self.teacher))
             yield [outputs.logits, *outputs.features]
 
     def _stores(self, taps: Taps, budget: int) -> dict[str | None, Store]:
-        "Return the stores of the logits (None) and of the features by path. Raises ValueError where they are too large."
+        "Return the stores of the logits (key None) and of the features (by path). Raises ValueError if they exceed the budget."
         n, stores = len(self.train.targets), {}
         (examples,) = self._outputs(taps, 0, [torch.arange(min(2, n))])
         for path, x in zip([None, *self.paths], examples):
@@ -212,9 +211,9 @@ class TeacherCache:
         size = sum(store.block * store.views for store in stores.values())
         if size > budget:
             raise ValueError(
-                f"the teacher's outputs for {self.train.views} augmentations of {n:,} images take {size / 2**30:.3g} GiB, "
-                f"more than the budget of {budget / 2**30:.3g} GiB: take fewer augmentations, a projection "
-                "(teacher_projection=256, for methods that see relations only), or a larger budget"
+                f"the teacher's outputs for {self.train.views} augmentations of {n:,} images need {size / 2**30:.3g} GiB, "
+                f"more than the budget of {budget / 2**30:.3g} GiB: use fewer augmentations, a projection "
+                "(teacher_projection=256, for methods that use Gram matrices only), or a larger budget"
             )
         return stores
 
@@ -246,36 +245,38 @@ class TeacherCache:
 
     @property
     def bytes(self) -> int:
-        "Return the size of what is kept."
+        "The size of the stored outputs in bytes."
         return sum(store.rows.nbytes for store in self.stores.values())
 
     @property
     def left_out(self) -> dict[str, float]:
-        "Return by path which part of the squares about the mean a projection has left out, over all that is kept."
+        "The fraction of the variance that the projection removes, by path."
         return {path: s.left_out / s.energy for path, s in self.stores.items() if path is not None and s.energy}
 
     def __call__(self, index: Tensor, epoch: int, paths: Iterable[str]) -> Outputs:
-        "Return the teacher's outputs for images `index` (b,) in the augmentations of an epoch, with these features."
+        "Return the teacher's outputs for images `index` (b,) in the augmentations of an epoch, with the features at `paths`."
         if self.epoch is None or self.epoch[0] != epoch:
             self.epoch = epoch, self.train.view_at(epoch).to(index.device)
         at = self.epoch[1][index], index, self.device
         return Outputs(self.stores[None].read(*at), tuple(self.stores[path].read(*at) for path in paths))
 
     def check(self, method: Method, paths: Iterable[str]):
-        "Raise ValueError for a method that the kept outputs are not enough for."
+        "Raise ValueError for a method that needs more than the stored outputs."
         if method.teacher_batch_stats:
             raise ValueError(
-                f"method {method.name} lets the teacher normalise by the statistics of each batch, which are not kept: "
-                "train it without a teacher cache"
+                f"method {method.name} runs the teacher with the statistics of each batch, which a teacher cache does not "
+                "have: train it without teacher_cache"
             )
         if missing := [path for path in paths if path not in self.stores]:
-            raise ValueError(f"the teacher cache has no features of {', '.join(missing)}: give it these paths")
+            raise ValueError(
+                f"the teacher cache has no features at {', '.join(missing)}: create it with paths=[...] that include these"
+            )
         if self.width is not None and tuple(paths) and not method.relations_only:
             raise ValueError(
-                f"method {method.name} compares features by their entries, and a projection keeps their relations only: "
-                "use it without teacher_projection, or a method such as fcka, rcka, sp, rkd or pkt"
+                f"method {method.name} compares the elements of features, but a projection preserves their Gram matrix only: "
+                "train it without teacher_projection, or use a method such as fcka, rcka, sp, rkd or pkt"
             )
 
     def identity(self) -> dict:
-        "Return what of the cache decides a result, besides the teacher and the batches."
+        "Return the settings of the cache that determine a result, besides the teacher and the batches."
         return {"width": self.width, "precision": self.precision}
