@@ -29,32 +29,33 @@ __all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'Weigh
 
 # %% ../nbs/method/08c_cli.ipynb #38af5754
 app = typer.Typer(
-    help="Knowledge distillation by centred kernel alignment: run benchmarks, sweeps of them, and read the tables.",
+    help="Knowledge distillation by centred kernel alignment: distil networks, run benchmarks and sweeps, print tables.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 console = Console(width=None if sys.stdout.isatty() else 160, force_jupyter=False)
 
-Root = Annotated[
-    Path | None, typer.Option(help="Folder of all runs. Without it: RCKA_RUNS, else runs/ of the checkout.")
-]
+Root = Annotated[Path | None, typer.Option(help="Folder of all runs. Default: RCKA_RUNS, else runs/ of the checkout.")]
 Fields = Annotated[
     list[str] | None,
     typer.Option(
-        "--param", "-p", metavar="NAME=VALUE", help="A field of Experiment, as epochs=60; may be given several times."
+        "--param",
+        "-p",
+        metavar="NAME=VALUE",
+        help="A field of Experiment, such as epochs=60; may be given several times.",
     ),
 ]
 NotebookPath = Annotated[Path | None, typer.Option(help="Notebook to run instead of the dataset's benchmark notebook.")]
 
 
 def _fields(given: list[str] | None) -> dict:
-    "NAME=VALUE texts as a dict."
+    "Return NAME=VALUE texts as a dict. Raises ValueError for other texts."
     from rcka.experiments.sweep import value_of
 
     pairs = [text.partition("=") for text in given or []]
     for name, sign, _ in pairs:
         if not sign:
-            raise ValueError(f"a parameter is NAME=VALUE, got {name!r}")
+            raise ValueError(f"a parameter must be NAME=VALUE, got {name!r}")
     return {name: value_of(value) for name, _, value in pairs}
 
 
@@ -67,13 +68,13 @@ def _known(names, known, what: str):
 
 
 def _stopped(why: str = "") -> typer.Exit:
-    "Say on stderr that the command was stopped and goes on; return the exit to raise."
-    print(f"stopped{f' ({why})' if why else ''}; the same command goes on from here", file=sys.stderr)
+    "Report on stderr that the command was stopped; return the exit to raise."
+    print(f"stopped{f' ({why})' if why else ''}; run the same command again to resume", file=sys.stderr)
     return typer.Exit(130)
 
 
 def _runs(root: Path | None) -> Path:
-    "The folder of all runs, to be read: one that was given must be there."
+    "Return the folder of all runs for reading. Raises ValueError if `root` does not exist."
     from rcka.experiments.result import runs_root
 
     if root and not root.is_dir():
@@ -92,7 +93,7 @@ def extensions(
         ),
     ] = None,
 ):
-    "Distil, run benchmarks and sweeps of them, and read the tables."
+    "Distil networks, run benchmarks and sweeps, print tables."
     from importlib import import_module
     from importlib.metadata import entry_points
 
@@ -106,7 +107,7 @@ def extensions(
 # %% ../nbs/method/08c_cli.ipynb #1c81fc86
 @app.command()
 def methods():
-    "List the distillation methods: names for --methods; several joined with a plus, as kd+fcka."
+    "List the distillation methods: names for --method and --methods; join several by a plus, such as kd+fcka."
     from rcka.methods.base import create_method, list_methods
 
     _table(
@@ -133,10 +134,10 @@ def models():
 @app.command()
 def datasets(
     root: Annotated[
-        Path | None, typer.Option(help="Folder of the datasets. Without it: RCKA_DATA, else data/ of the checkout.")
+        Path | None, typer.Option(help="Folder of the datasets. Default: RCKA_DATA, else data/ of the checkout.")
     ] = None,
 ):
-    "List the datasets: which are there, which are missing, and how to get those."
+    "List the datasets, whether they are found, and how to get those that are missing."
     from rcka.data.datasets import list_datasets
     from rcka.files import data_root
 
@@ -172,11 +173,13 @@ def train(
     raise typer.Exit(main(arguments or [], program="rcka train"))
 
 # %% ../nbs/method/08c_cli.ipynb #d1571a11
-Options = Annotated[str | None, typer.Option(metavar="JSON", help="Options of the network, as '{\"img_size\": 32}'.")]
+Options = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Options of the network, such as '{\"img_size\": 32}'.")
+]
 WeightsOf = Annotated[
     str | None,
     typer.Option(
-        help="A file of weights, pretrained, or a name of the library's. Without it the teacher is trained first, the student fresh."
+        help="A file of weights, pretrained, or a name of the library's weights. Without it a teacher is trained first, and a student starts from random weights."
     ),
 ]
 
@@ -193,40 +196,40 @@ def distill(
         str, typer.Option(help="A network's name, package.module:function, or the folder of an earlier student.")
     ],
     student: Annotated[str, typer.Option(help="A network's name, or package.module:function.")],
-    method: Annotated[str, typer.Option(help="A method of `rcka methods`, or several with a plus.")] = "kd+fcka",
+    method: Annotated[str, typer.Option(help="A method of `rcka methods`, or several joined by a plus.")] = "kd+fcka",
     epochs: Annotated[
         int | None,
         typer.Option(min=1, help="Epochs of the student, and of a teacher without weights: 5, or those of the preset."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the results. Without it: below the folder of all runs.")
+        Path | None, typer.Option(help="Folder of the results. Default: a new one in the folder of all runs.")
     ] = None,
     teacher_weights: WeightsOf = None,
     student_weights: WeightsOf = None,
     teacher_options: Options = None,
     student_options: Options = None,
-    size: Annotated[int | None, typer.Option(help="Pixels of a side that the student takes.")] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width of the student's images in pixels.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=4, help="Images in a batch: 64; loaders have their own.")
+        int | None, typer.Option(min=4, help="Images per batch. Default: 64; loaders have their own.")
     ] = None,
     alone: Annotated[
-        bool, typer.Option("--alone", help="Train the student without its teacher as well, to compare.")
+        bool, typer.Option("--alone", help="Also train the student without the teacher, to compare.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Without it: CUDA where there is one.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: CUDA if available.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Number of processes that decode images.")] = None,
     export: Annotated[
-        str | None, typer.Option(help="Export the student as well: onnx, torch, or both as onnx+torch.")
+        str | None, typer.Option(help="Also export the student: onnx, torch, or both as onnx+torch.")
     ] = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
             metavar="USER/NAME",
-            help="Send the student to this repository of the Hugging Face hub; a new one is private.",
+            help="Upload the student to this repository of the Hugging Face hub; a new one is private.",
         ),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="A published recipe: crd, torchvision-v2 or deit. Without it: AdamW and a cosine."),
+        typer.Option(help="A published recipe: crd, torchvision-v2 or deit. Default: AdamW with a cosine schedule."),
     ] = None,
     ema: Annotated[
         float | None,
@@ -238,11 +241,14 @@ def distill(
     param: Annotated[
         list[str] | None,
         typer.Option(
-            "--param", "-p", metavar="NAME=VALUE", help="A field of TrainConfig or Augment, as lr=0.01 or mixup=0.2."
+            "--param",
+            "-p",
+            metavar="NAME=VALUE",
+            help="A field of TrainConfig or Augment, such as lr=0.01 or mixup=0.2.",
         ),
     ] = None,
 ):
-    "Distil your networks on your images; `train` runs a named experiment of the benchmarks."
+    "Distil your networks on your images. For an experiment of the benchmarks use `rcka train`."
     from rcka.core import BatchesFailed
     from rcka.data.augment import Augment
     from rcka.distillation import SCORES
@@ -284,27 +290,27 @@ def distill(
     for who in ("teacher", "student", "alone"):
         if found := results[who]:
             scores = [f"{what}: {found[name]:.2f}" for name, what in SCORES.items() if found.get(name) is not None]
-            print(f"{who}: " + ("; ".join(scores) or "no score: its classes are others, or there are no labels"))
+            print(f"{who}: " + ("; ".join(scores) or "no score, since it has other classes or there are no labels"))
 
 
 def _json_option(name: str, text: str | None):
-    "Return the value of an option that is given as JSON."
+    "Return the value of a JSON option. Raises ValueError for other texts."
     try:
         return json.loads(text) if text else None
     except ValueError:
-        raise ValueError(f"{name} must be JSON, as '{{\"img_size\": 32}}'; got {text!r}") from None
+        raise ValueError(f"{name} must be JSON, such as '{{\"img_size\": 32}}'; got {text!r}") from None
 
 # %% ../nbs/method/08c_cli.ipynb #c2f41b74
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="The folder of a student, as `rcka distill` leaves it.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a student, written by `rcka distill`.")],
     to: Annotated[str, typer.Option(help="onnx, torch, or both as onnx+torch.")] = "onnx",
     data: Annotated[
         str | None,
-        typer.Option(help="Images to compare on, as for `rcka distill`. Without it: those it was distilled on."),
+        typer.Option(help="Images for the comparison, as for `rcka distill`. Default: those it was distilled on."),
     ] = None,
 ):
-    "Export a student as ONNX or as a program of torch.export, compared with the student on real images."
+    "Export a student as ONNX or as a torch.export program, after a comparison with the student on real images."
     from rcka.models.student import read_about
     from rcka.shipping import check_formats, export_student
 
@@ -313,8 +319,8 @@ def export(
         path = export_student(folder, name, data=data)
         found = read_about(folder)["exports"][name]
         print(
-            f"{path}: on {found['images']} images the same classes, logits within {found['largest_difference']:.1e} "
-            f"(the largest is {found['largest_logit']:.1f})"
+            f"{path}: same classes on {found['images']} images, logits differ by at most {found['largest_difference']:.1e} "
+            f"(largest logit {found['largest_logit']:.1f})"
         )
 
 # %% ../nbs/method/08c_cli.ipynb #713a9a2a
@@ -323,16 +329,16 @@ def run(
     what: Annotated[
         str,
         typer.Argument(
-            help="A dataset, as cifar10 or imagefolder:PATH, or a notebook, as nbs/benchmarks/digits.ipynb."
+            help="A dataset, such as cifar10 or imagefolder:PATH, or a notebook, such as nbs/benchmarks/digits.ipynb."
         ),
     ],
     param: Fields = None,
     root: Root = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where the executed notebook goes. Without it: into the run's folder.")
+        Path | None, typer.Option(help="File of the executed notebook. Default: notebook.ipynb in the run's folder.")
     ] = None,
 ):
-    "Run a benchmark notebook with papermill. The kernel listens on IPC sockets, not on TCP."
+    "Run a benchmark notebook with papermill, its kernel on IPC sockets instead of TCP."
     from rcka.experiments import sweep as S
     from rcka.experiments.experiment import Experiment, check_types, report_found
     from rcka.experiments.result import Result, claim_folder, runs_root
@@ -345,7 +351,7 @@ def run(
     known, hints = S.parameters(notebook), get_type_hints(Experiment)
     _known(values, known, f"parameter of {notebook.name}")
     if output and output.is_dir():
-        raise ValueError(f"--output is the file of the executed notebook, and {output} is a folder")
+        raise ValueError(f"--output must be the file of the executed notebook, but {output} is a folder")
     runs, experiment, folder, counts, found = runs_root(root).resolve(), None, Path(), {}, []
     if set(Experiment().to_dict()) <= set(known):  # one experiment; digits.ipynb runs several, coco.ipynb other ones
         asked = {k: v for k, v in values.items() if k in hints}
@@ -365,7 +371,7 @@ def run(
         check_types({k: v for k, v in values.items() if k in numbers and v is not None}, numbers)
     output = output or runs / notebook.name
     output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"the executed notebook goes to {output}")
+    print(f"executed notebook: {output}")
     try:
         with S.environment(RCKA_RUNS=str(runs)), _epochs(counts) if experiment else contextlib.nullcontext():
             S.execute(notebook, output, values, progress=experiment is None and sys.stderr.isatty())
@@ -377,7 +383,7 @@ def run(
             raise
         line = S.write_failure(folder, error) if experiment else f"{name}: {getattr(error, 'evalue', '')}"
         more = "; `rcka status --traceback` has the traceback" if experiment else ""
-        print(f"error: {line}\nthe notebook as far as it came: {output}{more}", file=sys.stderr)
+        print(f"error: {line}\nthe notebook up to the error: {output}{more}", file=sys.stderr)
         raise typer.Exit(1) from None
     if experiment:
         (folder / "failure.json").unlink(missing_ok=True)
@@ -387,7 +393,7 @@ def run(
 
 
 def _print_scores(experiment, runs: Path):
-    "Print the accuracy of teacher and student, and where their weights are."
+    "Print the accuracy of teacher and student, and the paths of their weights."
     from rcka.experiments.result import Result
 
     result = Result.load(runs / experiment.key / "result.json")
@@ -411,7 +417,7 @@ def _bar(counted: str, *more) -> Progress:
 
 @contextlib.contextmanager
 def _epochs(counts: dict[Path, int]):
-    "Show a bar of the epochs that are done in these folders, each with its number of epochs: a run and its teacher's."
+    "Show a progress bar of the epochs done in the folders of a run and of its teacher's; `counts` are the total epochs of each."
     from rcka.experiments.sweep import epochs_done
 
     over = threading.Event()
@@ -436,7 +442,7 @@ def _epochs(counts: dict[Path, int]):
 
 
 class _SweepProgress:
-    "Show a sweep's tally: a bar of the runs that are over, and the time left."
+    "Show the progress of a sweep: a bar of finished runs, and the time left."
 
     def __init__(self, bar: Progress, fingerprint: str):
         self.bar, self.task, self.fingerprint = bar, bar.add_task("sweep", total=None, left=""), fingerprint
@@ -471,33 +477,37 @@ def _clock(seconds: float) -> str:
 def sweep(
     dataset: Annotated[str, typer.Argument(help="A dataset of `rcka datasets`, or imagefolder:PATH or imagenet:PATH.")],
     pairs: Annotated[
-        str, typer.Option(help="Networks as TEACHER:STUDENT, several with commas; all: those of the published table.")
+        str,
+        typer.Option(help="Networks as TEACHER:STUDENT, separated by commas; all: the pairs of the published table."),
     ] = "all",
     methods: Annotated[
-        str, typer.Option(help="Methods of `rcka methods`, with commas; none is the student alone.")
+        str, typer.Option(help="Methods of `rcka methods`, separated by commas; none: the student alone.")
     ] = "none,kd,rcka",
-    seeds: Annotated[str, typer.Option(help="Seeds of the students, whole numbers with commas.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds of the students, integers separated by commas.")] = "0,1,2",
     param: Fields = None,
     root: Root = None,
     notebook: NotebookPath = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs, or groups of runs, at the same time on this machine.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of runs, or groups of runs, at the same time on this machine.")
+    ] = 1,
     group: Annotated[
-        int, typer.Option(min=1, help="Runs that share a teacher's forward pass, at most: same results, sooner.")
+        int,
+        typer.Option(min=1, help="Maximum number of runs that share a teacher's forward pass; results are the same."),
     ] = 4,
-    retry: Annotated[bool, typer.Option(help="Whether to run again what failed before.")] = True,
+    retry: Annotated[bool, typer.Option(help="Run again what failed before.")] = True,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how many runs there would be and what state they are in, and stop.")
+        bool, typer.Option("--dry-run", help="Print the number of runs and their states, without running them.")
     ] = False,
-    executor: Annotated[str, typer.Option(help="Where to run: local, which is this machine, or slurm.")] = "local",
-    partition: Annotated[str | None, typer.Option(help="Slurm: the partition that jobs are sent to.")] = None,
+    executor: Annotated[str, typer.Option(help="Where to run: local (this machine) or slurm.")] = "local",
+    partition: Annotated[str | None, typer.Option(help="Slurm: partition of the jobs.")] = None,
     gpus_per_run: Annotated[int, typer.Option(min=0, help="Slurm: GPUs of a job.")] = 1,
     runs_per_gpu: Annotated[int, typer.Option(min=1, help="Slurm: runs that share a job and its GPU.")] = 1,
     cpus_per_run: Annotated[int, typer.Option(min=1, help="Slurm: cores for each run.")] = 1,
     hours: Annotated[
-        float, typer.Option(help="Slurm: time limit of a job; at the limit it is queued again and goes on.")
+        float, typer.Option(help="Slurm: time limit of a job in hours; at the limit it is queued again and resumes.")
     ] = 24,
 ):
-    "Run a set of experiments, each teacher once. It can be stopped and started again at any time."
+    "Run a set of experiments, and train each teacher once. Can be stopped and resumed at any time."
     from rcka.experiments import sweep as S
     from rcka.experiments.result import runs_root
 
@@ -542,7 +552,7 @@ def sweep(
 
 
 def _grid(dataset: str, pairs: str, methods: str, seeds: str, fields: dict) -> list:
-    "Return the experiments of a sweep. Raises ValueError for what could not run, before anything does."
+    "Return the experiments of a sweep. Raises ValueError for invalid arguments and for runs that cannot work."
     from rcka.data.datasets import KNOWN
     from rcka.experiments import sweep as S
     from rcka.experiments.experiment import Experiment, check_types
@@ -555,11 +565,11 @@ def _grid(dataset: str, pairs: str, methods: str, seeds: str, fields: dict) -> l
     )
     check_types(fields, get_type_hints(Experiment))
     if not seeds.replace(",", "").replace(" ", "").isdecimal():
-        raise ValueError(f"--seeds are whole numbers with commas, as 0,1,2; got {seeds!r}")
+        raise ValueError(f"--seeds must be integers separated by commas, such as 0,1,2; got {seeds!r}")
     if pairs == "all" and not (TABLES / f"{dataset.partition(':')[0]}.csv").exists():
         if ":" not in dataset:
             _known([dataset], KNOWN, "dataset")
-        raise ValueError(f"no pairs are published for {dataset}: give --pairs TEACHER:STUDENT, several with commas")
+        raise ValueError(f"no pairs are published for {dataset}: give --pairs TEACHER:STUDENT, separated by commas")
     runs = S.grid(dataset, pairs, methods, [int(s) for s in seeds.split(",") if s.strip()], **fields)
     _refuse(runs)
     return runs
@@ -576,9 +586,9 @@ def _refuse(experiments: list):
 @app.command()
 def status(
     root: Root = None,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Print the whole traceback of each failure.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Print the full traceback of each failure.")] = False,
 ):
-    "Show the state of the runs of a folder, and why some failed."
+    "Show the states of the runs in a folder, and the errors of those that failed."
     from rcka.experiments.result import Result
     from rcka.experiments.sweep import epochs_done, state
 
@@ -605,11 +615,11 @@ def status(
 def report(
     root: Root = None,
     form: Annotated[
-        str, typer.Option("--format", help="How to print the tables: terminal, markdown, latex or csv.")
+        str, typer.Option("--format", help="Format of the tables: terminal, markdown, latex or csv.")
     ] = "terminal",
-    figures: Annotated[Path | None, typer.Option(help="Folder to write figures of the tables to, as PNG.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures of the tables (PNG).")] = None,
 ):
-    "Print tables of all results in a folder, beside the published numbers."
+    "Print tables of all results in a folder, next to the published numbers."
     from rcka.experiments import report as R
 
     _known([form], ["terminal", "markdown", "latex", "csv"], "format")
@@ -629,7 +639,7 @@ def report(
 
 # %% ../nbs/method/08c_cli.ipynb #b81185f6
 def main(args: list[str] | None = None):  # None: those of the command line
-    "The `rcka` command."
+    "Run the `rcka` command line. Errors are printed in one line, with exit status 2."
     try:
         app(args)
     except (ValueError, ImportError, OSError) as error:

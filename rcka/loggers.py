@@ -19,7 +19,7 @@ __all__ = ['similarity', 'curves', 'Logger', 'TensorBoard', 'WandB', 'MLflow']
 
 # %% ../nbs/method/11b_loggers.ipynb #d6588152
 def similarity(learner, batches: int = 8):  # a matplotlib Figure, or None
-    "Draw the CKA of the student's and the teacher's stages on test images; None without a teacher or known stages."
+    "Plot the CKA between the stages of student and teacher on test images; return None without a teacher or known stages."
     task = learner.task
     frame = None if task.teacher is None else compare_stages(task.student, task.teacher, learner.test, batches)
     if frame is None:
@@ -33,7 +33,7 @@ def similarity(learner, batches: int = 8):  # a matplotlib Figure, or None
 
 
 def curves(learner):  # a matplotlib Figure
-    "Draw the loss terms and the score of a run along its epochs."
+    "Plot the loss terms and the score of a run over its epochs."
     with optional_import():
         from matplotlib.figure import Figure
 
@@ -43,15 +43,16 @@ def curves(learner):  # a matplotlib Figure
 
 # %% ../nbs/method/11b_loggers.ipynb #561fae2c
 class Logger(Callback):
-    """Base class of the loggers. A subclass writes `open`, `log`, `figure` and `close`.
+    """Base class of the loggers. A subclass implements `open`, `log`, `figure` and `close`.
 
-    `identifier` names the record where the service has names for it; it is saved with the run, which so goes on in it."""
+    `identifier` is the service's id of the record, if it has one. It is saved with the run, so that a resumed run
+    continues its record."""
 
     identifier: str | None = None
     is_open = False
 
     def open(self, name: str, settings: dict[str, Any], epoch: int):
-        "Begin the record of a run, or go on with it after `epoch` epochs."
+        "Begin the record of a run, or continue it after `epoch` epochs."
 
     def log(self, values: dict[str, float], epoch: int):
         "Write the values of an epoch, counted from 1."
@@ -65,7 +66,7 @@ class Logger(Callback):
     def before_fit(self, learner):
         self.settings = asdict(learner.config) | learner.identity()
 
-    def before_epoch(self, learner):  # a checkpoint, which may know the record, is loaded by now
+    def before_epoch(self, learner):  # by now a checkpoint is loaded, which may have the identifier
         if rank() == 0 and not self.is_open:
             self.open(learner.name, self.settings, learner.epoch)
             self.is_open = True
@@ -159,7 +160,7 @@ class MLflow(Logger):
 
     def __init__(
         self,
-        experiment: str,  # the name under which MLflow lists the run
+        experiment: str,  # name of MLflow's experiment
         uri: str | None = None,  # "sqlite:///runs/mlflow.db", or a server; None: MLFLOW_TRACKING_URI, or MLflow's own
     ):
         self.experiment, self.uri = experiment, uri
@@ -189,5 +190,5 @@ class MLflow(Logger):
 
 
 def _allowed(name: str) -> str:
-    "Return a name with the characters that MLflow takes."
+    "Return a name with characters that MLflow does not allow replaced by _."
     return "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name)

@@ -32,17 +32,17 @@ _NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
 
 
 def check_formats(formats: Sequence[str]):
-    "Raise ValueError for a format that is not known, ImportError for one whose packages are not installed."
+    "Raise ValueError for an unknown format, ImportError for one whose packages are not installed."
     for name in formats:
         if name not in EXPORTS:
-            raise ValueError(f"export must be {' or '.join(EXPORTS)}, or both with a plus; got {name!r}")
+            raise ValueError(f"export must be {' or '.join(EXPORTS)}, or both joined by a plus; got {name!r}")
         with optional_import():
             for package in _NEEDED[name]:
                 import_module(package)
 
 
 def _exported(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    "Return a network as a program for batches of any size."
+    "Return a network as a torch.export program for batches of any size."
     batch = ({0: torch.export.Dim("batch")},)
     return torch.export.export(model, (images[:2].clone(),), dynamic_shapes=batch, strict=False)
 
@@ -54,7 +54,7 @@ def _as_onnx(program: torch.export.ExportedProgram, about: str) -> tuple[bytes, 
         import onnxruntime
     names = {"input_names": ["images"], "output_names": ["logits"]}
     found = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    assert found is not None  # it is None where a file is written
+    assert found is not None  # None only if a file is written
     proto = found.model_proto
     for graph_end in (proto.graph.input, proto.graph.output):
         graph_end[0].type.tensor_type.shape.dim[0].dim_param = "batch"
@@ -83,9 +83,9 @@ def compare_logits(
     student: nn.Module,
     exported: Callable[[Tensor], Tensor],
     images: Tensor,  # (n, channels, height, width), normalised
-    name: str,  # of what was exported, for the error
-) -> dict:  # the largest difference, and the largest logit
-    "Run a student and what was exported of it on images. Raises ValueError where they do not agree."
+    name: str,  # of the exported file, for errors
+) -> dict:  # the largest difference, the largest logit, and the number of images
+    "Compare a student with its exported program on images. Raises ValueError if logits or classes differ."
     expected = student(images)
     found = torch.cat([exported(images[:1]), exported(images[1:])])
     if found.shape != expected.shape:
@@ -95,8 +95,8 @@ def compare_logits(
     if not difference <= TOLERANCE * max(largest, 1e-6) or other:
         raise ValueError(
             f"{name} is not the student: on {len(images)} images the logits differ by up to {difference:.2g} (the largest "
-            f"is {largest:.3g}) and {other} get another class. It was not written; does the network behave otherwise "
-            "while it is exported, or is there an operation that the format rounds?"
+            f"is {largest:.3g}) and {other} images get another class. It was not written: check for code that depends on "
+            "values or on export mode, and for operations that the format rounds"
         )
     return {"largest_difference": difference, "largest_logit": largest, "images": len(images)}
 
@@ -105,19 +105,19 @@ def export_student(
     folder: Path | str,  # of `save_student`, or of `rcka distill`
     to: str = "onnx",  # a format of `EXPORTS`
     images: Tensor
-    | None = None,  # (n, channels, size, size), normalised, to compare on; None: held-out images of `data`
-    data: str | Path | None = None,  # as for `distill`; None: what the student was distilled on
+    | None = None,  # (n, channels, size, size), normalised, for the comparison; None: held-out images of `data`
+    data: str | Path | None = None,  # as for `distill`; None: the data that the student was distilled on
 ) -> Path:  # the file
-    """Write a student in another format beside its weights, after a comparison on real images.
+    """Export a student to another format in its folder, after a comparison on real images.
 
-    Raises ImportError without the packages of the format, FileNotFoundError or ValueError where no images are found, RuntimeError
-    where the network cannot be exported, ValueError where the result is not the student."""
+    Raises ImportError without the packages of the format, FileNotFoundError or ValueError if no images are found,
+    RuntimeError if the network cannot be exported, ValueError if the exported program differs from the student."""
     check_formats([to])
     folder = Path(folder)
     student = load_student(folder)
     images = _images_for(student, folder, data) if images is None else images
     if len(images) < 3:
-        raise ValueError(f"images must be three or more, to compare batches of several sizes; got {len(images)}")
+        raise ValueError(f"give three or more images, to compare batches of several sizes; got {len(images)}")
     about = {k: v for k, v in read_about(folder).items() if k not in ("made_by", "exports")}
     try:
         with warnings.catch_warnings():
@@ -142,12 +142,12 @@ def export_student(
 
 
 def _images_for(student: nn.Module, folder: Path, data: str | Path | None) -> Tensor:
-    "Return held-out images as a student takes them."
+    "Return held-out images with the student's size and normalisation."
     path, config = folder / "distill.json", input_config(student)
     if data is None and path.is_file():
         data = json.loads(path.read_text(encoding="utf-8"))["settings"]["data"]
     if data is None:
-        raise ValueError(f"{folder} does not say on which images its student was distilled: give images= or data=")
+        raise ValueError(f"{folder} has no record of the data its student was distilled on: give images= or data=")
     try:
         opened = open_data(data)
         images = held_out_images(opened, 64, config.size, config.mean, config.std)
@@ -165,7 +165,7 @@ CARD_MARK = "# Written by rcka. Remove this line, and rcka leaves the file as it
 def model_card(
     folder: Path | str,  # of `save_student`, or of `rcka distill`
 ) -> str:
-    "Return a description of a student as Markdown, with a head for the Hugging Face hub. Raises as `read_about`."
+    "Return the model card of a student as Markdown, with metadata for the Hugging Face hub. Raises the errors of `read_about`."
     folder = Path(folder)
     about, path = read_about(folder), folder / "distill.json"
     run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -183,7 +183,7 @@ def model_card(
 
 
 def _head(about: dict, results: dict) -> str:
-    "Return the head of a card: what the hub shows and searches."
+    "Return the metadata of a card (YAML), which the hub shows and searches."
     settings = about["made_by"].get("settings", {})
     head = {
         "library_name": "rcka",
@@ -216,7 +216,7 @@ def average_said(ema: dict) -> str:
 
 
 def _use(about: dict) -> str:
-    "Return how to load a student, in three lines."
+    "Return the section that shows how to load a student."
     call = "probabilities = student(x).softmax(1)" if about["classes"] else "features = student(x)"
     return f"""## Use
 
@@ -229,7 +229,7 @@ x = rcka.student_transform(student)(image)[None]  # of a PIL image
 
 
 def _scores(results: dict) -> str:
-    "Return the table of the networks."
+    "Return the section with the scores of the networks."
     lines = [
         "## Scores",
         "",
@@ -245,7 +245,7 @@ def _scores(results: dict) -> str:
         )
     if results.get("alone"):
         lines.append(f"| student trained alone | {results['alone']['top1']:.2f} | | | |")
-    lines += ["", "On held-out images, which chose nothing; one seed."]
+    lines += ["", "On held-out images that were not used to choose anything; one seed."]
     for name, what in (
         ("agreement", "% of the held-out images get the teacher's class"),
         ("cka", "is the CKA of its outputs with the teacher's, times 100"),
@@ -271,7 +271,7 @@ def _classes(classes: list[str], most: int = 20) -> str:
 
 
 def _training(made: dict, settings: dict) -> str:
-    "Return what the student was trained with, as a table."
+    "Return the section with the settings of the training."
     rows = {f"`{k}`": v for k, v in settings.items() if v is not None and k != "method_args"}
     rows |= {f"`{settings['method']}`: `{k}`": v for k, v in made.get("method_args", {}).items()}
     if not rows:
@@ -281,7 +281,7 @@ def _training(made: dict, settings: dict) -> str:
 
 
 def _files(folder: Path, about: dict) -> str:
-    "Return what else lies in the folder."
+    "Return the section with the other files in the folder."
     lines = []
     for name, found in about.get("exports", {}).items():
         shape = ", ".join(map(str, ["batch", *found["input"]]))
@@ -304,7 +304,7 @@ PICTURES = {
 
 
 def write_card(folder: Path | str) -> bool:  # whether it was written
-    "Write `model_card` as the folder's README.md, unless there is one that this package did not write."
+    "Write `model_card` to the folder's README.md, unless it has one without the line `CARD_MARK`."
     path = Path(folder) / "README.md"
     if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8"):
         return False
@@ -316,7 +316,7 @@ _SENT = ("README.md", "student.json", "student.safetensors", *EXPORTS.values(), 
 
 
 def check_repository(name: str):
-    "Raise ValueError for what is no name of a repository, ImportError without the hub's client."
+    "Raise ValueError for an invalid name of a repository, ImportError without huggingface_hub."
     with optional_import():
         from huggingface_hub.utils import HFValidationError, validate_repo_id
     try:
@@ -329,7 +329,7 @@ def push_to_hub(
     folder: Path | str,  # of `save_student`, or of `rcka distill`
     repository: str,  # USER/NAME
 ) -> str:  # the address of the commit
-    "Send a student to a repository of the Hugging Face hub; a new one is private. Raises as `load_student` before anything is sent."
+    "Upload a student to a repository of the Hugging Face hub; a new one is private. Raises the errors of `load_student` before any upload."
     with optional_import():
         from huggingface_hub import HfApi
     check_repository(repository)

@@ -523,7 +523,7 @@ def test_results_without_all_arguments_are_refused(folder, tmp_path):
     )
     assert run(e, tmp_path, device="cpu", progress=False).group_size == 1  # format 2 had another name
     path.write_text(text.replace(f'"format": {RESULT_FORMAT}', '"format": 1'))
-    with pytest.raises(ValueError, match=f"result format 1; this version reads format {RESULT_FORMAT}"):
+    with pytest.raises(ValueError, match=f"result format 1, but this version reads format {RESULT_FORMAT}"):
         run(e, tmp_path, device="cpu", progress=False)
 
 

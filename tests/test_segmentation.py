@@ -332,7 +332,7 @@ def test_unknown_networks():
         create_segmenter("fcn", "mobilenet_v3_large")
     with pytest.raises(ValueError, match="num_classes"):
         create_segmenter("fcn", "resnet18", 1)
-    with pytest.raises(ValueError, match="head is the module that gives the logits"):
+    with pytest.raises(ValueError, match="head is the module that returns the logits"):
         segmenter_paths(nn.Conv2d(3, 3, 1))
 
 

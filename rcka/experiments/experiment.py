@@ -51,9 +51,9 @@ __all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'check_network', 're
 
 # %% ../../nbs/method/07_experiments.ipynb #6f71ff4e
 class Parts(NamedTuple):
-    "What a trainer needs of an experiment."
+    "The objects of an experiment from which its trainer is made."
 
-    task: Distiller  # or of another kind
+    task: Distiller  # or another task
     train: Batches
     test: Batches
     teacher: torch.nn.Module | None
@@ -74,7 +74,7 @@ def resolved_args(
 ) -> dict:  # likewise, as JSON gives it back
     """Return all constructor arguments of a method with their values: those given, and the defaults of the others.
 
-    Raises ValueError for what `create_method` refuses and for a given value that cannot be written as JSON."""
+    Raises the ValueError of `create_method`, and ValueError for a value that cannot be written as JSON."""
     args, made = args or {}, create_method(method, args)
     names, found = method.split("+"), {}
     for name, part in zip(names, [made] if len(names) == 1 else made.parts):
@@ -95,7 +95,7 @@ def resolved_args(
             except TypeError:
                 if given:
                     raise ValueError(
-                        f"{full} of method {method!r} must be plain data, to be written as JSON; got {value!r}"
+                        f"{full} of method {method!r} must be plain data that JSON can store; got {value!r}"
                     ) from None
     return found
 
@@ -128,7 +128,7 @@ def check_types(values: dict, hints: dict):
 
 @dataclass(frozen=True)
 class RunConfig:
-    "What is trained, from what and by which method."
+    "Dataset, networks and method of a run."
 
     dataset: str = ""
     student: str = ""
@@ -140,7 +140,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainFields:
-    "How student and teacher are optimised: the fields of `TrainConfig`, where None is its default."
+    "The optimisation of student and teacher: the fields of `TrainConfig`, with None for its defaults."
 
     epochs: int | None = None
     lr: float | None = None
@@ -163,13 +163,13 @@ class TrainFields:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    "The teacher, and how the run that trains it differs from the student's."
+    "The teacher, and the settings in which its training differs from the student's."
 
     teacher: str | None = None  # None with method "none"
     teacher_weights: str | None = None  # a checkpoint to load instead of training one
     teacher_seed: int = 0  # of the run that trains the teacher
-    teacher_epochs: int | None = None  # None: as many as the student
-    teacher_lr: float | None = None  # None: the student's
+    teacher_epochs: int | None = None  # None: those of the student
+    teacher_lr: float | None = None  # None: that of the student
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _file_hash(path: Path | str) -> str | None:
 
 @dataclass(frozen=True)
 class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
-    """What all kinds of experiment share: plain data that says everything about a run.
+    """Base class of all kinds of experiments: plain data that describes a run completely.
 
     A kind is a frozen dataclass with `load_data()`, `files()`, `batches(data, device, options)`,
     `network(name, data, start)`, `evaluate(network, test)` and `task(student, method, teacher)`. Its `__post_init__`
@@ -223,9 +223,9 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
 
     @classmethod
     def from_parameters(cls, namespace: dict):
-        """Make an experiment from the variables of a notebook's parameters cell that have the names of fields.
+        """Create an experiment from those variables of a notebook's parameters cell that are fields.
 
-        With method "none" the page's teacher is left out."""
+        With method "none" the teacher is left out."""
         values = {f.name: namespace[f.name] for f in fields(cls) if f.name in namespace}
         return cls(**(without_teacher(values) if values.get("method") == "none" else values))
 
@@ -234,11 +234,11 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
 
     def _complete(self):
         "Check the fields of the training, and write out all arguments of the method."
-        self.train_config  # raises what is wrong with it
+        self.train_config  # raises ValueError for invalid fields
         self._set("method_args", resolved_args(self.method, self.method_args))
 
     def _resolve(self, example: str):
-        """Bring fields to one form: tuples for JSON's lists, None for a default of `TrainConfig`.
+        """Normalise the fields: tuples instead of JSON's lists, None instead of a default of `TrainConfig`.
 
         With method "none" the fields about a teacher are reset. Raises ValueError for a teacher without a method, and for a method without a teacher, such as `example`."""
         if self.method == "none":
@@ -246,7 +246,7 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
                 if value := getattr(self, name):
                     raise ValueError(
                         f"{name} is {value!r}, but method 'none' trains the student alone: "
-                        "give a method, such as rcka, or no teacher"
+                        "give a method, such as rcka, or leave the teacher out"
                     )
         elif self.teacher is None:
             raise ValueError(f"method {self.method!r} needs a teacher: give teacher=, such as {example}")
@@ -264,7 +264,7 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
 
     @property
     def key(self) -> str:
-        "A readable name that no other experiment has."
+        "A readable, unique name: dataset, networks, method, seed and a hash of all fields."
         identity = json.dumps({k: v for k, v in self.to_dict().items() if v is not None}, sort_keys=True)
         dataset = Path(self.dataset).name.split(":")[-1]
         parts = [dataset, *(getattr(self, name) for name in self.named_by), f"s{self.seed}"]
@@ -273,13 +273,13 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
 
     @property
     def train_config(self) -> TrainConfig:
-        "How the student is optimised; a field that is None has the default of `TrainConfig`."
+        "The student's `TrainConfig`; fields that are None get its defaults."
         values = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
         return TrainConfig(**{k: v for k, v in values.items() if v is not None})
 
     @property
     def teacher_config(self) -> TeacherConfig | None:
-        "The teacher and the training that it differs in, with the student's values for what is None; None without one."
+        "The `TeacherConfig`, with the student's values instead of None; None without a teacher."
         if self.teacher is None:
             return None
         found = TeacherConfig(**{f.name: getattr(self, f.name) for f in fields(TeacherConfig)})
@@ -289,7 +289,7 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
 
     @property
     def data_config(self) -> DataConfig:
-        "The images and their batches, with the seed of the run where `data_seed` is None."
+        "The `DataConfig`, with the seed of the run if `data_seed` is None."
         found = self.data_class(**{f.name: getattr(self, f.name) for f in fields(self.data_class)})
         return replace(found, data_seed=self.seed if self.data_seed is None else self.data_seed)
 
@@ -313,18 +313,18 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
         )
 
     def files(self) -> tuple[Path, list] | None:
-        """Return the folder and the files that the dataset is read from, whether or not a limit leaves some out.
+        """Return the folder of the dataset and all of its files, also those that a limit leaves out.
 
-        None where they are missing."""
+        None if they are missing."""
         raise NotImplementedError  # of each kind
 
     def data_inputs(self) -> dict:
-        "Return the number of files of the dataset and a hash of their names and sizes; None where they are missing."
+        "Return the number of files of the dataset and a hash of their names and sizes; None if they are missing."
         found = self.files()
         return {"files of the dataset": found and f"{len(found[1]):,} ({listing(*found)})"}
 
     def weight_inputs(self, root: Path) -> dict:
-        """Return hashes of the weight files that a run begins with, its trained teacher's included.
+        """Return hashes of the weight files that a run starts from, including those of its trained teacher.
 
         None for a file that is missing."""
         paths = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("weights")}
@@ -333,13 +333,13 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
         return {name: _file_hash(path) for name, path in paths.items() if path}
 
     def given_teacher(self, data) -> torch.nn.Module:
-        "Return the teacher with the weights that the experiment names."
+        "Return the teacher with the weights of `teacher_weights`."
         return load_checkpoint(self.network(self.teacher, data, start=False), self.teacher_weights)
 
     def prepare_teacher(
         self, data, root: Path, device, progress: bool, options: dict
     ) -> tuple[torch.nn.Module | None, dict | None]:
-        "Return the teacher, trained first if need be, and its scores where it was trained by a run."
+        "Return the teacher, trained first if necessary, and its scores; None for the scores of given weights."
         experiment = self.teacher_experiment
         if experiment is None:
             return None, None
@@ -353,7 +353,9 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
     def prepare(self, root: Path, device, progress: bool, options: dict, shared: Parts | None = None) -> Parts:
         "Return data, teacher and student. `shared`: the parts of an experiment with the same data and teacher."
         if shared is None:
-            data = self.load_data()  # the teacher is trained before the batches are made, which may fill the device
+            data = (
+                self.load_data()
+            )  # the teacher is trained before batches are created, since these may fill the device
             teacher, scores = self.prepare_teacher(data, root, device, progress, options)
             train, test = self.batches(data, device, options)
             if teacher is not None and scores is None:
@@ -373,15 +375,15 @@ IMAGENET = {  # where its protocol differs from that of small images
 
 
 def of_imagenet(dataset: str) -> bool:
-    "Return whether a dataset is ImageNet, or a folder laid out like it."
+    "Return whether a dataset is ImageNet, or a folder with its layout."
     return dataset.split(":")[0] == "imagenet"
 
 
 def paper_lr(network: str, dataset: str = "cifar100", batch_size: int = 64) -> float:
     """Return the learning rate of the protocol.
 
-    ImageNet: 0.1 for 256 images, in proportion for other batches. Otherwise 0.01 for MobileNet and ShuffleNet, 0.05
-    for the rest (Tian et al. 2020)."""
+    For ImageNet 0.1 for batches of 256 images, scaled linearly with the batch size. Otherwise 0.01 for MobileNet and
+    ShuffleNet, 0.05 for the rest (Tian et al. 2020)."""
     if of_imagenet(dataset):
         return 0.1 * batch_size / 256
     return 0.01 if any(name in network for name in ("mobilenet", "shufflenet")) else 0.05
@@ -402,17 +404,18 @@ class ImageConfig(DataConfig):
 
     dataset: str = "digits"  # a name of `list_datasets()`, or imagefolder:PATH, or imagenet:PATH
     batch_size: int = 64  # number of images, over all devices
-    val_fraction: float | None = None  # evaluate on this part of the training images; None: on the test images
-    image_size: int | None = None  # pixels of a side; None: 224 of imagenet, as they are of an image folder
+    val_fraction: float | None = None  # evaluate on this fraction of the training images; None: on the test images
+    image_size: int | None = None  # height and width; None: 224 for imagenet, not resized for an image folder
     evaluate_on: str | None = None  # imagenet: "train" evaluates on the training images, for a folder without val/
     skip_broken: bool | None = None  # imagenet: skip images that cannot be decoded
 
 
 @dataclass(frozen=True)
 class Experiment(ImageConfig, BaseExperiment):
-    """One run of a classifier: a student trained on a dataset, alone or by a method from a teacher.
+    """One run of a classifier: a student trained on a dataset, alone or with a distillation method and a teacher.
 
-    `method_args` None: as published for this pair. The limits are numbers of images, a class-balanced part."""
+    With `method_args` None, the published arguments for this pair are used. `train_limit` and `test_limit` are numbers of
+    images, chosen class-balanced."""
 
     data_class: ClassVar[type[DataConfig]] = ImageConfig
     same_as_default: ClassVar[tuple] = (*BaseExperiment.same_as_default, "warmup_steps")
@@ -424,8 +427,8 @@ class Experiment(ImageConfig, BaseExperiment):
     lr_steps: tuple = (0.625, 0.75, 0.875)
     lr_decay: float = 0.1
     # `teacher_weights` may be a name too: of torchvision's, or of those of the package
-    teacher_cache: int | None = None  # keep its outputs for so many augmentations an image; None: run it on every batch
-    teacher_projection: int | None = None  # and so many numbers of a feature, for methods that see relations only
+    teacher_cache: int | None = None  # store its outputs for this number of augmentations per image; None: do not store
+    teacher_projection: int | None = None  # width to which stored features are projected, for methods on Gram matrices
     student_paths: tuple | None = None  # module paths of its features, for a network whose feature paths are not known
     teacher_paths: tuple | None = None  # of the teacher's, likewise
 
@@ -440,9 +443,12 @@ class Experiment(ImageConfig, BaseExperiment):
         for name in filter(None, (self.student, self.teacher)):
             check_network(name)
         if not of_imagenet(self.dataset) and (self.evaluate_on or self.skip_broken):
-            raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}")
+            raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}: leave them out")
         if self.teacher_projection and not self.teacher_cache:
-            raise ValueError("teacher_projection is of what is kept of the teacher: give teacher_cache, such as 4, too")
+            raise ValueError(
+                f"teacher_projection={self.teacher_projection} projects the features of a teacher cache, which is not used: "
+                "give teacher_cache=4 as well, or leave it out"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {self.batch_size}")
         self._complete()
@@ -453,14 +459,16 @@ class Experiment(ImageConfig, BaseExperiment):
 
         `changes` are the fields that differ from it. Raises ValueError for a dataset with another protocol."""
         if dataset in ("coco", "cityscapes"):
-            raise ValueError(f"{dataset} has a protocol of its own, not that of CIFAR-100")
+            raise ValueError(
+                f"{dataset} has a protocol of its own, not that of CIFAR-100: use DetectionExperiment or SegmentationExperiment"
+            )
         if of_imagenet(dataset):
             given = {"teacher_weights": "IMAGENET1K_V1"} if (teacher or "").startswith("torchvision/") else {}
             changes = IMAGENET | given | changes
         return Experiment(dataset, student, teacher, method, seed=seed, **changes)
 
     def load_data(self) -> Dataset | FileDataset:
-        "Load the dataset, or the part of it that the limits name."
+        "Load the dataset, reduced to the limits."
         given = {"size": self.image_size, "val": self.evaluate_on, "skip_broken": self.skip_broken}
         return load_dataset(
             self.dataset,
@@ -508,7 +516,7 @@ class Experiment(ImageConfig, BaseExperiment):
         return Distiller(student, method, teacher, self.student_paths, self.teacher_paths)
 
     def given_teacher(self, data) -> torch.nn.Module:
-        "Return the teacher with the weights that the experiment names: a checkpoint, torchvision's, or those of the package."
+        "Return the teacher with the weights of `teacher_weights`: a checkpoint, torchvision's, or those of the package."
         assert self.teacher and self.teacher_weights
         by_name = self.teacher_weights.isidentifier() and not Path(self.teacher_weights).exists()
         if self.teacher.startswith("torchvision/") and by_name:
@@ -519,10 +527,10 @@ class Experiment(ImageConfig, BaseExperiment):
 
 # %% ../../nbs/method/07_experiments.ipynb #f5396912
 def torchvision_teacher(experiment: Experiment, data) -> torch.nn.Module:
-    """Return the teacher with torchvision's weights of the name in `teacher_weights`.
+    """Return the teacher with torchvision's weights named by `teacher_weights`.
 
-    Raises ValueError for an unknown name, another number of classes or a damaged file, FileNotFoundError where the
-    weights are missing and cannot be downloaded."""
+    Raises ValueError for an unknown name, another number of classes or a damaged file, FileNotFoundError if the weights
+    are missing and cannot be downloaded."""
     from torchvision.models import get_model_weights
 
     name, weights = experiment.teacher, experiment.teacher_weights
@@ -542,22 +550,22 @@ def torchvision_teacher(experiment: Experiment, data) -> torch.nn.Module:
             "(TORCH_HOME is the folder two above), or give the path of a checkpoint as teacher_weights"
         ) from err
     except (RuntimeError, EOFError) as err:
-        raise ValueError(f"{path} is broken: {err}. Delete it, and it is fetched again") from err
+        raise ValueError(f"{path} is damaged ({err}): delete it, and it is downloaded again") from err
 
 # %% ../../nbs/method/07_experiments.ipynb #c56c4c9d
 def run(
     experiment: BaseExperiment,
     root: Path | str | None = None,  # folder of all runs; None: see `runs_root`
     folder: Path | str | None = None,  # folder of this run; None: `root` / `experiment.key`
-    device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
-    progress: bool = True,  # bars in the terminal
-    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile, cuda_graph; and workers, which decode,
-    # and cache_budget, bytes that a teacher cache may take
+    device: str | torch.device | None = None,  # None: CUDA if available, else the CPU
+    progress: bool = True,  # show progress bars
+    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile, cuda_graph; workers, which decode images;
+    # cache_budget, the maximum size of a teacher cache in bytes
 ) -> Result:
-    """Run an experiment, or find the result it left.
+    """Run an experiment, or return its result if it is finished.
 
-    Started in several processes, each takes its shard of every batch and the first one writes. Raises ValueError for a
-    folder of another experiment, and for a result whose data or weights have changed since."""
+    In several processes each one takes its shard of every batch, and rank 0 writes. Raises ValueError for a folder of
+    another experiment, and for a result whose data or weights have changed since."""
     root = runs_root(root)
     folder = Path(folder) if folder else root / experiment.key
     if experiment.deterministic and device != "cpu":
@@ -580,7 +588,7 @@ def find_or_train(experiment, root, folder, device, progress, options) -> tuple[
             return result, True
         if first:
             stack.enter_context(lock_run(folder))
-            claim_folder(folder, experiment)  # again, now that nobody else can
+            claim_folder(folder, experiment)  # again, now under the lock
         barrier()
         if result := find_result(experiment, folder, root):
             return result, True
@@ -593,7 +601,7 @@ def find_or_train(experiment, root, folder, device, progress, options) -> tuple[
 
 
 def make_cache(experiment, parts: list[Parts], root: Path, options: dict, progress: bool) -> TeacherCache | None:
-    "Make what an experiment keeps of its teacher, for the tasks of all parts, or find it in `root`; None if it keeps nothing."
+    "Return the teacher cache of an experiment for the tasks of all parts, created or read from `root`; None if it has none."
     teacher, train = parts[0].task.teacher, parts[0].train
     if teacher is None or not getattr(experiment, "teacher_cache", None):
         return None
@@ -620,7 +628,7 @@ def make_trainer(experiment, parts: Parts, folder: Path | str, options: dict) ->
 
 
 def save_result(experiment, trainer: Trainer, teacher_scores: dict | None, inputs: dict, group_size: int = 1) -> Result:
-    "Write the result of a run that is done, and return it."
+    "Write the result of a finished run, and return it."
     last, trained = trainer.history[-1], [*trainer.names, *trainer.counted]
 
     def scores(row):
@@ -649,7 +657,7 @@ def save_result(experiment, trainer: Trainer, teacher_scores: dict | None, input
 
 
 def report_found(folder: Path, result: Result):
-    "Say on stderr that nothing was trained."
+    "Report on stderr that a finished result was found and nothing was trained."
     if rank() == 0:
         print(f"found {folder.name}, finished on {result.finished}: nothing was trained", file=sys.stderr)
 
@@ -669,10 +677,12 @@ def run_many(
         check_group_fields(experiments[0], e)
     root, device = runs_root(root), init_distributed(device)
     if world_size() > 1:
-        raise RuntimeError("run_many works in one process; started in several, use run for each experiment")
+        raise RuntimeError(
+            f"run_many works in a single process, got {world_size()}: use run for each experiment, or start one process"
+        )
     folders = {root / e.key: e for e in experiments}
     with remove_unused(*folders), contextlib.ExitStack() as locks:
-        for folder in sorted(folders):  # everybody locks in the same order, so that no two wait for each other
+        for folder in sorted(folders):  # all processes lock in the same order, to avoid a deadlock
             claim_folder(folder, folders[folder])
             locks.enter_context(lock_run(folder))
         parts, found = None, {}
@@ -709,14 +719,14 @@ MAY_DIFFER = {  # among experiments that share a teacher's forward pass
 
 
 def _shared_fields(e: Experiment) -> dict:
-    "What experiments that share a teacher's forward pass agree in."
+    "Return the fields that must be equal for experiments that share a teacher's forward pass."
     return {k: v for k, v in e.to_dict().items() if k not in MAY_DIFFER} | {
         "order of the data": e.data_config.data_seed
     }
 
 
 def groups_of(experiments: Iterable[Experiment], most: int) -> list[list[Experiment]]:
-    "Return the experiments in groups for `run_many` of at most `most`; those without a teacher each by itself."
+    "Return the experiments in groups of at most `most` for `run_many`; those without a teacher are groups of one."
     groups: dict = {}
     for e in experiments:
         same = json.dumps(_shared_fields(e)) if e.teacher else e.key
@@ -725,8 +735,8 @@ def groups_of(experiments: Iterable[Experiment], most: int) -> list[list[Experim
 
 
 def check_group_fields(a: Experiment, b: Experiment):
-    "Raise ValueError where two experiments cannot share a teacher's forward pass."
+    "Raise ValueError if two experiments cannot share a teacher's forward pass."
     one, other = _shared_fields(a), _shared_fields(b)
     differ = [f"{k}: {v!r} and {other[k]!r}" for k, v in one.items() if v != other[k]]
     if differ:
-        raise ValueError(f"runs that share a teacher's forward pass must agree in {'; '.join(differ)}")
+        raise ValueError(f"runs that share a teacher's forward pass must have equal fields, got {'; '.join(differ)}")

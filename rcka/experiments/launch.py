@@ -42,7 +42,7 @@ KINDS = {
 
 
 def kind_of(args: list[str] | None) -> type[BaseExperiment]:
-    "Return the class of experiments that a command line is about."
+    "Return the class of experiments that `--kind` selects."
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--kind", choices=KINDS, default="classification")
     module, name = KINDS[first.parse_known_args(args)[0].kind].rsplit(".", 1)
@@ -73,17 +73,17 @@ def make_parser(kind: type[BaseExperiment], program: str) -> argparse.ArgumentPa
     "Return the parser of the options for experiments of a kind."
     parser = argparse.ArgumentParser(
         program,
-        description="Run one experiment without a notebook, continue one that was interrupted, or find its result.",
-        epilog="exit code: 0 done, 1 an error that is named, 128 + n stopped by signal n with the state saved",
+        description="Run one experiment without a notebook, resume an interrupted one, or print the result of a finished one.",
+        epilog="exit code: 0 done, 1 error (printed), 128 + n stopped by signal n with the state saved",
         allow_abbrev=False,
     )
     parser.add_argument("file", nargs="?", type=Path, help="JSON with fields of an experiment")
     parser.add_argument(
         "--kind",
         choices=KINDS,
-        help="what is trained (default: classification); the fields below are those of that kind",
+        help="kind of the experiment (default: classification); the fields below belong to this kind",
     )
-    group = parser.add_argument_group("fields of the experiment", "Values are read as JSON, else as text.")
+    group = parser.add_argument_group("fields of the experiment", "Values are JSON or plain text.")
     comments = field_comments(kind)
     for f in fields(kind):
         group.add_argument(
@@ -93,7 +93,7 @@ def make_parser(kind: type[BaseExperiment], program: str) -> argparse.ArgumentPa
             metavar="VALUE",
             help=f"{comments[f.name]} ({f.type}, default {f.default})".replace("%", "%%"),
         )
-    how = parser.add_argument_group("how to run it, which changes no result")
+    how = parser.add_argument_group("options that are not part of the experiment")
     how.add_argument("--root", help="folder of all runs (default: RCKA_RUNS, else runs/)")
     how.add_argument("--folder", help="folder of this run (default: named by its key, under root)")
     how.add_argument("--device", type=_device, help="cpu or cuda (default: CUDA where there is one)")
@@ -108,15 +108,15 @@ def make_parser(kind: type[BaseExperiment], program: str) -> argparse.ArgumentPa
     how.add_argument(
         "--workers",
         type=int,
-        help="number of processes that decode images (default: one for each core); for detectors of threads "
-        "(default: 4); segmentation has its own",
+        help="number of processes that decode images (default: one per core); for detection number of threads "
+        "(default: 4); not used for segmentation",
     )
-    how.add_argument("--quiet", action="store_true", help="no progress bar")
+    how.add_argument("--quiet", action="store_true", help="show no progress bar")
     return parser
 
 
 def parse(args: list[str] | None = None, program: str = "python -m rcka.train") -> tuple[BaseExperiment, dict]:
-    "Return the experiment and the arguments of `run` that a command line asks for."
+    "Return the experiment and the arguments of `run` from a command line."
     kind = kind_of(args)
     given = vars(make_parser(kind, program).parse_args(args))
     file, quiet, _ = (given.pop(name) for name in ("file", "quiet", "kind"))
@@ -133,14 +133,14 @@ def parse(args: list[str] | None = None, program: str = "python -m rcka.train") 
     except ValueError as e:
         if "field of an experiment" not in str(e):
             raise
-        raise ValueError(f"{e}. It was read as {kind.__name__}: is --kind right?") from e
+        raise ValueError(f"{e}. The fields are those of {kind.__name__}; for another kind give --kind") from e
     if (values | given).get("precision") == "auto" and experiment.precision == "bf16":
-        options["channels_last"] = True  # the layout in which the kernels of bfloat16 are fastest
+        options["channels_last"] = True  # the memory format with the fastest bfloat16 kernels
     return experiment, options | {"progress": not quiet}
 
 
 def main(args: list[str] | None = None, program: str = "python -m rcka.train") -> int:
-    "Run the command line of one experiment; return the exit code."
+    "Run one experiment from the command line; return the exit code."
     try:
         experiment, options = parse(args, program)
         teacher = experiment.teacher_experiment if not experiment.teacher_weights else None

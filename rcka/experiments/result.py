@@ -38,16 +38,16 @@ RESULT_FORMAT = 3  # 1 did not have all arguments of the method; 2 had another n
 
 @dataclass(frozen=True)
 class Result:
-    "What a run left: everything a table needs, and enough to run it again."
+    "The result of a run: everything that tables need, and enough to run it again."
 
     experiment: dict  # the Experiment's fields, all arguments of the method among them
     last: dict  # epoch and scores (top1, top5) of the last epoch, in per cent
-    best: dict  # the same of the best epoch by its score (test top-1)
+    best: dict  # epoch and scores of the epoch with the best score (top1, AP or miou)
     train: dict  # the last epoch's mean of every loss term, and the training accuracy
     teacher: dict | None  # scores (top1, top5) of the teacher, in per cent
     parameters: int  # of the student
     seconds: float  # wall time, over all parts of an interrupted run; without the teacher's training
-    images_per_second: float  # training images over `seconds`
+    images_per_second: float  # training images divided by `seconds`
     device: str
     versions: dict
     commit: str | None  # of the checkout, with a plus if it was changed; None where there is none
@@ -71,12 +71,16 @@ class Result:
         try:
             values = json.loads(Path(path).read_text())
         except ValueError as e:
-            raise ValueError(f"{path} is no result file, or cut short: {e}") from e
+            raise ValueError(
+                f"{path} is not a result file, or incomplete ({e}): remove it and run again, to write it anew"
+            ) from e
         found = values.get("format") if isinstance(values, dict) else None
         if found == 2:
             values |= {"group_size": values.pop("company", 1), "format": RESULT_FORMAT}
         elif found != RESULT_FORMAT:
-            raise ValueError(f"{path} has result format {found!r}; this version reads format {RESULT_FORMAT}")
+            raise ValueError(
+                f"{path} has result format {found!r}, but this version reads format {RESULT_FORMAT}: use the version that wrote it"
+            )
         return cls(**values)
 
 # %% ../../nbs/method/07a_results.ipynb #f328a063
@@ -129,11 +133,11 @@ RUN_LOCK, SWEEP_LOCK = ".lock", ".sweep.lock"
 
 @contextlib.contextmanager
 def lock_run(
-    folder: Path | str,  # of a run; it must be there
+    folder: Path | str,  # of a run; must exist
     name: str = RUN_LOCK,
-    wait: bool = True,  # for another process that holds the lock; False: raise FolderBusy
+    wait: bool = True,  # until another process releases the lock; False: raise FolderBusy
 ):
-    "Hold a lock of a run's folder."
+    "Hold a lock of a run's folder within the context."
     lock = FileLock(Path(folder) / name)
     try:
         lock.acquire(timeout=0)
@@ -163,13 +167,13 @@ def is_running(folder: Path | str) -> bool:
 
 
 def claim_folder(folder: Path, experiment):
-    "Write experiment.json. Raises ValueError for a folder of another experiment, or of something else."
+    "Write experiment.json. Raises ValueError for the folder of another experiment, or one with other files."
     path, values = folder / "experiment.json", experiment.to_dict()
     if path.exists():
         try:
             saved = json.loads(path.read_text())
         except ValueError as e:
-            raise ValueError(f"{path} cannot be read ({e}); it was left as it is. Use another folder") from e
+            raise ValueError(f"{path} cannot be read ({e}). Use another folder, or remove this one") from e
         if found := differences(saved, values):
             raise ValueError(f"{folder} belongs to another experiment ({found}). Use another folder")
         return
@@ -181,7 +185,7 @@ def claim_folder(folder: Path, experiment):
 
 @contextlib.contextmanager
 def remove_unused(*folders: Path):
-    "Remove those of these folders of runs that were not there before, where an error comes before anything is trained."
+    "If an error occurs before anything is trained, remove those of the runs' folders that did not exist before."
     new = [folder for folder in folders if not folder.exists()]
     try:
         yield
@@ -197,11 +201,11 @@ def find_result(
     experiment,
     folder: Path,  # of its run
     root: Path,  # of all runs
-    data: dict | None = None,  # `experiment.data_inputs()`, if it is known already
-) -> Result | None:  # None where there is none
-    """Return the result that a run left.
+    data: dict | None = None,  # `experiment.data_inputs()`, if already computed
+) -> Result | None:  # None if there is none
+    """Return the result of a finished run.
 
-    Raises ValueError if its data or weights have changed since; what is missing now is not compared."""
+    Raises ValueError if its data or weights have changed since; files that are missing now are not compared."""
     if not (folder / "result.json").exists():
         return None
     result = Result.load(folder / "result.json")
@@ -218,7 +222,7 @@ def find_result(
 # %% ../../nbs/method/07a_results.ipynb #a57c8e45
 def summary(
     results,  # Results, or a folder of runs
-):  # pandas.DataFrame, a row for the runs that differ in their seed only
+):  # pandas.DataFrame with a row for each set of runs that differ in the seed only
     "Return mean and standard deviation over seeds of the score in per cent, at the last and the best epoch."
     with optional_import():
         import pandas as pd
@@ -243,12 +247,12 @@ def summary(
 
 # %% ../../nbs/method/07a_results.ipynb #2b16620f
 def plot_history(
-    histories: dict[str, list[dict]],  # by the name of a run: a row an epoch, with the columns of metrics.csv
-    score: str,  # the column of the metric; other metrics stand after it
-    tested: str = "test",  # the images that it was measured on
+    histories: dict[str, list[dict]],  # rows of metrics.csv, one for each epoch, by the name of the run
+    score: str,  # the column of the metric; columns after it are not drawn
+    tested: str = "test",  # the images of the evaluation
     figure=None,  # a matplotlib Figure to draw in; None: a new one of pyplot
 ):  # the Figure
-    "Draw the loss terms of one run, or the losses of several, and their score along the epochs."
+    "Plot the loss terms of one run, or the losses of several, and their scores over the epochs."
     with optional_import():
         import matplotlib.pyplot as plt
 
@@ -300,7 +304,7 @@ def plot_history(
 def plot_run(
     folder: Path | str,  # of a run
 ):  # a matplotlib Figure: the loss terms, and the score, epoch by epoch
-    "Draw the loss terms and the score of a run along its epochs, from its metrics.csv."
+    "Plot the loss terms and the score of a run over its epochs, from its metrics.csv."
     with optional_import():
         import pandas as pd
 
@@ -320,8 +324,8 @@ def published(
 ) -> list[dict]:  # one dict a row; accuracies as float, a dash in the paper as None
     """Read a table of Zhou et al. (2024) as printed (arXiv 2401.11824, Tables 1, 2, 3 and 11), or of the best numbers since.
 
-    `source` says where a row is printed. For classification, `own_top1` is what the method's authors print for the same
-    cell and `other_top1` what another paper or repository prints, each with its source; None where none was looked up."""
+    `source` is the table of a row. For classification, `own_top1` is the number of the method's authors for the same cell
+    and `other_top1` that of another paper or repository, each with its source; None if it was not looked up."""
     known = sorted(p.stem for p in TABLES.glob("*.csv"))
     if dataset not in known:
         raise ValueError(nearest(dataset, known, "published table"))

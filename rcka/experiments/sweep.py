@@ -56,12 +56,13 @@ __all__ = ['PATIENCE', 'FULL', 'grid', 'paper_pairs', 'with_teachers', 'validate
 # %% ../../nbs/method/08_sweep.ipynb #a60dbc75
 def grid(
     dataset: str,
-    pairs: str | Iterable[str] = "all",  # "TEACHER:STUDENT", several with a comma or as a list; "all": the published
+    pairs: str
+    | Iterable[str] = "all",  # "TEACHER:STUDENT", several separated by commas or as a list; "all": the published ones
     methods: str | Iterable[str] = ("none", "kd", "rcka"),
     seeds: Iterable[int] = (0, 1, 2),
     **fields,  # of `Experiment`, the same for all
 ) -> list[Experiment]:
-    "Return one experiment for each pair, method and seed. Raises ValueError for unknown names and an empty grid."
+    "Return an experiment for each pair, method and seed. Raises ValueError for unknown names and an empty grid."
     chosen = paper_pairs(dataset) if pairs == "all" else [_pair(p) for p in _names(pairs)]
     methods, seeds, runs = _names(methods), list(seeds), {}
     for teacher, student in chosen:
@@ -78,12 +79,12 @@ def grid(
 
 
 def _names(given: str | Iterable[str]) -> list[str]:
-    "Names as a list, from a list or from text with commas."
+    "Return names as a list, from a list or from comma-separated text."
     return [x.strip() for x in given.split(",") if x.strip()] if isinstance(given, str) else list(given)
 
 
 def paper_pairs(dataset: str) -> list[tuple[str, str]]:
-    "Return teacher and student of every row of the published table, by the names of `create_model`."
+    "Return teacher and student of every row of the published table, as names for `create_model`."
 
     def known_as(name):
         if of_imagenet(dataset):  # the package's own ResNets are for small images
@@ -97,23 +98,23 @@ def paper_pairs(dataset: str) -> list[tuple[str, str]]:
 def _pair(text: str) -> tuple[str, str]:
     names = text.split(":")
     if len(names) != 2:
-        raise ValueError(f"a pair is TEACHER:STUDENT, got {text!r}")
+        raise ValueError(f"a pair must be TEACHER:STUDENT, got {text!r}")
     for name in names:
         check_network(name)
     return names[0], names[1]
 
 
 def with_teachers(experiments: Iterable[Experiment]) -> list[Experiment]:
-    "Return the experiments and those that train their teachers, teachers first, each once."
+    "Return the experiments that train the teachers, followed by the experiments, each once."
     experiments = list(experiments)
     teachers = [e.teacher_experiment for e in experiments if e.teacher and not e.teacher_weights]
     return list({e.key: e for e in [*teachers, *experiments]}.values())
 
 # %% ../../nbs/method/08_sweep.ipynb #94d2c654
 def validate(experiments: Iterable[Experiment]) -> list[str]:
-    """Try one step of each pair and method on eight images; return a sentence for each problem.
+    """Run a step of each pair and method on eight images; return a message for each problem.
 
-    A problem is networks and a method that do not fit, or a dataset that is missing or damaged."""
+    Problems are networks and methods that do not fit together, and datasets that are missing or damaged."""
     distinct, problems, data = {}, [], {}
     for e in experiments:
         networks = (e.dataset, e.teacher, e.student, e.student_paths, e.teacher_paths, e.teacher_weights)
@@ -137,7 +138,7 @@ def validate(experiments: Iterable[Experiment]) -> list[str]:
 
 @torch.no_grad()
 def _try(e: Experiment, data):
-    "One untrained step of an experiment on eight images."
+    "Run a step of an experiment on eight images, without training."
     teacher = (e.given_teacher(data) if e.teacher_weights else e.network(e.teacher, data)) if e.teacher else None
     distiller = e.task(e.network(e.student, data), create_method(e.method, e.method_args), teacher)
     batches, _ = replace(e, batch_size=8).batches(data, "cpu", {"workers": 0})
@@ -147,12 +148,12 @@ def _try(e: Experiment, data):
 
 # %% ../../nbs/method/08_sweep.ipynb #b5744d03
 def notebook_for(dataset: str) -> Path:
-    "Return the benchmark notebook that runs a dataset's experiments. Raises FileNotFoundError where there are none."
+    "Return the benchmark notebook for a dataset's experiments. Raises FileNotFoundError if there are no benchmark notebooks."
     package = Path(rcka.__file__).resolve().parent
     places = [p / "nbs" / "benchmarks" for p in (checkout(), package.parent) if p] + [package / "notebooks"]
     folder = next((p for p in places if p.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"there are no benchmark notebooks in {' or '.join(map(str, places))}: give notebook=")
+        raise FileNotFoundError(f"no benchmark notebooks in {' or '.join(map(str, places))}: give notebook=PATH")
     own = folder / f"{dataset.split(':')[0]}.ipynb"
     fits = own.exists() and {"student", "method"} <= set(parameters(own))
     return own if fits else folder / "cifar10.ipynb"
@@ -168,7 +169,7 @@ def parameters(notebook: Path | str) -> dict:
 
 
 def fingerprint(notebook: Path | str) -> str:
-    "Return a hash of a notebook's code; of an executed one, of the notebook it was made from."
+    "Return a hash of a notebook's code; for an executed notebook, the hash of its source."
     nb = nbformat.read(notebook, as_version=4)
     if "rcka" in nb.metadata:
         return nb.metadata["rcka"]["fingerprint"]
@@ -190,7 +191,7 @@ papermill.engines.papermill_engines.register("rcka", engine)  # for a checkout t
 
 
 def execute(notebook: Path | str, output: Path | str, values: dict, progress: bool = False):
-    "Execute a notebook with these parameters; the executed one is written cell by cell."
+    "Execute a notebook with parameters `values`; the output is written after every cell."
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata["rcka"] = {"notebook": Path(notebook).name, "fingerprint": fingerprint(notebook)}
     papermill.execute_notebook(
@@ -205,14 +206,14 @@ def execute(notebook: Path | str, output: Path | str, values: dict, progress: bo
 
 # %% ../../nbs/method/08_sweep.ipynb #36e17394
 class Outcome(NamedTuple):
-    "What became of one experiment of a sweep."
+    "The outcome of one experiment of a sweep."
 
     key: str
-    state: str  # "done", "found" (done before), "failed", "blocked" (its teacher failed), "busy" (another process is at
-    # work on it) or "stopped" (asked to stop, with its state saved)
+    state: str  # "done", "found" (done before), "failed", "blocked" (its teacher failed), "busy" (running in another
+    # process) or "stopped" (interrupted, with its state saved)
     seconds: float = 0.0
     error: str = ""  # one line
-    fingerprint: str = ""  # of the notebook it was made with
+    fingerprint: str = ""  # of its notebook
 
 # %% ../../nbs/method/08_sweep.ipynb #15b8a9a4
 def write_failure(folder: Path, error: BaseException) -> str:
@@ -231,7 +232,7 @@ def write_failure(folder: Path, error: BaseException) -> str:
 
 
 def _plain(text: str) -> str:
-    "Without the terminal's colours."
+    "Return text without the colour codes of terminals."
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 # %% ../../nbs/method/08_sweep.ipynb #e93881b8
@@ -244,7 +245,7 @@ def _made_with(folder: Path) -> str:
 
 @contextlib.contextmanager
 def environment(**values):
-    "Set environment variables for the kernels started inside; None leaves one as it is."
+    "Set environment variables within the context, for the kernels started there; None leaves a variable unchanged."
     values = {k: str(v) for k, v in values.items() if v is not None}
     before = {k: os.environ.get(k) for k in values}
     os.environ.update(values)
@@ -260,9 +261,9 @@ def work(
     root: str,  # folder of all runs
     notebook: str,  # path
     threads: int | None = None,  # CPU threads of the kernel
-    trained: bool = False,  # whether `train_group` has just trained it: its result is no reason to leave out the page
+    trained: bool = False,  # `train_group` has just trained it: execute the notebook although there is a result
 ) -> Outcome:
-    "Run one experiment through its notebook, or find what it left."
+    "Run one experiment through its notebook, or find its result."
     e, start = Experiment.from_dict(experiment), time.perf_counter()
     folder = Path(root) / e.key
 
@@ -281,7 +282,7 @@ def work(
     except FolderBusy:
         return outcome("busy")
     except Exception as error:
-        if _stopping or getattr(error, "ename", "") == "Stopped":  # no failure of the run
+        if _stopping or getattr(error, "ename", "") == "Stopped":  # not a failure
             return outcome("stopped", saved_state(folder))
         return outcome("failed", write_failure(folder, error))
 
@@ -289,8 +290,8 @@ def work(
 def work_group(group: list[tuple]) -> list[Outcome]:
     """Run experiments that share a teacher, each given as the arguments of `work`.
 
-    One process trains them together; then each runs its notebook, which finds the result. What the process has not
-    brought to its end, because one run failed or all of them together need too much memory, goes on there, alone."""
+    One process trains them together; then each runs its notebook, which finds the result. A run that the process did not
+    finish, because it failed or all runs together need too much memory, continues alone in its notebook."""
     start = time.perf_counter()
     if len(group) > 1:
         train_group(group)
@@ -309,7 +310,7 @@ _GROUP = "from rcka.experiments.sweep import group_main; group_main()"
 
 
 def train_group(group: list[tuple]):
-    "Train the runs of a group that nobody else is at work on with `run_many`, in a process of its own."
+    "Train the runs of a group with `run_many` in a separate process, except those that other processes are running."
     root, threads = Path(group[0][1]), group[0][3]
     with contextlib.ExitStack() as locks:
         mine = []
@@ -327,11 +328,11 @@ def train_group(group: list[tuple]):
         said = process.communicate(json.dumps(mine).encode())[1].decode(errors="replace").strip().splitlines()
     if process.returncode and not _stopping:
         why = said[-1] if said else f"exit code {process.returncode}"
-        print(f"a group of {len(mine)} runs failed; each of them goes on alone: {why}", file=sys.stderr)
+        print(f"a group of {len(mine)} runs failed ({why}); each run continues alone", file=sys.stderr)
 
 
 def group_main():
-    "Read experiments from stdin and run them together; save their state and end when the parent process is gone."
+    "Read experiments from stdin and run them together; if the parent process dies, save their state and exit."
     parent = os.getppid()
 
     def watch():
@@ -348,7 +349,7 @@ def group_main():
 def state(folder: Path | str) -> str:
     """Return the state of a run: done, running, failed, interrupted, waiting or unreadable.
 
-    Unreadable is a result that is cut short or of a newer format."""
+    Unreadable means that the result is incomplete or of another format."""
     folder = Path(folder)
     if (folder / "result.json").exists():
         try:
@@ -364,24 +365,24 @@ def state(folder: Path | str) -> str:
 
 
 def epochs_done(folder: Path | str) -> int:
-    "Return the number of whole epochs of a run so far."
+    "Return the number of epochs that a run has completed."
     try:
         return max(0, (Path(folder) / "metrics.csv").read_bytes().count(b"\n") - 1)
     except OSError:
         return 0
 
 # %% ../../nbs/method/08_sweep.ipynb #7d80ad3d
-PATIENCE = 30.0  # seconds that runs have to save their state when they are asked to stop
-_stopping: list[int] = []  # of this process: not empty once it was asked to stop
+PATIENCE = 30.0  # seconds for runs to save their state after a stop request
+_stopping: list[int] = []  # not empty after this process got a stop request
 _context = multiprocessing.get_context(
     "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 )
 
 
 class Processes(Executor):
-    """Run each call in a process of its own, `max_workers` at a time.
+    """Executor that runs each call in a new process, `max_workers` at a time.
 
-    A process that dies leaves the others alone; all end with the process that made them."""
+    A process that dies does not affect the others; all of them end with the parent process."""
 
     def __init__(self, max_workers: int = 1):
         if max_workers < 1:
@@ -404,7 +405,7 @@ class Processes(Executor):
         except EOFError:
             process.join()
             raise RuntimeError(
-                f"the process ended with exit code {process.exitcode}; a negative one is the signal that killed it"
+                f"the process ended with exit code {process.exitcode} (negative: killed by that signal; -9 often means out of memory)"
             ) from None
         finally:
             process.join()
@@ -414,7 +415,7 @@ class Processes(Executor):
         return value
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False):
-        "With `cancel_futures`, stop running calls: by SIGTERM, so that a run saves its state, then kill after `PATIENCE`."
+        "With `cancel_futures`, stop running calls by SIGTERM, so that runs save their state, and by SIGKILL after `PATIENCE`."
         self._threads.shutdown(wait=False, cancel_futures=cancel_futures)
         if cancel_futures:
             for process in list(self._running):
@@ -451,7 +452,7 @@ def _child(pipe, environment, fn, args, kwargs):
 
 
 def _stop_kernels(call: threading.Thread):
-    "Ask the kernels of this process to stop, and wait for the call that drives them. After `PATIENCE` all end at once."
+    "Send SIGTERM to the kernels of this process, and wait for the call that drives them; kill all after `PATIENCE`."
     import psutil  # comes with accelerate
 
     end, asked = time.monotonic() + PATIENCE, set()
@@ -478,7 +479,7 @@ def _answer(pipe, fn, args, kwargs):
 
 # %% ../../nbs/method/08_sweep.ipynb #b350ef8b
 class Work:
-    "What one job does: a few runs at the same time."
+    "The work of one job: some groups of runs at the same time."
 
     def __call__(self, groups: list[list[tuple]]) -> list[Outcome]:
         if threading.current_thread() is not threading.main_thread() and len(groups) == 1:
@@ -491,7 +492,7 @@ class Work:
             return [o for f, group in zip(futures, groups) for o in _outcomes(f, group, patience=2)]
 
     def checkpoint(self, groups):
-        "submitit asks for this when Slurm takes the job away: the same again."
+        "Return the same job again. Called by submitit when Slurm preempts the job or its time is over."
         with optional_import():
             from submitit.helpers import DelayedSubmission
 
@@ -499,11 +500,13 @@ class Work:
 
 
 def _outcomes(future, group: list[tuple], patience: float = 0) -> list[Outcome]:
-    "The outcomes of a call, also where its process died."
+    "Return the outcomes of a call, also if its process died."
     try:
         return future.result()
     except Exception as error:
-        time.sleep(patience)  # when a whole job is killed its children may go first, and that is no failure of theirs
+        time.sleep(
+            patience
+        )  # if a whole job is killed, its children may die first, which is not a failure of their runs
         folders = [Path(root) / Experiment.from_dict(values).key for values, root, *_ in group]
         return [
             Outcome(f.name, "done") if state(f) == "done" else Outcome(f.name, "failed", error=write_failure(f, error))
@@ -538,17 +541,17 @@ class Tally(NamedTuple):
 
     outcomes: list[Outcome]  # all so far
     news: list[Outcome]  # since the tally before
-    runs: int  # in all
-    epochs: int  # in all, of runs that did not fail
+    runs: int  # total number
+    epochs: int  # total number, of runs that did not fail
     epochs_done: int
-    seconds_left: float | None  # at the pace so far; None: no epoch is done yet
+    seconds_left: float | None  # extrapolated from the pace so far; None before the first epoch
 
 
 FULL = ("No space left on device", "Disk quota exceeded")
 
 
 class DiskFull(OSError):
-    "The disk is full, so that no run can write its result; results that are there stay."
+    "The disk is full, so no run can write its result; existing results are kept."
 
 # %% ../../nbs/method/08_sweep.ipynb #171b7a40
 class _Sweep:
@@ -572,7 +575,7 @@ class _Sweep:
                 self.settle(Outcome(key, "failed", error=str(error)))
             else:
                 if not retry and state(root / key) == "failed":
-                    self.settle(Outcome(key, "failed", error="failed before, and was not tried again"))
+                    self.settle(Outcome(key, "failed", error="failed before, and is not run again (retry=False)"))
         self.epochs = {k: epochs_done(root / k) for k in self.experiments}
         self.start, self.epochs_before = time.monotonic(), sum(self.epochs.values())
 
@@ -595,7 +598,7 @@ class _Sweep:
         self.news.append(outcome)
 
     def submit(self):
-        "Submit all that is ready: not done, and its teacher is there."
+        "Submit the runs that are not done and whose teachers are trained."
         ready = []
         for key in list(self.waiting):
             if state(self.root / key) == "done":
@@ -616,13 +619,13 @@ class _Sweep:
         self.waiting = [k for k in self.waiting if k not in ready]
 
     def grouped(self, keys: list[str]) -> list[list[str]]:
-        "Return the runs in groups that share a teacher's forward pass; image files are decoded for each run by itself."
+        "Return the runs in groups that share a teacher's forward pass; runs on image files are groups of one."
         in_memory = [self.experiments[k] for k in keys if not of_imagenet(self.experiments[k].dataset)]
         groups = [[e.key for e in group] for group in groups_of(in_memory, self.group)]
         return groups + [[k] for k in keys if of_imagenet(self.experiments[k].dataset)]
 
     def collect(self):
-        "Collect outcomes; a run of another process waits until that process is done or gone."
+        "Collect outcomes; a run that another process has locked waits until that process ends."
         for future, keys in [f for f in self.flights if f[0].done()]:
             self.flights.remove((future, keys))
             try:

@@ -29,7 +29,7 @@ __all__ = ['NORMS', 'DETECTORS', 'create_backbone', 'SameSize', 'create_detector
 
 # %% ../../nbs/method/04e_detectors.ipynb #fd06909d
 def _group_norm(channels: int) -> nn.GroupNorm:
-    "Make a group norm without groups of a single channel: a map of one place would be constant in those."
+    "Return a group norm without groups of a single channel, in which a 1 x 1 map would be constant."
     return nn.GroupNorm(math.gcd(32, channels // 2), channels)
 
 
@@ -37,7 +37,7 @@ NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": _group_n
 
 
 def _stages(body: nn.Module) -> dict[int, tuple[str, int]]:
-    "Find for each stride of a backbone the last module that works at it, and its channels: {4: ('layer1', 64), ...}."
+    "Return the last module of a backbone at each stride, and its channels: {4: ('layer1', 64), ...}."
     found, x = {}, torch.zeros(1, 3, 128, 128)
     with torch.no_grad(), evaluating(body):
         for name, module in body.named_children():
@@ -58,7 +58,7 @@ def _freeze(body: nn.Module, stages: dict, trainable_layers: int):
 
 
 def _backbone_weights(net: nn.Module, weights, name: str):
-    "Load a classifier's weights into a backbone: a state dict, a file, or a name of torchvision's, which downloads."
+    "Load a classifier's weights into a backbone: a state dict, a file, or a name of torchvision's weights, which are downloaded."
     if isinstance(weights, str) and not Path(weights).suffix:
         from torchvision.models import get_model_weights
 
@@ -79,16 +79,17 @@ def _backbone_weights(net: nn.Module, weights, name: str):
 # %% ../../nbs/method/04e_detectors.ipynb #409e1e49
 def create_backbone(
     name: str = "resnet50",  # of torchvision: "resnet18", "resnext101_32x8d", "mobilenet_v3_large", ...
-    strides: tuple[int, ...] = (8, 16, 32),  # of the maps the pyramid is built on
-    extra: nn.Module | None = None,  # adds levels on top; None: one more, by pooling
+    strides: tuple[int, ...] = (8, 16, 32),  # of the maps that the pyramid is built on
+    extra: nn.Module | None = None,  # adds levels on top; None: one more level, by pooling
     channels: int = 256,  # of every map of the pyramid
-    norm: str = "frozen",  # batch statistics "frozen" (for backbones that have learned) or not, "batch"; or "group"
-    weights=None,  # of a classifier: a state dict, a file, or a name such as "IMAGENET1K_V1", which downloads
-    trainable_layers: int | None = None,  # number of stem and stages, from the end; None: 3 with weights, else all 5
+    norm: str = "frozen",  # "frozen" batch norm (for pretrained backbones), "batch" or "group"
+    weights=None,  # of a classifier: a state dict, a file, or a name such as "IMAGENET1K_V1" (downloaded)
+    trainable_layers: int
+    | None = None,  # number of trainable stages from the end (5: all); None: 3 with weights, else 5
 ) -> BackboneWithFPN:
-    """Make a backbone with a feature pyramid from a network of torchvision.
+    """Create a backbone with a feature pyramid from a network of torchvision.
 
-    Raises ValueError for an unknown name or norm, strides at which it has no map, and weights that do not fit."""
+    Raises ValueError for an unknown name or norm, strides at which the network has no map, and weights that do not fit."""
     import torchvision.models as classifiers
 
     known = classifiers.list_models(module=classifiers)
@@ -102,7 +103,7 @@ def create_backbone(
     body = net.features if isinstance(getattr(net, "features", None), nn.Sequential) else net
     stages = _stages(body)
     if not set(strides) <= set(stages):
-        raise ValueError(f"backbone {name!r} has maps at strides {sorted(stages)}, and {list(strides)} are wanted")
+        raise ValueError(f"strides must be among those of backbone {name!r}, {sorted(stages)}; got {list(strides)}")
     _freeze(body, stages, (3 if weights is not None else 5) if trainable_layers is None else trainable_layers)
     layers = {stages[s][0]: str(i) for i, s in enumerate(strides)}
     return BackboneWithFPN(
@@ -116,16 +117,16 @@ def create_backbone(
 
 # %% ../../nbs/method/04e_detectors.ipynb #1671f72c
 def _in_float32(module, args, found):
-    """Forward hook: give the output of a head in float32.
+    """Convert the output of a head to float32: forward hook.
 
-    torchvision makes boxes in the dtype of the output, and bfloat16 has whole numbers up to 256 alone."""
+    torchvision computes boxes in the dtype of the output, but bfloat16 has all integers up to 256 only."""
     return found.float() if isinstance(found, Tensor) else type(found)(_in_float32(module, args, x) for x in found)
 
 
 def _fix_scales(pool: MultiScaleRoIAlign, strides: tuple[int, ...]):
     """Set the scales of the maps of a RoI pooling, in place.
 
-    It would guess them from the first batch it sees: wrongly from small images, and anew in a run that is resumed."""
+    Otherwise it infers them from its first batch: wrongly for small images, and differently after a run is resumed."""
     pool.scales = [1 / s for s in strides]
     pool.map_levels = initLevelMapper(
         round(math.log2(strides[0])), round(math.log2(strides[-1])), pool.canonical_scale, pool.canonical_level
@@ -133,7 +134,7 @@ def _fix_scales(pool: MultiScaleRoIAlign, strides: tuple[int, ...]):
 
 
 def _load_detector(detector: nn.Module, weights, name: str):
-    "Load a file or a state dict into a detector. Raises ValueError with the first keys that do not fit."
+    "Load a file or a state dict into a detector. Raises ValueError, with the first keys that do not fit."
     if not isinstance(weights, Mapping):
         return load_checkpoint(detector, weights)
     try:
@@ -167,10 +168,10 @@ def create_detector(
     head_convs: int = 4,  # FCOS: convolutions of each head
     **options,  # of torchvision's class: score_thresh, nms_thresh, box_score_thresh, ...
 ) -> nn.Module:
-    """Make a detector of torchvision on any backbone with a feature pyramid.
+    """Create a detector of torchvision on any backbone with a feature pyramid.
 
-    Labels are 1 to `num_classes`; 0 is the background. Images come as a list of float (3, H, W) in [0, 1] and are not
-    resized. Detections with scores above 0.05 count, in all three kinds. Nothing is downloaded unless
+    Labels are 1 to `num_classes`; 0 is the background. Images are a list of float (3, H, W) in [0, 1] and are not resized.
+    The score threshold of detections is 0.05 by default, in all three kinds. Nothing is downloaded unless
     `backbone_weights` is a name. Raises ValueError for an unknown name and for weights that do not fit."""
     if name not in DETECTORS:
         raise ValueError(nearest(name, DETECTORS, "detector"))
@@ -203,12 +204,12 @@ def create_detector(
 
 # %% ../../nbs/method/04e_detectors.ipynb #f9b2ea74
 def pick_classes(
-    state: Mapping[str, Tensor],  # weights of a detector that has a class for each id of a category
-    categories,  # the ids there are, as `CocoData.categories`
-) -> dict[str, Tensor]:  # the same with the classes 1 to K in their place, and the background
-    """Take the weights of a detector with a class for each category id to the contiguous labels of `CocoData`.
+    state: Mapping[str, Tensor],  # weights of a detector whose classes are COCO's category ids
+    categories,  # the category ids to keep, as `CocoData.categories`
+) -> dict[str, Tensor]:  # weights for the background and the classes 1 to K
+    """Return weights whose classes are category ids, reduced to the contiguous labels of `CocoData`.
 
-    Raises ValueError where a category has no class in the weights."""
+    Raises ValueError if the weights have no class for a category."""
     keep, out = torch.tensor([0, *categories]), dict(state)
     for key, rows in state.items():
         if "cls_logits" not in key and "box_predictor" not in key:
@@ -218,8 +219,8 @@ def pick_classes(
         classes = _number_of_classes(state, key)
         if classes <= keep.max():
             raise ValueError(
-                f"{key} has {classes} classes, and category {int(keep.max())} is wanted: "
-                "these weights are not numbered by category ids"
+                f"{key} has {classes} classes, too few for category id {int(keep.max())}: give weights whose classes are "
+                "category ids"
             )
         out[key] = (
             rows.unflatten(0, (-1, classes))[:, keep].flatten(0, 1)
@@ -240,7 +241,7 @@ def _number_of_classes(state: Mapping[str, Tensor], key: str) -> int:
 def detector_paths(detector: nn.Module) -> FeaturePaths:
     """Return the levels of a detector's pyramid, fine to coarse, as `stages`, and its class head.
 
-    Raises ValueError where there is no pyramid, with what to give instead."""
+    Raises ValueError, with what to give instead, if it has no pyramid of torchvision."""
     if isinstance(layers := getattr(detector, "layers", None), FeaturePaths):
         return layers
     names = {name for name, _ in detector.named_modules()}
@@ -257,7 +258,7 @@ def detector_paths(detector: nn.Module) -> FeaturePaths:
 
 # %% ../../nbs/method/04e_detectors.ipynb #feebfca9
 class Trunk(nn.Module):
-    "The backbone of a detector, under the module paths of the detector: list of images to the maps of its pyramid."
+    "The backbone of a detector under the same module paths, from a list of images to the maps of the pyramid."
 
     def __init__(self, detector: nn.Module):
         super().__init__()
@@ -273,7 +274,7 @@ def as_is(output):
 
 
 def trunk_taps(detector: nn.Module, paths) -> Taps:
-    "Make taps of a detector that run its backbone alone where all paths lie in it, else the whole detector."
+    "Return taps that run only the backbone of a detector if it has all paths, else the whole detector."
     ours = isinstance(getattr(detector, "transform", None), GeneralizedRCNNTransform) and isinstance(
         getattr(detector, "backbone", None), nn.Module
     )
@@ -285,9 +286,9 @@ def trunk_taps(detector: nn.Module, paths) -> Taps:
 def class_logits(
     teacher: nn.Module,
     maps: Mapping[str, Tensor],  # of its pyramid
-    proposals: tuple | None = None,  # of the student: boxes of each image, and the images' sizes; for Faster R-CNN
+    proposals: tuple | None = None,  # the student's boxes of each image, and the images' sizes; for Faster R-CNN
 ) -> Tensor:  # (B, anchors, classes), or (proposals, classes)
-    "Compute the teacher's class logits where the student has its own: at the same anchors, or on its proposals."
+    "Return the teacher's class logits for the student's anchors or proposals."
     if hasattr(teacher, "head"):
         return teacher.head.classification_head(list(maps.values()))
     pooled = teacher.roi_heads.box_roi_pool(maps, *(proposals or ()))

@@ -33,9 +33,9 @@ __all__ = ['NETWORKS', 'NESTED', 'ALIASES', 'OPTION_A', 'WEIGHTS', 'CARD', 'LARG
 def check_images(
     x: Tensor,  # (n, channels, height, width)
     channels: int,  # what the first convolution takes
-    least: int,  # the total stride: a smaller image leaves less than one pixel at the end
+    least: int,  # total stride of the network: least height and width of an image
 ):
-    "Raise ValueError where a network cannot read the images `x`, with the shape that it can."
+    "Raise ValueError, with the expected shape, if the images `x` are not (n, channels, height, width) or too small."
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(
             f"images must be (n, {channels}, height, width), got shape {tuple(x.shape)}; "
@@ -43,15 +43,15 @@ def check_images(
         )
     if min(x.shape[-2:]) < least:
         raise ValueError(
-            f"images of {x.shape[-2]} x {x.shape[-1]} pixels are too small for this network, which halves them down "
-            f"to {least} times smaller: give {least} x {least} or more, or resize them first"
+            f"images of {x.shape[-2]} x {x.shape[-1]} pixels are too small for this network, whose total stride is {least}: "
+            f"give {least} x {least} or more, or resize them first"
         )
 
 
 def init_weights(model: nn.Module, linear_std: float | None = None):
-    """Initialise convolutions as He et al. (2015, eq. 14), by fan-out, and batch norms as the identity, in place.
+    """Initialise convolutions as in He et al. (2015, eq. 14), by fan-out, and batch norms to the identity, in place.
 
-    Linear layers get normal weights of deviation `linear_std` and zero biases; None leaves PyTorch's default."""
+    Linear layers get normal weights with standard deviation `linear_std` and zero biases; None keeps PyTorch's default."""
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -69,13 +69,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def network(f: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    "Register the function `f(num_classes, in_channels)` under its name, for `create_model`; a decorator."
+    "Register the function `f(num_classes, in_channels)` under its name for `create_model`. Used as a decorator."
     NETWORKS[f.__name__] = f
     return f
 
 
 def list_models() -> list[str]:
-    "List the names of this package's networks. `create_model` takes those of other libraries as well."
+    "Return the names of this package's networks. `create_model` also takes names of other libraries."
     return list(NETWORKS)
 
 # %% ../../nbs/method/04_models.ipynb #2e2301a3
@@ -86,18 +86,18 @@ def create_model(
     in_channels: int = 3,  # 1 for grey images
     **options,  # weights="cifar100", see `list_weights`; torchvision: weights="IMAGENET1K_V1"; all: weights="pretrained"
 ) -> nn.Module:  # maps (n, in_channels, height, width) to (n, num_classes)
-    """Create a network by name, with fresh weights unless `options` say otherwise.
+    """Create a network by name, with random weights unless `weights` is among the options.
 
-    Raises ValueError for an unknown name (with the near ones), for unknown weights (with the known ones), and for
-    weights whose hash, classes or channels do not fit; FileNotFoundError, with the place, for weights that cannot be
-    fetched."""
+    Raises ValueError for an unknown name (with the nearest ones), for unknown weights (with the known ones), and for
+    weights whose hash, classes or channels do not fit; FileNotFoundError, with the path, for weights that cannot be
+    downloaded."""
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 0):
         raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
     if not isinstance(in_channels, int) or in_channels < 1:
         raise ValueError(f"in_channels must be a positive integer, got {in_channels!r}")
     source, _, rest = name.partition("/")
     if num_classes == 0 and source != "timm":
-        raise ValueError(f"num_classes=0 makes an encoder of a timm network; {name} needs 1 or more")
+        raise ValueError(f"num_classes=0 creates an encoder of timm's networks only; give 1 or more for {name}")
     if source in SOURCES and rest:
         return SOURCES[source](rest, num_classes, in_channels, options)
     if ":" in name:
@@ -130,12 +130,12 @@ def _taken(maker: Callable, name: str, options: dict) -> dict:
     return options
 
 # %% ../../nbs/method/04_models.ipynb #ec97a6ac
-NESTED = ("model", "state_dict", "model_state_dict", "net")  # where checkpoints keep the weights
+NESTED = ("model", "state_dict", "model_state_dict", "net")  # keys under which checkpoints store the weights
 ALIASES = [("fc", "linear"), ("linear", "fc"), ("downsample", "shortcut"), ("shortcut", "downsample")]
 
 
 def _read(path: Path):
-    "Read tensors and plain values from a file; code in it is never run."
+    "Return the tensors and plain values in a file, without running any code in it."
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
@@ -147,15 +147,15 @@ def _read(path: Path):
         asked = re.findall(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {asked[0]}" if asked else "it is not a file of torch.save, or holds more than tensors"
         raise ValueError(
-            f"{path} was not loaded, for {what}, and unpickling could run code. If you trust its source: "
+            f"{path} was not loaded, since {what}, and unpickling it could run code. If you trust its source, convert it: "
             "torch.save(torch.load(path, weights_only=False)['model'], new_path)"
         ) from None
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a checkpoint, or only half of one: {error}") from None
+        raise ValueError(f"{path} is not a checkpoint, or incomplete ({error}): download or copy it again") from None
 
 
 def _numpy_scalars() -> list:
-    "Return the types of NumPy numbers. Many checkpoints hold an accuracy as one, which torch refuses by default."
+    "Return the types of NumPy scalars, which many checkpoints contain (an accuracy) and torch rejects by default."
     try:
         import numpy as np
     except ImportError:
@@ -180,7 +180,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or only half of one: {error}") from None
+        raise ValueError(
+            f"{path} is not a safetensors file, or incomplete ({error}): download or copy it again"
+        ) from None
 
 
 def _weights(content, path: Path) -> dict[str, Tensor]:
@@ -192,7 +194,7 @@ def _weights(content, path: Path) -> dict[str, Tensor]:
         return dict(content)
     what = f"a dict with keys {list(content)[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
     raise ValueError(
-        f"{path} holds {what}, and no weights: expected a dict of tensors, or one under {', '.join(map(repr, NESTED))}"
+        f"{path} has no weights but {what}: expected a dict of tensors, or one under {', '.join(map(repr, NESTED))}"
     )
 
 # %% ../../nbs/method/04_models.ipynb #02681250
@@ -204,7 +206,7 @@ OPTION_A = (
 
 
 def _without_projections(own: Iterable[str], file: Iterable[str]) -> bool:  # keys of the network and of the file
-    "Whether the file has the weights of the residual blocks, but of none of their projections."
+    "Return whether the file has the weights of the residual blocks, but none of their projections."
     block = re.compile(r"layer\d+\.\d+\.conv1\.weight$")
     projection = re.compile(r"layer\d+\.\d+\.(downsample|shortcut)\.")
     expected = any(projection.search(key) for key in own)
@@ -213,7 +215,7 @@ def _without_projections(own: Iterable[str], file: Iterable[str]) -> bool:  # ke
 
 
 def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
-    "Load `state` into `model`, all of it, or raise ValueError and change nothing."
+    "Load all of `state` into `model`, or raise ValueError and leave the model unchanged."
     own, fitted, extra, differ = model.state_dict(), {}, [], []
     for key, value in state.items():
         bare = re.sub(r"^(module\.|_orig_mod\.)+", "", key) if aliases else key
@@ -235,36 +237,36 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, aliases=()):
     ]
     if problems:
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}, which is left as it was. {'; '.join(problems)}"
+            f"{path} does not fit {type(model).__name__}, which is left unchanged. {'; '.join(problems)}"
             + (f". {OPTION_A}" if _without_projections(own, state) else "")
         )
     model.load_state_dict(fitted, strict=False)
 
 
 def load_checkpoint(
-    model: nn.Module,  # the network to fill
+    model: nn.Module,  # its weights are overwritten
     path: str | os.PathLike,  # a .pth / .pt of torch.save, or .safetensors
 ) -> nn.Module:  # the same model
-    """Load weights in any layout of published checkpoints. Code in the file is never run.
+    """Load weights in any layout of published checkpoints, without running code in the file.
 
-    The weights are at the top or under "model", "state_dict", "model_state_dict" or "net"; keys with or without
+    The weights may be at the top level or under "model", "state_dict", "model_state_dict" or "net"; keys with or without
     "module."; `fc` or `linear`; `downsample` or `shortcut`. `num_batches_tracked` may be missing.
 
-    Raises ValueError, with the keys and shapes that do not fit, and leaves the model as it was; FileNotFoundError for a
+    Raises ValueError, with the keys and shapes that do not fit, and leaves the model unchanged; FileNotFoundError for a
     missing file."""
     _fit(unwrap(model), read_weights(path), Path(path), ALIASES)
     return model
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    "Return the weights in a file, by name, as `load_checkpoint` finds them."
+    "Return the weights in a file by name, in any layout that `load_checkpoint` reads."
     path = Path(path)
     return _weights(_read(path), path)
 
 # %% ../../nbs/method/04_models.ipynb #f9a954c2
 def save_weights(
     model: nn.Module,  # any network
-    path: str | os.PathLike,  # where to, usually .safetensors; an older file is replaced in one step
+    path: str | os.PathLike,  # usually .safetensors; an existing file is replaced
 ):
     "Write all parameters and buffers as safetensors, atomically."
     path = Path(path)
@@ -273,7 +275,7 @@ def save_weights(
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    "Return copies of all parameters and buffers, in memory of their own."
+    "Return copies of all parameters and buffers on the CPU."
     state = unwrap(model).state_dict()
     return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
@@ -284,12 +286,12 @@ def _as_bytes(tensors: dict[str, Tensor]) -> bytes:
 
 
 def load_weights(
-    model: nn.Module,  # the network to fill
+    model: nn.Module,  # its weights are overwritten
     path: str | os.PathLike,  # a file of `save_weights`
 ) -> nn.Module:  # the same model
-    """Load the weights of a file that `save_weights` wrote.
+    """Load the weights from a file that `save_weights` wrote.
 
-    Raises ValueError where names or shapes differ, and leaves the model as it was; FileNotFoundError without a file."""
+    Raises ValueError if names or shapes differ, and leaves the model unchanged; FileNotFoundError for a missing file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -298,7 +300,7 @@ def load_weights(
 
 # %% ../../nbs/method/04_models.ipynb #13a6741a
 WEIGHTS = Path(str(files("rcka"))) / "weights"
-CARD = {  # what a card says
+CARD = {  # the entries of a card
     "format": "1",
     "network": "a name of `list_models()`",
     "weights": "their name: create_model(network, weights=...)",
@@ -331,13 +333,13 @@ class PretrainedWeights(NamedTuple):
     network: str
     weights: str  # their name: create_model(network, weights=...)
     file: Path
-    card: dict  # what it says: see `CARD`
+    card: dict  # with the entries of `CARD`
 
 
 def list_weights(
     folder: str | os.PathLike | None = None,  # None: the weights that ship with the package
 ) -> list[PretrainedWeights]:
-    "List the trained weights that `create_model` can load, by their cards."
+    "Return the trained weights that `create_model` can load, from their cards."
     return [_read_card(path) for path in sorted(Path(folder or WEIGHTS).glob("*.json"))]
 
 
@@ -345,20 +347,22 @@ def _read_card(path: Path) -> PretrainedWeights:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a card of weights, or only half of one: {error}") from None
+        raise ValueError(
+            f"{path} is not a card of weights, or incomplete ({error}): install the package again"
+        ) from None
     if missing := [k for k in CARD if not isinstance(card, dict) or k not in card]:
         raise ValueError(f"{path} is not a card of weights: it does not have {', '.join(missing)}")
     return PretrainedWeights(card["network"], card["weights"], path.with_suffix(".safetensors"), card)
 
 
 def _pretrained(name: str, weights: str, num_classes: int, in_channels: int) -> nn.Module:
-    "Create the network `name` with weights of the package, after all that their card says has been checked."
+    "Create the network `name` with weights of the package, after checking classes, channels and hash against their card."
     known = list_weights()
     found = next((w for w in known if (w.network, w.weights) == (name, weights)), None)
     if found is None:
         shipped = ", ".join(f"{w.network} with {w.weights!r}" for w in known) or "none in this installation"
         raise ValueError(
-            f"no weights {weights!r} of {name} come with the package; there are: {shipped}. "
+            f"the package has no weights {weights!r} of {name}, only {shipped}. "
             f"Other files: load_checkpoint(create_model({name!r}), path)"
         )
     card = found.card
@@ -395,22 +399,22 @@ LARGEST, LARGEST_SUM = 2_000_000, 10_000_000  # bytes of one file of weights, an
 def export_weights(
     run_folder: str
     | os.PathLike,  # of a finished run: last.safetensors, metrics.csv, and result.json or a trainer's checkpoint
-    weights: str,  # their name: create_model(network, weights=...); usually the dataset's
+    weights: str,  # name for create_model(network, weights=...), usually that of the dataset
     data,  # the `rcka.data.Dataset` that the run was trained and evaluated on
     source: str,  # where the recipe is from
     network: str | None = None,  # a name of `list_models()`; None: the student of result.json
     seed: int | None = None,  # None: that of result.json
-    recipe: dict | None = None,  # of the recipe, what the folder does not say, as {"batch_size": 64}
+    recipe: dict | None = None,  # entries that the folder does not have, such as {"batch_size": 64}
     licence: str = "Apache-2.0",
     folder: str | os.PathLike | None = None,  # None: the weights that ship with the package
 ) -> PretrainedWeights:
     """Write the last weights of a finished run and their card, for `create_model(network, weights=weights)`.
 
-    Raises ValueError where the run is not finished or of another dataset, where the folder does not tell the network,
-    seed or recipe, where the weights do not score what the log says, and where they are too large to ship."""
+    Raises ValueError if the run is not finished or of another dataset, if the folder does not have the network, seed or
+    recipe, if the accuracy of the weights is not that of the log, or if they are too large to ship."""
     run_folder, folder = Path(run_folder), Path(folder or WEIGHTS)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", weights):
-        raise ValueError(f"weights must be a name of small letters, digits, - and _, got {weights!r}")
+        raise ValueError(f"weights must be a name of lower-case letters, digits, - and _, got {weights!r}")
     run = _finished_run(run_folder, data, network, seed, recipe or {})
     log = run["log"]
     model = create_model(run["network"], data.num_classes, data.channels)
@@ -464,7 +468,7 @@ def export_weights(
 
 # %% ../../nbs/method/04_models.ipynb #8d4a8f01
 def _finished_run(folder: Path, data, network: str | None, seed: int | None, recipe: dict) -> dict:
-    "Return what a run's folder tells of it, what it does not say taken from the arguments, and as `log` its epochs."
+    "Return the description of a run from its folder, completed by the arguments, with its epochs as `log`."
     log, run = _read_log(folder / "metrics.csv"), _described(folder)
     run |= {"network": network or run["network"], "seed": run["seed"] if seed is None else seed, "log": log}
     run["recipe"] = run["recipe"] | recipe
@@ -481,7 +485,7 @@ def _finished_run(folder: Path, data, network: str | None, seed: int | None, rec
 
 
 def _read_log(path: Path) -> list[dict]:
-    "Read the epochs of a run's metrics.csv; numbers to six digits."
+    "Return the epochs in a run's metrics.csv, numbers rounded to six digits."
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: is it the folder of a run that has begun to train?")
     rows = read_csv(path)
@@ -495,7 +499,7 @@ def _read_log(path: Path) -> list[dict]:
 
 
 def _described(folder: Path) -> dict:
-    "Read what a run's folder tells of it: from result.json, else from its newest checkpoint."
+    "Return the description of a run from its result.json, else from its newest checkpoint."
     import rcka  # not while rcka itself is imported
 
     found = dict(dataset=None, network=None, method="none", teacher=None, seed=None, recipe={}, versions={})
@@ -516,7 +520,7 @@ def _described(folder: Path) -> dict:
 
 
 def _small(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], str]:
-    "Return the tensors and their dtype: float32 if they fit into a file that ships, else float16 for all but vectors."
+    "Return the tensors and their dtype: float32 if they are small enough to ship, else float16 for all but vectors."
     if _size_of(tensors) <= LARGEST:
         return tensors, "float32"
     half = {k: t.half() if t.is_floating_point() and t.dim() > 1 else t for k, t in tensors.items()}
@@ -529,7 +533,7 @@ def _small(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], st
 
 
 def _size_of(tensors: dict[str, Tensor]) -> int:
-    "Return the bytes of a safetensors file, about: an entry in its header takes 120."
+    "Return the approximate size of a safetensors file in bytes, with 120 for each entry of its header."
     return sum(t.numel() * t.element_size() + 120 for t in tensors.values())
 
 
@@ -553,7 +557,7 @@ def _top1(model: nn.Module, data) -> float:
 
 
 def _write_card(card: dict, path: Path):
-    "Write a card as JSON, atomically: an entry a line, and an epoch of the log a line."
+    "Write a card as JSON, atomically, with a line for each entry and for each epoch of the log."
     rows = ",\n  ".join(json.dumps(row) for row in card["log"])
     entries = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in card.items() if k != "log"]
     entries.append(f'"log": [\n  {rows}\n ]')

@@ -32,7 +32,7 @@ def dilate(resnet: nn.Module) -> nn.Module:
 class PyramidHead(nn.Module):
     """The pyramid pooling head of PSPNet (Zhao et al. 2017, Fig. 3): (n, c, h, w) to (n, num_classes, h, w).
 
-    Training needs two images: the batch norm of a map that is pooled to one place sees one value an image."""
+    Training needs two images, since batch norm after pooling to 1 x 1 has one value per image."""
 
     def __init__(self, c: int, num_classes: int, sizes=(1, 2, 3, 6)):
         super().__init__()
@@ -59,9 +59,9 @@ def create_segmenter(
     num_classes: int = 19,
     weights_backbone: str | None = None,  # ImageNet weights of torchvision by name, "IMAGENET1K_V1"
 ) -> nn.Module:  # maps (n, 3, H, W) to a dict with "out" (n, num_classes, H, W)
-    """Make a segmentation network with fresh weights, but for those of the backbone if `weights_backbone` names some.
+    """Create a segmentation network with random weights, or with pretrained ones of the backbone by `weights_backbone`.
 
-    Its `layers` name the backbone's stages and the decode head. Raises ValueError for an unknown name."""
+    Its `layers` have the paths of the backbone's stages and of the decode head. Raises ValueError for an unknown name."""
     from torchvision import models
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.models.segmentation import FCN, DeepLabV3, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large
@@ -108,5 +108,5 @@ def segmenter_paths(model: nn.Module) -> FeaturePaths:
             blocks = [name for name in names if name.startswith("backbone.") and name.count(".") == 1]
             return FeaturePaths((blocks[0], blocks[-1]), head="classifier")
         raise ValueError(
-            f"{error}. For segmentation, head is the module that gives the logits before they are resized"
+            f"{error}. For segmentation, head is the module that returns the logits before they are resized"
         ) from None

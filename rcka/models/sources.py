@@ -20,16 +20,16 @@ __all__ = ['SOURCES', 'SMALL', 'InputConfig', 'input_config', 'torchvision_netwo
 
 # %% ../../nbs/method/04g_sources.ipynb #c354eb6a
 class InputConfig(NamedTuple):
-    "The images that a network was made for; what is None is whatever it is given."
+    "The images that a network expects; None stands for any."
 
     mean: tuple[float, ...] | None = None  # by channel, of pixels in [0, 1]
     std: tuple[float, ...] | None = None
-    size: int | None = None  # pixels of a side
-    interpolation: str = "bilinear"  # of a resize to that size: "bilinear" or "bicubic"
+    size: int | None = None  # height and width
+    interpolation: str = "bilinear"  # for resizing to that size: "bilinear" or "bicubic"
 
 
 def input_config(model: nn.Module) -> InputConfig:
-    "Return what a network says of its input: its `input_config`, timm's `pretrained_cfg`, or `image_size`; else all None."
+    "Return the input that a network declares: its `input_config`, timm's `pretrained_cfg`, or `image_size`; else all None."
     model = unwrap(model)
     if isinstance(found := getattr(model, "input_config", None), InputConfig):
         return found
@@ -93,13 +93,13 @@ def _torch_file(url: str) -> str:
 
 
 def _missing(what: str, where: str, error: BaseException) -> str:
-    "Return the message for weights that are not here and cannot be fetched."
+    "Return the error message for weights that are missing and cannot be downloaded."
     why = " ".join(str(error).split())[:160]
-    return f"no {what} here, and they cannot be fetched ({why}). Put the file there by hand: {where}; or give the path of a file of weights"
+    return f"no {what} here, and they cannot be downloaded ({why}). Put the file there by hand: {where}; or give the path of a file of weights"
 
 
 def _reads(model: nn.Module, in_channels: int) -> nn.Module:
-    "Replace the first convolution, the first layer of all classifiers of torchvision, by one for `in_channels`."
+    "Replace the first convolution, which is the first layer of every classifier of torchvision, by one for `in_channels`."
     path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
     new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
     parent, _, last = path.rpartition(".")
@@ -108,7 +108,7 @@ def _reads(model: nn.Module, in_channels: int) -> nn.Module:
 
 # %% ../../nbs/method/04g_sources.ipynb #ea41f8bd
 def _pretrained(name: str, options: dict, hint: str = "") -> tuple[str | None, dict]:
-    'Return the weights that the options ask for, which may be "pretrained", and the other options.'
+    'Return the option `weights`, which must be None or "pretrained", and the other options.'
     options = dict(options)
     weights = options.pop("weights", None)
     if weights not in (None, "pretrained"):
@@ -134,7 +134,7 @@ def timm_network(name: str, num_classes: int | None, in_channels: int, options: 
 
 # %% ../../nbs/method/04g_sources.ipynb #81b83ea8
 class TransformersClassifier(nn.Module):
-    "An image classifier of transformers as a network from images to logits."
+    "Wrapper that turns an image classifier of transformers into a network from images to logits."
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -146,7 +146,7 @@ class TransformersClassifier(nn.Module):
 
 
 def _transformers_layers(network: nn.Module) -> FeaturePaths | None:
-    "Return the feature paths of the network inside; None where they are not known."
+    "Return the feature paths of the wrapped network; None if they are not known."
     try:
         layers = feature_paths(network)
     except ValueError:
@@ -199,7 +199,7 @@ def _processor_config(processor, config) -> InputConfig:
 
 # %% ../../nbs/method/04g_sources.ipynb #c98b2330
 def function_network(path: str, num_classes: int | None, in_channels: int, options: dict) -> nn.Module:
-    "Call `package.module:function` with num_classes, in_channels and the options, as far as it takes them. TypeError where it returns no network."
+    "Call `package.module:function` with num_classes and in_channels, if it takes them, and the options. Raises TypeError if it returns no network."
     function = import_function(path)
     given = {"in_channels": in_channels} | ({} if num_classes is None else {"num_classes": num_classes})
     parameters = inspect.signature(function).parameters.values()
@@ -218,15 +218,15 @@ SOURCES: dict[str, Callable[..., nn.Module]] = {
 }
 
 # %% ../../nbs/method/04g_sources.ipynb #746d88c7
-SMALL = 64  # pixels of a side up to which this package's networks come first
+SMALL = 64  # for images up to this height and width, names of this package's networks take precedence
 
 
 def qualify(
-    name: str,  # of a network, bare or with its source
+    name: str,  # of a network, with or without its source
     own,  # the names of this package's networks
-    small: bool,  # whether the images have `SMALL` pixels or fewer
-) -> str:  # as `create_model` takes it, the source said
-    "Return the full name of a network that was given by its bare name. Raises ValueError, with the near names, for one that nobody knows."
+    small: bool,  # whether the images have at most `SMALL` pixels per side
+) -> str:  # with its source, for `create_model`
+    "Return the name of a network with its source, such as torchvision/resnet18. Raises ValueError, with the nearest names, for an unknown one."
     source, _, rest = name.partition("/")
     if ":" in name or (rest and source in SOURCES):
         return name
@@ -258,18 +258,18 @@ def _timm_names() -> list[str]:
 
 # %% ../../nbs/method/04g_sources.ipynb #3e550738
 def adapt_input(
-    model: nn.Module,  # the network, which is left as it is but for a hook
+    model: nn.Module,  # gets a hook, and is otherwise unchanged
     given: InputConfig,  # of the images in the batches
     wanted: InputConfig,  # of the network
 ):  # the hook's handle: `.remove()`; None where nothing differs
-    "Make a network take images of one normalisation and size as if they were of another: renormalised, and resized with antialiasing."
+    "Register a hook with which a network accepts images of another normalisation and size: they are renormalised, and resized with antialiasing."
     same = all(w is None or g == w for g, w in zip(given[:3], wanted[:3]))
     if same:
         return None
     mean, std = wanted.mean or given.mean, wanted.std or given.std
     if given.mean is None and mean is not None:
         raise ValueError(
-            "the mean and std of the images are not known, so that they cannot be normalised another way: give mean= and std="
+            "the mean and std of the images are unknown, so they cannot be renormalised for the network: give mean= and std="
         )
     return model.register_forward_pre_hook(_Adapt(given, InputConfig(mean, std, wanted.size, wanted.interpolation)))
 
@@ -289,7 +289,7 @@ def adapted(
     given: InputConfig,
     wanted: InputConfig,
 ) -> Tensor:  # (n, channels, size, size), as `wanted` says
-    "Renormalise and resize images; pixels stay in [0, 1], which a bicubic resize would leave."
+    "Renormalise and resize images; pixels are clamped to [0, 1], since a bicubic resize overshoots."
     dtype, size = x.dtype, wanted.size
     resize = size is not None and tuple(x.shape[-2:]) != (size, size)
     known = given.mean is not None

@@ -33,12 +33,14 @@ def classifier(model: nn.Module) -> str:
     if head and isinstance(find_module(model, head), (nn.Linear, nn.Conv2d)):
         return head
     if not linear:
-        raise ValueError(f"{type(model).__name__} has no linear layer that could be its classifier")
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer that could be its classifier: set model.layers with head='PATH'"
+        )
     return linear[-1]
 
 
 def replace_classifier(model: nn.Module, num_classes: int) -> nn.Module:  # the same network
-    "Put a fresh classifier for so many classes in place of a network's own, or with 0 none, so that it returns the pooled feature."
+    "Replace a network's classifier by a new one for `num_classes`; with 0 remove it, so that the network returns the pooled feature."
     path = classifier(model)
     old = model.get_submodule(path)
     if num_classes == 0:
@@ -54,14 +56,14 @@ def replace_classifier(model: nn.Module, num_classes: int) -> nn.Module:  # the 
 
 def make_network(
     name: str,  # as for `create_model`
-    num_classes: int | None = None,  # None: as many as the weights have; 0: an encoder, without a classifier
-    weights: str | None = None,  # a file; "pretrained", or another name of the library's; None: fresh
+    num_classes: int | None = None,  # None: those of the weights; 0: an encoder, without a classifier
+    weights: str | None = None,  # a file; "pretrained", or another name of the library's; None: random
     options: dict | None = None,  # of the network
     in_channels: int = 3,
 ) -> nn.Module:
-    """Create a network for any number of classes from weights of any number: where they differ, the classifier is fresh.
+    """Create a network with weights, and a new classifier if the weights have another number of classes.
 
-    Raises ValueError where a file does not fit in more than the classifier, FileNotFoundError where there is none."""
+    Raises ValueError if a file does not fit apart from the classifier, FileNotFoundError if it is missing."""
     options = options or {}
     if weights is None:
         if num_classes == 0 and not name.startswith("timm/"):
@@ -83,7 +85,7 @@ def make_network(
 
 
 def is_file(weights: str) -> bool:
-    "Return whether weights are given as a file, there or not, and not by a name."
+    "Return whether `weights` is a path of a file, existing or not, rather than a name."
     return (
         "/" in str(weights)
         or Path(weights).suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
@@ -92,7 +94,7 @@ def is_file(weights: str) -> bool:
 
 
 def classes_of(path: str | Path, name: str, in_channels: int, options: dict) -> int:
-    "Return the number of outputs of the classifier whose weights a file holds; 0 where it has those of an encoder of timm."
+    "Return the number of outputs of the classifier in a file of weights; 0 for an encoder of timm."
     with torch.device("meta"):  # its layout alone, without memory
         model = create_model(name, 2, in_channels, **options)
     head = classifier(model)
@@ -108,15 +110,15 @@ STUDENT_FORMAT = 1
 
 def save_student(
     model: nn.Module,  # the trained network
-    folder: Path | str,  # gets student.safetensors and student.json
+    folder: Path | str,  # student.safetensors and student.json are written here
     name: str,  # as for `create_model`
     options: dict | None = None,  # of the network
     classes: tuple[str, ...] = (),  # names of the outputs, in order; empty for an encoder
-    config: InputConfig | None = None,  # the images it takes
+    config: InputConfig | None = None,  # the images that it expects
     in_channels: int = 3,
-    made_by: dict | None = None,  # what else there is to say, as plain data
+    made_by: dict | None = None,  # further information, as plain data
 ) -> dict:  # the content of student.json
-    "Write a network's weights and what it takes to load them again."
+    "Write a network's weights, and the description from which `load_student` restores it."
     folder, content = Path(folder), as_safetensors(unwrap(model))
     folder.mkdir(parents=True, exist_ok=True)
     about = {
@@ -142,10 +144,10 @@ def save_student(
 def load_student(
     folder: Path | str,  # of `save_student`, or of `rcka distill`
     device: str | torch.device = "cpu",
-) -> nn.Module:  # in eval mode; `about` is the content of student.json, `input_config` the images that it takes
-    """Load a student that was saved. It needs torch, torchvision and safetensors, and the library that the network is of.
+) -> nn.Module:  # in eval mode; `about` is the content of student.json, `input_config` the images that it expects
+    """Load a saved student. Needs torch, torchvision and safetensors, and the library of the network.
 
-    Raises FileNotFoundError without its two files, ValueError where one of them is damaged or of another format."""
+    Raises FileNotFoundError if one of its two files is missing, ValueError if one is damaged or of another format."""
     about = read_about(folder)
     path = Path(folder) / "student.safetensors"
     if not path.is_file():
@@ -206,7 +208,7 @@ def student_transform(
 
 
 def _fit(image, size: int):
-    "Bring an image to the size of a network."
+    "Resize and centre-crop an image to the size of a network."
     from torchvision.transforms.v2 import functional
 
     if tuple(image.shape[-2:]) == (size, size):
