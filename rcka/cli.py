@@ -361,8 +361,8 @@ def run(
         experiment = Experiment.from_parameters(known | values)
         folder = runs / experiment.key
         found = [runs / e.key for e in S.with_teachers([experiment]) if S.state(runs / e.key) == "done"]
-        if folder not in found and (problems := S.validate([experiment])):
-            raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
+        if folder not in found:
+            _refuse([experiment])
         claim_folder(folder, experiment)
         output = output or folder / "notebook.ipynb"
         counts = {runs / e.key: e.epochs for e in S.with_teachers([experiment])}
@@ -571,9 +571,16 @@ def _grid(dataset: str, pairs: str, methods: str, seeds: str, fields: dict) -> l
             _known([dataset], KNOWN, "dataset")
         raise ValueError(f"no pairs are published for {dataset}: give --pairs TEACHER:STUDENT, separated by commas")
     runs = S.grid(dataset, pairs, methods, [int(s) for s in seeds.split(",") if s.strip()], **fields)
-    if problems := S.validate(runs):
-        raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
+    _refuse(runs)
     return runs
+
+
+def _refuse(experiments: list):
+    "Raise ValueError for experiments that could not run."
+    from rcka.experiments.sweep import validate
+
+    if problems := validate(experiments):
+        raise ValueError("nothing was started:\n  " + "\n  ".join(problems))
 
 # %% ../nbs/method/08c_cli.ipynb #b71e96cf
 @app.command()

@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ from .memory import Dataset, channel_stats
 from ..files import write_atomic
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'walk_images', 'class_folders', 'some_names', 'find_image_folder', 'EncodedImages', 'first_size',
-           'open_image', 'decode_images', 'load_image_folder', 'read_cache', 'write_cache']
+__all__ = ['SUFFIXES', 'walk_images', 'class_folders', 'check_classes', 'check_images', 'some_names', 'find_image_folder',
+           'EncodedImages', 'first_size', 'open_image', 'decode_images', 'load_image_folder', 'read_cache',
+           'write_cache']
 
 # %% ../../nbs/method/05b_folder.ipynb #0d15baee
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
@@ -48,6 +49,23 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
 
 
+def check_classes(train: Path, classes: Sequence[str], test: Path, tested: Sequence[str]):
+    "Raise ValueError unless two folders have the same classes, with those that differ."
+    if list(classes) == list(tested):
+        return
+    more, less = ([c for c in a if c not in set(b)] for a, b in ((tested, classes), (classes, tested)))
+    raise ValueError(
+        f"the classes of {test} are not those of {train}: "
+        + "; ".join(f"{what} {some_names(c)}" for what, c in (("not in train:", more), ("only in train:", less)) if c)
+    )
+
+
+def check_images(folder: Path, found: dict[str, Sized]):
+    "Raise ValueError where a class, by its name, has no images."
+    if empty := [c for c, images in found.items() if not len(images)]:
+        raise ValueError(f"no images in {some_names(empty)} of {folder}; looked for {', '.join(sorted(SUFFIXES))}")
+
+
 def _list_images(
     folder: Path,  # with a folder for each class
 ) -> tuple[list[str], list[list[tuple]]]:  # classes, and the sorted images of each
@@ -56,9 +74,7 @@ def _list_images(
     if not classes:
         raise ValueError(f"{folder} has no class folders: put the images into {folder.name}/CLASS/*.jpg")
     images = [sorted(walk_images(folder / c)) for c in classes]
-    empty = [c for c, found in zip(classes, images) if not found]
-    if empty:
-        raise ValueError(f"no images in {some_names(empty)} of {folder}; looked for {', '.join(sorted(SUFFIXES))}")
+    check_images(folder, dict(zip(classes, images)))
     return classes, images
 
 
@@ -205,14 +221,7 @@ def load_image_folder(path: str, root: Path, size: int | tuple[int, int] | None)
     Raises FileNotFoundError or ValueError for another layout, broken images, and images of different sizes."""
     folders = find_image_folder(path, root)
     (classes, train), (test_classes, test) = map(_list_images, folders)
-    if classes != test_classes:
-        more, less = ([c for c in a if c not in set(b)] for a, b in ((test_classes, classes), (classes, test_classes)))
-        raise ValueError(
-            f"the classes of {folders[1]} are not those of {folders[0]}: "
-            + "; ".join(
-                f"{what} {some_names(c)}" for what, c in (("not in train:", more), ("only in train:", less)) if c
-            )
-        )
+    check_classes(folders[0], classes, folders[1], test_classes)
     size = _as_size(size)
     seen = repr(  # 2: the format of the cache
         (2, size, [[(os.path.relpath(p, folders[0].parent), *s) for p, *s in part] for part in (*train, *test)])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..core import Batch, BatchesFailed, check_enough, check_whole, seed_of
-from .folder import SUFFIXES, EncodedImages, class_folders, open_image, some_names
+from .folder import SUFFIXES, EncodedImages, check_classes, check_images, class_folders, open_image
 from .memory import Batches, balanced_slice, draw_epoch, identity_of
 from ..distributed import as_shard, shard_rows, world_size
 from ..files import data_root, listing
@@ -76,9 +76,7 @@ def list_files(
         found = list(
             pool.map(lambda c: sorted(filter(_is_image, os.listdir(folder / c))), classes)
         )  # threads, since network file systems are slow to answer
-    empty = [c for c, names in zip(classes, found) if not names]
-    if empty:
-        raise ValueError(f"no images in {some_names(empty)} of {folder}; looked for {', '.join(sorted(SUFFIXES))}")
+    check_images(folder, dict(zip(classes, found)))
     names = np.array([os.fsencode(f"{c}/{name}") for c, names in zip(classes, found) for name in names])
     targets = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(names) for names in found]))
     return tuple(classes), Files(folder, names, targets)
@@ -424,14 +422,7 @@ def load_imagenet(
         )
     classes, train = list_files(base / "train")
     tested, test = (classes, train) if val == "train" else list_files(base / val)
-    if tested != classes:
-        more, less = (sorted(set(a) - set(b)) for a, b in ((tested, classes), (classes, tested)))
-        raise ValueError(
-            f"the classes of {base / val} are not those of {base / 'train'}: "
-            + "; ".join(
-                f"{what} {some_names(c)}" for what, c in (("not in train:", more), ("only in train:", less)) if c
-            )
-        )
+    check_classes(base / "train", classes, base / val, tested)
     if limit is not None:
         train = train.keep(balanced_slice(train.targets, limit, "limit"))
     if test_limit is not None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from ..core import nearest
 from ..data.coco import CocoBatches, CocoData, load_coco
-from .experiment import BaseExperiment, DataConfig, Parts, images_below, resolved_args
+from .experiment import BaseExperiment, DataConfig, Parts, images_below
 from ..files import data_root, digest
 from ..methods.base import create_method, list_methods
 from ..models.detectors import DETECTORS, NORMS, create_detector
@@ -102,8 +102,7 @@ class DetectionExperiment(BoxConfig, BaseExperiment):
         self._resolve(example="resnet101, a backbone")
         self._set_published()
         self._check_method()
-        self.train_config  # raises ValueError for invalid fields
-        self._set("method_args", resolved_args(self.method, self.method_args))
+        self._complete()
 
     def _set_published(self):
         "Set what was not given to its published value."

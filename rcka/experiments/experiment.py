@@ -44,8 +44,8 @@ from ..train.learner import RunsFailed, Trainer, fit_many
 from ..train.teacher_cache import BUDGET, TeacherCache
 
 # %% auto #0
-__all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'resolved_args', 'check_types', 'RunConfig', 'TrainFields',
-           'TeacherConfig', 'DataConfig', 'without_teacher', 'BaseExperiment', 'of_imagenet', 'paper_lr',
+__all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'check_network', 'resolved_args', 'check_types', 'RunConfig',
+           'TrainFields', 'TeacherConfig', 'DataConfig', 'without_teacher', 'BaseExperiment', 'of_imagenet', 'paper_lr',
            'images_below', 'ImageConfig', 'Experiment', 'torchvision_teacher', 'run', 'find_or_train', 'make_cache',
            'make_trainer', 'save_result', 'report_found', 'run_many', 'groups_of', 'check_group_fields']
 
@@ -60,6 +60,12 @@ class Parts(NamedTuple):
     teacher_scores: dict | None  # in per cent
     data: object = None  # what `load_data` returned
     teacher_cache: TeacherCache | None = None
+
+
+def check_network(name: str):
+    "Raise ValueError for a name without a slash that is no network of the package, with the nearest."
+    if "/" not in name and name not in list_models():
+        raise ValueError(nearest(name, list_models(), "network"))
 
 
 def resolved_args(
@@ -225,6 +231,11 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
 
     def _set(self, name: str, value):
         object.__setattr__(self, name, value)  # of a frozen dataclass, while it is made
+
+    def _complete(self):
+        "Check the fields of the training, and write out all arguments of the method."
+        self.train_config  # raises ValueError for invalid fields
+        self._set("method_args", resolved_args(self.method, self.method_args))
 
     def _resolve(self, example: str):
         """Normalise the fields: tuples instead of JSON's lists, None instead of a default of `TrainConfig`.
@@ -430,8 +441,7 @@ class Experiment(ImageConfig, BaseExperiment):
         if self.method_args is None:
             self._set("method_args", paper_args(self.method, self.teacher, self.student, self.dataset))
         for name in filter(None, (self.student, self.teacher)):
-            if "/" not in name and name not in list_models():
-                raise ValueError(nearest(name, list_models(), "network"))
+            check_network(name)
         if not of_imagenet(self.dataset) and (self.evaluate_on or self.skip_broken):
             raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}: leave them out")
         if self.teacher_projection and not self.teacher_cache:
@@ -441,8 +451,7 @@ class Experiment(ImageConfig, BaseExperiment):
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {self.batch_size}")
-        self.train_config  # raises ValueError for invalid fields
-        self._set("method_args", resolved_args(self.method, self.method_args))
+        self._complete()
 
     @staticmethod
     def paper(dataset: str, teacher: str | None, student: str, method: str, seed: int = 0, **changes) -> Experiment:

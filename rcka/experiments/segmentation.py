@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from ..data.scenes import SceneBatches, Scenes, load_scenes
-from .experiment import BaseExperiment, DataConfig, images_below, resolved_args
+from .experiment import BaseExperiment, DataConfig, images_below
 from ..files import data_root
 from ..models.segmenters import ARCHITECTURES, create_segmenter
 from ..train.segmentation import SegmentationDistiller, evaluate_segmentation
@@ -57,8 +57,7 @@ class SegmentationExperiment(SceneConfig, BaseExperiment):
             raise ValueError(
                 f"batch_size must be at least 2, for batch normalisation of pooled maps; got {self.batch_size}"
             )
-        self.train_config  # raises ValueError for invalid fields
-        self._set("method_args", resolved_args(self.method, self.method_args))
+        self._complete()
 
     def load_data(self) -> Scenes:
         scenes = load_scenes(self.dataset)

@@ -26,9 +26,8 @@ from typing import NamedTuple
 import torch
 
 import rcka
-from ..core import nearest
 from ..engine import engine
-from .experiment import Experiment, groups_of, of_imagenet, run_many, without_teacher
+from .experiment import Experiment, check_network, groups_of, of_imagenet, run_many, without_teacher
 from rcka.experiments.result import (
     SWEEP_LOCK,
     Result,
@@ -101,8 +100,7 @@ def _pair(text: str) -> tuple[str, str]:
     if len(names) != 2:
         raise ValueError(f"a pair must be TEACHER:STUDENT, got {text!r}")
     for name in names:
-        if "/" not in name and name not in list_models():
-            raise ValueError(nearest(name, list_models(), "network"))
+        check_network(name)
     return names[0], names[1]
 
 

@@ -16,8 +16,8 @@ from ..similarity.measures import as_features, as_real, full_precision
 
 # %% auto #0
 __all__ = ['METHODS', 'ANY_PATHS', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods', 'create_method', 'Vanilla',
-           'Sum', 'Wrapper', 'FeatureMethod', 'need', 'check_samples', 'WarmUp', 'check_maps', 'pooled_to', 'same_size',
-           'MapMethod', 'resize_maps', 'DenseMethod', 'map_mse_loss']
+           'Sum', 'Wrapper', 'FeatureMethod', 'need', 'check_batches', 'check_samples', 'WarmUp', 'check_maps',
+           'pooled_to', 'same_size', 'MapMethod', 'resize_maps', 'DenseMethod', 'map_mse_loss']
 
 # %% ../../nbs/method/02_methods.ipynb #4504c7e9
 def class_indices(target: Tensor | None, method: str) -> Tensor:
@@ -401,14 +401,19 @@ def need(found, what: str, method: str):
     return found
 
 # %% ../../nbs/method/02_methods.ipynb #e59dd56a
-def check_samples(student: Tensor, teacher: Tensor):
-    "Return two sets of features, flattened to (n, p) and (n, q), in float32 or float64. ValueError where n differs."
-    student, teacher = as_features(student, "student"), as_features(teacher, "teacher")
+def check_batches(student: Tensor, teacher: Tensor):
+    "Raise ValueError unless both sides have as many samples."
     if len(student) != len(teacher):
         raise ValueError(
             f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher. "
             "Give features of the same samples"
         )
+
+
+def check_samples(student: Tensor, teacher: Tensor):
+    "Return two sets of features, flattened to (n, p) and (n, q), in float32 or float64. ValueError where n differs."
+    student, teacher = as_features(student, "student"), as_features(teacher, "teacher")
+    check_batches(student, teacher)
     return student, teacher
 
 # %% ../../nbs/method/02_methods.ipynb #44230742
@@ -430,11 +435,7 @@ def check_maps(student: Tensor, teacher: Tensor):
                 f"this method compares feature maps (n, channels, height, width), got {tuple(x.shape)} of the "
                 f"{who}. For other shapes use fcka, sp, rkd or a method on logits"
             )
-    if len(student) != len(teacher):
-        raise ValueError(
-            f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher. "
-            "Give features of the same samples"
-        )
+    check_batches(student, teacher)
     return as_real(student, "student"), as_real(teacher, "teacher")
 
 

@@ -231,11 +231,15 @@ def kernel_cka(
 
     The bandwidth of the Gaussian is the median distance between the samples of each network, and carries no gradient."""
     student, teacher = check_samples(student, teacher)
+    _check_kernel(kernel)
     if kernel == "cosine":
         return cka(unit(student), unit(teacher))
-    if kernel != "gaussian":
-        raise ValueError(f"unknown kernel {kernel!r}: use gaussian or cosine; for the linear one use fcka")
     return cka(student, teacher, kernel="gaussian")
+
+
+def _check_kernel(kernel: str):
+    if kernel not in ("gaussian", "cosine"):
+        raise ValueError(f"unknown kernel {kernel!r}: use gaussian or cosine; for the linear one use fcka")
 
 
 @register("kernel_cka")
@@ -249,8 +253,7 @@ class KernelCKA(_MeanDistance):
         kernel: str = "gaussian",  # or "cosine"
     ):
         super().__init__()
-        if kernel not in ("gaussian", "cosine"):
-            raise ValueError(f"unknown kernel {kernel!r}: use gaussian or cosine; for the linear one use fcka")
+        _check_kernel(kernel)
         self.weight, self.stages, self.kernel = weight, stages, kernel
 
     def distance(self, student, teacher):

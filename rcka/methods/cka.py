@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DenseMethod, FeatureMethod, Method, map_mse_loss, register, resize_maps
+from .base import DenseMethod, FeatureMethod, Method, check_batches, map_mse_loss, register, resize_maps
 from rcka.similarity.measures import (
     as_features,
     as_real,
@@ -213,11 +213,7 @@ def pcka(
             raise ValueError(
                 f"pcka compares feature maps (B, C, H, W) that are not empty, got {tuple(x.shape)} of the {who}"
             )
-    if len(student) != len(teacher):
-        raise ValueError(
-            f"the batches differ: {len(student)} samples of the student and {len(teacher)} of the teacher. "
-            "Give features of the same samples"
-        )
+    check_batches(student, teacher)
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"pcka compares channel by channel, got {student.shape[1]} of the student and {teacher.shape[1]} of the teacher: bring the student's map to the teacher's width with a connector, such as the 1x1 convolution that the method PCKA builds"

@@ -163,7 +163,8 @@ def check_widths(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     student, teacher = check_samples(student, teacher)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"the widths differ: {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
+            f"student and teacher features must have the same width, got {tuple(student.shape)} and {tuple(teacher.shape)}: "
+            "embed the student's with a linear layer first"
         )
     return student, teacher
 
@@ -175,12 +176,7 @@ def itrd_correlation_loss(
     alpha: float = 1.01,  # order
 ) -> Tensor:  # scalar
     "Return log2 of the sum over features of |correlation - 1|^(2 alpha); the correlation is scaled by (n - 1) / n as in the authors' code (Miles et al. 2022)."
-    student, teacher = check_samples(student, teacher)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student and teacher features must have the same width, got {tuple(student.shape)} and {tuple(teacher.shape)}: "
-            "embed the student's with a linear layer first"
-        )
+    student, teacher = check_widths(student, teacher)
     n = len(student)
     return (1 - correlation(student, teacher, 0) * (n - 1) / n).pow(2 * alpha).sum().log2()
 
@@ -237,12 +233,7 @@ def srd_loss(
     """Return the log of the sum of |student - teacher|^power, both normalised over the batch (Miles and Mikolajczyk 2024).
 
     The gradient is zero where they are equal."""
-    student, teacher = check_samples(student, teacher)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student and teacher features must have the same width, got {tuple(student.shape)} and {tuple(teacher.shape)}: "
-            "embed the student's with a linear layer first"
-        )
+    student, teacher = check_widths(student, teacher)
     s, t = ((x - x.mean(0)) * (x.var(0, correction=0) + eps).rsqrt() for x in (student, teacher))
     total = (s - t).abs().pow(power).sum()
     return total.clamp_min(torch.finfo(total.dtype).tiny).log()

@@ -12,7 +12,7 @@ from ..similarity.measures import as_real, full_precision, unit
 
 # %% auto #0
 __all__ = ['check_logits', 'kd_loss', 'KD', 'split_target', 'dkd_loss', 'DKD', 'correlation', 'dist_loss', 'DIST', 'weighted_mse',
-           'IKLKD', 'nkd_loss', 'NKD']
+           'IKLKD', 'true_and_others', 'nkd_loss', 'NKD']
 
 # %% ../../nbs/method/02b_logits.ipynb #0c9f06fa
 def check_logits(student: Tensor, teacher: Tensor):
@@ -223,6 +223,15 @@ class IKLKD(WarmUp, Method):
         return {"ikl_kd": self.warm * (self.alpha * kl + self.beta * weighted_mse(s, t, self.weights(t, target)))}
 
 # %% ../../nbs/method/02b_logits.ipynb #f7e9e48e
+def true_and_others(student: Tensor, teacher: Tensor, target: Tensor, temperature: float):
+    """Return -p_t^T log p_t^S of the true class t, averaged, and of both sides the log-probabilities among the other classes.
+
+    The temperature softens the others. The last value is the mask of the true class."""
+    (s, *_), (t, *_) = split_target(student, target), split_target(teacher, target)
+    (_, s_rest, mask), (_, t_rest, _) = (split_target(z / temperature, target) for z in (student, teacher))
+    return -(t[:, 0].exp() * s[:, 0]).mean(), s_rest, t_rest, mask
+
+
 @full_precision
 def nkd_loss(
     student_logits: Tensor,  # (n, classes)
@@ -233,10 +242,7 @@ def nkd_loss(
 ) -> Tensor:  # scalar
     "Return the soft cross-entropy of the true class + gamma temperature^2 that of the other classes, renormalised (Yang et al. 2023)."
     student, teacher = check_logits(student_logits, teacher_logits)
-    target = class_indices(target, "nkd")
-    (s, *_), (t, *_) = split_target(student, target), split_target(teacher, target)
-    (_, s_rest, mask), (_, t_rest, _) = (split_target(z / temperature, target) for z in (student, teacher))
-    true = -(t[:, 0].exp() * s[:, 0]).mean()
+    true, s_rest, t_rest, mask = true_and_others(student, teacher, class_indices(target, "nkd"), temperature)
     others = -(t_rest.exp().masked_fill(mask, 0) * s_rest).sum(1).mean()
     return true + gamma * temperature**2 * others
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import MapMethod, Method, WarmUp, Wrapper, class_indices, create_method, pooled_to, register
-from .logits import KD, check_logits, kd_loss, split_target
+from .logits import KD, check_logits, kd_loss, split_target, true_and_others
 from ..similarity.measures import as_real, full_precision, unit
 
 # %% auto #0
@@ -342,11 +342,10 @@ def wkd_logit_losses(
 ):  # two scalars: true class, other classes
     "Return the cross-entropy of the true class with the teacher's probability, and the transport cost of the other classes (Lv et al. 2024)."
     student, teacher = check_logits(student_logits, teacher_logits)
-    (s, *_), (t, *_) = split_target(student, target), split_target(teacher, target)
-    (_, s_rest, mask), (_, t_rest, _) = (split_target(z / temperature, target) for z in (student, teacher))
+    true, s_rest, t_rest, mask = true_and_others(student, teacher, target, temperature)
     p, q = (rest.exp().masked_fill(mask, 0) for rest in (s_rest, t_rest))
     others = transport_cost(p, q, costs.to(p.dtype), regularization, iterations).mean()
-    return -(t[:, 0].exp() * s[:, 0]).mean(), others
+    return true, others
 
 
 class CosineDecay:

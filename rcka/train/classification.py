@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core import Outputs, as_batches
-from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
+from ..distributed import all_gather, all_reduce, first_shard, shard_rows, world_size
 from ..features import Taps, as_logits, as_stored, evaluating
 from ..methods.base import Method, Vanilla
 from ..pair import batch_statistics, build_method, paired_taps, wanted_paths
@@ -36,13 +36,14 @@ def evaluate(
     before=lambda: None,  # called before each batch
 ) -> Accuracy:
     "Return the top-1 and top-5 accuracy in per cent; restore the network's mode afterwards."
-    own, world, device = rank(), world_size(), next(model.parameters()).device
+    device = next(model.parameters()).device
     # integer counts: the sum is the same for any batches and processes, and no torchmetrics is needed
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # correct top-1, correct top-5, samples
     with evaluating(model):
         for images, targets, _ in as_batches(batches, device).epoch(0):
             before()
-            images, targets = images[own::world], targets[own::world]
+            own = shard_rows(len(targets), train=False)
+            images, targets = images[own], targets[own]
             if not len(targets):
                 continue
             with autocast(images.device.type, precision):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core import Outputs
 from ..data.scenes import IGNORED
-from ..distributed import all_gather, all_reduce, first_shard, rank, world_size
+from ..distributed import all_gather, all_reduce, first_shard, shard_rows
 from ..extras import optional_import
 from ..features import as_logits, evaluating
 from ..methods.base import Method, Vanilla
@@ -51,14 +51,14 @@ def evaluate_segmentation(
     """Compute mean intersection over union (miou) and pixel accuracy, in per cent.
 
     The mode of the network is restored. Raises ValueError if all pixels are ignored."""
-    own, world = rank(), world_size()
     counts = torch.zeros(
         batches.num_classes, batches.num_classes, dtype=torch.int64, device=next(model.parameters()).device
     )
     with evaluating(model):
         for images, targets, _ in batches.epoch(0):
             before()
-            images, targets = images[own::world], targets[own::world]
+            own = shard_rows(len(targets), train=False)
+            images, targets = images[own], targets[own]
             if not len(targets):
                 continue
             with autocast(images.device.type, precision):
