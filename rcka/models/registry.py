@@ -360,9 +360,9 @@ def _pretrained(name: str, weights: str, num_classes: int, in_channels: int) -> 
     known = list_weights()
     found = next((w for w in known if (w.network, w.weights) == (name, weights)), None)
     if found is None:
-        shipped = ", ".join(f"{w.network} with {w.weights!r}" for w in known) or "none in this installation"
+        shipped = ", ".join(f"{w.network} with {w.weights!r}" for w in known) or "none"
         raise ValueError(
-            f"the package has no weights {weights!r} of {name}, only {shipped}. "
+            f"the package has no weights {weights!r} of {name}, in this installation: {shipped}. "
             f"Other files: load_checkpoint(create_model({name!r}), path)"
         )
     card = found.card
