@@ -604,7 +604,7 @@ def test_weights_by_stage():
     for wrong in [(1, 2), (0, 0, 0), (1, -1, 1)]:
         with pytest.raises(ValueError, match="stage_weights"):
             create_method("cka_places", {"stage_weights": wrong})
-    with pytest.raises(ValueError, match="3 stages, got 2"):
+    with pytest.raises(ValueError, match="3 stages, but got 2"):
         method.terms(s._replace(features=s.features[:2]), t._replace(features=t.features[:2]))
     with pytest.raises(ValueError, match="network has 2"):
         method.wants(FeaturePaths(("a", "b")))
