@@ -526,7 +526,9 @@ def test_weights_that_there_are_not_are_told_with_those_there_are(run_of_digits,
         create_model("resnet20", weights="cifar100")
     folder, data = run_of_digits
     export_weights(folder, "digits", data, source="a test")
-    with pytest.raises(ValueError, match="no weights 'cifar100' of resnet8.*in this installation: resnet8 with 'digits'"):
+    with pytest.raises(
+        ValueError, match="no weights 'cifar100' of resnet8.*in this installation: resnet8 with 'digits'"
+    ):
         create_model("resnet8", weights="cifar100")
     with pytest.raises(ValueError, match="unknown network"):
         create_model("resnet21", weights="digits")
