@@ -381,7 +381,7 @@ def plot_factors(
     fig, axes = _plt().subplots(
         lines,
         columns,
-        figsize=(2.3 * columns, 1.9 * lines + 0.4),
+        figsize=(2.3 * columns, 2.05 * lines + 0.4),
         sharex=True,
         sharey=True,
         layout="constrained",
@@ -399,7 +399,7 @@ def plot_factors(
             ax.axhline(value, color=GREY, linestyle="--", linewidth=1)
         ax.set_xscale("log", base=4)
         ax.set_xticks([1 / 16, 1, 16, 256], ["1/16", "1", "16", "256"])
-        ax.set_title(f"{names.get(method, method)}: {found[best]:.1f}", fontsize=11)
+        ax.set_title(f"{names.get(method, method)}\n{found[best]:.1f}", fontsize=10)
         ax.grid(alpha=0.3)
     fig.supxlabel("factor of the usual weights")
     fig.supylabel(unit)
