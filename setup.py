@@ -23,7 +23,8 @@ for name in ("notebook", "parquet", "segmentation", "detection", "datasets", "hu
 for name in ("tensorboard", "wandb", "mlflow"):
     extras[name] += extras["train"] + pictures
 extras["slurm"] += extras["notebook"]
-extras["dev"] += extras["slurm"] + extras["parquet"] + extras["segmentation"] + extras["detection"]
+for name in ("slurm", "parquet", "segmentation", "detection", "datasets"):
+    extras["dev"] += extras[name]
 extras["docs"] += extras["dev"]
 
 
