@@ -115,7 +115,7 @@ def test_two_labels_are_chosen_between(tmp_path):
         labels = torch.arange(n) % 4
         splits[split] = table(images, fine_label=(labels.tolist(), fine), coarse_label=((labels // 2).tolist(), coarse))
     hf.DatasetDict(splits).save_to_disk(tmp_path / "two")
-    with pytest.raises(ValueError, match=r"fine_label, coarse_label: choose one, hfds/.*two\?label=fine_label"):
+    with pytest.raises(ValueError, match=r"fine_label, coarse_label: choose one, such as hfds/.*two\?label=fine_label"):
         open_data(tmp_path / "two")
     data = open_data(f"hfds/{tmp_path}/two?label=coarse_label")
     assert data.classes == ("x", "y") and data.train.targets.tolist() == [0, 0, 1, 1] * 4
