@@ -417,7 +417,7 @@ def test_torchvisions_weights_by_name(tmp_path, monkeypatch):
         experiment("anywhere", teacher_weights=str(file)).given_teacher(data).fc.weight, theirs.fc.weight
     )  # a path
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is broken"):
+    with pytest.raises(ValueError, match="is damaged"):
         e.given_teacher(data)
     with pytest.raises(ValueError, match="knows 1000 classes, imagenet:anywhere has 10"):
         e.given_teacher(SimpleNamespace(num_classes=10, shape=(3, 9, 9)))
@@ -452,7 +452,7 @@ def test_the_papers_protocol():
         ]
     )
     assert how["workers"] == 0 and (given.image_size, given.evaluate_on) == (64, "train")
-    with pytest.raises(ValueError, match="only imagenet"):
+    with pytest.raises(ValueError, match="are for imagenet"):
         Experiment("digits", evaluate_on="train")
 
 
