@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_layers import LAYERS
+from layers import LAYERS
 
 root = Path(__file__).parent.parent
 TEXT = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
