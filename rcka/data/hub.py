@@ -67,12 +67,16 @@ CHOICES = ("config", "image", "label", "train", "val")  # options after the ques
 HELD_OUT = ("test", "validation", "valid", "val", "dev")  # splits to evaluate on, in this order
 
 
+def _is_saved(folder: Path) -> bool:
+    "Return whether a folder was written by `save_to_disk`, with splits or without."
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
 def is_hub_folder(folder: Path) -> bool:
     "Return whether a folder was written by `save_to_disk`, or holds parquet files."
     if (folder / "train").is_dir() and not any((folder / "train").glob("*.arrow")):
         return any((folder / "train").glob("*.parquet"))
-    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    return saved or any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
+    return _is_saved(folder) or any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
 
 
 def open_hub(
@@ -105,7 +109,7 @@ def _read(name: str, config: str | None) -> dict:
         import datasets
     folder = Path(name).expanduser()
     try:
-        if any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+        if _is_saved(folder):
             found = datasets.load_from_disk(str(folder))
         else:
             found = datasets.load_dataset(str(folder) if folder.is_dir() else name, config)

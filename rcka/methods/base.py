@@ -451,9 +451,9 @@ def pooled_to(x: Tensor, size) -> Tensor:
     return F.adaptive_avg_pool2d(x, (a, b))
 
 
-def same_size(x: Tensor, y: Tensor):
-    "Average both maps down to the smaller height and the smaller width."
-    size = tuple(min(a, b) for a, b in zip(x.shape[-2:], y.shape[-2:]))
+def same_size(x: Tensor, y: Tensor, largest: int | None = None):
+    "Average both maps down to the smaller height and the smaller width, and to at most `largest`."
+    size = tuple(min(a, b, largest or a) for a, b in zip(x.shape[-2:], y.shape[-2:]))
     return pooled_to(x, size), pooled_to(y, size)
 
 # %% ../../nbs/method/02_methods.ipynb #f0916122

@@ -75,9 +75,8 @@ class CKAAngle(_MeanDistance):
         return angular_distance((place_cka if self.over == "places" else fcka)(student, teacher))
 
 # %% ../../nbs/method/02h_candidates.ipynb #208d8160
-def _unit_maps(student: Tensor, teacher: Tensor) -> list[Tensor]:
-    "Return two maps as (channels, places), centred and of Frobenius norm one; zeros where a side is constant in every channel."
-    maps = same_size(*check_maps(student, teacher))
+def _unit_maps(*maps: Tensor) -> list[Tensor]:
+    "Return maps of one size as (channels, places), centred and of Frobenius norm one; zeros where a side is constant in every channel."
     check_pair(*maps)
     found = []
     for x in maps:
@@ -99,9 +98,9 @@ def rotated_similarities(
     The first is `procrustes_similarity`; the others compare the same rotated maps averaged over blocks of places. The
     rotation carries no gradient: for the first value that makes no difference, since it is the best one. 0 with a zero
     gradient where a side is constant in every channel."""
-    maps = check_maps(student, teacher)
-    height, width = (min(sides) if size is None else min(*sides, size) for sides in zip(*(x.shape[-2:] for x in maps)))
-    x, y = _unit_maps(*(pooled_to(x, (height, width)) for x in maps))
+    maps = same_size(*check_maps(student, teacher), size)
+    height, width = maps[0].shape[-2:]
+    x, y = _unit_maps(*maps)
     with torch.no_grad():
         u, _, vt = torch.linalg.svd((y @ x.mT).nan_to_num(), full_matrices=False)  # else it raises; the product is NaN
     x = u @ vt @ x
@@ -170,7 +169,7 @@ def explained_variance(
 
     The similarity index "linear regression" of Kornblith et al. 2019, with n h w samples. 0 with a zero gradient where a
     side is constant in every channel."""
-    x, y = _unit_maps(student, teacher)
+    x, y = _unit_maps(*same_size(*check_maps(student, teacher)))
     # float64 and a penalty of at least the rounding error of the products: the factorisation never fails
     penalty = torch.where(x.detach().any(), max(ridge / len(x), 8 * torch.finfo(x.dtype).eps), 1.0)
     covariance, cross = (x @ x.mT).nan_to_num().double(), (x @ y.mT).double()  # of NaN it raises; the result is NaN
