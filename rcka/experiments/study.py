@@ -297,7 +297,10 @@ STUDIES = {
             "resnet20",
             "wrn_16_1",
             {"none": ("none", None)}
-            | {m: screened(m, PAIR[m]) for m in ("kd", "dist", "reviewkd", "fcka", "rcka", "dist+procrustes 256")},
+            | {
+                m: screened(m, PAIR[m])
+                for m in "kd,dist,reviewkd,fcka,rcka,dist+reviewkd 320,dist+reviewkd+procrustes".split(",")
+            },
             settings=SHORT | dict(epochs=6, train_limit=20000),
         ),
         Study(  # what it costs to keep the teacher's outputs for K augmentations an image
