@@ -188,6 +188,7 @@ def test_fast_paths_keep_the_loss_curve(data, tmp_path, device, fast, tolerance)
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kd", "rcka", "fitnet", "srrl", "crd"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_teacher_stored_in_bf16(data, tmp_path, precision, method):
@@ -270,6 +271,7 @@ def test_a_group_gets_the_same_bits(data, tmp_path):
         assert same(a.task.student, b.task.student)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others_of_its_group_alone(data, tmp_path):
     "One diverges in the second epoch and one cannot write: the rest get the bits that they get alone."
     train, test, teacher = data.batches(32), data.batches(train=False), network(0)
@@ -369,6 +371,7 @@ def test_speed_notebook(tmp_path):
             classes=10,
             image=16,
             rounds=1,
+            maps=[[1, 16, 20, 24]],
             images=64,
             seeds=[0, 1],
         ),
