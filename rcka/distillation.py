@@ -321,7 +321,7 @@ class _Run:
         self.check()
 
     def as_they_come(self, ours: InputConfig, theirs: InputConfig) -> tuple[InputConfig, InputConfig]:
-        "Return what the networks take where nobody said how images are normalised. ValueError where weights depend on it."
+        "Return the input of the networks if the normalisation of the images is unknown. Raises ValueError if weights depend on it."
         unknown = f"{self.given['data']} does not say how its images are normalised"
         pretrained = (("student", self.given["student_weights"], ours), ("teacher", not self.trains_teacher, theirs))
         for who, weights, config in pretrained:
