@@ -77,7 +77,9 @@ def record_exhibit(
     relative = sorted((folder / f).relative_to(folder).as_posix() for f in files)
     for file in relative:
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{file} of the exhibit {name!r} is not in {folder}: write the file before its record")
+            raise FileNotFoundError(
+                f"{file} of the exhibit {name!r} is not in {folder}: write the file before its record"
+            )
     record = {
         "files": relative,
         "notebook": notebook,
