@@ -243,6 +243,12 @@ def distill(
         write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": None}, indent=1) + "\n")
         results = run.all()
         write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+    _ship(folder, formats, push_to_hub, progress)
+    return results
+
+
+def _ship(folder: Path, formats: list[str], push_to_hub: str | None, progress: bool):
+    "Write the exports that are missing and the card of a finished run, and upload its folder."
     for name in formats:
         if name not in read_about(folder).get("exports", {}) or not (folder / EXPORTS[name]).is_file():
             export_student(folder, name)
@@ -251,7 +257,6 @@ def distill(
         address = send(folder, push_to_hub)
         if progress:
             print(f"uploaded to {address}")
-    return results
 
 
 def _earlier(folder: Path, settings: dict) -> dict | None:
