@@ -193,7 +193,10 @@ def distill(
         ),
     ],
     teacher: Annotated[
-        str, typer.Option(help="A network's name, package.module:function, or the folder of an earlier student.")
+        str,
+        typer.Option(
+            help="A network's name, package.module:function, the folder of an earlier student, or a file FILE.safetensors of a teacher's outputs (rcka.save_teacher)."
+        ),
     ],
     student: Annotated[str, typer.Option(help="A network's name, or package.module:function.")],
     method: Annotated[str, typer.Option(help="A method of `rcka methods`, or several joined by a plus.")] = "kd+fcka",

@@ -32,6 +32,7 @@ from rcka.similarity.measures import (
     u_center,
 )
 from ..similarity.streaming import MinibatchCKA
+from ..train.teacher_cache import StoredTeacher
 
 # %% auto #0
 __all__ = ['BLOCK', 'COMPARISON_FORMAT', 'relations', 'choose_layers', 'LayerRelations', 'memory_needed', 'as_batches',
@@ -410,7 +411,9 @@ def compare_stages(
     batches,  # as for `compare`
     most: int = 8,  # batches to look at
 ):  # pandas.DataFrame (stages of the student, stages of the teacher), or None
-    "Compute the debiased CKA between the stages of two networks; None where a network's stages are not known."
+    "Compute the debiased CKA between the stages of two networks; None where a network's stages are not known, or it cannot run."
+    if isinstance(teacher, StoredTeacher):
+        return None
     try:
         ours, theirs = (list(feature_paths(net).stages) for net in (student, teacher))
     except ValueError:
