@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # at run time each name is imported when it is first asked fo
     from rcka.models import create_model, list_models, load_checkpoint, load_student, save_weights, student_transform
     from rcka.shipping import export_student, push_to_hub
     from rcka.similarity import Gaussian, Linear, Polynomial, center, cka, gram, hsic, mmd2
-    from rcka.train import Callback, Distiller, TrainConfig, Trainer
+    from rcka.train import Callback, Distiller, TrainConfig, Trainer, load_teacher, save_teacher
 
 _HOMES = {  # the public names, by the module that has them
     "core": ("FeaturePaths", "Outputs"),
@@ -35,7 +35,7 @@ _HOMES = {  # the public names, by the module that has them
     "features": ("Taps", "feature_paths"),
     "pair": ("Pair",),
     "data": ("list_datasets", "load_dataset"),
-    "train": ("Callback", "Distiller", "TrainConfig", "Trainer"),
+    "train": ("Callback", "Distiller", "TrainConfig", "Trainer", "load_teacher", "save_teacher"),
     "distillation": ("distill",),
     "shipping": ("export_student", "push_to_hub"),
     "experiments": ("Experiment", "Result", "published", "run", "run_many", "summary"),

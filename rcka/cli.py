@@ -193,7 +193,10 @@ def distill(
         ),
     ],
     teacher: Annotated[
-        str, typer.Option(help="A network's name, package.module:function, or the folder of an earlier student.")
+        str,
+        typer.Option(
+            help="A network's name, package.module:function, the folder of an earlier student, or a file FILE.safetensors of a teacher's outputs (rcka.save_teacher)."
+        ),
     ],
     student: Annotated[str, typer.Option(help="A network's name, or package.module:function.")],
     method: Annotated[str, typer.Option(help="A method of `rcka methods`, or several joined by a plus.")] = "kd+fcka",
@@ -251,7 +254,6 @@ def distill(
     "Distil your networks on your images. For an experiment of the benchmarks use `rcka train`."
     from rcka.core import BatchesFailed
     from rcka.data.augment import Augment
-    from rcka.distillation import SCORES
     from rcka.distillation import distill as run_distill
     from rcka.experiments.experiment import check_types
     from rcka.train.config import TrainConfig
@@ -287,6 +289,13 @@ def distill(
     except BatchesFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    _print_results(results)
+
+
+def _print_results(results: dict):  # of `rcka.distill`
+    "Print a line with the scores of each network."
+    from rcka.distillation import SCORES
+
     for who in ("teacher", "student", "alone"):
         if found := results[who]:
             scores = [f"{what}: {found[name]:.2f}" for name, what in SCORES.items() if found.get(name) is not None]
@@ -525,16 +534,10 @@ def sweep(
     if dry_run:
         return
     common: dict = dict(root=folder, notebook=notebook, retry=retry, group=group)
-    threads = None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // workers)
     if executor == "local":
-        where: dict = dict(executor=S.Processes(workers), threads=threads)
+        where = _local(workers)
     else:
-        where = dict(
-            executor=S.slurm(folder, partition, gpus_per_run, runs_per_gpu, cpus_per_run, hours),
-            runs_per_job=runs_per_gpu,
-            threads=cpus_per_run,
-            every=5.0,
-        )
+        where = _slurm(folder, partition, gpus_per_run, runs_per_gpu, cpus_per_run, hours)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops it as Ctrl-C does
     try:
         with _bar("runs", TextColumn("{task.fields[left]}")) as bar:
@@ -549,6 +552,22 @@ def sweep(
         + (f"; {len(bad)} failed, see `rcka status`" if bad else "")
     )
     raise typer.Exit(bool(bad))
+
+
+def _local(workers: int) -> dict:
+    "Return the arguments of `sweep` for processes on this machine, which share its cores."
+    from rcka.experiments import sweep as S
+
+    threads = None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // workers)
+    return dict(executor=S.Processes(workers), threads=threads)
+
+
+def _slurm(folder: Path, partition: str | None, gpus: int, runs_per_gpu: int, cpus: int, hours: float) -> dict:
+    "Return the arguments of `sweep` for jobs of Slurm."
+    from rcka.experiments import sweep as S
+
+    executor = S.slurm(folder, partition, gpus, runs_per_gpu, cpus, hours)
+    return dict(executor=executor, runs_per_job=runs_per_gpu, threads=cpus, every=5.0)
 
 
 def _grid(dataset: str, pairs: str, methods: str, seeds: str, fields: dict) -> list:

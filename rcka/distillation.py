@@ -41,6 +41,7 @@ from .train.callbacks import EMA, Callback
 from .train.classification import Distiller, UnlabelledDistiller, evaluate
 from .train.config import TrainConfig
 from .train.learner import Trainer
+from .train.teacher_cache import StoredTeacher, TeacherCache, load_teacher
 
 # %% auto #0
 __all__ = ['SCORES', 'AS_GIVEN', 'PRESETS', 'IMAGENET', 'BESIDE', 'costs', 'EpochLines', 'Preset', 'recipe', 'scaled_ema',
@@ -186,7 +187,8 @@ BESIDE = (
 
 def distill(
     data: str | Path | Callable,  # a folder, a name, "hfds/NAME", or a function that returns loaders: see `open_data`
-    teacher: str,  # a network's name, completed by `qualify` for `create_model`; or the folder of an earlier student
+    teacher: str
+    | Path,  # a network's name, completed by `qualify` for `create_model`; the folder of an earlier student; or a file of `save_teacher`
     student: str,  # a network's name
     method: str = "kd+fcka",  # a name of `list_methods()`, or several joined by a plus
     epochs: int | None = None,  # None: 5, or those of the preset
@@ -216,7 +218,7 @@ def distill(
     done. Teacher and student get the same crops, each at its own size and normalisation. Without labels the student
     learns from the teacher alone. Raises ValueError before any training for a folder of another run, a method that does
     not fit the labels, classes or features, or an unknown name."""
-    data = function_name(data) if callable(data) else str(data)
+    data, teacher = function_name(data) if callable(data) else str(data), str(teacher)
     if is_function(data) and batch_size is not None:
         raise ValueError(f"the loaders of {data} have a batch size of their own; got batch_size={batch_size}")
     batch_size = batch_size or (None if is_function(data) else 64)
@@ -241,6 +243,12 @@ def distill(
         write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": None}, indent=1) + "\n")
         results = run.all()
         write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+    _ship(folder, formats, push_to_hub, progress)
+    return results
+
+
+def _ship(folder: Path, formats: list[str], push_to_hub: str | None, progress: bool):
+    "Write the exports that are missing and the card of a finished run, and upload its folder."
     for name in formats:
         if name not in read_about(folder).get("exports", {}) or not (folder / EXPORTS[name]).is_file():
             export_student(folder, name)
@@ -249,7 +257,6 @@ def distill(
         address = send(folder, push_to_hub)
         if progress:
             print(f"uploaded to {address}")
-    return results
 
 
 def _earlier(folder: Path, settings: dict) -> dict | None:
@@ -284,6 +291,9 @@ class _Run:
         self.small = not self.from_files and data.shape[-1] <= SMALL
         self.classes, self.names, self.channels = data.num_classes, data.classes, data.shape[0]
         self.make_networks()
+        self.stored = self.teacher if isinstance(self.teacher, StoredTeacher) else None
+        if self.stored:
+            self.check_stored(self.stored.path)
         self.fresh = copy.deepcopy(self.student) if settings["alone"] else None
         ours, theirs = (_for_channels(input_config(net), self.channels) for net in (self.student, self.teacher))
         size = settings["size"] or (ours.size or 224 if self.from_files else data.shape[-1])
@@ -299,7 +309,9 @@ class _Run:
             data, crops = replace(data, mean=self.input.mean, std=self.input.std), self.input._replace(size=crop)
         self.data = replace(data, size=crop) if self.from_files else data
         self.how = {"device": device} | ({"workers": workers} if self.from_files else {})
-        self.train = self.data.batches(settings["batch_size"], seed=self.config.seed, **self.how)
+        views = {"views": self.stored.views} if self.stored else {}
+        self.train = self.data.batches(settings["batch_size"], seed=self.config.seed, **views, **self.how)
+        self.cache = TeacherCache(self.stored, self.train) if self.stored else None
         self.test = self.data.batches(settings["batch_size"], train=False, **self.how)
         if self.augment != Augment():
             if self.loaders and data.soft and self.augment.soft:
@@ -316,7 +328,7 @@ class _Run:
         self.check()
 
     def as_they_come(self, ours: InputConfig, theirs: InputConfig) -> tuple[InputConfig, InputConfig]:
-        "Return what the networks take where nobody said how images are normalised. ValueError where weights depend on it."
+        "Return the input of the networks if the normalisation of the images is unknown. Raises ValueError if weights depend on it."
         unknown = f"{self.given['data']} does not say how its images are normalised"
         pretrained = (("student", self.given["student_weights"], ours), ("teacher", not self.trains_teacher, theirs))
         for who, weights, config in pretrained:
@@ -330,6 +342,22 @@ class _Run:
             stacklevel=5,
         )
         return ours._replace(mean=None, std=None), theirs._replace(mean=None, std=None)
+
+    def check_stored(self, file: Path):
+        "Raise ValueError for images whose augmentations are not those of the teacher's file."
+        if self.loaders:
+            raise ValueError(
+                f"{file} has the outputs for certain crops of each image, but {self.given['data']} returns loaders, "
+                "which draw their own: give a folder or the name of a data set"
+            )
+        default = Augment()
+        if given := [
+            f.name for f in dataclasses.fields(Augment) if getattr(self.augment, f.name) != getattr(default, f.name)
+        ]:
+            raise ValueError(
+                f"{file} has the outputs for certain crops of each image, which {' and '.join(given)} would change: "
+                "leave it out, take no preset that has it, or give the teacher's network"
+            )
 
     def averages(self) -> dict | None:
         "Return the arguments of `EMA`; None where weights are not averaged."
@@ -347,11 +375,20 @@ class _Run:
         "Create the student and the teacher. Without labels the student has the teacher's outputs if the method compares logits."
         given = self.given
         folder = Path(given["teacher"]) if (Path(given["teacher"]) / "student.json").is_file() else None
+        stored = load_teacher(given["teacher"]) if Path(given["teacher"]).suffix == ".safetensors" else None
+        if stored and (given["teacher_weights"] or given["teacher_options"]):
+            raise ValueError(
+                f"the teacher {given['teacher']} is a file of outputs, without a network: leave out teacher_weights and "
+                "teacher_options, or give the network's name as teacher"
+            )
         self.student_name = qualify(given["student"], list_models(), self.small)
-        self.teacher_name = (
-            read_about(folder)["network"] if folder else qualify(given["teacher"], list_models(), self.small)
-        )
-        self.trains_teacher = not folder and given["teacher_weights"] is None
+        if stored:
+            self.teacher_name = stored.about["name"]
+        else:
+            self.teacher_name = (
+                read_about(folder)["network"] if folder else qualify(given["teacher"], list_models(), self.small)
+            )
+        self.trains_teacher = not folder and not stored and given["teacher_weights"] is None
         if self.trains_teacher and not self.labels:
             raise ValueError(
                 f"{given['data']} has no labels to train a teacher on: give teacher_weights='pretrained' or a file, or the "
@@ -362,7 +399,9 @@ class _Run:
         if self.labels:  # created first, so that its random weights do not depend on the teacher
             self.student = self.network(self.student_name, "student", outputs).to(self.device)
         self.teacher = (
-            load_student(folder, self.device)
+            stored
+            if stored
+            else load_student(folder, self.device)
             if folder
             else self.network(self.teacher_name, "teacher", None if given["teacher_weights"] else self.classes)
         ).to(self.device)
@@ -376,12 +415,16 @@ class _Run:
         if not self.labels:
             if method.wants_logits:
                 side = input_config(self.teacher).size or given["size"] or 224
-                with torch.no_grad():
-                    outputs = self.teacher.eval()(torch.zeros(2, self.channels, side, side, device=self.device)).shape[
-                        1
-                    ]
+                outputs = self.teacher_outputs(torch.zeros(2, self.channels, side, side, device=self.device))
                 self.names = names or tuple(map(str, range(outputs)))
             self.student = self.network(self.student_name, "student", outputs).to(self.device)
+
+    @torch.no_grad()
+    def teacher_outputs(self, images) -> int:
+        "Return the number of the teacher's outputs."
+        if isinstance(self.teacher, StoredTeacher):
+            return self.teacher.held_out.shape[1]
+        return self.teacher.eval()(images).shape[1]
 
     def network(self, name: str, who: str, outputs: int | None) -> nn.Module:
         weights, options = self.given[f"{who}_weights"], self.given[f"{who}_options"]
@@ -391,6 +434,8 @@ class _Run:
         "Raise ValueError if networks, images and method do not fit; warn if the student is larger than the teacher."
         images = next(iter(self.test.epoch(0))).images[:2]
         for who, net in (("student", self.student), ("teacher", self.teacher)):
+            if net is self.stored:
+                continue
             try:
                 with torch.no_grad():
                     net.eval()(images)
@@ -398,7 +443,8 @@ class _Run:
                 raise ValueError(
                     f"the {who} fails on these images: {' '.join(str(error).split())[:300]}. Give size=, or {who}_options={{'img_size': ...}}"
                 ) from error
-        larger, smaller = (sum(p.numel() for p in net.parameters()) for net in (self.student, self.teacher))
+        larger = sum(p.numel() for p in self.student.parameters())
+        smaller = self.stored.about["parameters"] if self.stored else sum(p.numel() for p in self.teacher.parameters())
         if larger > smaller:
             warnings.warn(f"the student has {larger:,} parameters, more than the teacher ({smaller:,})", stacklevel=4)
         self.check_method()
@@ -413,9 +459,12 @@ class _Run:
             why = f"{' and '.join(soft)} make{'s' if self.augment.soft and len(soft) == 1 else ''} the targets class probabilities"
         try:
             task = self.task(copy.deepcopy(self.student), copy.deepcopy(self.teacher))
+            if self.cache:
+                self.cache.check(task.method, task.teacher_taps.paths)
             task.prepare(self.train)
+            batch = next(iter(self.train.epoch(0)))
             with torch.no_grad():
-                terms = task(next(iter(self.train.epoch(0)))).terms
+                terms = task(batch, self.cache and self.cache(batch.index, 0, task.teacher_taps.paths)).terms
             if not terms:
                 raise ClassesNeeded("it has no term of its own")
         except ClassesNeeded as error:
@@ -438,7 +487,10 @@ class _Run:
             )
         average = EMA(folder=self.folder / name, **self.ema) if self.ema else None
         callbacks = [*filter(None, [average]), *([EpochLines()] if self.progress else [])]
-        trainer = Trainer(task, self.train, self.test, self.config, self.folder / name, callbacks=callbacks)
+        cache = self.cache if task.teacher is not None else None
+        trainer = Trainer(
+            task, self.train, self.test, self.config, self.folder / name, callbacks=callbacks, teacher_cache=cache
+        )
         history = trainer.fit(self.progress)
         if average:
             trainer.network.load_state_dict(average.average)
@@ -483,8 +535,7 @@ class _Run:
             made_by,
         )
         results = {
-            "teacher": {"network": self.teacher_name, "top1": teacher_top1}
-            | costs(self.teacher, self.teacher_input, self.channels, self.device),
+            "teacher": {"network": self.teacher_name, "top1": teacher_top1} | self.teacher_costs(),
             "student": {"network": self.student_name}
             | self.shipped_scores(history)
             | {k: v for k, v in history[-1].items() if k.startswith("last_step_")}
@@ -497,11 +548,15 @@ class _Run:
         write_atomic(self.folder / "report.md", report(self.given, results, drawn, self.ema))
         return results
 
+    def teacher_costs(self) -> dict:
+        "Return the costs of the teacher; those of a file without the latency."
+        if self.stored:
+            known = self.stored.about
+            return {k: known[k] for k in ("parameters", "flops", "megabytes")} | {"milliseconds": None}
+        return costs(self.teacher, self.teacher_input, self.channels, self.device)
+
     def knows_classes(self) -> bool:
-        if not self.labels:
-            return False
-        with torch.no_grad():
-            return self.teacher.eval()(next(iter(self.test.epoch(0))).images[:2]).shape[1] == self.classes
+        return self.labels and self.teacher_outputs(next(iter(self.test.epoch(0))).images[:2]) == self.classes
 
     def shipped_scores(self, history) -> dict:
         "Return the scores of the saved student, the accuracy on images of its own size."
@@ -555,6 +610,7 @@ def public(settings: dict) -> dict:
             (name == "data" and not _on_hub(value))
             or Path(value).is_dir()
             or (name.endswith("weights") and is_file(value))
+            or (name == "teacher" and Path(value).suffix == ".safetensors")
         )
         found[name] = Path(value).name if path else value
     return found
@@ -576,8 +632,9 @@ def report(settings: dict, results: dict, similarity: bool, ema: dict | None = N
     for who in ("teacher", "student"):
         r = results[who]
         top1 = "unknown" if r["top1"] is None else f"{r['top1']:.2f}"
+        latency = "unknown" if r["milliseconds"] is None else f"{r['milliseconds']:.2f}"
         lines.append(
-            f"| {who} | {top1} | {r['parameters']:,} | {r['flops'] / 1e9:.3g} | {r['megabytes']:.1f} | {r['milliseconds']:.2f} |"
+            f"| {who} | {top1} | {r['parameters']:,} | {r['flops'] / 1e9:.3g} | {r['megabytes']:.1f} | {latency} |"
         )
     if ema:
         score = next(name for name in SCORES if f"last_step_{name}" in results["student"])

@@ -20,23 +20,27 @@ from torch import nn
 from .extras import optional_import
 
 # %% auto #0
-__all__ = ['TRAINER_LOCK', 'write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv', 'read_csv',
-           'data_root', 'checkout', 'digest', 'listing']
+__all__ = ['TRAINER_LOCK', 'new_file', 'write_atomic', 'remove_parts', 'folder_lock', 'FolderBusy', 'as_safetensors', 'as_csv',
+           'read_csv', 'data_root', 'checkout', 'digest', 'listing']
 
 # %% ../nbs/method/01b_files.ipynb #09dd4027
-def write_atomic(path: Path | str, data: bytes | str):
-    "Write a file atomically: a reader finds the old content or the new, also after a power failure. Raises OSError."
+@contextlib.contextmanager
+def new_file(path: Path | str):
+    """Yield the path of a temporary file, which replaces `path` at the end of the context; after an error nothing is changed.
+
+    A reader finds the old content or the new, also after a power failure. Raises OSError."""
     path = Path(path)
-    fd, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(fd)
+    part = Path(name)
     try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
+        yield part
+        with open(part, "rb+") as f:
             os.fsync(f.fileno())
         os.chmod(part, 0o644)
         os.replace(part, path)
     except BaseException:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -44,6 +48,12 @@ def write_atomic(path: Path | str, data: bytes | str):
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_atomic(path: Path | str, data: bytes | str):
+    "Write a file atomically: see `new_file`. Raises OSError."
+    with new_file(path) as part, open(part, "wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
 
 
 def remove_parts(folder: Path | str):

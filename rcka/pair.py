@@ -70,6 +70,8 @@ def paired_taps(
             f"a method compares features in pairs, but the student has {len(ours)} path(s), {ours}, and the teacher "
             f"{len(theirs)}, {theirs}. Give equally many paths for both, or the method stages that both have: stages=(-3, -2, -1)"
         )
+    if hasattr(teacher, "taps_at"):  # a stand-in for a network, whose features are not tapped but looked up
+        return Taps(student, ours, logits), teacher.taps_at(theirs)
     return Taps(student, ours, logits), Taps(teacher, theirs, logits)
 
 

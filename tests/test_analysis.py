@@ -389,7 +389,7 @@ def test_files_bring_back_every_bit(pair, tmp_path, suffix):
     text = (tmp_path / f"x.{suffix}").read_text()
     for broken in [text[: len(text) // 50], "", "{}", "# {}\n,a\nb,1\n", text.replace('"format": 1', '"format": 2')]:
         (tmp_path / "broken").write_text(broken)
-        with pytest.raises(ValueError, match="broken is no comparison"):
+        with pytest.raises(ValueError, match="broken is not a comparison"):
             load_comparison(tmp_path / "broken")
 
 

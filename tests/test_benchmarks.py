@@ -86,7 +86,7 @@ def test_imagenet(tmp_path, monkeypatch):
     )
     for said in ("lcka_intra", "data alone", "step alone", "whole run"):
         assert said in text
-    assert "bounds it" in text or "as fast as each other" in text
+    assert "is the bottleneck" in text or "as fast as each other" in text
     (result,) = [
         r for p in (tmp_path / "runs").glob("*/result.json") if (r := Result.load(p)).experiment["method"] == "rcka"
     ]

@@ -46,6 +46,43 @@ def test_no_table_is_empty(path):
     assert all(tables(path)) and not any("Empty DataFrame" in text for text in outputs(path, "text/plain"))
 
 
+@pytest.mark.parametrize("path", [p for p in PAGES if p.parent.name == "benchmarks"], ids=lambda p: p.stem)
+def test_every_benchmark_is_committed_executed(path):
+    assert outputs(path, "text/plain"), (
+        f"run {path.name} on small data and commit its outputs, as cifar10.ipynb has them"
+    )
+    assert "committed without outputs" not in prose(path)
+
+
+@pytest.mark.parametrize(
+    ("page", "shown", "said"),
+    [
+        (
+            "study",
+            r"{}\s+([\d.]+) ",
+            {"kd": "KD has {} %", "none": "against {} %", "fcka-c": "{} % centred", "fcka-u": "{} % in the released"},
+        ),
+        ("imagenet", r"{}\s+([\d.]+) ", {"teacher": "the teacher has {} %", "student, last epoch": "the student {} %"}),
+        (
+            "cityscapes",
+            r"{}\s+([\d.]+) ",
+            {"teacher": "its teacher {:.1f} %", "student, last epoch": "its mIoU is {:.1f} %"},
+        ),
+        (
+            "analysis",
+            r"{}\s+0\s+([\d.]+) ",
+            {"rcka": "{:.1f} % against", "kd": "against {:.1f} % with KD", "none": "and {:.1f} % without"},
+        ),
+    ],
+)
+def test_small_runs_say_their_own_numbers(page, shown, said):
+    printed, text = "\n".join(outputs(f"benchmarks/{page}.ipynb", "text/plain")), prose(f"benchmarks/{page}.ipynb")
+    for row, sentence in said.items():
+        found = re.search(rf"^(?:\d+\s+)?{shown.format(row)}", printed, re.M)
+        assert found, f"no row {row}"
+        assert sentence.format(float(found[1])) in text
+
+
 def test_the_thousand_images_say_that_nothing_is_published_for_them():
     assert any(re.search("Table 2 has no row", text) for text in outputs("benchmarks/imagenet1000.ipynb", "text/plain"))
 

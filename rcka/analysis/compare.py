@@ -32,6 +32,7 @@ from rcka.similarity.measures import (
     u_center,
 )
 from ..similarity.streaming import MinibatchCKA
+from ..train.teacher_cache import StoredTeacher
 
 # %% auto #0
 __all__ = ['BLOCK', 'COMPARISON_FORMAT', 'relations', 'choose_layers', 'LayerRelations', 'memory_needed', 'as_batches',
@@ -85,9 +86,9 @@ def relations(
     kernel="linear",  # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
     block: int = BLOCK,  # feature values processed at once; a kernel of your own gets the features whole
 ) -> Tensor:  # (n, n) in float64
-    """Return the Gram matrix up to what centring removes, summed over blocks of columns.
+    """Return the Gram matrix of features, up to terms that centring removes, summed over blocks of columns.
 
-    It needs memory for `block` values, whatever the width. Raises ValueError where `x` is empty or not real."""
+    Memory is needed for `block` values, whatever the width. Raises ValueError if `x` is empty or not real."""
     kernel = as_kernel(kernel)
     if not isinstance(kernel, (Linear, Gaussian, Polynomial)):
         return _float64(getattr(kernel, "up_to_constant", kernel)(as_features(x.detach())))
@@ -150,7 +151,7 @@ def _no_match(model, pattern: str, names: list[str]):
 # %% ../../nbs/method/09_compare.ipynb #ad02020b
 @torch.no_grad()
 def _survey(model: nn.Module, paths: list[str], images: Tensor) -> list[str]:
-    "Return those of the paths whose output is a real feature vector for each image, by a forward pass of a few."
+    "Return the paths whose output is a real feature vector for each image, found by a forward pass of a few images."
     fits, handles = {}, []
 
     def look(name):
@@ -176,7 +177,7 @@ def _survey(model: nn.Module, paths: list[str], images: Tensor) -> list[str]:
 
 
 class LayerRelations(Taps):
-    "Taps that store the Gram matrix of each layer's output under each kernel, not the output itself."
+    "Taps that store the Gram matrix of each layer's output for each kernel, instead of the output."
 
     def __init__(self, model, paths, kernels, block):
         super().__init__(model, paths, logits=lambda output: output)
@@ -192,7 +193,7 @@ class LayerRelations(Taps):
 
     def _read(self, path):
         if path not in self._seen:
-            raise RuntimeError(f"the module of path {path!r} did not run in this forward; leave it out")
+            raise RuntimeError(f"the module of path {path!r} did not run in this forward pass: leave this layer out")
         return self._seen[path]
 
     def __call__(self, images):
@@ -234,14 +235,14 @@ def _parts(images: Tensor, most: int | None):
 
 # %% ../../nbs/method/09_compare.ipynb #a00ac75a
 def as_batches(loader):
-    "Yield the images of each batch. Raises TypeError for a loader that gives something else."
+    "Yield the images of each batch. Raises TypeError for a loader that yields anything else."
     if isinstance(loader, Tensor):
         raise TypeError("loader must be an iterable of batches, got one tensor; write [images], or images.split(64)")
     for batch in loader.epoch(0) if hasattr(loader, "epoch") else loader:
         images = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
         if not isinstance(images, Tensor):
             raise TypeError(
-                f"the loader gave a {type(batch).__name__}; give batches of images, or tuples that begin with the images"
+                f"loader must yield batches of images, or tuples that begin with the images; got a {type(batch).__name__}"
             )
         yield images
 
@@ -341,7 +342,7 @@ def compare(
 ):  # pandas.DataFrame (A, B); for lists a dict of them by (kernel, unbiased), from the same pass
     """Compute CKA between all layers of two networks on the same images, in one pass (Nguyen et al. 2021, eq. 2-3).
 
-    Rows are the layers of `model_a`, columns those of `model_b`. `frame.attrs` says how it was made: estimator, kernel,
+    Rows are the layers of `model_a`, columns those of `model_b`. `frame.attrs` has estimator, kernel,
     samples, the largest batch, samples left out because their batch was too small, layers left out because they have no
     feature for each image. Where a module runs more than once in a forward pass, its last call counts. A constant layer
     has similarity 0. Raises ValueError for a pattern that matches nothing, a budget that is too small, no usable batch,
@@ -366,8 +367,8 @@ def compare(
         paths, made = _accumulate(models, wanted, batches, kernels, accumulators, least, budget)
     if not made["largest_batch"]:
         raise ValueError(
-            f"no usable batch: the loader gave {made['samples_left_out']} image(s) in batches below {least}, "
-            f"which unbiased={unbiased} needs at least"
+            f"no usable batch: unbiased={unbiased} needs batches of at least {least} images, "
+            f"and loader yielded {made['samples_left_out']} image(s) in smaller ones"
         )
     titles = _names([models[0], models[-1]], names)
     if itself:
@@ -382,7 +383,7 @@ def compare(
 
 
 def _accumulate(models, wanted, batches, kernels, accumulators, least: int, budget: int | None) -> tuple[list, dict]:
-    "Give the relations of all layers, batch by batch, to the accumulators; return the layers' paths, and what `attrs` says."
+    "Update the accumulators with the relations of all layers, batch by batch; return the layers' paths and the entries of `attrs`."
     taps, missing, largest, skipped = [], [], 0, 0
     with evaluating(*models), contextlib.ExitStack() as stack:
         for images in batches:
@@ -410,7 +411,9 @@ def compare_stages(
     batches,  # as for `compare`
     most: int = 8,  # batches to look at
 ):  # pandas.DataFrame (stages of the student, stages of the teacher), or None
-    "Compute the debiased CKA between the stages of two networks; None where a network's stages are not known."
+    "Compute the debiased CKA between the stages of two networks; None where a network's stages are not known, or it cannot run."
+    if isinstance(teacher, StoredTeacher):
+        return None
     try:
         ours, theirs = (list(feature_paths(net).stages) for net in (student, teacher))
     except ValueError:
@@ -455,7 +458,7 @@ def save_comparison(
 def load_comparison(
     path: Path | str,  # of `save_comparison`
 ):  # pandas.DataFrame
-    "Read a comparison. Raises ValueError for a file that is not one, or is truncated."
+    "Read a comparison. Raises ValueError for any other file and for an incomplete one."
     with optional_import():
         import pandas as pd
 
@@ -473,7 +476,7 @@ def load_comparison(
         if list(frame.shape) != about["shape"] or not text.endswith("\n"):
             raise ValueError(f"it holds {frame.shape} of {tuple(about['shape'])} values")
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is no comparison, or cut short: {e}") from e
+        raise ValueError(f"{path} is not a comparison, or incomplete: {e}") from e
     frame.index.name, frame.columns.name = about["rows"], about["columns"]
     frame.attrs = about["attrs"]
     return frame

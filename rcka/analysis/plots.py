@@ -106,7 +106,7 @@ def plot_before_after(
     frame,  # rows (student, teacher's layer), columns the student's layers
     limits=(0.0, 1.0),  # of the colour scale
 ):  # array of Axes: a heatmap for each student, and the change from first to last
-    "Draw what a method changed in a student: its similarity with the teacher before, after, and the difference."
+    "Draw what a method changes in a student: the similarity with the teacher of each student, and the difference."
     names = list(dict.fromkeys(frame.index.get_level_values(0)))
     parts = [frame.xs(name, level=0) for name in names]
     for part in parts:
@@ -163,7 +163,7 @@ def gram_frame(
 def plot_grams(
     frame,  # of `gram_frame`
 ):  # array of Axes, one a network
-    "Draw Gram matrices side by side: light where two images are similar for the network, dark where less similar than on average."
+    "Draw Gram matrices side by side: light where two images are more similar to the network than on average, dark where less."
     names = list(dict.fromkeys(frame.columns.get_level_values(0)))
     off = frame.values.copy()
     for i in range(len(names)):
@@ -333,8 +333,8 @@ def plot_class_relations(
 # %% ../../nbs/method/09a_plots.ipynb #5tudy0a2
 def plot_study(
     rows: Iterable[dict],  # of `run_study`, or `read_table(...).values()`
-    baseline: str = "none",  # label that the others are compared with
-    names: Mapping[str, str] | None = None,  # label to what the picture calls it; None: the labels
+    baseline: str = "none",  # label with which the others are compared
+    names: Mapping[str, str] | None = None,  # label to its name in the figure; None: the labels
     score: str = "last",  # or "best"
     unit: str = "top-1 (%)",
 ):  # Figure
@@ -407,11 +407,11 @@ def plot_factors(
 
 # %% ../../nbs/method/09a_plots.ipynb #c50c6ae7
 def plot_bound(
-    bounds: Mapping[str, Bound],  # by what the legend says; all over the same axes
+    bounds: Mapping[str, Bound],  # by the name in the legend; all in the same axes
     ax=None,
-    log: bool = False,  # logarithmic axes, from the least right-hand side on
+    log: bool = False,  # logarithmic axes, from the smallest right-hand side on
 ):  # Axes
-    "Draw the two sides of an inequality, a mark for each problem; under the dashed line it holds."
+    "Draw both sides of an inequality, a mark for each problem; below the dashed line it holds."
     if ax is None:
         ax = _plt().subplots(figsize=(4.5, 4.2), layout="constrained")[1]
     for (name, bound), style in zip(bounds.items(), line_styles(bounds).values()):

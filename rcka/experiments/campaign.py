@@ -50,9 +50,9 @@ __all__ = ['SIZES', 'TEST_SECONDS', 'COMPARISONS', 'ITEMS', 'Plan', 'full_size',
 # %% ../../nbs/method/08f_campaign.ipynb #42696c79
 @dataclass(frozen=True)
 class Plan:
-    "How much a campaign does of each item."
+    "The amount of work for each item of a campaign."
 
-    checked: tuple[str, ...]  # methods whose step is compared with the CPU's
+    checked: tuple[str, ...]  # methods whose training step is compared with that on the CPU
     tests: tuple[str, ...]  # arguments of pytest
     study: Study
     first: tuple[str, ...]  # labels of the study that come before the others
@@ -69,13 +69,13 @@ class Plan:
     images: int = 20000  # of the comparison of the data
 
     def experiment(self, teacher: str | None, student: str, method: str, seed: int) -> Experiment:
-        "Return one run of a student."
+        "Return the experiment of one student."
         dataset = self.settings.get("dataset", "cifar100")
         rest = {k: v for k, v in self.settings.items() if k != "dataset"}
         return Experiment.paper(dataset, teacher, student, method, seed, **rest)
 
     def teachers(self) -> dict[str, Experiment]:
-        "Return the runs that train the teachers of the pairs, by network, in order."
+        "Return the experiments that train the teachers of the pairs, by network, in order."
         runs = {t: self.experiment(t, s, self.methods[0], 0).teacher_experiment for t, s in self.pairs}
         return {network: one for network, one in runs.items() if one is not None}
 
@@ -96,7 +96,7 @@ def full_size() -> Plan:
 
 
 def toy_size() -> Plan:
-    "Return the plan that a CPU does in a minute."
+    "Return a plan that takes a CPU about a minute."
     settings = dict(dataset="digits", epochs=2, batch_size=16, train_limit=64, test_limit=40)
     methods = {label: (label, None) for label in ("none", "kd", "fcka")}
     return Plan(
@@ -122,11 +122,11 @@ SIZES = {"full": full_size, "toy": toy_size}
 
 # %% ../../nbs/method/08f_campaign.ipynb #3c649c7b
 class OutOfTime(Exception):
-    "The campaign's time is over."
+    "Raised when the time limit of a campaign is reached."
 
 
 class Deadline(Callback):
-    "Stop a run in an orderly way at a moment of `time.monotonic()`."
+    "Stop a run, with its state saved, at a time of `time.monotonic()`."
 
     def __init__(self, at: float):
         self.at = at
@@ -137,15 +137,15 @@ class Deadline(Callback):
 
 
 class Campaign:
-    "The folder of a campaign, its clock, and what has been done."
+    "A folder of results, with a time limit and the state of each item."
 
     def __init__(
         self,
         out: Path | str,  # folder of the results
         plan: Plan,
         device: torch.device,
-        size: str = "full",  # what `plan` is called
-        seconds: float = float("inf"),  # until it stops
+        size: str = "full",  # name of the plan, a key of `SIZES`
+        seconds: float = float("inf"),  # time limit
         root: Path | str | None = None,  # folder of the runs; None: runs/ in `out`
     ):
         self.out, self.plan, self.device = Path(out), plan, device
@@ -158,34 +158,35 @@ class Campaign:
             self.state = json.loads(self.path.read_text())
             if self.state["size"] != size:
                 raise ValueError(
-                    f"{self.out} holds a campaign of size {self.state['size']!r}, not {size!r}: give another"
+                    f"{self.out} holds a campaign of size {self.state['size']!r}, not {size!r}: "
+                    "give another folder, or this size"
                 )
 
     def left(self) -> float:
-        "Return the seconds that are left. Raises OutOfTime where there are none."
+        "Return the remaining seconds. Raises OutOfTime if there are none."
         if (seconds := self.deadline - time.monotonic()) <= 0:
             raise OutOfTime("the campaign's time is over")
         return seconds
 
     def note(self, item: str, **what):
-        "Write down what has become of an item."
+        "Record the state of an item in campaign.json."
         self.state["items"][item] = self.state["items"].get(item, {}) | what
         self.state |= {"device": device_name(self.device), "versions": package_versions(), "commit": git_commit()}
         write_atomic(self.path, json.dumps(self.state, indent=1) + "\n")
 
     def rows(self, table: str) -> list[dict]:
-        "Return the rows of a table; none where there is no table yet."
+        "Return the rows of a table; empty if there is no table yet."
         path = self.out / f"{table}.csv"
         return read_csv(path) if path.exists() else []
 
     def put(self, table: str, rows: Iterable[dict], known_by: tuple[str, ...]):
-        "Add rows to a table, in place of those that agree in the columns `known_by`."
+        "Add rows to a table; they replace rows with the same values in the columns `known_by`."
         found = {tuple(str(row[k]) for k in known_by): row for row in [*self.rows(table), *rows]}
         write_atomic(self.out / f"{table}.csv", as_csv(list(found.values())))
 
     @contextlib.contextmanager
     def attempt(self, what: str):
-        "Go on after an error inside; it is kept for the end of the item."
+        "Catch an error in the context and append it to `errors`, so that the item continues. OutOfTime is raised."
         self.left()
         try:
             yield
@@ -195,7 +196,7 @@ class Campaign:
             self.errors.append(f"{what}: {type(e).__name__}: {e}")
 
     def options(self) -> dict:
-        "Return how runs are trained: arguments of `run`."
+        "Return the keyword arguments of `run` for the runs of the campaign."
         how = {
             "device": self.device,
             "progress": False,
@@ -206,14 +207,16 @@ class Campaign:
 
 # %% ../../nbs/method/08f_campaign.ipynb #db7484ce
 def example_batch(n: int = 16) -> Batch:
-    "Return images and classes of noise, the same each time."
+    "Return a batch of random 32 x 32 images and classes, the same at every call."
     g = torch.Generator().manual_seed(0)
     images, targets = torch.randn(n, 3, 32, 32, generator=g), torch.randint(0, 10, (n,), generator=g)
     return Batch(images, targets, torch.arange(n))
 
 
 def step_of(method: str, device: torch.device | str, seed: int = 0, state: dict | None = None) -> tuple[float, dict]:
-    "Return the loss of a step, and the method's state after `build`, which may be given. Raises where a gradient is not finite."
+    """Return the loss of one step, and the state of the method after `build`, which `state` replaces if given.
+
+    Raises AssertionError if a gradient is missing or not finite."""
     torch.manual_seed(0)
     student, teacher = (create_model(name, 10).to(device) for name in ("resnet8", "resnet14"))
     batch = Batch(*(t if t is None else t.to(device) for t in example_batch()))
@@ -233,7 +236,7 @@ def step_of(method: str, device: torch.device | str, seed: int = 0, state: dict 
 
 
 def check_step(method: str, device: torch.device):
-    "Raise AssertionError unless a step of a method on the device has the loss that it has on the CPU."
+    "Raise AssertionError unless a step of a method has the same loss on the device as on the CPU, to 2 %."
     here, state = step_of(method, "cpu")
     there, _ = step_of(method, device, state={k: v.to(device) for k, v in state.items()})
     draws = step_of(method, "cpu", 1, state)[0] != here
@@ -242,7 +245,7 @@ def check_step(method: str, device: torch.device):
 
 
 def small_trainer(folder: Path | str, device: torch.device, method: str, config: dict, **options) -> Trainer:
-    "Return a trainer of three epochs of five batches, the last one smaller, on images of noise."
+    "Return a trainer for three epochs of five batches, the last one smaller, on random images."
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (76, 3, 16, 16), dtype=torch.uint8, generator=g)
     targets = torch.randint(0, 10, (76,), generator=g)
@@ -255,7 +258,7 @@ def small_trainer(folder: Path | str, device: torch.device, method: str, config:
 
 
 def check_resume(method: str, device: torch.device, cuda_graph: bool):
-    "Raise AssertionError unless a run that was stopped in its second epoch ends at the bits of an unbroken one."
+    "Raise AssertionError unless a run that is stopped and resumed ends with the bits of an uninterrupted one."
 
     class Stop(Callback):
         def after_step(self, learner):
@@ -272,11 +275,14 @@ def check_resume(method: str, device: torch.device, cuda_graph: bool):
         got = again.fit(progress=False)
     weights = zip(whole.task.student.state_dict().values(), again.task.student.state_dict().values())
     if got != expected or not all(torch.equal(a, b) for a, b in weights):
-        raise AssertionError(f"other bits: losses {[r['loss'] for r in got]}, unbroken {[r['loss'] for r in expected]}")
+        raise AssertionError(
+            f"the resumed run differs from the uninterrupted one: its losses are {[r['loss'] for r in got]}, "
+            f"expected {[r['loss'] for r in expected]}"
+        )
 
 
 def check_graph(method: str, device: torch.device, precision: str):
-    "Raise AssertionError unless steps that are captured have the losses of ordinary ones."
+    "Raise AssertionError unless training with a CUDA graph has the losses of training without one."
     with tempfile.TemporaryDirectory() as work:
         made = [
             small_trainer(Path(work, str(graph)), device, method, {"precision": precision}, cuda_graph=graph)
@@ -285,10 +291,10 @@ def check_graph(method: str, device: torch.device, precision: str):
         plain, graphed = ([row["loss"] for row in one.fit(progress=False)] for one in made)
     graph = made[1].graphed
     if graph is None or not graph.counts["replayed"]:
-        raise AssertionError(f"no step was replayed: {graph and (graph.reason or graph.counts)}")
+        raise AssertionError(f"no step was replayed from the graph: {graph and (graph.reason or graph.counts)}")
     tolerance = 1e-3 if precision == "fp32" else 0.03
     if any(abs(a - b) > tolerance * abs(a) for a, b in zip(plain, graphed, strict=True)):
-        raise AssertionError(f"losses of the epochs {graphed}, by ordinary steps {plain}")
+        raise AssertionError(f"the losses by epoch are {graphed} with the graph, {plain} without")
 
 
 def checks(plan: Plan, device: torch.device) -> dict[str, Callable[[], None]]:
@@ -302,11 +308,11 @@ def checks(plan: Plan, device: torch.device) -> dict[str, Callable[[], None]]:
     return found
 
 # %% ../../nbs/method/08f_campaign.ipynb #cca376fb
-TEST_SECONDS = 300  # that pytest may take
+TEST_SECONDS = 300  # time limit of pytest
 
 
 def run_tests(c: Campaign):
-    "Item `tests`: the checks, a row each in checks.csv, then pytest, whose output is in tests.log."
+    "Run the item `tests`: the checks, with a row each in checks.csv, then pytest, with its output in tests.log."
     passed = {row["check"] for row in c.rows("checks") if row["passed"] == "yes"}
     for name, check in checks(c.plan, c.device).items():
         if name in passed:
@@ -322,7 +328,7 @@ def run_tests(c: Campaign):
 
 
 def run_pytest(c: Campaign):
-    "Run pytest in the checkout, where both are there; its output goes to tests.log as it comes. Raises RuntimeError where a test fails."
+    "Run pytest in the checkout, or skip it if either is missing. Raises RuntimeError for a failed test or a timeout."
     log = c.out / "tests.log"
     if importlib.util.find_spec("pytest") is None or checkout() is None:
         write_atomic(log, "skipped: this needs pytest and a checkout\n")
@@ -334,20 +340,20 @@ def run_pytest(c: Campaign):
             code = subprocess.run(command, cwd=checkout(), stdout=file, stderr=file, timeout=seconds).returncode
         except subprocess.TimeoutExpired:
             c.left()
-            raise RuntimeError(f"the tests were not through after {seconds:.0f} seconds") from None
+            raise RuntimeError(f"pytest did not finish within {seconds:.0f} seconds: see {log}") from None
     lines = log.read_text(encoding="utf-8").strip().splitlines()
     if code:
-        raise RuntimeError(f"exit code {code}: {lines[-1] if lines else 'no output'}")
+        raise RuntimeError(f"pytest ended with exit code {code}: {lines[-1] if lines else 'no output'}; see {log}")
 
 # %% ../../nbs/method/08f_campaign.ipynb #5539369b
 def time_ways(
     c: Campaign,
     comparison: str,
-    ways: dict[str, Callable],  # the first is what ratios are to
-    units: float = 1,  # of work in a call
+    ways: dict[str, Callable],  # the first is the reference of the ratios
+    units: float = 1,  # units of work in a call
     calls: int | None = None,  # of each way in a round; None: the plan's steps
 ):
-    "Time ways to do one thing and write their rows to speed.csv: milliseconds a unit, the median over the rounds."
+    "Time implementations of the same work and write them to speed.csv: milliseconds per unit, median over the rounds."
     failed: dict[str, Exception] = {}
     found = take_turns(ways, c.device, c.plan.rounds, calls or c.plan.steps, before=c.left, failed=failed)
     first, rows = found[next(iter(ways))], []
@@ -366,7 +372,7 @@ def time_ways(
 
 
 def noise_batches(c: Campaign, n: int | None = None) -> Batches:
-    "Return training batches of noise, of the shape of CIFAR-100."
+    "Return training batches of random images in the shape of CIFAR-100."
     g, n = torch.Generator().manual_seed(0), n or 4 * c.plan.batch_size
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g)
     targets = torch.randint(0, 100, (n,), generator=g)
@@ -380,7 +386,7 @@ def network(c: Campaign, which: int, seed: int = 0):
 
 
 def usual_loop(student: nn.Module, teacher: nn.Module, batch: Batch) -> Callable[[], None]:
-    "Return a step of KD as most repositories write it, which reads loss and accuracy on the host."
+    "Return a step of KD as most repositories write it: it copies loss and accuracy to the host."
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
     def step():
@@ -400,14 +406,14 @@ def usual_loop(student: nn.Module, teacher: nn.Module, batch: Batch) -> Callable
 
 
 def learner(c: Campaign, train: Batches, method: str = "kd", seed: int = 1, teacher=None, **options) -> Learner:
-    "Return a learner of the two networks. `precision` is an option; the others are those of `Learner`."
+    "Return a learner for the two networks; `options` are `precision` and those of `Learner`."
     config = TrainConfig(precision=options.pop("precision", "fp32"))
     task = Distiller(network(c, 1, seed), create_method(method), teacher or network(c, 0))
     return Learner(task, train, train, config, **options)
 
 
 def compare_steps(c: Campaign):
-    "The step in every way the trainer has, against the usual loop."
+    "Time a training step in every mode of the trainer, and in the usual loop."
     train = noise_batches(c)
     batch = next(iter(train.epoch(0)))
     quick = {"precision": "bf16", "channels_last": True}
@@ -427,7 +433,7 @@ def compare_steps(c: Campaign):
 
 
 def compare_methods(c: Campaign):
-    "What the loss of a method adds to a step."
+    "Time a training step with each method, which shows what its loss adds."
     train = noise_batches(c)
     batch = next(iter(train.epoch(0)))
     made = {m: learner(c, train, m) for m in dict.fromkeys(("kd", "none", "kd+rcka", *c.plan.methods))}
@@ -435,7 +441,7 @@ def compare_methods(c: Campaign):
 
 
 def compare_students(c: Campaign):
-    "Four students of one teacher, one after the other and side by side."
+    "Time four students of one teacher, one after the other and in one group."
     train, teacher = noise_batches(c), network(c, 0)
     batch = next(iter(train.epoch(0)))
     students = [learner(c, train, "kd+rcka", seed, teacher) for seed in range(4)]
@@ -456,7 +462,7 @@ def compare_students(c: Campaign):
 
 
 def channel_by_channel(student: Tensor, teacher: Tensor, inter: bool = True, k: int = 16) -> Tensor:
-    "Compute PCKA as published, intra and perhaps inter: one channel after the other, all Gram matrices formed."
+    "Compute PCKA as the paper describes it, channel by channel, with all Gram matrices formed."
 
     def cut(x):
         size = [-(-s // k) * k for s in teacher.shape[2:]]
@@ -473,7 +479,7 @@ def channel_by_channel(student: Tensor, teacher: Tensor, inter: bool = True, k: 
 
 
 def compare_pcka(c: Campaign):
-    "PCKA of two maps, forward and backward. Raises AssertionError where the two ways differ."
+    "Time PCKA of two maps, forward and backward. Raises AssertionError if the two implementations differ."
     g = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(*c.plan.maps, generator=g).to(c.device) for _ in range(2))
 
@@ -491,7 +497,7 @@ def compare_pcka(c: Campaign):
 
 
 def compare_layers(c: Campaign):
-    "CKA of all pairs of layers."
+    "Time CKA between all pairs of layers."
     count, n, width = c.plan.layers
     g = torch.Generator().manual_seed(0)
     layers = [torch.randn(n, width, generator=g).to(c.device) for _ in range(count)]
@@ -503,7 +509,7 @@ def compare_layers(c: Campaign):
 
 
 class Pictures(torch.utils.data.Dataset):
-    "The images of batches as PIL images, cropped, flipped and normalised by torchvision."
+    "Dataset of PIL images, cropped, flipped and normalised by torchvision."
 
     def __init__(self, batches: Batches):
         import torchvision.transforms as T
@@ -523,7 +529,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def compare_data(c: Campaign):
-    "An epoch of images: a DataLoader with PIL and worker processes, and batches on the device."
+    "Time an epoch of images: a DataLoader with PIL and worker processes, and batches on the device."
     batches, workers = noise_batches(c, c.plan.images), min(8, (os.cpu_count() or 2) // 2)
     workers = workers if c.device.type == "cuda" else 0
     loader = torch.utils.data.DataLoader(Pictures(batches), c.plan.batch_size, shuffle=True, num_workers=workers)
@@ -551,7 +557,7 @@ COMPARISONS = {
 
 
 def run_speed(c: Campaign):
-    "Item `speed`: the comparisons that speed.csv does not have yet."
+    "Run the item `speed`: the comparisons that are not in speed.csv yet."
     done = [row["comparison"] for row in c.rows("speed") if not row["failed"]]
     for name, compare in COMPARISONS.items():
         if not any(known.startswith(name) for known in done):
@@ -560,7 +566,7 @@ def run_speed(c: Campaign):
 
 # %% ../../nbs/method/08f_campaign.ipynb #4f63dee5
 def run_the_study(c: Campaign):
-    "Item `study`: groups of methods, seed by seed, those of `Plan.first` before the others; study/NAME.csv."
+    "Run the item `study`, seed by seed, the methods of `Plan.first` first; the table is study/NAME.csv."
     study = c.plan.study
     rest = [label for label in study.methods if label not in c.plan.first]
     for labels in (list(c.plan.first), rest):
@@ -574,7 +580,7 @@ def run_the_study(c: Campaign):
 
 
 def run_teachers(c: Campaign):
-    "Item `teachers`: a run each; a row in teachers.csv, and the weights in teachers/NAME.safetensors."
+    "Run the item `teachers`: for each a row in teachers.csv and the weights in teachers/NAME.safetensors."
     folder = c.out / "teachers"
     folder.mkdir(exist_ok=True)
     for name, experiment in c.plan.teachers().items():
@@ -587,13 +593,13 @@ def run_teachers(c: Campaign):
 
 
 def run_students(c: Campaign):
-    "Item `students`: the student alone, then all methods of a pair and seed side by side; students.csv."
+    "Run the item `students`: for each pair and seed the student alone, then all methods in one group; students.csv."
     for teacher, student in c.plan.pairs:
         for seed in c.plan.seeds:
             for methods in (("none",), c.plan.methods):
                 with c.attempt(f"{teacher} -> {student}, {', '.join(methods)}, seed {seed}"):
-                    taught = None if methods == ("none",) else teacher
-                    experiments = [c.plan.experiment(taught, student, m, seed) for m in methods]
+                    frozen = None if methods == ("none",) else teacher
+                    experiments = [c.plan.experiment(frozen, student, m, seed) for m in methods]
                     results = run_group(experiments, c.root, **c.options())
                     pair = {"pair": f"{teacher} -> {student}"}
                     rows = [pair | as_row(m, seed, result) for m, result in zip(methods, results)]
@@ -610,9 +616,9 @@ ITEMS = {
 
 
 def run_campaign(c: Campaign, items: Iterable[str]) -> dict[str, str]:
-    """Do the items that are not done, in their order; return the state of all: done, failed, stopped or running.
+    """Run the items that are not done, in order; return the state of each: done, failed, stopped or running.
 
-    Raises ValueError for an unknown item, and what a signal raises, after the state was written down."""
+    Raises ValueError for an unknown item. An interruption by a signal is raised again after the state is saved."""
     items = list(items)
     for item in items:
         if item not in ITEMS:
@@ -641,17 +647,17 @@ def run_campaign(c: Campaign, items: Iterable[str]) -> dict[str, str]:
 
 
 def main(args: list[str] | None = None) -> int:
-    "`python -m rcka.experiments.campaign`: begin a campaign, or go on with it. Return the exit code, 1 where an item failed."
+    "`python -m rcka.experiments.campaign`: start a campaign or continue it. Return the exit code, 1 if an item failed."
     parser = argparse.ArgumentParser(
-        "python -m rcka.experiments.campaign", description="Do what needs a GPU, in order."
+        "python -m rcka.experiments.campaign", description="Run the tests, timings and trainings that need a GPU."
     )
     parser.add_argument("--out", default="campaign", help="folder of the results (default: campaign)")
     parser.add_argument("--root", help="folder of the runs (default: runs/ in the folder of the results)")
-    parser.add_argument("--items", default=",".join(ITEMS), help=f"which, with commas (default: {','.join(ITEMS)})")
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="until it stops (default: when all is done)"
+        "--items", default=",".join(ITEMS), help=f"items, separated by commas (default: {','.join(ITEMS)})"
     )
-    parser.add_argument("--size", choices=sorted(SIZES), default="full", help="toy: all of it in a minute on a CPU")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit (default: none)")
+    parser.add_argument("--size", choices=sorted(SIZES), default="full", help="toy: everything in a minute on a CPU")
     parser.add_argument("--device", help="cpu or cuda (default: CUDA where there is one)")
     given = parser.parse_args(args)
     try:

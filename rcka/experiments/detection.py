@@ -20,7 +20,7 @@ from ..train.detection import DetectionDistiller
 __all__ = ['SCHEDULES', 'TWO_STAGE', 'ONE_STAGE', 'DETECTION_ARGS', 'detection_args', 'BoxConfig', 'DetectionExperiment']
 
 # %% ../../nbs/method/07b_detection_experiments.ipynb #3332f4dd
-SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22))}  # epochs, and after which the rate falls
+SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22))}  # epochs, and the epochs after which the learning rate falls
 
 TWO_STAGE = {
     "pcka": {"intra": 10.0, "inter": 10.0},
@@ -54,7 +54,7 @@ def detection_args(
 # %% ../../nbs/method/07b_detection_experiments.ipynb #f0460fdd
 @dataclass(frozen=True)
 class BoxConfig(DataConfig):
-    "The images of a detector; the limits keep the first ones."
+    "The images of a detector; `train_limit` and `test_limit` keep the first ones."
 
     dataset: str = "coco"  # a folder in COCO's layout, absolute or below the data root
     size: tuple | int | None = None  # shorter side, or a range to draw from; None: 800, for FCOS 640 to 800
@@ -113,7 +113,9 @@ class DetectionExperiment(BoxConfig, BaseExperiment):
             if self.lr_steps is None:
                 self._set("lr_steps", tuple(m / epochs for m in milestones))
         elif self.epochs is None:
-            raise ValueError(f"schedule {self.schedule!r} needs epochs; 1x and 2x have their own")
+            raise ValueError(
+                f"schedule {self.schedule!r} needs epochs: give a number of epochs, or the schedule 1x or 2x"
+            )
         if self.lr_steps is None:
             self._set("lr_steps", (16 / 24, 22 / 24))
         if self.lr is None:
@@ -130,8 +132,8 @@ class DetectionExperiment(BoxConfig, BaseExperiment):
             if name != "none" and not part.dense:
                 dense = ", ".join(list_methods(dense=True))
                 raise ValueError(
-                    f"method {name!r} is for classifiers; for detectors there are {dense}; "
-                    "a method of your own says dense = True"
+                    f"method {name!r} is for classifiers: for a detector give one of {dense}; "
+                    "a method of your own sets dense = True"
                 )
         if self.relations == "global":
             raise ValueError(
@@ -140,7 +142,7 @@ class DetectionExperiment(BoxConfig, BaseExperiment):
             )
 
     def check_weights(self):
-        "Raise ValueError where batch statistics are frozen but come from no weights."
+        "Raise ValueError if `norm` is frozen and the student or the teacher has no pretrained weights."
         teacher_has = self.teacher is None or self.teacher_weights or self.teacher_backbone_weights
         for name, given in (
             ("backbone_weights", self.backbone_weights),
@@ -191,12 +193,12 @@ class DetectionExperiment(BoxConfig, BaseExperiment):
         if train.classes != test.classes:
             raise ValueError(
                 f"the classes of {self.test_split} are not those of {self.train_split}: "
-                f"{len(test.classes)} and {len(train.classes)}"
+                f"{len(test.classes)} and {len(train.classes)}; give annotations with the same categories"
             )
         return train, test
 
     def batches(self, data, device, options: dict) -> tuple[CocoBatches, CocoBatches]:
-        "Return training and test batches, decoded by four threads unless `options` has another number of `workers`."
+        "Return training and test batches, decoded by `workers` threads (of `options`; 4 by default)."
         workers = 4 if options.get("workers") is None else options["workers"]
         how = dict(
             size=self.size,

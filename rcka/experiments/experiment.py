@@ -41,7 +41,7 @@ from ..models.registry import create_model, list_models, list_weights, load_chec
 from ..train.classification import Distiller, evaluate
 from ..train.config import TrainConfig, auto_precision, cublas_workspace
 from ..train.learner import RunsFailed, Trainer, fit_many
-from ..train.teacher_cache import BUDGET, TeacherCache
+from ..train.teacher_cache import BUDGET, TeacherCache, is_teacher_file, load_teacher
 
 # %% auto #0
 __all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'check_network', 'resolved_args', 'check_types', 'RunConfig',
@@ -426,7 +426,7 @@ class Experiment(ImageConfig, BaseExperiment):
     nesterov: bool = False
     lr_steps: tuple = (0.625, 0.75, 0.875)
     lr_decay: float = 0.1
-    # `teacher_weights` may be a name too: of torchvision's, or of those of the package
+    # `teacher_weights` may be a name too, of torchvision's or of those of the package; or a file of `save_teacher`
     teacher_cache: int | None = None  # store its outputs for this number of augmentations per image; None: do not store
     teacher_projection: int | None = None  # width to which stored features are projected, for methods on Gram matrices
     student_paths: tuple | None = None  # module paths of its features, for a network whose feature paths are not known
@@ -516,8 +516,10 @@ class Experiment(ImageConfig, BaseExperiment):
         return Distiller(student, method, teacher, self.student_paths, self.teacher_paths)
 
     def given_teacher(self, data) -> torch.nn.Module:
-        "Return the teacher with the weights of `teacher_weights`: a checkpoint, torchvision's, or those of the package."
+        "Return the teacher with `teacher_weights`: a checkpoint, torchvision's, those of the package, or a file of its outputs."
         assert self.teacher and self.teacher_weights
+        if is_teacher_file(self.teacher_weights):
+            return load_teacher(self.teacher_weights)
         by_name = self.teacher_weights.isidentifier() and not Path(self.teacher_weights).exists()
         if self.teacher.startswith("torchvision/") and by_name:
             return torchvision_teacher(self, data)

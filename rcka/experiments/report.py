@@ -27,11 +27,11 @@ __all__ = ['ABOUT_TEACHER', 'OUR_CHOICE', 'NOT_PUBLIC', 'HEADER', 'NOTE', 'Resul
 
 # %% ../../nbs/method/08b_report.ipynb #4964d2fb
 class Results(NamedTuple):
-    "What a folder of runs holds."
+    "The results in a folder of runs."
 
     results: list[Result]
-    missing: int  # runs that were wanted and have no readable result
-    problems: list[str]  # a sentence for each file that was left alone
+    missing: int  # number of runs without a readable result
+    problems: list[str]  # a sentence for each file that could not be read
 
 
 def load_results(root: Path | str | None = None) -> Results:
@@ -85,7 +85,7 @@ class PublishedCell(NamedTuple):
 
 
 def plain_name(name: str) -> str:
-    "Return the name of a network or method as the published tables are searched for it."
+    "Return the name of a network or method in the spelling of the published tables."
     return name.lower().replace("-", "_").removesuffix("_half").removeprefix("torchvision/")
 
 
@@ -114,7 +114,7 @@ def published_cell(
 
 
 def disagreements(dataset: str = "cifar100") -> list[dict]:
-    "Rows of a published table where another source prints another number than the paper, or one where the paper has a dash."
+    "Return the rows of a published table for which another source prints a number that the paper does not have."
     ours = {"ICKD-C": "kd+ickd_c"}
     return [
         {"teacher": r["teacher"], "student": r["student"], "method": r["method"]} | cell._asdict()
@@ -202,7 +202,7 @@ NOT_PUBLIC = ("fcka", "lcka", "rcka", "dpk")  # published without the weights of
 
 
 def whose_weights(e: Experiment) -> str:
-    "Say where the weights of a loss are from: published, released, ours, or given for this run; of a sum, for each part."
+    "Return the source of a loss's weights: published, released, ours, or given for this run; for a sum, of each part."
     if e.method == "none":
         return "–"
     if _given(e):
@@ -220,13 +220,13 @@ def whose_weights(e: Experiment) -> str:
 
 
 def _given(e: Experiment) -> dict:
-    "The arguments of a method that are not those it has by default on this pair."
+    "Return the arguments of a method that differ from its usual ones for this pair."
     usual = Experiment(e.dataset, e.student, e.teacher, e.method).method_args or {}
     return {k: v for k, v in (e.method_args or {}).items() if k not in usual or json.dumps(usual[k]) != json.dumps(v)}
 
 
 def evaluated_on(experiment: dict) -> str:
-    "Say on which images accuracies were measured and the best epoch chosen, from the fields of an experiment."
+    "Return a sentence on the images on which accuracies are measured and the best epoch is chosen."
     if part := experiment.get("val_fraction"):
         return (
             f"Last and best epoch: accuracy on validation images, {100 * part:g} % of the training images, where published "
@@ -238,7 +238,7 @@ def evaluated_on(experiment: dict) -> str:
 
 # %% ../../nbs/method/08b_report.ipynb #3d920022
 def _label(e: Experiment, with_teacher: bool) -> str:
-    "The method, and in brackets what is not usual for this pair."
+    "Return the method, and in brackets its arguments that are not the usual ones for this pair."
     differ = _given(e) | (changes(e)[1] if with_teacher else {})
     return e.method + (f" ({', '.join(f'{k}={v}' for k, v in differ.items())})" if differ else "")
 
@@ -265,7 +265,7 @@ def _teacher_row(dataset, teacher, student, results) -> Row:
 
 
 def _caption(runs: list, about: set[str]) -> str:
-    "Training protocol, weights, evaluation, seeds, machine, versions and dates, as the results say."
+    "Return the training protocol, weights, evaluation, seeds, machine, versions and dates of the results."
     differ = changes(runs[0][0])[0] | (json.loads(next(iter(about))) if len(about) == 1 else {})
     protocol = ", ".join(f"{k} {v}" for k, v in differ.items())
 
@@ -282,7 +282,7 @@ def _caption(runs: list, about: set[str]) -> str:
 
 
 def _about_weights(runs: list) -> str:
-    "What must be known of the weights of RCKA and its parts before they are held against published numbers."
+    "Return sentences on the weights of RCKA and its parts, without which published numbers cannot be compared."
     used = {name for e, _ in runs for name in e.method.split("+")}
     ours = ", ".join(sorted(used & set(NOT_PUBLIC)))
     says = []
@@ -298,7 +298,7 @@ def _about_weights(runs: list) -> str:
 
 
 def _notes(dataset: str, rows: list[Row]) -> tuple[str, ...]:
-    "Where the printed numbers of these rows disagree, and the best printed since for these pairs."
+    "Return sentences on published numbers that disagree, and on the best ones published since for these pairs."
     notes = []
     for row in (r for r in rows if r.published.disagrees):
         p = row.published
@@ -337,7 +337,7 @@ HEADER = (
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    "A row as text, in the order of HEADER."
+    "Return a row as text, in the order of HEADER."
 
     def spread(v):
         if not v:
@@ -376,6 +376,8 @@ NOTE = (
 
 
 def markdown(table: Table) -> str:
+    "Return a table in Markdown, with its caption, the explanation of its columns, and its notes."
+
     def line(values):
         return "| " + " | ".join(values) + " |"
 
@@ -400,7 +402,7 @@ def markdown(table: Table) -> str:
 
 # %% ../../nbs/method/08b_report.ipynb #7a80bd57
 def latex(table: Table) -> str:
-    "A table environment; the preamble needs \\usepackage{booktabs}."
+    "Return a LaTeX table environment; the preamble needs \\usepackage{booktabs}."
 
     def text(s):
         for a, b in (
@@ -444,7 +446,7 @@ def latex(table: Table) -> str:
 
 # %% ../../nbs/method/08b_report.ipynb #c4ecc524
 def as_rows(tables: list[Table]) -> list[dict]:
-    "All numbers, for CSV or a data frame."
+    "Return all numbers as dicts, for CSV or a data frame."
     mean, std = (lambda v: statistics.mean(v) if v else None), (lambda v: statistics.stdev(v) if len(v) > 1 else None)
     return [
         {
@@ -475,7 +477,7 @@ def as_rows(tables: list[Table]) -> list[dict]:
 
 
 def show(table: Table):
-    "A rich table for the terminal."
+    "Return a rich table for the terminal."
     with optional_import():
         from rich import box
         from rich.table import Table as Rich
@@ -533,7 +535,7 @@ def _panels(table: Table, height: float):
 
 
 def _looks(table: Table) -> dict[str, dict]:
-    "Colour and marker of each method, the same throughout a table."
+    "Return the colour and marker of each method, the same throughout a table."
     looks = line_styles(sorted({r.method for r in table.rows if r.method != "teacher"}))
     return {name: {"color": look["color"], "marker": look["marker"]} for name, look in looks.items()}
 
@@ -543,7 +545,7 @@ def _title(pair) -> str:
 
 
 def _tidy(fig):
-    "One legend for all panels, below them."
+    "Add one legend for all panels, below them."
     with optional_import():
         import seaborn as sns
 
@@ -584,7 +586,7 @@ def plot_scores(table: Table):
 
 # %% ../../nbs/method/08b_report.ipynb #0c76030b
 def plot_cost(table: Table):
-    "A matplotlib Figure: accuracy (mean and standard deviation) against the time of a step, one panel a pair."
+    "Draw accuracy, mean and standard deviation, against the time of a step, one panel a pair: a matplotlib Figure."
     fig, axes = _panels(table, 0.6)
     looks = _looks(table)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):
@@ -602,7 +604,7 @@ def report(
     form: str = "markdown",  # "markdown", "latex" or "csv"
     figures: Path | str | None = None,  # folder to write the figures to, as NAME_scores.png and NAME_cost.png
 ) -> str:
-    "Return the tables of all results under a folder as text, and what is missing."
+    "Return the tables of all results under a folder as text, with a line on runs that are missing."
     found = load_results(root)
     made = tables(found.results)
     if figures:
@@ -619,13 +621,13 @@ def report(
 
 
 def missing(found: Results) -> list[str]:
-    "Return sentences on the runs that are missing and the files that were left alone."
+    "Return sentences on the runs that are missing and the files that could not be read."
     counted = (
         [f"{len(found.results)} results; {found.missing} runs are missing."]
         if found.missing or not found.results
         else [f"{len(found.results)} results, none missing."]
     )
-    return counted + [f"Left alone: {problem}" for problem in found.problems]
+    return counted + [f"Not read: {problem}" for problem in found.problems]
 
 
 def save_figures(made: list[Table], folder: Path | str) -> list[Path]:

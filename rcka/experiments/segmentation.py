@@ -21,7 +21,7 @@ __all__ = ['SceneConfig', 'SegmentationExperiment']
 # %% ../../nbs/method/07c_segmentation_experiments.ipynb #33485403
 @dataclass(frozen=True)
 class SceneConfig(DataConfig):
-    "The images of a segmentation network; the limits keep the first ones by name."
+    "The images of a segmentation network; `train_limit` and `test_limit` keep the first ones by name."
 
     dataset: str = "cityscapes"  # or cityscapes:PATH
     crop: tuple | None = (512, 1024)  # of training, (h, w); None: the whole image

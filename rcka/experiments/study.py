@@ -86,8 +86,8 @@ def run_study(
 ) -> list[dict]:
     """Run a study and return its table, a row for each method and seed.
 
-    The table is written to `out/NAME.csv` after every group of runs; rows of an earlier call stay. Runs that are done
-    are found again, those that were interrupted go on. Raises ValueError for an unknown label."""
+    The table is written to `out/NAME.csv` after every group of runs; rows of an earlier call stay. Finished runs
+    are loaded, interrupted ones resume. Raises ValueError for an unknown label."""
     labels = list(study.methods if labels is None else labels)
     for label in labels:
         if label not in study.methods:
@@ -111,18 +111,18 @@ def run_study(
 
 
 def run_group(experiments: list[Experiment], root: Path | str, **options) -> Sequence[Result | NonFiniteLoss]:
-    "Run experiments side by side; in the place of one whose loss was not finite, return the error."
+    "Run experiments in one group; return the result of each, or the NonFiniteLoss of one that failed."
     try:
         return run_many(experiments, root, **options)
     except NonFiniteLoss as error:  # of a single run
         return [error]
-    except RunsFailed:  # the other runs of the group are done: each says for itself what became of it
+    except RunsFailed:  # the other runs of the group are finished: each is loaded below, or raises its own error
         pass
     return [result for one in experiments for result in run_group([one], root, **options)]
 
 
 def as_row(label: str, seed: int, result: Result | NonFiniteLoss) -> dict:
-    "Return what a table keeps of a result: accuracies in per cent, and how they came about, or why there is none."
+    "Return the row of a result in a table: accuracies in per cent, epochs, images, device; or why it failed."
     if isinstance(result, NonFiniteLoss):
         return {"label": label, "seed": seed, "last": math.nan, "best": math.nan, "failed": result.what}
     e = result.experiment
@@ -143,7 +143,7 @@ def as_row(label: str, seed: int, result: Result | NonFiniteLoss) -> dict:
 
 
 def read_table(path: Path | str) -> dict[tuple[str, int], dict]:
-    "Return the rows of a study's table by label and seed; none where there is no table yet."
+    "Return the rows of a study's table by label and seed; empty if there is no table yet."
     if not Path(path).exists():
         return {}
     number = {"seed": int, "last": float, "best": float, "best_epoch": int, "epochs": int}
@@ -177,7 +177,7 @@ def differences_to(
 
 # %% ../../nbs/method/08e_study.ipynb #fe4ca43e
 def inflation(rows: Iterable[dict]) -> float:
-    "Return the mean over all runs of the best epoch's accuracy less the last one's, in points."
+    "Return the mean over runs of the accuracy of the best epoch minus that of the last one, in points."
     gaps = [row["best"] - row["last"] for row in rows]
     return sum(gaps) / len(gaps)
 
@@ -190,9 +190,9 @@ def step_costs(
     device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     **options,  # of `run`: channels_last, compile
 ) -> list[dict]:
-    """Measure a training step of every method: median milliseconds over the rounds, MiB at its peak, extra parameters.
+    """Measure a training step of every method: median milliseconds over the rounds, peak MiB, additional parameters.
 
-    The first label is what `ratio` compares with. The teacher's forward pass is part of each step but that of "none"."""
+    `ratio` is relative to the first label. Each step includes the teacher's forward pass, except for "none"."""
     device, shared, trainers = init_distributed(device), None, {}
     with tempfile.TemporaryDirectory() as folder:
         for label in study.methods if labels is None else labels:
@@ -268,7 +268,7 @@ CACHED = {f" K={k}": k for k in (1, 4, 8)}  # suffix of a label to number of aug
 
 
 def screened(label: str, factor: float) -> tuple:
-    "Return method and arguments of a screened label with all its terms times a factor."
+    "Return the method and arguments of a screened label, with all its terms multiplied by a factor."
     method, args = SCREENED[label]
     return "scaled", {"method": method, "factor": float(factor)} | ({"args": args} if args else {})
 
@@ -316,7 +316,7 @@ STUDIES = {
 
 
 def accuracy_by_factor(rows: Iterable[dict], method: str) -> dict[float, float]:
-    "Return the accuracy of the last epoch at every factor of a method that a screen has tried, by factor."
+    "Return the accuracy of a method in the last epoch for each factor that a screen has tried."
     found = {}
     for row in rows:
         name, _, factor = row["label"].rpartition(" x")
@@ -326,7 +326,7 @@ def accuracy_by_factor(rows: Iterable[dict], method: str) -> dict[float, float]:
 
 
 def factors_to_try(tried: dict[float, float]) -> list[float]:
-    """Return the factors that a screen tries next, by one rule for every method; none when it is done.
+    """Return the factors that a screen tries next, by one rule for every method; empty when it is finished.
 
     First 1/4, 1 and 4; then, as long as the best factor is the smallest or the largest that was tried, the next one on
     that side, down to the smallest and up to the largest of `FACTORS`."""
@@ -338,7 +338,7 @@ def factors_to_try(tried: dict[float, float]) -> list[float]:
 
 
 def run_screen(study: Study, out: Path | str, methods: Iterable[str] | None = None, **options) -> list[dict]:
-    """Run a screen as `factors_to_try` says and return its table. `methods` are names without factors; None: all.
+    """Run a screen by the rule of `factors_to_try` and return its table. `methods` are names without factors.
 
     Arguments and errors are those of `run_study`."""
     known = [label for label in study.methods if " x" not in label]
@@ -360,16 +360,16 @@ def run_screen(study: Study, out: Path | str, methods: Iterable[str] | None = No
 
 
 def main(args: list[str] | None = None) -> int:
-    "`python -m rcka.experiments.study NAME`: run a study, or go on with it. Return the exit code."
-    parser = argparse.ArgumentParser("python -m rcka.experiments.study", description="Run a study, or go on with it.")
+    "`python -m rcka.experiments.study NAME`: run a study or continue it. Return the exit code."
+    parser = argparse.ArgumentParser("python -m rcka.experiments.study", description="Run a study or continue it.")
     parser.add_argument("name", choices=sorted(STUDIES), help="which study")
     parser.add_argument("--out", default="figures/study", help="folder of the table (default: figures/study)")
     parser.add_argument("--root", help="folder of the runs (default: RCKA_RUNS, else runs/ of the checkout)")
-    parser.add_argument("--methods", help="labels of methods, with commas between them (default: all)")
+    parser.add_argument("--methods", help="labels of methods, separated by commas (default: all)")
     parser.add_argument(
-        "--costs", action="store_true", help="measure what a step of each method costs, and train nothing"
+        "--costs", action="store_true", help="only measure the time and memory of a training step of each method"
     )
-    parser.add_argument("--seeds", help="seeds, with commas between them (default: those of the study)")
+    parser.add_argument("--seeds", help="seeds, separated by commas (default: those of the study)")
     given = parser.parse_args(args)
     labels = given.methods and given.methods.split(",")
     seeds = given.seeds and [int(s) for s in given.seeds.split(",")]
@@ -395,7 +395,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def record_study(study: Study, out: Path):
-    "Record what the study's table was made from, beside the other exhibits, where there is a table."
+    "Write the record of a study's table among those of the exhibits, if there is a table."
     if not (path := out / f"{study.name}.csv").exists():
         return
     labels = {label for label, _ in read_table(path)}

@@ -26,14 +26,14 @@ __all__ = ['clock', 'reset_peak', 'memory_mb', 'Turns', 'take_turns', 'Throughpu
 
 # %% ../../nbs/method/07e_throughput.ipynb #f845e02f
 def clock(device: torch.device) -> float:
-    "Return the time in seconds, after the device has done what it was asked for."
+    "Wait until the device has finished its work, and return the time in seconds."
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def reset_peak(device: torch.device):
-    "Begin to measure peak memory anew."
+    "Reset the peak of the memory that `memory_mb` measures."
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -44,7 +44,7 @@ def reset_peak(device: torch.device):
 
 
 def memory_mb(device: torch.device, peak: bool) -> float:
-    "Return the MiB held now, or at most since `reset_peak`: allocated on CUDA, resident of the process on a CPU."
+    "Return the memory in MiB, current or peak since `reset_peak`: allocated on CUDA, else resident; NaN if unknown."
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
@@ -56,20 +56,20 @@ def memory_mb(device: torch.device, peak: bool) -> float:
 
 # %% ../../nbs/method/07e_throughput.ipynb #c492aa76
 class Turns(NamedTuple):
-    "What the turns of one way took."
+    "Times and memory of one implementation."
 
-    seconds: list[float]  # of a call, one number a round
+    seconds: list[float]  # of a call, one number for each timed round
     held: list[float]  # MiB before each turn, the first rounds included
     peak: list[float]  # MiB at most in each turn, the first rounds included
 
     @property
     def median(self) -> float:
-        "Seconds of a call, the median over the rounds."
+        "Median over the rounds of the seconds of a call."
         return statistics.median(self.seconds)
 
     @property
     def steadiness(self) -> float:
-        "The fastest round over the slowest."
+        "Time of the fastest round divided by that of the slowest: 1 on an idle machine."
         return min(self.seconds) / max(self.seconds)
 
 
@@ -81,9 +81,9 @@ def take_turns(
     warm: int = 1,  # rounds before the timed ones, which choose kernels and allocate memory
     before: Callable[[], object] = lambda: None,  # called before each turn
     failed: dict[str, Exception]
-    | None = None,  # takes the error of a way, which then has no more turns; None: it is raised
-) -> dict[str, Turns]:  # by the name of a way
-    "Time ways to do one thing, one after the other in each round, so that a busy machine slows all of them alike."
+    | None = None,  # receives the error of an implementation, which is not called again; None: raise it
+) -> dict[str, Turns]:  # by the name of the implementation
+    "Time implementations of the same work by turns, so that other load on the machine slows all of them alike."
     found = {name: Turns([], [], []) for name in ways}
     for r in range(warm + rounds):
         for name, way in ways.items():
@@ -109,7 +109,7 @@ def take_turns(
 
 # %% ../../nbs/method/07e_throughput.ipynb #6229bb95
 class Throughput(NamedTuple):
-    "Images per second; `str` gives a sentence a line."
+    "Images per second of the data, of the training step and of a run; `str` adds the verdict."
 
     data: float  # batches without training
     step: float  # training on one batch
@@ -118,22 +118,22 @@ class Throughput(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        "What a run waits for."
+        "A sentence on what limits the speed of a run, and what would help."
         shared = (
-            "; on a CPU both want the same cores, and the run gets less than either" if self.device == "cpu" else ""
+            "; on a CPU both share the same cores, so the run is slower than either" if self.device == "cpu" else ""
         )
         if self.data < 0.9 * self.step:
             found = (
-                f"the data bounds it: the step could take {self.step / self.data:.1f} times as many images. "
+                f"the data is the bottleneck: the training step is {self.step / self.data:.1f} times as fast. "
                 "More workers on more cores, or smaller files, would help"
             )
         elif self.step < 0.9 * self.data:
             found = (
-                f"the step bounds it: the data could give {self.data / self.step:.1f} times as many images. "
+                f"the training step is the bottleneck: the data is {self.data / self.step:.1f} times as fast. "
                 "A faster device, precision='bf16', channels_last or compile would help"
             )
         else:
-            found = "data and step are about as fast as each other"
+            found = "data and training step are about as fast as each other"
         if self.run is None:
             return found + shared
         return (
@@ -157,7 +157,7 @@ def throughput(
     steps: int = 8,  # number of batches that are timed, and of steps
     **options,  # as for `run`: workers, channels_last, compile
 ) -> Throughput:
-    "Measure the rates of an experiment's data and step, each alone, with random weights. Its run is left as it is."
+    "Measure the images per second of an experiment's data and of its training step, each alone, with random weights."
     device = init_distributed(device)
     data = experiment.load_data()
     teacher = experiment.network(experiment.teacher, data, start=False).to(device) if experiment.teacher else None

@@ -15,7 +15,7 @@ __all__ = ['InvertedResidual', 'MobileNetV2', 'mobilenet_v2_half', 'Shuffle', 'S
 
 # %% ../../nbs/method/04d_mobile.ipynb #0ca4e9c0
 class InvertedResidual(nn.Module):
-    "Block that widens, filters by channel and narrows: (n, c_in, h, w) to (n, c_out, h / stride, w / stride)."
+    "Inverted residual block, 1x1 expansion, depthwise 3x3, 1x1 projection: (n, c_in, h, w) to (n, c_out, h / stride, w / stride)."
 
     def __init__(self, c_in: int, c_out: int, stride: int, widen: int):
         super().__init__()
@@ -47,11 +47,11 @@ class MobileNetV2(nn.Module):
         (6, 96, 3, 1),
         (6, 160, 3, 2),
         (6, 320, 1, 1),
-    ]  # widen, width, blocks, stride
+    ]  # expansion, channels, blocks, stride
 
     def __init__(
         self,
-        width: float,  # times the widths in PLAN; the last convolution keeps 1280 below 1
+        width: float,  # multiplies the channels in PLAN; the last convolution has at least 1280
         num_classes: int,
         in_channels: int,
     ):
@@ -99,7 +99,9 @@ class Shuffle(nn.Module):
 
 # %% ../../nbs/method/04d_mobile.ipynb #74c3e38c
 class ShuffleBlock(nn.Module):
-    "Grouped 1x1, 3x3 by channel, grouped 1x1; `c_out` counts the pooled input where `stride` is 2."
+    """ShuffleNet unit, grouped 1x1, depthwise 3x3, grouped 1x1: (n, c_in, h, w) to (n, c_out, h / stride, w / stride).
+
+    With a stride of 2 the pooled input is concatenated: `c_out` includes its channels."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, groups: int, first_groups: int):
         super().__init__()
@@ -162,7 +164,7 @@ def shufflenet_v1(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV1:
 
 # %% ../../nbs/method/04d_mobile.ipynb #b19edb53
 class PassBlock(nn.Module):
-    "Half of the channels pass, half go through 1x1, 3x3 by channel, 1x1: (n, c, h, w) to (n, c, h, w)."
+    "ShuffleNetV2 unit; half of the channels are unchanged, half go through 1x1, depthwise 3x3, 1x1: (n, c, h, w) to (n, c, h, w)."
 
     def __init__(self, c: int):
         super().__init__()
@@ -184,7 +186,7 @@ class PassBlock(nn.Module):
 
 
 class HalvingBlock(nn.Module):
-    "Two branches, each at a stride of two: (n, c_in, h, w) to (n, c_out, h / 2, w / 2)."
+    "ShuffleNetV2 unit of stride 2 with two branches: (n, c_in, h, w) to (n, c_out, h / 2, w / 2)."
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -215,7 +217,7 @@ class ShuffleNetV2(nn.Module):
     def __init__(
         self,
         widths: tuple[int, ...],  # channels of the three stages, then of the last convolution
-        counts: tuple[int, ...],  # blocks in each stage after the one that halves
+        counts: tuple[int, ...],  # blocks in each stage after the one of stride 2
         num_classes: int,
         in_channels: int,
     ):
@@ -251,7 +253,7 @@ def shufflenet_v2(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV2:
 
 # %% ../../nbs/method/04d_mobile.ipynb #f539f5ed
 class SeparableConv(nn.Sequential):
-    "Filter each channel, then mix them: (n, c_in, h, w) to (n, c_out, h / stride, w / stride)."
+    "Depthwise 3x3, then 1x1 convolution: (n, c_in, h, w) to (n, c_out, h / stride, w / stride)."
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__(

@@ -423,14 +423,8 @@ def export_weights(
     tensors, dtype = _small(_tensors(model), stem.name)
     content = _as_bytes(tensors)
     _fit(model, _safetensors().torch.load(content), stem.with_suffix(".safetensors"))
-    top1 = _top1(model, data)
-    if abs(top1 - log[-1]["top1"]) > 0.5:
-        raise ValueError(
-            f"{run_folder / 'last.safetensors'} scores {top1:.2f} % on the {data.evaluated_on} images of {data.name}, "
-            f"but the last epoch in its log {log[-1]['top1']:.2f} %: is data what the run was evaluated on?"
-        )
+    scores = _scores(model, data, log, run_folder / "last.safetensors")
     _check_sum(folder, stem.name, len(content))
-    best = max(log, key=lambda row: row["top1"])
     card = {
         "format": 1,
         "network": run["network"],
@@ -447,12 +441,7 @@ def export_weights(
         "source": source,
         "seed": run["seed"],
         "evaluated_on": data.evaluated_on,
-        "top1": {
-            "last": log[-1]["top1"],
-            "best": best["top1"],
-            "best_epoch": best["epoch"],
-            "file": float(f"{top1:.6g}"),
-        },
+        "top1": scores,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": dtype,
         "bytes": len(content),
@@ -545,6 +534,22 @@ def _check_sum(folder: Path, name: str, new: int):
             f"with {name} the weights in {folder} would be {total / 1e6:.1f} MB, at most {LARGEST_SUM / 1e6:.0f} MB "
             f"may ship; others are {', '.join(p.stem for p in others)}"
         )
+
+
+def _scores(model: nn.Module, data, log: list[dict], path: Path) -> dict:
+    "Return the entry `top1` of a card. Raises ValueError if the accuracy of the model is not that of the last epoch."
+    top1, last, best = _top1(model, data), log[-1], max(log, key=lambda row: row["top1"])
+    if abs(top1 - last["top1"]) > 0.5:
+        raise ValueError(
+            f"{path} scores {top1:.2f} % on the {data.evaluated_on} images of {data.name}, "
+            f"but the last epoch in its log {last['top1']:.2f} %: is data what the run was evaluated on?"
+        )
+    return {
+        "last": last["top1"],
+        "best": best["top1"],
+        "best_epoch": best["epoch"],
+        "file": float(f"{top1:.6g}"),
+    }
 
 
 @torch.no_grad()

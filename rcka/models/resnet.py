@@ -111,7 +111,7 @@ def _cifar(depth: int, widths=(16, 16, 32, 64)):
 
     make.__name__ = make.__qualname__ = f"resnet{depth}" + ("x4" if widths[-1] == 256 else "")
     make.__doc__ = (
-        f"ResNet of {depth} layers for small images, {widths[-1]} features; the names follow Tian et al. (2020)."
+        f"Make a ResNet of {depth} layers for small images, {widths[-1]} features; the names follow Tian et al. (2020)."
     )
     return network(make)
 
@@ -133,7 +133,7 @@ def resnet50(num_classes: int = 100, in_channels: int = 3) -> ResNet:
 
 # %% ../../nbs/method/04b_resnets.ipynb #a5e54c23
 class WideBlock(nn.Module):
-    "Two 3x3 convolutions, each after batch norm and ReLU: (n, c_in, h, w) to (n, width, h / stride, w / stride)."
+    "Residual block of two 3x3 convolutions, each after batch norm and ReLU: (n, c_in, h, w) to (n, width, h / stride, w / stride)."
 
     def __init__(self, c_in: int, width: int, stride: int = 1):
         super().__init__()
@@ -152,7 +152,7 @@ class WideBlock(nn.Module):
 
 
 class WideStage(nn.Module):
-    "Wide blocks in sequence, under the name `layer` that checkpoints have."
+    "Wide blocks in sequence, in an attribute `layer`, as in published checkpoints."
 
     def __init__(self, count: int, c_in: int, width: int, stride: int):
         super().__init__()
@@ -170,7 +170,7 @@ class WideResNet(nn.Module):
     def __init__(
         self,
         depth: int,  # 6 n + 4, for n blocks a stage
-        widen: int,  # times the widths 16, 32, 64
+        widen: int,  # multiplies the widths 16, 32, 64
         num_classes: int,
         in_channels: int,
     ):
@@ -200,7 +200,9 @@ def _wide(depth: int, widen: int):
         return WideResNet(depth, widen, num_classes, in_channels)
 
     make.__name__ = make.__qualname__ = f"wrn_{depth}_{widen}"
-    make.__doc__ = f"Wide ResNet of {depth} layers, {widen} times the width of a ResNet."
+    make.__doc__ = (
+        f"Make a Wide ResNet of {depth} layers, {widen} times as wide as a ResNet (Zagoruyko and Komodakis 2016)."
+    )
     return network(make)
 
 

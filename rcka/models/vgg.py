@@ -58,7 +58,7 @@ def _vgg(depth: int, counts: tuple[int, ...]):
         return VGG(counts, num_classes, in_channels)
 
     make.__name__ = make.__qualname__ = f"vgg{depth}"
-    make.__doc__ = f"VGG with batch norm, {sum(counts)} convolutions and one linear layer, for small images."
+    make.__doc__ = f"Make VGG with batch norm, {sum(counts)} convolutions and one linear layer, for small images."
     return network(make)
 
 

@@ -4,6 +4,7 @@ from .callbacks import EMA, Callback, KeepWeights, StopAfter
 from .classification import Distiller
 from .config import TrainConfig
 from .learner import Learner, Trainer, fit_many
+from .teacher_cache import load_teacher, save_teacher
 
 __all__ = [
     "EMA",
@@ -15,4 +16,6 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "fit_many",
+    "load_teacher",
+    "save_teacher",
 ]

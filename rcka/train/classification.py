@@ -4,21 +4,24 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..core import Outputs, as_batches
+from ..core import Batch, Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, shard_rows, world_size
 from ..features import Taps, as_logits, as_stored, evaluating
 from ..methods.base import Method, Vanilla
 from ..pair import batch_statistics, build_method, paired_taps, wanted_paths
 from ..similarity.measures import cka
 from .config import autocast
+from .teacher_cache import StoredTeacher
 
 # %% auto #0
-__all__ = ['Accuracy', 'evaluate', 'Step', 'Distiller', 'UnlabelledDistiller']
+__all__ = ['Accuracy', 'predictor_on', 'evaluate', 'Step', 'Distiller', 'UnlabelledDistiller']
 
 # %% ../../nbs/method/06c_classification.ipynb #0749ca0f
 class Accuracy(NamedTuple):
@@ -26,6 +29,14 @@ class Accuracy(NamedTuple):
 
     top1: float
     top5: float  # 100 for five classes or fewer
+
+
+def predictor_on(model: nn.Module, batches) -> Callable[[Batch], torch.Tensor]:
+    "Return a function from a batch to logits: the network's, or those that a `StoredTeacher` has for these batches."
+    if isinstance(model, StoredTeacher):
+        held_out = model.held_out_logits(batches)
+        return lambda batch: held_out[torch.as_tensor(batch.index, device=held_out.device)].to(batch.images.device)
+    return lambda batch: as_logits(model(as_stored(batch.images, model)))
 
 
 @torch.no_grad()
@@ -36,20 +47,20 @@ def evaluate(
     before=lambda: None,  # called before each batch
 ) -> Accuracy:
     "Return the top-1 and top-5 accuracy in per cent; restore the network's mode afterwards."
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    predict = predictor_on(model, batches)
     # integer counts: the sum is the same for any batches and processes, and no torchmetrics is needed
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # correct top-1, correct top-5, samples
     with evaluating(model):
-        for images, targets, _ in as_batches(batches, device).epoch(0):
+        for batch in as_batches(batches, device).epoch(0):
             before()
-            own = shard_rows(len(targets), train=False)
-            images, targets = images[own], targets[own]
-            if not len(targets):
+            own = Batch(*(x if x is None else x[shard_rows(len(x), train=False)] for x in batch))
+            if not len(own.targets):
                 continue
-            with autocast(images.device.type, precision):
-                logits = model(as_stored(images, model))
+            with autocast(device.type, precision):
+                logits = predict(own)
             order = logits.topk(min(5, logits.shape[1])).indices
-            hits = order == targets[:, None]
+            hits = order == own.targets[:, None]
             counts += torch.stack([hits[:, 0].sum(), hits.sum(), hits[:, 0].numel() + torch.zeros_like(counts[0])])
     top1, top5, n = all_reduce(counts).tolist()
     return Accuracy(100 * top1 / n, 100 * top5 / n)
@@ -90,14 +101,17 @@ class Distiller:
 
     def build(self, images: torch.Tensor, targets: torch.Tensor):
         "Build the method's connectors from one batch of images and all training targets."
-        if self.teacher is None:
+        teacher = self.teacher
+        if teacher is None:
             return
         self.student_taps, self.teacher_taps = build_method(
             self.method,
             self.student_taps,
             self.teacher_taps,
             lambda taps: taps(images),
-            lambda taps: self._teacher_outputs(images, taps),
+            (lambda taps: teacher.examples(len(images), taps.paths, images.device))
+            if isinstance(teacher, StoredTeacher)
+            else (lambda taps: self._teacher_outputs(images, taps)),
             targets,
         )
         self.method.to(images.device)
@@ -156,12 +170,12 @@ class UnlabelledDistiller(Distiller):
         "Return the scores `cka` and `agreement` of the student against the teacher; `before` is called before each batch."
         device, found = next(self.student.parameters()).device, []
         assert self.teacher is not None  # refused by __init__
-        networks = (self.network, self.teacher)
+        predict = [predictor_on(net, batches) for net in (self.network, self.teacher)]
         with evaluating(self.network):
             for batch in as_batches(batches, device).epoch(0):
                 before()
                 with autocast(device.type, precision):
-                    found.append([as_logits(net(as_stored(batch.images, net))).float() for net in networks])
+                    found.append([logits_of(batch).float() for logits_of in predict])
         ours, theirs = (torch.cat(outputs) for outputs in zip(*found))
         scores = {"cka": 100 * cka(ours, theirs, unbiased=True).item()}
         if self.score == "agreement":

@@ -22,7 +22,7 @@ from .checkpoint import run_identity
 from .classification import Distiller
 from .config import TrainConfig, autocast, cublas_workspace, determinism, keep_freed_memory, make_optimizer
 from .graph import GraphedStep
-from .teacher_cache import TeacherCache
+from .teacher_cache import StoredTeacher, TeacherCache
 
 # %% auto #0
 __all__ = ['Stopped', 'Learner', 'random_state', 'seeded_state', 'set_random_state', 'refuse_memory', 'OutOfMemory', 'RunsFailed',
@@ -63,6 +63,8 @@ class Learner:
         self.train, self.test = as_batches(train, self.device), as_batches(test, self.device)
         self.switches = {"channels_last": channels_last, "compile": compile}
         self.switches |= {"cuda_graph": True} if cuda_graph else {}
+        if teacher_cache is None and isinstance(task.teacher, StoredTeacher):
+            teacher_cache = TeacherCache(task.teacher, self.train)
         self.teacher_cache = teacher_cache
         if teacher_cache is not None:
             if teacher_cache.train is not self.train or teacher_cache.teacher is not task.teacher:

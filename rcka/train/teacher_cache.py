@@ -9,21 +9,25 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core import Outputs, check_whole
-from ..distributed import barrier, rank
+import rcka
+from ..core import FeaturePaths, Outputs, as_batches, check_whole
+from ..distributed import barrier, rank, world_size
 from ..extras import optional_import
-from ..features import Taps, as_stored
-from ..files import digest, write_atomic
+from ..features import Taps, as_logits, as_stored, evaluating, feature_paths, unwrap
+from ..files import digest, new_file, write_atomic
 from ..methods.base import Method
-from .checkpoint import weights_digest
+from ..pair import head_of
+from .checkpoint import data_identity, weights_digest
 from .config import autocast
 
 # %% auto #0
-__all__ = ['BUDGET', 'SAMPLE', 'principal_basis', 'Store', 'TeacherCache']
+__all__ = ['BUDGET', 'SAMPLE', 'TEACHER_FORMAT', 'TEACHER_KEY', 'principal_basis', 'Rows', 'Store', 'TeacherCache',
+           'save_teacher', 'StoredTeacher', 'StoredTaps', 'load_teacher', 'is_teacher_file']
 
 # %% ../../nbs/method/06h_teacher_cache.ipynb #da3a7593
 def principal_basis(
@@ -52,8 +56,33 @@ BUDGET = 16 * 2**30  # maximum size of a cache in bytes
 SAMPLE = 2048  # number of images from which the basis of a projection is computed
 
 
-class Store:
-    "Storage of one output of the teacher (logits or a feature) for all images in all stored augmentations."
+class Rows:
+    "One output of the teacher (logits or a feature) for all images in all stored augmentations, read by index."
+
+    left_out, energy = 0.0, 0.0  # sums of squares: of what a projection removes, and of everything
+
+    def __init__(
+        self,
+        rows: Tensor,  # (augmentations, images, width)
+        shape: tuple[int, ...],  # of the output for one image
+        mean: Tensor | None = None,  # (width,): of projected features, subtracted from `rows`; None: no projection
+    ):
+        self.rows, self.shape, self.mean = rows, tuple(shape), mean
+
+    def place(self, device: torch.device):
+        "On a GPU, move the rows there if they need less than half of its free memory."
+        if device.type == "cuda" and self.rows.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+            self.rows = self.rows.to(device)
+        self.mean = None if self.mean is None else self.mean.to(device)
+
+    def read(self, view: Tensor, index: Tensor, device: torch.device) -> Tensor:
+        "Return the outputs for images `index` in augmentations `view`, on the device."
+        x = self.rows[view.to(self.rows.device), index.to(self.rows.device)].to(device)
+        return x.unflatten(1, self.shape) if self.mean is None else x.float() + self.mean
+
+
+class Store(Rows):
+    "Storage of one output of the teacher, which is filled an augmentation at a time."
 
     def __init__(
         self,
@@ -64,12 +93,11 @@ class Store:
         folder: Path | None = None,  # None: in memory
         width: int | None = None,  # number of components after projection; None: no projection
     ):
-        self.name, self.shape, self.dtype, self.folder, self.basis = name, tuple(shape), dtype, folder, None
+        self.name, self.dtype, self.folder, self.basis = name, dtype, folder, None
         self.views, self.images = size
         self.width = math.prod(shape) if width is None else width
         self.block = self.images * self.width * dtype.itemsize  # bytes of one augmentation of all images
-        self.left_out, self.energy = 0.0, 0.0  # sums of squares: of what the projection removes, and of everything
-        self.rows = torch.empty(0 if folder else self.views, self.images, self.width, dtype=dtype)
+        super().__init__(torch.empty(0 if folder else self.views, self.images, self.width, dtype=dtype), shape)
         self.done = 0  # number of complete augmentations
         if folder:
             self.path = folder / f"{digest(name)}.bin"
@@ -118,20 +146,14 @@ class Store:
             write_atomic(self.path.with_suffix(".pt"), buffer.getvalue())
 
     def open(self, device: torch.device):
-        "Map the file into memory; on a GPU, move the rows there if they need less than half of its free memory."
+        "Map the file into memory, and place the rows."
         if self.folder:
             self._read_about()  # another process may have computed the basis
             size = self.views * self.images * self.width
             rows = torch.from_file(str(self.path), shared=False, size=size, dtype=self.dtype)
             self.rows = rows.view(self.views, self.images, self.width)
-        if device.type == "cuda" and self.rows.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
-            self.rows = self.rows.to(device)
-        self.mean = None if self.basis is None else (self.basis[0] @ self.basis[1]).to(device)
-
-    def read(self, view: Tensor, index: Tensor, device: torch.device) -> Tensor:
-        "Return the outputs for images `index` in augmentations `view`, on the device."
-        x = self.rows[view.to(self.rows.device), index.to(self.rows.device)].to(device)
-        return x.unflatten(1, self.shape) if self.mean is None else x.float() + self.mean
+        self.mean = None if self.basis is None else self.basis[0] @ self.basis[1]
+        self.place(device)
 
 # %% ../../nbs/method/06h_teacher_cache.ipynb #4cce2c43
 class TeacherCache:
@@ -139,8 +161,8 @@ class TeacherCache:
 
     `cache(index, epoch, paths)` returns the `Outputs` for the images `index` as augmented in `epoch`. The constructor runs
     the teacher on all augmentations, unless the folder has the outputs already; if interrupted, it resumes after the last
-    complete augmentation. Raises ValueError for batches without stored augmentations and for a cache larger than
-    `budget`."""
+    complete augmentation. A `StoredTeacher` does not run: its file has the outputs. Raises ValueError for batches without
+    stored augmentations, for a cache larger than `budget`, and for a file of other images."""
 
     def __init__(
         self,
@@ -154,6 +176,10 @@ class TeacherCache:
         batch_size: int = 250,  # of the teacher's forward pass
         progress: bool = False,  # show a progress bar
     ):
+        self.teacher, self.train, self.epoch = teacher, train, None
+        if isinstance(teacher, StoredTeacher):
+            self._open(teacher, width)
+            return
         if not getattr(train, "views", None):
             raise ValueError(
                 f"a teacher cache needs training batches with stored augmentations, got views={getattr(train, 'views', None)}: "
@@ -161,8 +187,8 @@ class TeacherCache:
             )
         if width is not None:
             check_whole(2, width=width)
-        self.teacher, self.train, self.precision, self.width = teacher, train, precision, width
-        self.paths, self.batch_size, self.epoch = tuple(dict.fromkeys(paths)), batch_size, None
+        self.precision, self.width = precision, width
+        self.paths, self.batch_size = tuple(dict.fromkeys(paths)), batch_size
         self.device = next(teacher.parameters()).device
         made = {"teacher": weights_digest(teacher), "precision": precision, "width": width} | train.view_identity()
         self.folder = Path(folder) / digest(json.dumps(made, sort_keys=True)) if folder else None
@@ -177,6 +203,19 @@ class TeacherCache:
             barrier()
         for store in self.stores.values():
             store.open(self.device)
+
+    def _open(self, teacher: StoredTeacher, width: int | None):
+        "Take the outputs from the teacher's file."
+        teacher.check_images(self.train)
+        self.precision, self.width = teacher.about["precision"], teacher.about["width"]
+        if width not in (None, self.width):
+            raise ValueError(
+                f"{teacher.path} has features projected to width {self.width} (None: not projected), and width={width} is "
+                "asked for: leave it out, or make the file again from a cache with that width"
+            )
+        self.stores, self.device = teacher.outputs, self.train.targets.device
+        for rows in self.stores.values():
+            rows.place(self.device)
 
     def _lock(self):
         "Return a lock with which one process fills a folder while the others wait."
@@ -279,4 +318,235 @@ class TeacherCache:
 
     def identity(self) -> dict:
         "Return the settings of the cache that determine a result, besides the teacher and the batches."
-        return {"width": self.width, "precision": self.precision}
+        own = {"width": self.width, "precision": self.precision}
+        return own | {"file": self.teacher.digest} if isinstance(self.teacher, StoredTeacher) else own
+
+# %% ../../nbs/method/06h_teacher_cache.ipynb #29620c71
+TEACHER_FORMAT = 1
+TEACHER_KEY = "rcka_teacher"  # of the description in the metadata of a file
+
+
+def save_teacher(
+    path: Path | str,  # a .safetensors file; one that is there is replaced
+    cache: TeacherCache,  # of the teacher and the training images
+    test,  # held-out batches, on which students are evaluated
+    name: str | None = None,  # of the teacher, for reports; None: its class
+):
+    """Write the outputs of a teacher to one file, from which students are trained without the teacher.
+
+    Raises ValueError in several processes, and for held-out batches that do not say which images they have."""
+    with optional_import():
+        from safetensors.torch import save_file
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if world_size() > 1:
+        raise ValueError(f"save_teacher works in a single process, got {world_size()}: run it once without torchrun")
+    teacher, path = cache.teacher, Path(path)
+    held_out = _held_out(teacher, as_batches(test, cache.device), cache)
+    (image,) = cache.train.view(0, [torch.tensor([0])])
+    with evaluating(teacher), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        teacher(as_stored(image, teacher))
+    tensors = {store.name: store.rows for store in cache.stores.values()} | {"held_out": held_out}
+    tensors |= {f"mean of {s.name}": s.mean for s in cache.stores.values() if s.mean is not None}
+    if isinstance(head := head_of(teacher), nn.Linear):
+        tensors |= {f"head.{k}": v.detach() for k, v in head.state_dict().items()}
+    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+    try:
+        layers = feature_paths(teacher)
+    except ValueError:
+        layers = None
+    weights = [*teacher.parameters(), *teacher.buffers()]
+    about = {
+        "format": TEACHER_FORMAT,
+        "name": name or type(unwrap(teacher)).__name__,
+        "images": _pixels(cache.train),
+        "held_out_images": data_identity(test)["content"],
+        "outputs": [[path, store.name, store.shape] for path, store in cache.stores.items()],
+        "width": cache.width,
+        "precision": cache.precision,
+        "dtype": str(next(teacher.parameters()).dtype).removeprefix("torch."),
+        "layers": layers,
+        "parameters": sum(p.numel() for p in teacher.parameters()),
+        "flops": counter.get_total_flops(),
+        "megabytes": sum(t.numel() * t.element_size() for t in weights) / 1e6,
+        "digests": {k: digest(v) for k, v in tensors.items()},
+        "versions": {"rcka": rcka.__version__, "torch": str(torch.__version__)},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as part:
+        save_file(tensors, part, {"format": "pt", TEACHER_KEY: json.dumps(about)})
+
+
+@torch.no_grad()
+def _held_out(teacher: nn.Module, test, cache: TeacherCache) -> Tensor:
+    "Return the teacher's logits for the held-out images (n, classes), float32; zeros for images that cannot be decoded."
+    found: list[tuple[Tensor, Tensor]] = []
+    with evaluating(teacher):
+        for images, _, index in test.epoch(0):
+            if index is None:
+                raise ValueError(
+                    "the held-out batches do not say which images they have (index is None), as those of a DataLoader: "
+                    "give the batches of a dataset, data.batches(train=False)"
+                )
+            with autocast(cache.device.type, cache.precision):
+                found.append((index.cpu(), as_logits(teacher(as_stored(images, teacher))).float().cpu()))
+    logits = found[0][1].new_zeros(len(test.targets), found[0][1].shape[1])
+    for index, rows in found:
+        logits[index] = rows
+    return logits
+
+
+def _pixels(train) -> dict:
+    "Return what determines the pixels of the stored augmentations: images and crops, not how a network wants them normalised."
+    return {k: v for k, v in train.view_identity().items() if k not in ("mean", "std", "dtype")}
+
+# %% ../../nbs/method/06h_teacher_cache.ipynb #d526b926
+class StoredTeacher(nn.Module):
+    """Stand-in for a teacher whose outputs are in a file: `Distiller` takes it as the teacher.
+
+    It has no network: calling it raises RuntimeError. `about` is the description in the file."""
+
+    layers: FeaturePaths
+    head: nn.Linear
+    held_out: Tensor
+
+    def __init__(self, path: Path, about: dict[str, Any], tensors: dict[str, Tensor]):
+        super().__init__()
+        self.path, self.about, self.digest = path, about, digest(about["digests"])
+        self.outputs = {
+            key: Rows(tensors[name], shape, tensors.get(f"mean of {name}")) for key, name, shape in about["outputs"]
+        }  # key None: the logits; else a path. No buffers: they may be larger than the memory
+        self.register_buffer("held_out", tensors["held_out"])
+        head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
+        if head:
+            classes, width = head["weight"].shape  # without the random numbers that initial weights would draw
+            self.head = nn.utils.skip_init(nn.Linear, width, classes, bias="bias" in head, dtype=head["weight"].dtype)
+            self.head.load_state_dict(head)
+        if about["layers"]:
+            stages, preacts, pooled, _ = about["layers"]
+            self.layers = FeaturePaths(tuple(stages), tuple(preacts), pooled, "head" if head else "")
+
+    @property
+    def views(self) -> int:
+        "The number of stored augmentations."
+        return len(self.outputs[None].rows)
+
+    @property
+    def image_size(self) -> int | None:
+        "The height and width of the crops that were cut from image files; None for images in memory."
+        return self.about["images"].get("size")
+
+    def forward(self, *args, **kwargs):
+        raise RuntimeError(
+            f"{self.path} has a teacher's outputs for certain images, not its network, so it cannot run: train with "
+            f"Trainer or rcka.distill, on the images of the file with views={self.views}"
+        )
+
+    def __deepcopy__(self, memo):
+        return self  # nothing of it changes, and a copy of what is mapped would be in memory
+
+    def taps_at(self, paths: Iterable[str]) -> StoredTaps:
+        "Return the taps that `Distiller` asks for. Raises ValueError for features that the file does not have."
+        return StoredTaps(self, paths)
+
+    def check_images(self, train):
+        "Raise ValueError unless the file has the outputs for these training batches."
+        views, file = getattr(train, "views", None), self.path
+        if views is None or views > self.views:
+            got = "augmentations that are drawn anew (views=None)" if views is None else f"views={views}"
+            raise ValueError(
+                f"{file} has the outputs for {self.views} stored augmentations of each image, and the training batches "
+                f"have {got}: create them with data.batches(64, views={self.views}), in an experiment with teacher_cache={self.views}"
+            )
+        theirs, ours = self.about["images"], _pixels(train)
+        said = [
+            f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in theirs | ours if theirs.get(k) != ours.get(k)
+        ]
+        if said:
+            raise ValueError(
+                f"{file} has the outputs for other training images ({'; '.join(said)}): give the images and crops that it was "
+                "made with, or make it again for these"
+            )
+
+    def held_out_logits(self, test) -> Tensor:
+        "Return the teacher's logits for the held-out images, by their positions. Raises ValueError for other images."
+        theirs, ours = self.about["held_out_images"], data_identity(test)["content"]
+        if theirs != ours:
+            raise ValueError(
+                f"{self.path} has the logits for other held-out images (content: {theirs!r} there, {ours!r} here): give those "
+                "that it was made with, or make it again for these"
+            )
+        return self.held_out
+
+    def examples(self, n: int, paths: Iterable[str], device: torch.device) -> Outputs:
+        "Return outputs for the first `n` training images, from which a method is built; of projected features the shape only."
+        dtype = getattr(torch, self.about["dtype"])
+
+        def first(rows: Rows) -> Tensor:
+            if rows.mean is not None:
+                return torch.zeros(n, *rows.shape, dtype=dtype, device=device)
+            return rows.rows[0, :n].to(device, dtype).unflatten(1, rows.shape)
+
+        return Outputs(first(self.outputs[None]), tuple(first(self.outputs[path]) for path in paths))
+
+
+class StoredTaps(Taps):
+    "The paths of features in a teacher's file. A path without a form takes the map of the file where it has that alone."
+
+    def __init__(self, teacher: StoredTeacher, paths: Iterable[str]):
+        super().__init__(teacher)
+        has, wanted = [p for p in teacher.outputs if p is not None], list(paths)
+        self.paths = tuple(p if p in has else f"{p}:map" for p in wanted)
+        if missing := [p for p, found in zip(wanted, self.paths) if found not in has]:
+            raise ValueError(
+                f"{teacher.path} has no features at {', '.join(missing)}; it has {', '.join(has) or 'logits alone'}. Take a "
+                "method that compares these (or give them as teacher_paths), or make the file again from a cache whose "
+                "paths=[...] include the others"
+            )
+
+    def map_path(self, path, value, tokens):
+        return path
+
+
+def load_teacher(path: Path | str) -> StoredTeacher:
+    """Return the stand-in for the teacher in a file of `save_teacher`.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is damaged or was written by something else."""
+    with optional_import():
+        from safetensors import SafetensorError, safe_open
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no teacher at {path}: rcka.save_teacher writes such a file")
+    try:
+        with safe_open(path, "pt") as file:
+            about = (file.metadata() or {}).get(TEACHER_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped: pages are read when they are used
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error}): copy it again") from None
+    if about is None:
+        raise ValueError(
+            f"{path} has no outputs of a teacher, perhaps weights: give a file of rcka.save_teacher, or the weights as "
+            "teacher_weights with the name of the network as teacher"
+        )
+    about = json.loads(about)
+    if about["format"] != TEACHER_FORMAT:
+        raise ValueError(
+            f"{path} has format {about['format']!r}, this version reads {TEACHER_FORMAT}: use the version that wrote it "
+            f"({about.get('versions', {}).get('rcka')}), or make the file again"
+        )
+    if damaged := [name for name, known in about["digests"].items() if digest(tensors[name]) != known]:
+        raise ValueError(
+            f"{path} is damaged: the digest of {', '.join(damaged)} is not the one in its description; copy it again"
+        )
+    return StoredTeacher(path, about, tensors)
+
+
+def is_teacher_file(path: Path | str) -> bool:
+    "Return whether a file has a teacher's outputs, not weights."
+    with optional_import():
+        from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            return TEACHER_KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
