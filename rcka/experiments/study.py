@@ -29,8 +29,8 @@ from ..train.callbacks import NonFiniteLoss
 from ..train.learner import RunsFailed, Stopped
 
 # %% auto #0
-__all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'CACHED', 'STUDIES', 'Scaled', 'Study', 'run_study', 'run_group', 'as_row',
-           'read_table', 'differences_to', 'inflation', 'step_costs', 'screened', 'accuracy_by_factor',
+__all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'CACHED', 'ELSEWHERE', 'STUDIES', 'Scaled', 'Study', 'run_study', 'run_group',
+           'as_row', 'read_table', 'differences_to', 'inflation', 'step_costs', 'screened', 'accuracy_by_factor',
            'factors_to_try', 'run_screen', 'main', 'record_study']
 
 # %% ../../nbs/method/08e_study.ipynb #ed0364bb
@@ -273,6 +273,7 @@ def screened(label: str, factor: float) -> tuple:
     return "scaled", {"method": method, "factor": float(factor)} | ({"args": args} if args else {})
 
 
+ELSEWHERE = "kd,dist,reviewkd,fcka,rcka,dist+reviewkd 320,dist+reviewkd+procrustes".split(",")  # labels
 STUDIES = {
     study.name: study
     for study in (
@@ -296,12 +297,17 @@ STUDIES = {
             "cifar100-resnet20-wrn_16_1",
             "resnet20",
             "wrn_16_1",
-            {"none": ("none", None)}
-            | {
-                m: screened(m, PAIR[m])
-                for m in "kd,dist,reviewkd,fcka,rcka,dist+reviewkd 320,dist+reviewkd+procrustes".split(",")
-            },
+            {"none": ("none", None)} | {label: screened(label, PAIR[label]) for label in ELSEWHERE},
             settings=SHORT | dict(epochs=6, train_limit=20000),
+        ),
+        Study(  # nor on these images
+            "cifar10-jpeg-resnet20-wrn_16_1",
+            "resnet20",
+            "wrn_16_1",
+            {"none": ("none", None)} | {label: screened(label, PAIR[label]) for label in ELSEWHERE},
+            settings=SHORT
+            | dict(dataset="imagefolder:cifar10-jpeg", teacher_weights=None, teacher_epochs=20, teacher_lr=0.1)
+            | dict(epochs=6, train_limit=10000),
         ),
         Study(  # what it costs to keep the teacher's outputs for K augmentations an image
             "cifar100-teacher-cache",
