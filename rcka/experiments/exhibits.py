@@ -29,7 +29,7 @@ def resolved_arguments(
     student: str | None = None,
     dataset: str = "cifar100",
 ) -> dict:  # "argument" or, in a sum, "method.argument" to its value, as JSON has it
-    "Return every constructor argument of a method with the value it has today."
+    "Return every constructor argument of a method, with its default in this version where it is not given."
     given = paper_args(method, teacher, student or "", dataset) if method_args is None else method_args
     create_method(method, given)  # an unknown name or argument is an error
     found = {}
@@ -46,7 +46,7 @@ NOT_RECORDED = "not recorded"
 
 
 def figures_folder(figures: Path | str | None = None) -> Path:
-    "Return the folder for what a page draws, made if it is not there: `figures`, else figures/ below the runs."
+    "Create and return the folder for the figures of a page: `figures`, or figures/ below the runs."
     folder = Path(figures) if figures else runs_root() / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -59,25 +59,27 @@ def parameters_of(namespace: dict) -> dict:
     return {k: v for k, v in namespace.items() if isinstance(v, plain) and k[0] != "_" and k not in leave_out}
 
 
-def read_manifests(folder: Path | str) -> dict[str, dict]:  # name of an exhibit to its record
-    "Read the records of a folder of exhibits; empty where there are none."
+def read_manifests(folder: Path | str) -> dict[str, dict]:  # the record of each exhibit by its name
+    "Read the records in a folder of exhibits; empty if there are none."
     return {p.stem: json.loads(p.read_text()) for p in sorted(Path(folder, "manifests").glob("*.json"))}
 
 
 def record_exhibit(
-    folder: Path | str,  # of exhibits, as `figures_folder` gives it
+    folder: Path | str,  # of exhibits, from `figures_folder`
     name: str,
-    files: list,  # that were written there, by their paths in the folder
+    files: list,  # paths of the files that were written, relative to the folder
     notebook: str,  # path in the checkout
     parameters: dict,
-    methods: list[dict] = (),  # keyword arguments of `resolved_arguments`, one dict for each method that was run
+    methods: list[dict] = (),  # keyword arguments of `resolved_arguments`, a dict for each method that was run
 ):
-    "Write the record of an exhibit, manifests/NAME.json. Raises FileNotFoundError for a file that was not written."
+    "Write the record of an exhibit, manifests/NAME.json. Raises FileNotFoundError if one of its files is missing."
     folder = Path(folder)
     relative = sorted((folder / f).relative_to(folder).as_posix() for f in files)
     for file in relative:
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{file} of the exhibit {name!r} is not in {folder}: write it before its record")
+            raise FileNotFoundError(
+                f"{file} of the exhibit {name!r} is not in {folder}: write the file before its record"
+            )
     record = {
         "files": relative,
         "notebook": notebook,
@@ -107,11 +109,11 @@ def out_of_date(record: dict) -> list[str]:
 # %% ../../nbs/method/08d_exhibits.ipynb #31699307
 def remake(
     name: str,
-    root: Path | str | None = None,  # of the checkout; None: the one the working directory is in
+    root: Path | str | None = None,  # of the checkout; None: that of the working directory
 ):
-    """Run the notebook of an exhibit with its recorded parameters, and write to figures/ of the checkout.
+    """Run the notebook of an exhibit with its recorded parameters, and write its files to figures/ of the checkout.
 
-    The executed notebook stays below the runs. Raises ValueError for an unknown name and for unrecorded parameters."""
+    The executed notebook is written below the runs. Raises ValueError for an unknown name and for a record without parameters."""
     from rcka.experiments.sweep import execute  # papermill is needed here alone
 
     root = Path(root or checkout() or ".").resolve()

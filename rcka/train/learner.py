@@ -20,7 +20,7 @@ from ..features import Taps, as_stored
 from .callbacks import Callback, Checkpoint, NonFiniteWatch, Progress, SaveResults
 from .checkpoint import run_identity
 from .classification import Distiller
-from .config import TrainConfig, autocast, cublas_workspace, determinism, make_optimizer
+from .config import TrainConfig, autocast, cublas_workspace, determinism, keep_freed_memory, make_optimizer
 from .graph import GraphedStep
 from .teacher_cache import StoredTeacher, TeacherCache
 
@@ -78,6 +78,8 @@ class Learner:
                 net.to(memory_format=torch.channels_last)
         if config.deterministic and self.device.type == "cuda":
             cublas_workspace()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         outside = set_random_state(seeded_state(config.seed, self.device), self.device)
         try:
             task.prepare(self.train)
