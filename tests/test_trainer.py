@@ -388,7 +388,7 @@ kept = keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        torch.ones(2**24).add(1)  # 64 MB each
+        torch.ones(2**22).add(1)  # 16 MB each
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 print(int(kept), faults())
@@ -407,4 +407,4 @@ def test_freed_memory_is_kept_for_the_next_step(tuned):
     elif not kept:
         pytest.skip("another C library")
     else:
-        assert faults < 1000, faults  # 20 tensors of 16,384 pages
+        assert faults < 1000, faults  # 20 tensors of 4,096 pages

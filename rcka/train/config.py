@@ -200,4 +200,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     trim_threshold, mmap_threshold = -1, -3  # names of the options in malloc.h
-    return mallopt(mmap_threshold, 2**30) == 1 and mallopt(trim_threshold, 2**31 - 1) == 1
+    kept = any(mallopt(mmap_threshold, size) for size in (2**30, 2**25))  # before glibc 2.35 at most 32 MB
+    return kept and mallopt(trim_threshold, 2**31 - 1) == 1
