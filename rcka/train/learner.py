@@ -71,7 +71,6 @@ class Learner:
                 raise ValueError(
                     "the teacher cache was made with another teacher or other training batches: create it with those of the run"
                 )
-            teacher_cache.check(task.method, task.teacher_taps.paths)
         networks = [n for n in (task.student, task.teacher) if n is not None]
         if channels_last:
             for net in networks:
@@ -85,6 +84,8 @@ class Learner:
             task.prepare(self.train)
         finally:
             self.random = set_random_state(outside, self.device)
+        if teacher_cache is not None:
+            teacher_cache.check(task.method, task.teacher_taps.paths)
         if compile:
             for net in networks:
                 net.compile()

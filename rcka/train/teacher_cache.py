@@ -308,7 +308,8 @@ class TeacherCache:
             )
         if missing := [path for path in paths if path not in self.stores]:
             raise ValueError(
-                f"the teacher cache has no features at {', '.join(missing)}: create it with paths=[...] that include these"
+                f"the teacher cache has no features at {', '.join(missing)}: create it with paths=[...] that include these "
+                "(after task.find_maps(train), task.teacher_taps.paths has those of a transformer's maps)"
             )
         if self.width is not None and tuple(paths) and not method.relations_only:
             raise ValueError(
