@@ -31,7 +31,7 @@ from .experiments.experiment import resolved_args
 from .experiments.result import device_name, package_versions, plot_history, runs_root
 from .extras import optional_import
 from .files import as_csv, write_atomic
-from .methods.base import create_method
+from .methods.base import ClassesNeeded, create_method
 from .models.registry import list_models
 from .models.sources import SMALL, InputConfig, adapt_input, input_config, qualify
 from .models.student import is_file, load_student, make_network, read_about, save_student
@@ -466,10 +466,8 @@ class _Run:
             with torch.no_grad():
                 terms = task(batch, self.cache and self.cache(batch.index, 0, task.teacher_taps.paths)).terms
             if not terms:
-                raise ValueError("it has no term of its own")
-        except ValueError as error:
-            if not why or not any(word in str(error) for word in ("class", "target", "no term")):
-                raise  # the error has nothing to do with labels
+                raise ClassesNeeded("it has no term of its own")
+        except ClassesNeeded as error:
             raise ValueError(
                 f"method={method!r} cannot be used with these images, since {why}: {error}. Use kd, dist, fcka, lcka, rcka, "
                 "sp or rkd, for example"

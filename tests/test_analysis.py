@@ -288,6 +288,7 @@ def test_dead_layers_have_similarity_zero(pair):
     assert (frame.loc["layer1.0.bn2"] == 0).all() and frame.loc["fc", "fc"] != 0
 
 
+@pytest.mark.slow
 def test_wrapped_and_half_precision_networks(pair):
     want = compare(*pair, [IMAGES], "layer?.?")
     pd.testing.assert_frame_equal(

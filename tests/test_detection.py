@@ -272,6 +272,7 @@ def small(name, channels=64, classes=3, backbone="mobilenet_v3_small", **options
 METHODS = ("none", "pcka", "pcka+mimic", "mimic", "pkd", "fgd", "dense_kd", "dense_dist")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["faster_rcnn", "retinanet", "fcos"])
 def test_every_method_trains_every_detector(name, drawn):
     torch.manual_seed(0)
@@ -372,6 +373,7 @@ def fails(batches, e):
         yield batch
 
 
+@pytest.mark.slow
 def test_mixed_precision(drawn, tmp_path):
     "One epoch in bf16 gives the losses of one in fp32, but for rounding."
     rows = {}

@@ -152,6 +152,7 @@ def test_a_teacher_of_other_classes_is_refused(photos, tmp_path):
     assert not list(tmp_path.rglob("metrics.csv"))
 
 
+@pytest.mark.slow
 def test_a_student_larger_than_its_teacher_is_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="more than the teacher"):
         rcka.distill("digits", "resnet8", "resnet14", "kd", 1, tmp_path, device="cpu", progress=False)
@@ -238,6 +239,7 @@ def loose(photos, tmp_path):
     return tmp_path / "loose", str(tmp_path / "teacher")
 
 
+@pytest.mark.slow
 def test_without_labels(loose, tmp_path):
     "Features alone give an encoder, logits a classifier of the teacher's classes; the loss has no cross-entropy."
     import csv
@@ -291,6 +293,7 @@ def test_a_teacher_of_other_classes(photos, loose, tmp_path):
         rcka.distill(photos, str(tmp_path / "others"), method="kd", **given | {"output": tmp_path / "no"})
 
 
+@pytest.mark.slow
 def test_augmented_to_the_end(tmp_path):
     "All of it at once with methods on features and logits, a preset, and a run that is done is found again."
     given = dict(epochs=1, batch_size=64, device="cpu", progress=False, output=tmp_path / "out", preset="deit")
@@ -342,6 +345,7 @@ def test_the_average_of_a_preset_is_that_of_torchvision():
     assert whole[0] == pytest.approx(whole[1])
 
 
+@pytest.mark.slow
 def test_what_is_shipped_is_the_average(tmp_path):
     "It is what is evaluated and saved; the report says so, and what the last step's weights score."
     from safetensors.torch import load_file

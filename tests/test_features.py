@@ -175,6 +175,7 @@ def test_checkpointed_activations_do_not_disturb():
     assert b is not None and model.a.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_networks():
     torch._dynamo.reset()

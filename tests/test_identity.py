@@ -232,6 +232,7 @@ def test_making_a_trainer_draws_nothing_outside(data, tmp_path):
 # determinism
 
 
+@pytest.mark.slow
 def test_import_leaves_the_environment_alone():
     "The workspace of cuBLAS is a global setting: only deterministic=True asks for it."
     env = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"} | {"PYTHONPATH": str(REPO)}

@@ -138,6 +138,7 @@ def test_a_teacher_sees_its_own_normalisation(tmp_path):
         rcka.distill("my_loaders:dicts", str(tmp_path / "teacher"), "resnet8", "fcka", output=tmp_path / "no", **SMALL)
 
 
+@pytest.mark.slow
 def test_without_labels(tmp_path):
     torch.manual_seed(0)
     save_student(
@@ -153,6 +154,7 @@ def test_without_labels(tmp_path):
     assert results["student"]["top1"] is None and 0 <= results["student"]["agreement"] <= 100
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_the_start_of_its_epoch(tmp_path, monkeypatch):
     "Stopped in the second epoch: the same bits as unbroken, since an epoch's order depends on the seed and the epoch."
     given = dict(SMALL, data="my_loaders:plain", teacher="resnet8", student="resnet8", method="kd", epochs=3, mixup=0.2)
@@ -317,6 +319,7 @@ def test_looking_at_loaders_draws_nothing(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path):
     "A module of the working directory; its student loads without it."
     import subprocess

@@ -83,6 +83,7 @@ def test_a_step_of_training(name):
     assert any(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v1", "mobilenet_v2_half", "shufflenet_v1", "shufflenet_v2"]
 )
@@ -191,6 +192,7 @@ def test_mobilenet_v1_is_that_of_timm():
         torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_transformer_beside_a_residual_network():
     vit, resnet = create_model("torchvision/vit_b_16", 10), create_model("torchvision/resnet18", 10)
     x = torch.randn(4, 3, 224, 224)
@@ -562,6 +564,7 @@ def test_weights_that_do_not_fit_are_refused(run_of_digits, shipped):
         load()
 
 
+@pytest.mark.slow
 def test_large_networks_ship_in_half_precision_or_not_at_all(run_of_digits, shipped, monkeypatch):
     folder, data = run_of_digits
     export = lambda weights="digits": export_weights(folder, weights, data, source="a test")

@@ -26,6 +26,7 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_import_needs_torch_and_torchvision_alone():
     "Everything the extras bring is made impossible to import; the losses, networks and taps still work."
     names = [re.split(r"[<>=!]", r)[0] for key in cfg if key.endswith("_requirements") for r in cfg[key].split()]
@@ -94,6 +95,7 @@ def test_names_of_the_package():
         rcka.cak  # noqa: B018
 
 
+@pytest.mark.slow
 def test_methods_register_whoever_asks():
     "Every family is known without importing it; a method of the user's keeps its name."
     done = python("""

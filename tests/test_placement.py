@@ -158,6 +158,7 @@ def test_dense_methods(name):
     assert on_cuda(method.terms(student, teacher, target()).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LOGITS, "lcka", "pcka"])
 def test_segmentation(name):
     pytest.importorskip("torchvision")
@@ -172,6 +173,7 @@ def test_segmentation(name):
     assert on_cuda(distiller(batch).terms.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the maps of level")
 @pytest.mark.parametrize("name", DENSE)
 def test_detection(name):

@@ -695,6 +695,7 @@ def test_constant_channels_give_zero_without_a_gradient(similarity, value):
         assert got == 0 and (x.grad == 0).all() and (y.grad == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [8, 512])
 def test_explained_variance_with_copied_and_dead_channels(width):
     "A covariance without an inverse: value and gradient are finite, and copies explain no more than the channel itself."

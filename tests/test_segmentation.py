@@ -310,6 +310,7 @@ def test_networks(architecture, backbone):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_torchvisions_networks_are_known():
     "Those that a user made by torchvision's own functions, and the same numbers as theirs."
     from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
@@ -515,6 +516,7 @@ def test_resume_gives_the_same_weights(scenes, tmp_path):
     assert again.best["miou"] == max(row["miou"] for row in expected)
 
 
+@pytest.mark.slow
 def test_an_experiment(root, tmp_path):
     "Teacher and student through `run`: scores of both, the teacher found again, weights given by a file."
     e = SegmentationExperiment(

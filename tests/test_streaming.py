@@ -105,6 +105,7 @@ def test_minibatch_weighs_batches_by_their_samples():
     torch.testing.assert_close(acc.compute()[0, 0], sums[0] / (sums[1] * sums[2]).sqrt(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_minibatch_converges_to_the_population_whatever_the_batch_size():
     "Sigma_xy = M'N, known: the estimate does not depend on the batch size, the biased one does."
     g = torch.Generator().manual_seed(0)

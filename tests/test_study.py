@@ -47,6 +47,7 @@ def study(factors):
     return Study("toy-screen", "resnet8", "resnet8", {"none": ("none", None)} | methods, (0,), settings)
 
 
+@pytest.mark.slow
 def test_a_screen_is_done_once(tmp_path):
     rows = run_screen(study(FACTORS), tmp_path, root=tmp_path / "runs", progress=False)
     assert rows[0]["label"] == "none"
@@ -60,6 +61,7 @@ def test_a_screen_is_done_once(tmp_path):
         run_screen(study(FACTORS), tmp_path, methods=["fckaa"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finite_does_not_take_others_with_it(tmp_path):
     rows = run_study(study([1.0, 1e38]), tmp_path, tmp_path / "runs", progress=False)
     last = {row["label"]: row["last"] for row in rows}

@@ -62,6 +62,7 @@ def test_losses_are_those_of_the_teacher_itself(data, tmp_path, method):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_resume_to_the_same_bits(data, tmp_path, on_disk):
     where = tmp_path / "cache" if on_disk else None
@@ -118,6 +119,7 @@ def test_a_projection_is_for_relations_only(data, tmp_path):
         data.batches(train=False, views=2)
 
 
+@pytest.mark.slow
 def test_experiments_with_a_cache(tmp_path):
     "Alone and in a group to the same bits; one cache for all methods and seeds; another key than without it."
     e = Experiment(

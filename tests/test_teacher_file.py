@@ -6,6 +6,7 @@ import struct
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from interruption import interrupt_at
 
 import rcka
@@ -223,3 +224,31 @@ def test_distill_and_the_experiments_take_a_file(data, tmp_path):
     )
     result = rcka.run(e, tmp_path / "runs", device="cpu", progress=False)
     assert result.teacher["top1"] == results["teacher"]["top1"]
+
+
+def test_maps_of_a_transformer(data, tmp_path):
+    "A method that wants maps gets those of the teacher's tokens, from the cache and from the file."
+    torch.manual_seed(0)
+    shape = dict(num_layers=4, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=10)
+    teacher = torchvision.models.VisionTransformer(image_size=8, patch_size=2, **shape)
+    teacher.conv_proj = torch.nn.Conv2d(1, 16, 2, 2)
+    train, test = data.batches(32, views=2, seed=1), data.batches(train=False)
+
+    def trained(folder, teacher, cache=None, maps=False):
+        task = Distiller(network(1), create_method("fitnet"), teacher)
+        if maps:
+            task.find_maps(train)
+        cache = cache and cache(task.teacher_taps.paths)
+        trainer = Trainer(task, train, test, TrainConfig(epochs=1, lr=0.02), tmp_path / folder, teacher_cache=cache)
+        return trainer, trainer.fit(progress=False)
+
+    made = []
+    with pytest.raises(ValueError, match="encoder_layer_1:map.*find_maps"):
+        trained("tokens", teacher, lambda paths: TeacherCache(teacher, train, paths))
+    expected, history = trained(
+        "cache", teacher, lambda paths: made.append(TeacherCache(teacher, train, paths)) or made[0], True
+    )
+    assert history[0]["loss"] == pytest.approx(trained("plain", teacher)[1][0]["loss"], rel=0.02)
+    save_teacher(tmp_path / "t.safetensors", made[0], test)
+    found, again = trained("file", load_teacher(tmp_path / "t.safetensors"))
+    assert again == history and same(found, expected)

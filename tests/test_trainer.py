@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +189,7 @@ def test_fast_paths_keep_the_loss_curve(data, tmp_path, device, fast, tolerance)
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kd", "rcka", "fitnet", "srrl", "crd"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_teacher_stored_in_bf16(data, tmp_path, precision, method):
@@ -270,6 +272,7 @@ def test_a_group_gets_the_same_bits(data, tmp_path):
         assert same(a.task.student, b.task.student)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others_of_its_group_alone(data, tmp_path):
     "One diverges in the second epoch and one cannot write: the rest get the bits that they get alone."
     train, test, teacher = data.batches(32), data.batches(train=False), network(0)
@@ -369,9 +372,39 @@ def test_speed_notebook(tmp_path):
             classes=10,
             image=16,
             rounds=1,
+            maps=[[1, 16, 20, 24]],
             images=64,
             seeds=[0, 1],
         ),
     )
     text = "".join(str(o.get("text", "")) for cell in done["cells"] for o in cell.get("outputs", []))
     assert "2 students together" in text and "RCKA's terms" in text
+
+
+FREED = """
+import resource, torch
+from rcka.train.config import keep_freed_memory
+kept = keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24).add(1)  # 64 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(int(kept), faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize("tuned", [{}, {"MALLOC_ARENA_MAX": "2"}])
+def test_freed_memory_is_kept_for_the_next_step(tuned):
+    "The same large tensors again cost no page faults; an allocator that was tuned from outside is left alone."
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    done = subprocess.run([sys.executable, "-c", FREED], env=clean | tuned, capture_output=True, text=True, check=True)
+    kept, faults = map(int, done.stdout.split())
+    if tuned:
+        assert not kept
+    elif not kept:
+        pytest.skip("another C library")
+    else:
+        assert faults < 1000, faults  # 20 tensors of 16,384 pages

@@ -607,6 +607,8 @@ def make_cache(experiment, parts: list[Parts], root: Path, options: dict, progre
     teacher, train = parts[0].task.teacher, parts[0].train
     if teacher is None or not getattr(experiment, "teacher_cache", None):
         return None
+    for p in parts:
+        p.task.find_maps(train)
     paths = [path for p in parts for path in p.task.teacher_taps.paths]
     if options.get("channels_last"):
         teacher.to(memory_format=torch.channels_last)

@@ -15,16 +15,20 @@ from ..core import FeaturePaths, Outputs, nearest
 from ..similarity.measures import as_features, as_real, full_precision
 
 # %% auto #0
-__all__ = ['METHODS', 'ANY_PATHS', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods', 'create_method', 'Vanilla',
-           'Sum', 'Wrapper', 'FeatureMethod', 'need', 'check_batches', 'check_samples', 'WarmUp', 'check_maps',
-           'pooled_to', 'same_size', 'MapMethod', 'resize_maps', 'DenseMethod', 'map_mse_loss']
+__all__ = ['METHODS', 'ANY_PATHS', 'ClassesNeeded', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods',
+           'create_method', 'Vanilla', 'Sum', 'Wrapper', 'FeatureMethod', 'need', 'check_batches', 'check_samples',
+           'WarmUp', 'check_maps', 'pooled_to', 'same_size', 'MapMethod', 'resize_maps', 'DenseMethod', 'map_mse_loss']
 
 # %% ../../nbs/method/02_methods.ipynb #4504c7e9
+class ClassesNeeded(ValueError):
+    "Raised by a method that needs the class of each sample where there is none."
+
+
 def class_indices(target: Tensor | None, method: str) -> Tensor:
-    "Check that `target` holds the class of each sample, (n,), for a method that has no form for class probabilities."
+    "Return `target` if it holds the class of each sample, (n,); raise ClassesNeeded otherwise. For methods without a form for class probabilities."
     if target is None or target.dim() != 1 or target.is_floating_point():
         got = "no target" if target is None else f"{tuple(target.shape)} of {target.dtype}"
-        raise ValueError(
+        raise ClassesNeeded(
             f"method {method} needs the class of each sample, a target (n,) of integers; got {got}. "
             "With soft labels, as from mixup, or without labels use a method that does not need classes, such as kd or fcka"
         )

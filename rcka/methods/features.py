@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rcka.methods.base import (
+    ClassesNeeded,
     FeatureMethod,
     MapMethod,
     WarmUp,
@@ -246,7 +247,7 @@ class CRD(FeatureMethod):
 
     def build(self, student, teacher, *, targets=None, **known):
         if targets is None:
-            raise ValueError(
+            raise ClassesNeeded(
                 "crd needs the classes of all training samples, got none: call build(..., targets=classes)"
             )
         super().build(student, teacher)

@@ -15,7 +15,7 @@ from ..core import Batch, Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, shard_rows, world_size
 from ..features import Taps, as_logits, as_stored, evaluating
 from ..methods.base import Method, Vanilla
-from ..pair import batch_statistics, build_method, paired_taps, wanted_paths
+from ..pair import batch_statistics, build_method, paired_taps, wanted_paths, with_maps
 from ..similarity.measures import cka
 from .config import autocast
 from .teacher_cache import StoredTeacher
@@ -98,6 +98,12 @@ class Distiller:
     def prepare(self, train):
         "Build the method from the first training batch. Called before the optimiser is created."
         self.build(first_shard(train).images, train.targets)
+
+    def find_maps(self, train):
+        "Take the teacher's features as maps where the method wants maps; before a `TeacherCache` of a transformer is made."
+        if self.teacher is not None and not isinstance(self.teacher, StoredTeacher):
+            outputs = self._teacher_outputs(first_shard(train).images)
+            self.teacher_taps = with_maps(self.teacher_taps, self.method, outputs)
 
     def build(self, images: torch.Tensor, targets: torch.Tensor):
         "Build the method's connectors from one batch of images and all training targets."

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -17,7 +18,7 @@ from torch import nn
 
 # %% auto #0
 __all__ = ['CHOICES', 'TrainConfig', 'along_cosine', 'parameter_groups', 'make_optimizer', 'computes_in_bf16', 'auto_precision',
-           'autocast', 'cublas_workspace', 'determinism']
+           'autocast', 'cublas_workspace', 'determinism', 'keep_freed_memory']
 
 # %% ../../nbs/method/06a_config.ipynb #680f6525
 CHOICES = {
@@ -185,3 +186,18 @@ def determinism(on: bool, search: bool = True):
     finally:
         torch.use_deterministic_algorithms(before)
         torch.backends.cudnn.benchmark = benchmark
+
+# %% ../../nbs/method/06a_config.ipynb #5e9b77aa
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Make glibc's allocator keep freed memory for the next step, and return whether it does.
+
+    It holds for the whole process. Nothing is done where the C library is another one, or where its allocator was tuned
+    by the environment (MALLOC_..._ or GLIBC_TUNABLES)."""
+    if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # names of the options in malloc.h
+    return mallopt(mmap_threshold, 2**30) == 1 and mallopt(trim_threshold, 2**31 - 1) == 1

@@ -20,7 +20,7 @@ from ..features import Taps, as_stored
 from .callbacks import Callback, Checkpoint, NonFiniteWatch, Progress, SaveResults
 from .checkpoint import run_identity
 from .classification import Distiller
-from .config import TrainConfig, autocast, cublas_workspace, determinism, make_optimizer
+from .config import TrainConfig, autocast, cublas_workspace, determinism, keep_freed_memory, make_optimizer
 from .graph import GraphedStep
 from .teacher_cache import StoredTeacher, TeacherCache
 
@@ -71,18 +71,21 @@ class Learner:
                 raise ValueError(
                     "the teacher cache was made with another teacher or other training batches: create it with those of the run"
                 )
-            teacher_cache.check(task.method, task.teacher_taps.paths)
         networks = [n for n in (task.student, task.teacher) if n is not None]
         if channels_last:
             for net in networks:
                 net.to(memory_format=torch.channels_last)
         if config.deterministic and self.device.type == "cuda":
             cublas_workspace()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         outside = set_random_state(seeded_state(config.seed, self.device), self.device)
         try:
             task.prepare(self.train)
         finally:
             self.random = set_random_state(outside, self.device)
+        if teacher_cache is not None:
+            teacher_cache.check(task.method, task.teacher_taps.paths)
         if compile:
             for net in networks:
                 net.compile()

@@ -209,9 +209,10 @@ class TeacherCache:
         teacher.check_images(self.train)
         self.precision, self.width = teacher.about["precision"], teacher.about["width"]
         if width not in (None, self.width):
+            has = f"projected to width {self.width}" if self.width else "that are not projected"
             raise ValueError(
-                f"{teacher.path} has features projected to width {self.width} (None: not projected), and width={width} is "
-                "asked for: leave it out, or make the file again from a cache with that width"
+                f"{teacher.path} has features {has}, and width={width} is asked for: leave it out, or make the file again "
+                "from a cache with that width"
             )
         self.stores, self.device = teacher.outputs, self.train.targets.device
         for rows in self.stores.values():
@@ -308,7 +309,8 @@ class TeacherCache:
             )
         if missing := [path for path in paths if path not in self.stores]:
             raise ValueError(
-                f"the teacher cache has no features at {', '.join(missing)}: create it with paths=[...] that include these"
+                f"the teacher cache has no features at {', '.join(missing)}: create it with paths=[...] that include these "
+                "(after task.find_maps(train), task.teacher_taps.paths has those of a transformer's maps)"
             )
         if self.width is not None and tuple(paths) and not method.relations_only:
             raise ValueError(
