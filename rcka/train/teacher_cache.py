@@ -209,9 +209,10 @@ class TeacherCache:
         teacher.check_images(self.train)
         self.precision, self.width = teacher.about["precision"], teacher.about["width"]
         if width not in (None, self.width):
+            has = f"projected to width {self.width}" if self.width else "that are not projected"
             raise ValueError(
-                f"{teacher.path} has features projected to width {self.width} (None: not projected), and width={width} is "
-                "asked for: leave it out, or make the file again from a cache with that width"
+                f"{teacher.path} has features {has}, and width={width} is asked for: leave it out, or make the file again "
+                "from a cache with that width"
             )
         self.stores, self.device = teacher.outputs, self.train.targets.device
         for rows in self.stores.values():
