@@ -18,7 +18,7 @@ import torch
 
 pytestmark = pytest.mark.slow
 
-KILLS = 12
+KILLS = 20
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     ["rcka.experiments.experiment", "sklearn.datasets", "safetensors.torch", "torch._dynamo"]
