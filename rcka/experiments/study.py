@@ -237,6 +237,10 @@ SCREENED = {  # label to method and arguments; None: the usual ones
     "cka_places last stage": ("cka_places", {"stages": [-1]}),
     "dist+procrustes 256": ("dist+procrustes", {"procrustes.weight": 256.0}),  # 16 times the usual one
     "dist+reviewkd 320": ("dist+reviewkd", {"reviewkd.weight": 320.0}),  # 64 times the usual one
+    "reviewkd+procrustes": (  # the same weights as in the sum of three
+        "reviewkd+procrustes",
+        {"reviewkd.weight": 320.0, "procrustes.weight": 256.0, "procrustes.size": 8, "procrustes.levels": [4, 1]},
+    ),
     "dist+reviewkd+procrustes": (
         "dist+reviewkd+procrustes",
         {"reviewkd.weight": 320.0, "procrustes.weight": 256.0, "procrustes.size": 8, "procrustes.levels": [4, 1]},
@@ -260,6 +264,7 @@ PAIR = {  # label to the factor of its usual weights that was best in the screen
     "cka_places": 1,
     "dist+procrustes 256": 1,
     "dist+reviewkd 320": 1,
+    "reviewkd+procrustes": 1,
     "dist+reviewkd+procrustes": 1,
 }
 
@@ -273,7 +278,9 @@ def screened(label: str, factor: float) -> tuple:
     return "scaled", {"method": method, "factor": float(factor)} | ({"args": args} if args else {})
 
 
-ELSEWHERE = "kd,dist,reviewkd,fcka,rcka,dist+reviewkd 320,dist+reviewkd+procrustes".split(",")  # labels
+ELSEWHERE = "kd,dist,reviewkd,fcka,rcka,dist+reviewkd 320,reviewkd+procrustes,dist+reviewkd+procrustes".split(
+    ","
+)  # labels
 STUDIES = {
     study.name: study
     for study in (
