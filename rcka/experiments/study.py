@@ -29,9 +29,9 @@ from ..train.callbacks import NonFiniteLoss
 from ..train.learner import RunsFailed, Stopped
 
 # %% auto #0
-__all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'CACHED', 'ELSEWHERE', 'STUDIES', 'Scaled', 'Study', 'run_study', 'run_group',
-           'as_row', 'read_table', 'differences_to', 'inflation', 'step_costs', 'screened', 'accuracy_by_factor',
-           'factors_to_try', 'run_screen', 'main', 'record_study']
+__all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'CACHED', 'ELSEWHERE', 'IMAGENETTE', 'STUDIES', 'Scaled', 'Study', 'run_study',
+           'run_group', 'as_row', 'read_table', 'differences_to', 'inflation', 'step_costs', 'screened',
+           'accuracy_by_factor', 'factors_to_try', 'run_screen', 'main', 'record_study']
 
 # %% ../../nbs/method/08e_study.ipynb #ed0364bb
 @register("scaled")
@@ -281,6 +281,7 @@ def screened(label: str, factor: float) -> tuple:
 ELSEWHERE = "kd,dist,reviewkd,fcka,rcka,dist+reviewkd 320,reviewkd+procrustes,dist+reviewkd+procrustes".split(
     ","
 )  # labels
+IMAGENETTE = ["kd", "rcka", "reviewkd", "dist+reviewkd+procrustes"]
 STUDIES = {
     study.name: study
     for study in (
@@ -315,6 +316,15 @@ STUDIES = {
             settings=SHORT
             | dict(dataset="imagefolder:cifar10-jpeg", teacher_weights=None, teacher_epochs=20, teacher_lr=0.1)
             | dict(epochs=6, train_limit=10000),
+        ),
+        Study(  # nor here: ImageNet's pipeline, on ten of its classes, from files to random crops
+            "imagenette-resnet18-mobilenet_v1",
+            "torchvision/resnet18",
+            "mobilenet_v1",
+            {"none": ("none", None)} | {label: screened(label, PAIR[label]) for label in IMAGENETTE},
+            settings=SHORT
+            | dict(dataset="imagenet:imagenette", image_size=64, batch_size=64, lr=0.1, teacher_weights=None)
+            | dict(epochs=6, teacher_epochs=16),
         ),
         Study(  # what it costs to keep the teacher's outputs for K augmentations an image
             "cifar100-teacher-cache",
