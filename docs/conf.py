@@ -1,5 +1,6 @@
 "Sphinx settings. `docs/build` stages the notebooks and calls Sphinx; nothing here needs a network when built or when read."
 
+import gc
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -42,3 +43,15 @@ html_theme_options = {"footer_icons": []}
 pygments_style = "default"  # its comments have enough contrast
 toc_object_entries_show_parents = "hide"
 add_module_names = False
+
+
+def setup(app):
+    "Keep the garbage collector off what was read: it is needed to the end, and every pass over it takes a second."
+    gc.disable()
+
+    def keep(*_):
+        gc.freeze()
+        gc.enable()
+
+    app.connect("env-updated", keep)
+    app.connect("build-finished", lambda *_: gc.unfreeze())

@@ -10,6 +10,7 @@ from test_segmentation import draw
 
 from rcka.data.coco import draw_rectangles
 from rcka.experiments.detection import DetectionExperiment
+from rcka.experiments.exhibits import read_manifests
 from rcka.experiments.experiment import Experiment, run
 from rcka.experiments.result import Result
 from rcka.experiments.segmentation import SegmentationExperiment
@@ -33,8 +34,8 @@ def parameters(name):
     return set(papermill.inspect_notebook(benchmarks / f"{name}.ipynb"))
 
 
-def execute(name, folder, monkeypatch, **values):
-    "Run a notebook in an empty folder; a cell that fails fails the test."
+def execute(name, folder, monkeypatch, cwd=None, **values):
+    "Run a notebook in an empty folder, or in `cwd`; a cell that fails fails the test."
     monkeypatch.setenv("RCKA_RUNS", str(folder / "runs"))
     monkeypatch.setenv("PYTHONPATH", str(benchmarks.parent.parent))
     monkeypatch.delenv("MPLBACKEND", raising=False)
@@ -43,7 +44,7 @@ def execute(name, folder, monkeypatch, **values):
         benchmarks / f"{name}.ipynb",
         folder / f"{name}.ipynb",
         values,
-        cwd=folder,
+        cwd=cwd or folder,
         progress_bar=False,
         kernel_name="python3",
     )
@@ -94,13 +95,20 @@ def test_imagenet(tmp_path, monkeypatch):
 
 
 def test_digits(tmp_path, monkeypatch):
-    text = execute("digits", tmp_path, monkeypatch, **small, teacher_epochs=1, seeds=[0, 1], methods=["kd", "rcka"])
+    "In its own folder, as make demo runs it: with other parameters it leaves the exhibits of the checkout alone."
+    exhibits = benchmarks.parent.parent / "figures"
+    before = {p: p.read_bytes() for p in exhibits.rglob("*") if p.is_file()}
+    values = small | dict(methods=["kd", "rcka"], seeds=[0, 1], teacher_epochs=1)
+    text = execute("digits", tmp_path, monkeypatch, cwd=benchmarks, **values)
     assert "student alone" in text and "teacher resnet14" in text and "closed (%)" in text
     assert (tmp_path / "runs" / "figures" / "digits.png").stat().st_size > 5000
     results = [Result.load(p).experiment for p in (tmp_path / "runs").glob("*/result.json")]
     assert len(results) == 1 + 3 * 2
     limits = {e["student"]: e["train_limit"] for e in results}
     assert limits == {"resnet14": None, "resnet8": 120}  # the teacher has more labels than its students
+    made = read_manifests(tmp_path / "runs" / "figures")["digits"]
+    assert made["parameters"]["epochs"] == 1 and made["parameters"]["train_limit"] == 120
+    assert {p: p.read_bytes() for p in exhibits.rglob("*") if p.is_file()} == before
 
 
 def test_bounds(tmp_path, monkeypatch):

@@ -89,23 +89,6 @@ def test_only_a_folder_that_is_named_is_written_to(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_page_in_the_checkout_leaves_its_exhibits_alone(tmp_path, monkeypatch):
-    "The digits page with other parameters, run from its own folder, as make demo runs it."
-    monkeypatch.setenv("RCKA_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    before = {p: p.read_bytes() for p in figures.rglob("*") if p.is_file()}
-    values = dict(methods=["kd"], seeds=[0, 1], epochs=1, teacher_epochs=1, train_limit=60, test_limit=50)
-    values |= dict(teacher="resnet8", teacher_limit=120)
-    page = root / "nbs" / "benchmarks" / "digits.ipynb"
-    papermill.execute_notebook(
-        page, tmp_path / "out.ipynb", values, cwd=page.parent, progress_bar=False, kernel_name="python3"
-    )
-    made = read_manifests(tmp_path / "runs" / "figures")["digits"]
-    assert made["parameters"]["epochs"] == 1 and made["parameters"]["teacher_limit"] == 120
-    assert {p: p.read_bytes() for p in figures.rglob("*") if p.is_file()} == before
-
-
-@pytest.mark.slow
 def test_exhibits_are_made_again_from_their_records(tmp_path, monkeypatch):
     "A page with its recorded parameters, in a copy of the checkout: the record and the files are new, the rest as it was."
     (tmp_path / "nbs").mkdir()
