@@ -56,6 +56,9 @@ def plot_similarity(
     bar: bool = True,  # draw the colour scale
 ):  # Axes
     "Draw a heatmap of the similarity of every layer of one network with every layer of another."
+    with optional_import():
+        from matplotlib.patches import Rectangle
+
     if ax is None:
         height, width = (max(3.0, min(9.0, 1.6 + 0.34 * n)) for n in frame.shape)
         ax = _plt().subplots(figsize=(width, height), layout="constrained")[1]
@@ -65,9 +68,7 @@ def plot_similarity(
     where = enumerate(frame.values.argmax(0)) if best else ()
     for j, i in where:
         if _numbered(frame, numbers):  # a frame along the cell, which leaves the number free
-            ax.add_patch(
-                _plt().Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILLION, linewidth=1.5)
-            )
+            ax.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILLION, linewidth=1.5))
         else:
             ax.scatter(j, i, s=25, facecolors="none", edgecolors="0.55", linewidths=1.2)
     if bar:
