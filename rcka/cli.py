@@ -89,20 +89,22 @@ def extensions(
         typer.Option(
             "--import",
             metavar="MODULE",
-            help="Import a module that registers methods or networks first; may be given several times.",
+            help="Import a module that registers methods, networks or data sets first; may be given several times.",
         ),
     ] = None,
 ):
     "Distil networks, run benchmarks and sweeps, print tables."
-    from importlib import import_module
     from importlib.metadata import entry_points
 
     if "" not in sys.path:
         sys.path.insert(0, "")  # MODULE, and a network as package.module:function, of the working directory
-    for point in entry_points(group="rcka"):
-        point.load()
-    for name in modules or []:
-        import_module(name)
+    if modules:  # for the processes of notebooks and sweeps as well
+        os.environ["RCKA_IMPORT"] = ",".join(filter(None, [os.environ.get("RCKA_IMPORT"), *modules]))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    if os.environ.get("RCKA_IMPORT") or entry_points(group="rcka"):
+        from rcka.core import load_extensions
+
+        load_extensions()
 
 # %% ../nbs/method/08c_cli.ipynb #1c81fc86
 @app.command()
@@ -128,10 +130,11 @@ def models():
     for path in sorted((Path(rcka.__file__).parent / "weights").glob("*.json")):
         card = json.loads(path.read_text(encoding="utf-8"))
         weights.setdefault(card["network"], []).append(f"{card['weights']} ({card['top1']['last']:.1f} %)")
-    _table(
-        ("name", "parameters", "weights that ship with the package (top-1)"),
-        [(row["name"], f"{int(row['parameters']):,}", ", ".join(weights.get(row["name"], []))) for row in rows],
-    )
+    found = [(row["name"], f"{int(row['parameters']):,}", ", ".join(weights.get(row["name"], []))) for row in rows]
+    if registry := sys.modules.get("rcka.models.registry"):  # loaded by an extension, which may have registered some
+        known = {row["name"] for row in rows}
+        found += [(name, "", "") for name in registry.NETWORKS if name not in known]
+    _table(("name", "parameters", "weights that ship with the package (top-1)"), found)
 
 
 @app.command()
@@ -237,6 +240,22 @@ def distill(  # long, since each option stands with its help
         str | None,
         typer.Option(help="A published recipe: crd, torchvision-v2 or deit. Default: AdamW with a cosine schedule."),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32, bf16 (with channels_last), fp16, or auto: the preset's if it names one, else bf16 where the device computes in it."
+        ),
+    ] = "auto",
+    method_args: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON", help='Arguments of the method, such as \'{"fcka.weight": 8, "fcka.stages": [-2, -1]}\'.'
+        ),
+    ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(help="Record the training in tensorboard (in its folder), wandb or mlflow."),
+    ] = None,
     ema: Annotated[
         float | None,
         typer.Option(
@@ -259,7 +278,11 @@ def distill(  # long, since each option stands with its help
     from rcka.data.augment import Augment
     from rcka.distillation import distill as run_distill
     from rcka.experiments.experiment import check_types
+    from rcka.files import FolderBusy
+    from rcka.shipping import ExportFailed
+    from rcka.train.callbacks import NonFiniteLoss
     from rcka.train.config import TrainConfig
+    from rcka.train.learner import OutOfMemory
 
     fields, hints = _fields(param), get_type_hints(TrainConfig) | get_type_hints(Augment)
     _known(fields, set(hints) - {"epochs"}, "field of TrainConfig or Augment")
@@ -276,6 +299,7 @@ def distill(  # long, since each option stands with its help
             student_weights,
             teacher_options=_json_option("--teacher-options", teacher_options),
             student_options=_json_option("--student-options", student_options),
+            method_args=_json_option("--method-args", method_args),
             size=size,
             batch_size=batch_size,
             alone=alone,
@@ -284,14 +308,18 @@ def distill(  # long, since each option stands with its help
             export=export,
             push_to_hub=push_to_hub,
             preset=preset,
+            precision=fields.pop("precision", precision),
             ema=ema,
+            callbacks=_logging(log),
             **fields,
         )
     except KeyboardInterrupt as error:
         raise _stopped(str(error)) from None
-    except BatchesFailed as error:
+    except (BatchesFailed, ExportFailed, FolderBusy, NonFiniteLoss, OutOfMemory) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    except TypeError as error:  # of what a function returns, or of options that a network does not take
+        raise ValueError(str(error)) from None
     _print_results(results)
 
 
@@ -305,12 +333,30 @@ def _print_results(results: dict):  # of `rcka.distill`
             print(f"{who}: " + ("; ".join(scores) or "no score, since it has other classes or there are no labels"))
 
 
-def _json_option(name: str, text: str | None):
-    "Return the value of a JSON option. Raises ValueError for other texts."
-    try:
-        return json.loads(text) if text else None
-    except ValueError:
-        raise ValueError(f"{name} must be JSON, such as '{{\"img_size\": 32}}'; got {text!r}") from None
+def _logging(service: str | None):
+    "Return the function that makes the logger of a network, from its folder; None without a service. Raises ValueError for an unknown one."
+    if service is None:
+        return None
+    _known([service], ("tensorboard", "wandb", "mlflow"), "logger")
+
+    def logger(folder: Path) -> list:
+        from rcka.loggers import MLflow, TensorBoard, WandB
+
+        if service == "tensorboard":
+            return [TensorBoard(folder / service)]
+        return [WandB(folder.parent.name) if service == "wandb" else MLflow(folder.parent.name)]
+
+    return logger
+
+
+def _json_option(name: str, text: str | None) -> dict | None:
+    "Return the dict of a JSON option. Raises ValueError for other texts."
+    if not text:
+        return None
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    raise ValueError(f"{name} must be a JSON object, such as '{{\"img_size\": 32}}'; got {text!r}")
 
 # %% ../nbs/method/08c_cli.ipynb #1604cc02
 @app.command("save-teacher")
@@ -392,11 +438,15 @@ def export(
 ):
     "Export a student as ONNX or as a torch.export program, after a comparison with the student on real images."
     from rcka.models.student import read_about
-    from rcka.shipping import check_formats, export_student
+    from rcka.shipping import ExportFailed, check_formats, export_student
 
     check_formats(to.split("+"))
     for name in to.split("+"):
-        path = export_student(folder, name, data=data)
+        try:
+            path = export_student(folder, name, data=data)
+        except ExportFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
         found = read_about(folder)["exports"][name]
         print(
             f"{path}: same classes on {found['images']} images, logits differ by at most {found['largest_difference']:.1e} "

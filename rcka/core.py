@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['IMAGE_KEYS', 'TARGET_KEYS', 'Outputs', 'FeaturePaths', 'Batch', 'nearest', 'check_whole', 'check_enough',
            'check_epoch', 'BatchesFailed', 'seed_of', 'EpochBatches', 'unpack_batch', 'LoaderBatches',
-           'import_function', 'as_batches']
+           'import_function', 'load_extensions', 'as_batches']
 
 # %% ../nbs/method/01_core.ipynb #02c3fcb2
 class Outputs(NamedTuple):
@@ -203,6 +205,24 @@ def import_function(path: str) -> Callable:
         functions = [n for n, f in vars(found).items() if callable(f) and not n.startswith("_")]
         raise ValueError(nearest(name, functions, f"function of {module}"))
     return getattr(found, name)
+
+
+_imported: list[str] = []  # what `load_extensions` has found, once it ran
+
+
+def load_extensions():
+    """Import what registers methods, networks and data sets of others: entry points of the group `rcka`, and the modules in the environment variable RCKA_IMPORT, separated by commas.
+
+    Called where a name is not known yet; does nothing the second time. Raises ImportError for a module that is missing."""
+    names = [name for name in os.environ.get("RCKA_IMPORT", "").split(",") if name]
+    if "entry points" not in _imported:
+        _imported.append("entry points")  # first, since what is imported may ask for names itself
+        for point in entry_points(group="rcka"):
+            point.load()
+    for name in names:
+        if name not in _imported:
+            _imported.append(name)
+            import_module(name)
 
 
 def as_batches(batches, device: torch.device) -> EpochBatches:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import FeaturePaths, Outputs, nearest
+from ..core import FeaturePaths, Outputs, load_extensions, nearest
 from ..similarity.measures import as_features, as_real, full_precision
 
 # %% auto #0
@@ -153,6 +153,8 @@ def create_method(
     own = {part: {} for part in parts}
     if len(own) < len(parts):
         raise ValueError(f"method {name!r} contains a part twice: name each part once")
+    if not all(part in METHODS for part in parts):
+        load_extensions()
     for part in parts:
         if part not in METHODS:
             raise ValueError(nearest(part, list_methods(), "method"))

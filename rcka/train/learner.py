@@ -47,7 +47,7 @@ class Learner:
         self,
         task: Task,
         train: EpochBatches | Iterable,  # training batches; an iterable is a DataLoader, see `as_batches`
-        test: EpochBatches | Iterable,  # batches for the evaluation, likewise
+        test: EpochBatches | Iterable | None,  # batches for the evaluation, likewise; None: no evaluation
         config: TrainConfig,
         callbacks: Iterable[Callback] = (),
         optimizer_factory: Callable | None = None,  # from parameter groups to an optimiser; None: that of `config`
@@ -60,7 +60,8 @@ class Learner:
     ):
         self.task, self.config, self.name = task, config, name
         self.device = next(task.student.parameters()).device
-        self.train, self.test = as_batches(train, self.device), as_batches(test, self.device)
+        self.train = as_batches(train, self.device)
+        self.test = None if test is None else as_batches(test, self.device)
         self.switches = {"channels_last": channels_last, "compile": compile}
         self.switches |= {"cuda_graph": True} if cuda_graph else {}
         self.teacher_cache = teacher_cache = self._cache(teacher_cache)
@@ -217,7 +218,9 @@ class Learner:
         self.call("after_epoch")
 
     def evaluate(self, before_batch=lambda: None) -> dict[str, float]:
-        "Return the student's scores on the test batches."
+        "Return the student's scores on the test batches; none without such."
+        if self.test is None:
+            return {}
         return self.task.evaluate(self.test, self.config.precision, before_batch)
 
     def means(self) -> dict[str, float]:
@@ -229,7 +232,9 @@ class Learner:
 
     @property
     def best(self) -> dict:
-        "The row of the history with the best score, the first of several."
+        "The row of the history with the best score, the first of several; the last row without test batches."
+        if self.test is None:
+            return self.history[-1]
         return max(self.history, key=lambda row: row[self.task.score])
 
     def tick(self):
@@ -575,7 +580,7 @@ class Trainer(Learner):
         self,
         task: Task,
         train: EpochBatches | Iterable,  # training batches, as for `Learner`
-        test: EpochBatches | Iterable,  # batches for the evaluation, as for `Learner`
+        test: EpochBatches | Iterable | None,  # batches for the evaluation, as for `Learner`
         config: TrainConfig,
         folder: Path | str,  # for checkpoints and results
         checkpoint_seconds: float = 60,  # between two checkpoints; at most about this much work is lost when the process is killed
