@@ -62,6 +62,12 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     url=cfg["git_url"],
+    project_urls={
+        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+        "Issues": f"{cfg['git_url']}/issues",
+        "Changelog": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md",
+        "Paper": "https://arxiv.org/abs/2401.11824",
+    },
     packages=find_packages(include=["rcka", "rcka.*"]),
     package_data={"rcka": ["py.typed", "**/*.csv", "weights/*"]},
     python_requires=f">={cfg['min_python']}",

@@ -7,10 +7,11 @@ import copy
 import dataclasses
 import json
 import re
+import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,26 +27,29 @@ from .data.folder import some_names
 from .data.hub import PREFIX
 from .data.imagenet import FileDataset
 from .data.loaders import LoaderData, function_name, is_function
+from .data.memory import Dataset
 from .data.own import open_data
 from .experiments.experiment import resolved_args
 from .experiments.result import device_name, package_versions, plot_history, runs_root
 from .extras import optional_import
+from .features import Taps, as_stored, evaluating
 from .files import as_csv, write_atomic
 from .methods.base import ClassesNeeded, create_method
 from .models.registry import list_models
 from .models.sources import SMALL, InputConfig, adapt_input, input_config, qualify
-from .models.student import is_file, load_student, make_network, read_about, save_student
+from .models.student import is_file, is_student, load_student, make_network, read_about, save_student
+from .pair import wanted_paths, with_maps
 from .shipping import EXPORTS, average_said, check_formats, check_repository, export_student, write_card
 from .shipping import push_to_hub as send
 from .train.callbacks import EMA, Callback
 from .train.classification import Distiller, UnlabelledDistiller, evaluate
-from .train.config import TrainConfig
+from .train.config import CHOICES, TrainConfig, auto_precision, autocast
 from .train.learner import Trainer
-from .train.teacher_cache import StoredTeacher, TeacherCache, load_teacher
+from .train.teacher_cache import BUDGET, StoredTeacher, TeacherCache, check_method, load_teacher, save_teacher
 
 # %% auto #0
 __all__ = ['SCORES', 'AS_GIVEN', 'PRESETS', 'IMAGENET', 'BESIDE', 'costs', 'EpochLines', 'Preset', 'recipe', 'scaled_ema',
-           'distill', 'public', 'report']
+           'distill', 'is_stored', 'without_weights', 'new_network', 'open_teacher', 'public', 'report', 'save_outputs']
 
 # %% ../nbs/method/11_distill.ipynb #34ee35f4
 def costs(model: nn.Module, config: InputConfig, channels: int, device) -> dict:
@@ -182,6 +186,7 @@ BESIDE = (
     "progress",
     "export",
     "push_to_hub",
+    "callbacks",
 )  # arguments that do not change the results
 
 
@@ -209,7 +214,10 @@ def distill(
     export: str | None = None,  # also export the student: "onnx", "torch", or both joined by a plus
     push_to_hub: str | None = None,  # upload the student to this repository of the Hugging Face hub, USER/NAME
     preset: str | None = None,  # a recipe of `PRESETS`; None: AdamW with a cosine schedule
+    precision: str = "auto",  # "fp32", "bf16" with channels_last, or "fp16"; "auto": the preset's, else see `auto_precision`
     ema: float | None = None,  # decay of an average of the weights, which is then shipped; None: the preset's; 0: none
+    callbacks: Callable[[Path], Iterable[Callback]]
+    | None = None,  # for each network that is trained, from its folder (teacher, student or alone) to callbacks, such as loggers
     **config,  # fields of `TrainConfig` and of `Augment`, such as lr=0.01 or mixup=0.2
 ) -> dict:  # the results, as in distill.json
     """Distil a teacher into a student, and write the student, its log, a card and a report to a folder.
@@ -217,7 +225,7 @@ def distill(
     An interrupted run resumes; the results of a finished run are read, and exported or uploaded if that is still to be
     done. Teacher and student get the same crops, each at its own size and normalisation. Without labels the student
     learns from the teacher alone. Raises ValueError before any training for a folder of another run, a method that does
-    not fit the labels, classes or features, or an unknown name."""
+    not fit the labels, classes or features, or an unknown name. A folder keeps the precision that it began with."""
     data, teacher = function_name(data) if callable(data) else str(data), str(teacher)
     if is_function(data) and batch_size is not None:
         raise ValueError(f"the loaders of {data} have a batch size of their own; got batch_size={batch_size}")
@@ -233,16 +241,20 @@ def distill(
     check_formats(formats)
     if push_to_hub:
         check_repository(push_to_hub)
-    settings = json.loads(json.dumps(settings))
+    settings, device = json.loads(json.dumps(settings)), _device(device)
     name = "-".join(re.sub("[:?&]", ".", Path(p).name) for p in (data, teacher, student, method))
     folder = Path(output) if output else runs_root() / f"distill-{name}"
-    results = _earlier(folder, settings)
+    earlier = json.loads(path.read_text()) if (path := folder / "distill.json").is_file() else None
+    settings["precision"] = _precision(settings, device, earlier and earlier["settings"])
+    if earlier:
+        _check_same(folder, earlier["settings"], settings)
+    results = earlier and earlier["results"]
     if results is None:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        run = _Run(settings, config, folder, device, workers, progress)
-        write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": None}, indent=1) + "\n")
+        run = _Run(settings, config, folder, device, workers, progress, callbacks)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({"settings": settings, "results": None}, indent=1) + "\n")
         results = run.all()
-        write_atomic(folder / "distill.json", json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+        write_atomic(path, json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
     _ship(folder, formats, push_to_hub, progress)
     return results
 
@@ -259,30 +271,97 @@ def _ship(folder: Path, formats: list[str], push_to_hub: str | None, progress: b
             print(f"uploaded to {address}")
 
 
-def _earlier(folder: Path, settings: dict) -> dict | None:
-    "Return the results in a folder, None if there are none. Raises ValueError for results of other settings."
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (path := folder / "distill.json").is_file():
-        return None
-    found = json.loads(path.read_text())
-    differ = [k for k in found["settings"] | settings if found["settings"].get(k) != settings.get(k)]
+def _device(name: str | torch.device | None) -> torch.device:
+    "Return a device by name; None: CUDA where there is one, else the CPU. Raises ValueError for one that is not there."
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        said = " ".join(str(error).split())[:160]
+        raise ValueError(f"device={str(name)!r} cannot be used here ({said}): give cpu, or leave it out") from None
+    return device
+
+
+def _precision(settings: dict, device: torch.device, earlier: dict | None) -> str:
+    "Return the precision of a run: the one that is named, by the preset too; else that of its folder, else by the device."
+    named = settings["precision"]
+    if named == "auto" and settings["preset"]:
+        named = PRESETS[settings["preset"]].fields.get("precision", "auto")
+    if named not in CHOICES["precision"]:
+        raise ValueError(f"precision must be one of {', '.join(CHOICES['precision'])}; got {named!r}")
+    if named != "auto":
+        return named
+    return earlier["precision"] if earlier else auto_precision(device.type)
+
+
+def _check_same(folder: Path, there: dict, here: dict):
+    "Raise ValueError, with what differs, if the run in a folder has other settings."
+    differ = sorted(k for k in there | here if there.get(k) != here.get(k))
     if differ:
-        said = "; ".join(f"{k}: {found['settings'].get(k)!r} there, {settings.get(k)!r} here" for k in sorted(differ))
+        said = "; ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in differ)
         raise ValueError(f"{folder} has a run with other settings ({said}): give another output folder")
-    return found["results"]
+
+# %% ../nbs/method/11_distill.ipynb #1604aa01
+def is_stored(teacher: str) -> bool:
+    "Return whether a teacher is given as a file of its outputs: by the suffix, so that `load_teacher` refuses one that is missing or damaged."
+    return Path(teacher).suffix == ".safetensors"
+
+
+def without_weights(given: dict) -> bool:
+    "Return whether the teacher of some settings has random weights: a network by name, without teacher_weights."
+    return given["teacher_weights"] is None and not is_stored(given["teacher"]) and not is_student(given["teacher"])
+
+
+def new_network(given: dict, who: str, name: str, num_classes: int | None, in_channels: int) -> nn.Module:
+    "Return the student or the teacher of some settings, with its weights. Raises ValueError for an option that it does not take."
+    weights, options = given[f"{who}_weights"], given[f"{who}_options"]
+    try:
+        return make_network(name, num_classes, weights, options, in_channels)
+    except TypeError as error:
+        how = f" with {who}_options={options}" if options else ""
+        raise ValueError(f"cannot create the {who} {name}{how}: {error}") from error
+
+
+def open_teacher(
+    given: dict,  # settings with teacher, teacher_weights and teacher_options, as for `distill`
+    num_classes: int,  # of a teacher without weights
+    in_channels: int,
+    small: bool,  # whether the images are small: see `qualify`
+    device: torch.device,
+) -> tuple[nn.Module, str]:
+    "Return the teacher of some settings on the device, and its name: the stand-in of a file, an earlier student, or a network by name."
+    teacher, weights, options = (given[name] for name in ("teacher", "teacher_weights", "teacher_options"))
+    if is_student(teacher):
+        return load_student(teacher, device), read_about(teacher)["network"]
+    if not is_stored(teacher):
+        name = qualify(teacher, list_models(), small)
+        network = new_network(given, "teacher", name, None if weights else num_classes, in_channels)
+        return network.to(device), name
+    if weights or options:
+        raise ValueError(
+            f"the teacher {teacher} is a file of outputs, without a network: leave out teacher_weights and "
+            "teacher_options, or give the network's name as teacher"
+        )
+    stored = load_teacher(teacher)
+    return stored.to(device), stored.about["name"]
 
 # %% ../nbs/method/11_distill.ipynb #8c1ff3ed
 class _Run:
     "The data, the networks and the training of a call of `distill`."
 
-    def __init__(self, settings: dict, config: dict, folder: Path, device: torch.device, workers, progress: bool):
+    def __init__(
+        self, settings: dict, config: dict, folder: Path, device: torch.device, workers, progress: bool, callbacks=None
+    ):
+        self.callbacks = callbacks or (lambda folder: [])
         self.given, self.folder, self.device, self.progress = settings, folder, device, progress
         data = open_data(settings["data"])
         self.loaders = isinstance(data, LoaderData)
         fields = recipe(settings["preset"], data.batch_size if self.loaders else settings["batch_size"], config)
         own = [f.name for f in dataclasses.fields(Augment)]
         self.augment = Augment(**{k: v for k, v in fields.items() if k in own})
+        fields |= {"precision": settings["precision"]}
         self.config = TrainConfig(epochs=settings["epochs"], **{k: v for k, v in fields.items() if k not in own})
+        self.channels_last = self.config.precision == "bf16"  # the memory format with the fastest bfloat16 kernels
         self.from_files, self.labels = isinstance(data, FileDataset), data.num_classes > 0
         if not self.labels and settings["alone"]:
             raise ValueError(
@@ -291,7 +370,6 @@ class _Run:
         self.small = not self.from_files and data.shape[-1] <= SMALL
         self.classes, self.names, self.channels = data.num_classes, data.classes, data.shape[0]
         self.make_networks()
-        self.stored = self.teacher if isinstance(self.teacher, StoredTeacher) else None
         if self.stored:
             self.check_stored(self.stored.path)
         self.fresh = copy.deepcopy(self.student) if settings["alone"] else None
@@ -374,21 +452,8 @@ class _Run:
     def make_networks(self):
         "Create the student and the teacher. Without labels the student has the teacher's outputs if the method compares logits."
         given = self.given
-        folder = Path(given["teacher"]) if (Path(given["teacher"]) / "student.json").is_file() else None
-        stored = load_teacher(given["teacher"]) if Path(given["teacher"]).suffix == ".safetensors" else None
-        if stored and (given["teacher_weights"] or given["teacher_options"]):
-            raise ValueError(
-                f"the teacher {given['teacher']} is a file of outputs, without a network: leave out teacher_weights and "
-                "teacher_options, or give the network's name as teacher"
-            )
         self.student_name = qualify(given["student"], list_models(), self.small)
-        if stored:
-            self.teacher_name = stored.about["name"]
-        else:
-            self.teacher_name = (
-                read_about(folder)["network"] if folder else qualify(given["teacher"], list_models(), self.small)
-            )
-        self.trains_teacher = not folder and not stored and given["teacher_weights"] is None
+        self.trains_teacher = without_weights(given)
         if self.trains_teacher and not self.labels:
             raise ValueError(
                 f"{given['data']} has no labels to train a teacher on: give teacher_weights='pretrained' or a file, or the "
@@ -397,19 +462,14 @@ class _Run:
         torch.manual_seed(self.config.seed)
         outputs = self.classes
         if self.labels:  # created first, so that its random weights do not depend on the teacher
-            self.student = self.network(self.student_name, "student", outputs).to(self.device)
-        self.teacher = (
-            stored
-            if stored
-            else load_student(folder, self.device)
-            if folder
-            else self.network(self.teacher_name, "teacher", None if given["teacher_weights"] else self.classes)
-        ).to(self.device)
-        names = tuple(self.teacher.about["classes"]) if folder else ()
+            self.student = self.new_student(outputs)
+        self.teacher, self.teacher_name = open_teacher(given, self.classes, self.channels, self.small, self.device)
+        self.stored = self.teacher if isinstance(self.teacher, StoredTeacher) else None
+        names = tuple(self.teacher.about["classes"]) if is_student(given["teacher"]) else ()
         method = create_method(given["method"], given["method_args"])
         if self.labels and method.wants_logits and names and names != tuple(self.names):
             raise ValueError(
-                f"the teacher of {folder} has other classes ({some_names(list(names))}) than {given['data']} ({some_names(list(self.names))}), and "
+                f"the teacher of {given['teacher']} has other classes ({some_names(list(names))}) than {given['data']} ({some_names(list(self.names))}), and "
                 f"method={given['method']!r} compares logits: use a method on features, such as fcka, sp or rkd"
             )
         if not self.labels:
@@ -417,18 +477,18 @@ class _Run:
                 side = input_config(self.teacher).size or given["size"] or 224
                 outputs = self.teacher_outputs(torch.zeros(2, self.channels, side, side, device=self.device))
                 self.names = names or tuple(map(str, range(outputs)))
-            self.student = self.network(self.student_name, "student", outputs).to(self.device)
+            self.student = self.new_student(outputs)
 
     @torch.no_grad()
     def teacher_outputs(self, images) -> int:
         "Return the number of the teacher's outputs."
-        if isinstance(self.teacher, StoredTeacher):
-            return self.teacher.held_out.shape[1]
+        if self.stored:
+            return self.stored.held_out.shape[1]
         return self.teacher.eval()(images).shape[1]
 
-    def network(self, name: str, who: str, outputs: int | None) -> nn.Module:
-        weights, options = self.given[f"{who}_weights"], self.given[f"{who}_options"]
-        return make_network(name, outputs, weights, options, self.channels)
+    def new_student(self, outputs: int) -> nn.Module:
+        "Return the student as its training begins."
+        return new_network(self.given, "student", self.student_name, outputs, self.channels).to(self.device)
 
     def check(self):
         "Raise ValueError if networks, images and method do not fit; warn if the student is larger than the teacher."
@@ -463,7 +523,7 @@ class _Run:
                 self.cache.check(task.method, task.teacher_taps.paths)
             task.prepare(self.train)
             batch = next(iter(self.train.epoch(0)))
-            with torch.no_grad():
+            with torch.no_grad(), autocast(self.device.type, self.config.precision):
                 terms = task(batch, self.cache and self.cache(batch.index, 0, task.teacher_taps.paths)).terms
             if not terms:
                 raise ClassesNeeded("it has no term of its own")
@@ -472,6 +532,9 @@ class _Run:
                 f"method={method!r} cannot be used with these images, since {why}: {error}. Use kd, dist, fcka, lcka, rcka, "
                 "sp or rkd, for example"
             ) from error
+        except RuntimeError as error:
+            said = " ".join(str(error).split())[:300]
+            raise ValueError(f"method={method!r} fails on the first batch of these networks: {said}") from error
         if self.progress and not self.labels:
             print(f"{why}: no cross-entropy, the student learns from the teacher alone")
 
@@ -482,15 +545,17 @@ class _Run:
     def fit(self, task: Distiller, name: str) -> list[dict]:
         if self.progress:
             print(
-                f"{name}: {self.config.epochs} epochs of {len(self.train)} batches on {device_name(self.device)}",
+                f"{name}: {self.config.epochs} epochs of {len(self.train)} batches on {device_name(self.device)}, "
+                + self.config.precision
+                + (", channels_last" if self.channels_last else ""),
                 flush=True,
             )
         average = EMA(folder=self.folder / name, **self.ema) if self.ema else None
-        callbacks = [*filter(None, [average]), *([EpochLines()] if self.progress else [])]
+        callbacks = [*filter(None, [average]), *self.callbacks(self.folder / name)]
+        callbacks += [EpochLines()] if self.progress else []
         cache = self.cache if task.teacher is not None else None
-        trainer = Trainer(
-            task, self.train, self.test, self.config, self.folder / name, callbacks=callbacks, teacher_cache=cache
-        )
+        options = {"callbacks": callbacks, "teacher_cache": cache, "channels_last": self.channels_last}
+        trainer = Trainer(task, self.train, self.test, self.config, self.folder / name, **options)
         history = trainer.fit(self.progress)
         if average:
             trainer.network.load_state_dict(average.average)
@@ -521,7 +586,12 @@ class _Run:
         for taps in (task.student_taps, task.teacher_taps):
             taps.remove()
         alone = self.fit(Distiller(self.fresh), "alone") if self.fresh is not None else None
+        for net in (self.student, self.teacher, task.network, self.fresh):
+            if net is not None:
+                net.to(memory_format=torch.contiguous_format)  # as it is shipped and measured
         drawn = self.similarity()
+        scores = self.scores(task)
+        alone_top1 = self.scores(Distiller(self.fresh))["top1"] if self.fresh is not None else None
         for hook in filter(None, [*self.hooks, self.teacher_hook]):
             hook.remove()
         save_student(
@@ -537,10 +607,10 @@ class _Run:
         results = {
             "teacher": {"network": self.teacher_name, "top1": teacher_top1} | self.teacher_costs(),
             "student": {"network": self.student_name}
-            | self.shipped_scores(history)
+            | scores
             | {k: v for k, v in history[-1].items() if k.startswith("last_step_")}
             | costs(task.network, self.input, self.channels, self.device),
-            "alone": alone and {"top1": alone[-1]["top1"]},
+            "alone": alone and {"top1": alone_top1},
             "device": device_name(self.device),
         }
         write_atomic(self.folder / "history.csv", as_csv(history))
@@ -558,14 +628,13 @@ class _Run:
     def knows_classes(self) -> bool:
         return self.labels and self.teacher_outputs(next(iter(self.test.epoch(0))).images[:2]) == self.classes
 
-    def shipped_scores(self, history) -> dict:
-        "Return the scores of the saved student, the accuracy on images of its own size."
-        if not self.labels:
-            return {"top1": None} | {name: history[-1][name] for name in ("agreement", "cka") if name in history[-1]}
-        if not self.from_files:
-            return {"top1": history[-1]["top1"]}
-        test = replace(self.data, size=self.input.size).batches(self.given["batch_size"], train=False, **self.how)
-        return {"top1": evaluate(load_student(self.folder, self.device), test).top1}
+    def scores(self, task: Distiller) -> dict:
+        "Return the scores of a trained student in float32, as it is shipped; the accuracy on images of its own size."
+        test = self.test
+        if self.labels and self.from_files:
+            test = replace(self.data, size=self.input.size).batches(self.given["batch_size"], train=False, **self.how)
+        found = task.evaluate(test, "fp32", lambda: None)
+        return {"top1": None} | {name: found[name] for name in SCORES if name in found}
 
     def similarity(self) -> bool:
         "Plot the CKA between the stages of the two networks; return False if their stages are not known."
@@ -610,7 +679,7 @@ def public(settings: dict) -> dict:
             (name == "data" and not _on_hub(value))
             or Path(value).is_dir()
             or (name.endswith("weights") and is_file(value))
-            or (name == "teacher" and Path(value).suffix == ".safetensors")
+            or (name == "teacher" and is_stored(value))
         )
         found[name] = Path(value).name if path else value
     return found
@@ -623,7 +692,7 @@ def report(settings: dict, results: dict, similarity: bool, ema: dict | None = N
         "",
     ]
     lines += [
-        f"Images: {settings['data']}; {settings['epochs']} epochs."
+        f"Images: {settings['data']}; {settings['epochs']} epochs in {settings['precision']}, scores in fp32."
         + (" They have no labels, so there is no cross-entropy." if results["student"]["top1"] is None else ""),
         "",
         "| network | top-1, % | parameters | GFLOPs an image | MB | ms an image |",
@@ -663,3 +732,76 @@ def report(settings: dict, results: dict, similarity: bool, ema: dict | None = N
         "",
     ]
     return "\n".join(lines)
+
+# %% ../nbs/method/11_distill.ipynb #1604aa03
+def save_outputs(
+    data: str | Path,  # images, as for `distill`; no loaders, since they draw crops of their own
+    teacher: str | Path,  # a network's name, with `teacher_weights`; or the folder of an earlier student
+    file: str | Path,  # .safetensors, for `distill`; one that is there is replaced
+    method: str = "kd+fcka",  # the features that it wants are stored
+    teacher_weights: str | None = None,  # a file, "pretrained" or a name of the library's
+    teacher_options: dict | None = None,  # arguments of the network
+    augmentations: int = 4,  # stored for each image
+    size: int | None = None,  # height and width of the crops of image files; None: those of the teacher, else 224
+    projection: int | None = None,  # numbers kept of a larger feature, for methods on Gram matrices; None: all
+    budget: float = BUDGET / 2**30,  # maximum size of the stored outputs in GiB
+    precision: str = "fp32",  # of the teacher's forward pass: "fp32", "bf16" or "fp16"
+    device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
+    workers: int | None = None,  # processes that decode images
+    progress: bool = True,
+) -> dict:  # file, teacher, images, augmentations, features, megabytes, top1 on held-out images (None without classes)
+    """Run a teacher over images, and write its outputs to a file that `distill` takes as the teacher.
+
+    Raises ValueError before the teacher runs for data, a teacher or a method whose outputs cannot be stored."""
+    file, wants, images = Path(file), create_method(method), open_data(data)
+    given = {"teacher": str(teacher), "teacher_weights": teacher_weights, "teacher_options": teacher_options}
+    if file.suffix != ".safetensors":
+        raise ValueError(f"the file must end in .safetensors, by which distill knows it; got {file}")
+    if isinstance(images, LoaderData):
+        raise ValueError(f"{data} returns loaders, which draw their own crops: give a folder or the name of a data set")
+    check_whole(1, augmentations=augmentations)
+    TrainConfig(precision=precision)  # refuses an unknown one
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    images, network, name = _with_teacher(images, given, size, device)
+    how = {"device": device} | ({"workers": workers} if isinstance(images, FileDataset) else {})
+    train, test = images.batches(64, views=augmentations, **how), images.batches(64, train=False, **how)
+    with torch.no_grad(), evaluating(network), Taps(network, wanted_paths(wants, network)) as taps:
+        outputs = taps(as_stored(next(iter(test.epoch(0))).images[:2], network))
+        paths = with_maps(taps, wants, outputs).paths
+    check_method(wants, paths, projection)
+    parts = file.with_name(f"{file.name}.parts")
+    limit = int(budget * 2**30)
+    cache = TeacherCache(network, train, paths, parts, precision, projection, limit, progress=progress)
+    save_teacher(file, cache, test, name)
+    shutil.rmtree(parts)
+    stored = load_teacher(file)
+    return {
+        "file": str(file),
+        "teacher": name,
+        "images": len(train.targets),
+        "augmentations": augmentations,
+        "features": list(cache.paths),
+        "megabytes": file.stat().st_size / 1e6,
+        "top1": evaluate(stored, test).top1 if stored.held_out.shape[1] == images.num_classes else None,
+    }
+
+
+def _with_teacher(images: Dataset | FileDataset, given: dict, size: int | None, device: torch.device):
+    "Return the images, cut at `size` or for the teacher; the teacher, frozen, which takes such images; and its name."
+    if is_stored(given["teacher"]) or without_weights(given):
+        raise ValueError(
+            f"the teacher {given['teacher']} has no weights to run with: give teacher_weights='pretrained' or a file, or "
+            "the folder of an earlier student as teacher"
+        )
+    from_files, channels, side = isinstance(images, FileDataset), images.shape[0], images.shape[-1]
+    small = not from_files and side <= SMALL
+    network, name = open_teacher(given, images.num_classes, channels, small, device)
+    wanted = _for_channels(input_config(network), channels)
+    if isinstance(images, FileDataset):
+        side = size or wanted.size or 224
+        images = replace(images, size=side)
+    config = InputConfig(
+        wanted.mean or images.mean, wanted.std or images.std, wanted.size or side, wanted.interpolation
+    )
+    adapt_input(network, InputConfig(images.mean, images.std, side), config)
+    return images, network.eval().requires_grad_(False), name

@@ -7,7 +7,7 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .core import FeaturePaths, Outputs, nearest
 
 # %% auto #0
 __all__ = ['FORMS', 'NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'evaluating', 'as_logits', 'as_stored',
-           'as_map', 'Taps', 'feature_paths', 'Projector', 'ProjectedNetwork']
+           'as_map', 'Taps', 'StoredFeatures', 'feature_paths', 'Projector', 'ProjectedNetwork']
 
 # %% ../nbs/method/03_features.ipynb #8dbce422
 class Place(NamedTuple):
@@ -361,6 +361,15 @@ class Taps:
     def __repr__(self):
         return f"Taps({type(unwrap(self.model)).__name__}, {list(self.paths)})"
 
+# %% ../nbs/method/03_features.ipynb #1603ba7d
+@runtime_checkable
+class StoredFeatures(Protocol):
+    "A stand-in for a network, whose features are looked up: it returns the taps that look them up."
+
+    def taps_at(self, paths: Sequence[str]) -> Taps:
+        "Return taps for these paths. Raises ValueError for features that are not stored."
+        ...
+
 # %% ../nbs/method/03_features.ipynb #0d198082
 NAMED_STAGES = {  # (stages, head) of torchvision's families; a network that has all these modules belongs to the family
     "ResNet": (("maxpool", "layer1", "layer2", "layer3", "layer4"), "fc"),
@@ -369,6 +378,10 @@ NAMED_STAGES = {  # (stages, head) of torchvision's families; a network that has
     "RegNet": (("stem", *(f"trunk_output.block{i}" for i in range(1, 5))), "fc"),
     "ConvNeXt": (("features.0", "features.1", "features.3", "features.5", "features.7"), "classifier.2"),
     "SwinTransformer": (("features.0", "features.1", "features.3", "features.5", "features.7"), "head"),
+    "GoogLeNet": (("maxpool1", "conv3", "inception3b", "inception4e", "inception5b"), "fc"),
+    "Inception3": (("maxpool1", "Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"), "fc"),
+    "MNASNet": (("layers.7", "layers.8", "layers.9", "layers.11", "layers.16"), "classifier.1"),
+    "MaxVit": (("stem", *(f"blocks.{i}" for i in range(4))), "classifier.5"),
 }
 
 
@@ -387,8 +400,13 @@ def _halves(module: nn.Module) -> bool:
 def _long_list(model: nn.Module) -> FeaturePaths:
     """Return the paths of a network that is one sequence `features`.
 
-    In MobileNetV2, MobileNetV3 and EfficientNet: stem, blocks and last 1x1 convolution. In VGG: convolutions and pools."""
+    In MobileNetV2, MobileNetV3 and EfficientNet: stem, blocks and last 1x1 convolution. In VGG: convolutions and pools.
+    In SqueezeNet: fire modules and pools; its classifier is a convolution of the last map, so there is no pooled vector."""
     pools = [i for i, m in enumerate(model.features) if isinstance(m, nn.MaxPool2d)]
+    if not any(isinstance(m, nn.Linear) for m in model.classifier.modules()) and pools:
+        convolutions = [n for n, m in model.classifier.named_children() if isinstance(m, nn.Conv2d)]
+        stages = tuple(f"features.{i - 1}" for i in [*pools, len(model.features)])
+        return FeaturePaths(stages, (), "", f"classifier.{convolutions[-1]}" if convolutions else "")
     halving = pools or [i for i, m in enumerate(model.features) if i and _halves(m)] + [len(model.features) - 1]
     ends = [i - 1 for i in halving]
     stages = [f"features.{i}" for i in (ends if pools or ends[0] == 0 else [0, *ends[1:]])]
@@ -454,7 +472,7 @@ def feature_paths(
         return FeaturePaths(("conv_proj", *_spread(blocks)), (), "heads.head:input", head)
     features, classifier = getattr(model, "features", None), getattr(model, "classifier", None)
     if isinstance(features, nn.Sequential) and isinstance(classifier, nn.Sequential):
-        if any(map(_halves, features)) and any(isinstance(m, _HEADS) for m in classifier):
+        if any(map(_halves, features)) and any(isinstance(m, (*_HEADS, nn.Conv2d)) for m in classifier):
             return _long_list(model)
     if hasattr(getattr(model, "config", None), "model_type") and (layers := _transformers(model)):
         return layers

@@ -19,9 +19,13 @@ __all__ = ['similarity', 'curves', 'Logger', 'TensorBoard', 'WandB', 'MLflow']
 
 # %% ../nbs/method/11b_loggers.ipynb #d6588152
 def similarity(learner, batches: int = 8):  # a matplotlib Figure, or None
-    "Plot the CKA between the stages of student and teacher on test images; return None without a teacher or known stages."
+    "Plot the CKA between the stages of student and teacher on test images; return None without these, a teacher or known stages."
     task = learner.task
-    frame = None if task.teacher is None else compare_stages(task.student, task.teacher, learner.test, batches)
+    frame = (
+        None
+        if task.teacher is None or learner.test is None
+        else compare_stages(task.student, task.teacher, learner.test, batches)
+    )
     if frame is None:
         return None
     with optional_import():
@@ -32,8 +36,10 @@ def similarity(learner, batches: int = 8):  # a matplotlib Figure, or None
     return figure
 
 
-def curves(learner):  # a matplotlib Figure
-    "Plot the loss terms and the score of a run over its epochs."
+def curves(learner):  # a matplotlib Figure, or None
+    "Plot the loss terms and the score of a run over its epochs; return None without test batches."
+    if learner.test is None:
+        return None
     with optional_import():
         from matplotlib.figure import Figure
 

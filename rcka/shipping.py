@@ -23,8 +23,8 @@ from .models.sources import InputConfig, adapted, input_config
 from .models.student import load_student, read_about
 
 # %% auto #0
-__all__ = ['EXPORTS', 'TOLERANCE', 'CARD_MARK', 'PICTURES', 'check_formats', 'compare_logits', 'export_student', 'model_card',
-           'average_said', 'write_card', 'check_repository', 'push_to_hub']
+__all__ = ['EXPORTS', 'TOLERANCE', 'CARD_MARK', 'PICTURES', 'check_formats', 'ExportFailed', 'compare_logits', 'export_student',
+           'model_card', 'average_said', 'write_card', 'check_repository', 'push_to_hub']
 
 # %% ../nbs/method/11a_ship.ipynb #f2152908
 EXPORTS = {"onnx": "student.onnx", "torch": "student.pt2"}  # the formats, and the files they are written to
@@ -78,6 +78,10 @@ def _as_torch(program: torch.export.ExportedProgram, about: str) -> tuple[bytes,
 TOLERANCE = 1e-3  # of a logit, relative to the largest
 
 
+class ExportFailed(RuntimeError):
+    "The network cannot be exported to a format."
+
+
 @torch.no_grad()
 def compare_logits(
     student: nn.Module,
@@ -111,7 +115,7 @@ def export_student(
     """Export a student to another format in its folder, after a comparison on real images.
 
     Raises ImportError without the packages of the format, FileNotFoundError or ValueError if no images are found,
-    RuntimeError if the network cannot be exported, ValueError if the exported program differs from the student."""
+    `ExportFailed` if the network cannot be exported, ValueError if the exported program differs from the student."""
     check_formats([to])
     folder = Path(folder)
     student = load_student(folder)
@@ -129,7 +133,7 @@ def export_student(
         raise
     except Exception as error:
         said = " ".join(str(error).split())[:300]
-        raise RuntimeError(f"{about['network']} cannot be exported to {to}: {type(error).__name__}: {said}") from error
+        raise ExportFailed(f"{about['network']} cannot be exported to {to}: {type(error).__name__}: {said}") from error
     compared = compare_logits(student, exported, images, EXPORTS[to])
     write_atomic(folder / EXPORTS[to], content)
     written = {"file": EXPORTS[to], "sha256": hashlib.sha256(content).hexdigest(), "input": list(images.shape[1:])}

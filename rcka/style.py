@@ -9,13 +9,16 @@ from typing import Any
 from .extras import optional_import
 
 # %% auto #0
-__all__ = ['BLACK', 'GREY', 'BLUE', 'VERMILLION', 'GREEN', 'PINK', 'AMBER', 'SKY', 'PURPLE', 'WINE', 'PALETTE', 'MARKERS',
-           'DASHES', 'METHOD_COLORS', 'ALIASES', 'RC', 'method_color', 'line_styles', 'use_style']
+__all__ = ['BLACK', 'GREY', 'BLUE', 'VERMILLION', 'GREEN', 'PINK', 'AMBER', 'SKY', 'PURPLE', 'WINE', 'INDIGO', 'OLIVE', 'BROWN',
+           'TEAL', 'SLATE', 'CRIMSON', 'PALETTE', 'MARKERS', 'DASHES', 'METHOD_COLORS', 'ALIASES', 'RC', 'method_color',
+           'line_styles', 'use_style']
 
 # %% ../nbs/method/01d_style.ipynb #058c8f2c
 BLACK, GREY = "#1A1A1A", "#707070"
 BLUE, VERMILLION, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 AMBER, SKY, PURPLE, WINE = "#E69F00", "#56B4E9", "#6A4C93", "#882255"
+INDIGO, OLIVE, BROWN, TEAL = "#332288", "#999933", "#8C510A", "#44AA99"
+SLATE, CRIMSON = "#5B7083", "#B2182B"  # of no method: for those without a colour of their own
 PALETTE = [BLUE, VERMILLION, GREEN, PINK, AMBER, SKY, PURPLE, WINE]
 MARKERS, DASHES = "osD^vP*X<>", ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
 
@@ -29,6 +32,10 @@ METHOD_COLORS = {  # by the name in `create_method`
     "lcka": AMBER,
     "pcka": SKY,
     "sp": PURPLE,
+    "reviewkd": INDIGO,
+    "dkd": OLIVE,
+    "lskd": BROWN,
+    "cka_places": TEAL,
 }
 ALIASES = {"alone": "none", "student alone": "none", "student": "none", "vanilla": "none"}
 
@@ -45,10 +52,13 @@ def method_color(
 def line_styles(
     names: Iterable[str],  # of the lines or groups of points in a plot
 ) -> dict[str, dict[str, Any]]:  # keyword arguments of `plot`, by name
-    "Return colour, marker and dash for each name: a method's own colour, for other names the next free one."
+    """Return colour, marker and dash for each name: a method's own colour, for other names the next free one.
+
+    Beside methods, a free colour is first of all one that no method has in any figure."""
     names = list(dict.fromkeys(names))
-    taken = {method_color(str(name)) for name in names}
-    free = [color for color in PALETTE if color not in taken] or PALETTE
+    taken = {method_color(str(name)) for name in names} - {None}
+    colors = [SLATE, CRIMSON, *PALETTE] if taken else PALETTE
+    free = [color for color in colors if color not in taken] or PALETTE
     used, styles = 0, {}
     for i, name in enumerate(names):
         color = method_color(str(name))

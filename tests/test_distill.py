@@ -42,10 +42,10 @@ def test_a_folder_of_images(photos, tmp_path):
     given = (photos, str(tmp_path / "teacher"), "rcka/resnet8", "kd+fcka")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(
-            ValueError, match="features|stages|pairs|known"
-        ):  # stages of other numbers are refused at once, with names
-            rcka.distill(*given[:2], "torchvision/squeezenet1_0", "fcka", output=tmp_path / "no", size=32, **SMALL)
+        with pytest.raises(ValueError, match="stages=.-9,., but the network has 4 stages, at positions 0 to 3"):
+            args = {"fcka.stages": [-9]}
+            rcka.distill(*given, output=tmp_path / "no", size=32, method_args=args, **SMALL)
+        assert not (tmp_path / "no").exists()  # what cannot begin leaves no folder
         results = rcka.distill(*given, output=tmp_path / "out", size=32, alone=True, **SMALL)
     left = {p.name for p in (tmp_path / "out").iterdir()}
     assert left >= {"student.safetensors", "student.json", "history.csv", "curves.png", "report.md", "distill.json"}
@@ -108,6 +108,13 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
         ({"data": "no/folder"}, "there is no folder"),
         ({"epochs": 0}, "epochs must be"),
         ({"preset": "deti"}, "did you mean deit"),
+        ({"precision": "fp8"}, "precision must be one of .*bf16.* got 'fp8'"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot be used here .*give cpu"),
+        ({"device": "gpu"}, "device='gpu' cannot be used here"),
+        (
+            {"student_options": {"depth": 3}},
+            "cannot create the student resnet8 with student_options={'depth': 3}.*no option depth",
+        ),
         ({"mixupp": 0.2}, "did you mean mixup"),
         ({"mixup": -1}, "mixup must be"),
         ({"method": "dkd", "mixup": 0.2}, "method='dkd' .* mixup makes .* kd, dist"),
@@ -318,6 +325,7 @@ def test_presets_are_the_published_recipes():
     from rcka.train.config import TrainConfig
 
     crd = recipe("crd", 64, {})
+    assert not any("precision" in p.fields for p in PRESETS.values())  # no recipe depends on one
     assert TrainConfig(**crd) == TrainConfig()  # the protocol of Tian et al. is the default
     deit = recipe("deit", 512, {"erasing": 0})
     assert (deit["lr"], deit["mixup"], deit["cutmix"], deit["erasing"]) == (5e-4, 0.8, 1.0, 0)
@@ -343,6 +351,48 @@ def test_the_average_of_a_preset_is_that_of_torchvision():
         for d, k in [scaled_ema(ema, images, updates, epochs)]
     ]
     assert whole[0] == pytest.approx(whole[1])
+
+
+@pytest.mark.slow
+def test_a_precision_is_chosen_once_and_kept(tmp_path, monkeypatch):
+    "As another machine, which would choose another one, goes on with a folder; scores are those of what is shipped."
+    from rcka import distillation
+    from rcka.train.checkpoint import last_checkpoint
+    from rcka.train.classification import evaluate
+
+    given = dict(
+        data="digits", teacher="resnet8", student="resnet8", method="kd", epochs=1, device="cpu", progress=False
+    )
+    asked = []
+    monkeypatch.setattr(distillation, "auto_precision", lambda device: asked.append(device) or "bf16")
+    results = rcka.distill(**given, output=tmp_path / "a")
+    about = json.loads((tmp_path / "a" / "student.json").read_text())
+    assert asked == ["cpu"] and about["made_by"]["settings"]["precision"] == "bf16"
+    for who in ("teacher", "student"):
+        state = last_checkpoint(tmp_path / "a" / who)
+        assert state["config"]["precision"] == "bf16" and state["setting"]["channels_last"]
+    student = rcka.load_student(tmp_path / "a")
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    data = load_dataset("digits")
+    assert evaluate(student, data.batches(train=False)).top1 == results["student"]["top1"]
+    assert "1 epochs in bf16, scores in fp32" in (tmp_path / "a" / "report.md").read_text()
+
+    monkeypatch.setattr(distillation, "auto_precision", lambda device: "fp32")
+    assert rcka.distill(**given, output=tmp_path / "a") == results
+    with pytest.raises(ValueError, match="precision: 'bf16' there, 'fp32' here"):
+        rcka.distill(**given, precision="fp32", output=tmp_path / "a")
+    log = tmp_path / "a" / "distill.json"
+    log.write_text(json.dumps(json.loads(log.read_text()) | {"results": None}))  # as if it had been stopped
+    again = rcka.distill(**given, output=tmp_path / "a")
+    assert again["student"]["top1"] == results["student"]["top1"]
+
+    rcka.distill(**given, output=tmp_path / "b")
+    assert not last_checkpoint(tmp_path / "b" / "student")["setting"]["channels_last"]
+    crd = distillation.PRESETS["crd"]
+    named = crd._replace(epochs=1, fields=crd.fields | {"precision": "bf16"})
+    monkeypatch.setitem(distillation.PRESETS, "crd", named)
+    rcka.distill(**given, preset="crd", output=tmp_path / "c")
+    assert last_checkpoint(tmp_path / "c" / "student")["config"]["precision"] == "bf16"
 
 
 @pytest.mark.slow

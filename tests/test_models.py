@@ -18,6 +18,7 @@ from torch import nn
 from rcka.data.datasets import load_dataset
 from rcka.features import Taps, feature_paths, find_module
 from rcka.files import data_root
+from rcka.methods.base import create_method
 from rcka.methods.cka import fcka
 from rcka.models import registry
 from rcka.models.registry import (
@@ -120,6 +121,11 @@ def test_timm_is_optional(monkeypatch):
 
 
 TORCHVISION = {
+    "alexnet": 3,
+    "googlenet": 5,
+    "inception_v3": 5,
+    "maxvit_t": 5,
+    "mnasnet0_5": 5,
     "resnet18": 5,
     "resnext50_32x4d": 5,
     "wide_resnet50_2": 5,
@@ -148,11 +154,45 @@ def test_layers_of_torchvision(name):
     assert len(layers.stages) == TORCHVISION[name] and len(layers.preacts) in (0, len(layers.stages))
     paths = [*layers.stages, *layers.preacts, layers.pooled]
     with torch.no_grad():
-        logits, features = Taps(model, paths)(torch.randn(2, 1, *[224 if name.startswith("vit") else 64] * 2))
+        size = 224 if name.startswith(("vit", "maxvit")) else 96 if name == "inception_v3" else 64
+        logits, features = Taps(model, paths)(torch.randn(2, 1, size, size))
     torch.testing.assert_close(find_module(model, layers.head)(features[-1]), logits)
     assert len({f.shape for f in features[: len(layers.stages)]}) >= 2
     for before in features[len(layers.stages) : -1]:
         assert before.min() < 0
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1"])
+def test_a_classifier_that_is_a_convolution(name):
+    "SqueezeNet: stages and a head, but no pooled vector, and a method that wants one says so."
+    torch.manual_seed(0)
+    model = create_model(f"torchvision/{name}", 10).eval()
+    layers = feature_paths(model)
+    with torch.no_grad():
+        logits, features = Taps(model, layers.stages)(torch.randn(2, 3, 64, 64))
+    expected = find_module(model, layers.head)(features[-1]).relu().mean((2, 3))
+    torch.testing.assert_close(expected, logits)
+    sizes = [f.shape[-1] for f in features]
+    assert len(sizes) == 4 and sizes == sorted(sizes, reverse=True)
+    with pytest.raises(ValueError, match="rkd .*pooled"):
+        create_method("rkd").wants(layers)
+
+
+def test_every_classifier_of_torchvision_has_known_paths():
+    "Named, and there: built without memory."
+    import torchvision.models as zoo
+
+    for name in zoo.list_models(module=zoo):
+        if name.startswith(
+            "regnet"
+        ):  # computes its widths with tensors, which needs memory; a small one is tested above
+            continue
+        with torch.device("meta"):
+            model = create_model(f"torchvision/{name}", 10)
+        layers = feature_paths(model)
+        assert len(layers.stages) >= 3 and layers.head, name
+        for path in (*layers.stages, *layers.preacts, layers.head):
+            find_module(model, path)
 
 
 @pytest.mark.parametrize(

@@ -324,7 +324,11 @@ def test_sdist_and_wheel(built):
         (info,) = [m for m in tar if m.name.count("/") == 1 and m.name.endswith("PKG-INFO")]
         text = tar.extractfile(info).read().decode()
     assert {"settings.ini", "pyproject.toml", "LICENSE", "nbs/method/01_core.ipynb", "tests/test_package.py"} <= files
-    page = email.message_from_string(text).get_payload()
+    message = email.message_from_string(text)
+    addresses = dict(line.split(", ") for line in message.get_all("Project-URL"))
+    assert set(addresses) == {"Documentation", "Issues", "Changelog", "Paper"}
+    assert all(address.startswith("https://") for address in addresses.values())
+    page = message.get_payload()
     links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", page)
     assert len(links) > 20 and all(link.startswith(("https://", "#")) for _, link in links), links
     assert all("/raw/" in link for image, link in links if image)

@@ -16,7 +16,7 @@ from rcka.data.datasets import load_dataset
 from rcka.experiments.experiment import Experiment
 from rcka.methods.base import create_method
 from rcka.models.registry import create_model
-from rcka.train.callbacks import NonFiniteLoss
+from rcka.train.callbacks import EMA, NonFiniteLoss
 from rcka.train.checkpoint import checkpoints, last_checkpoint
 from rcka.train.classification import Distiller, evaluate
 from rcka.train.config import TrainConfig
@@ -304,6 +304,21 @@ def test_a_run_that_fails_leaves_the_others_of_its_group_alone(data, tmp_path):
     breaks(single := make("single", 0), OSError("disk"))
     with pytest.raises(OSError, match="disk"):
         single.fit(progress=False)
+
+
+def test_without_test_images(data, tmp_path):
+    "Trained to the same losses; the last epoch counts as the best, averages and resume work, and images may not come later."
+    plain = trainer(data, tmp_path / "plain").fit(progress=False)
+    parts = (Distiller(network(1), create_method("rcka"), network(0)), data.batches(32), None)
+    config = TrainConfig(epochs=3, schedule="onecycle")
+    alone = Trainer(*parts, config, tmp_path / "alone", callbacks=[EMA(0.9)])
+    history = alone.fit()
+    assert [row["loss"] for row in history] == [row["loss"] for row in plain] and "top1" not in history[0]
+    assert alone.best is alone.history[-1] and (tmp_path / "alone" / "best.safetensors").is_file()
+    again = Trainer(*parts, config, tmp_path / "alone", callbacks=[EMA(0.9)])
+    assert again.fit(False) == history
+    with pytest.raises(ValueError, match="belongs to another run .*test data"):
+        trainer(data, tmp_path / "alone", callbacks=[EMA(0.9)]).fit(False)
 
 
 def test_random_numbers_outside_are_left_alone(data, tmp_path):

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .compare import BLOCK, LayerRelations, as_batches, to_device
+from .compare import BLOCK, LayerRelations, images_of, to_device
 from ..experiments.study import accuracy_by_factor, differences_to
 from ..extras import optional_import
 from ..features import Taps, evaluating, unwrap
 from ..similarity.bounds import Bound
 from ..similarity.measures import as_kernel, center
-from ..style import GREY, line_styles, method_color
+from ..style import GREY, SLATE, VERMILLION, line_styles, method_color
 
 # %% auto #0
 __all__ = ['save_figure', 'plot_similarity', 'plot_before_after', 'gram_frame', 'plot_grams', 'plot_along', 'plot_cost',
@@ -50,28 +50,27 @@ def save_figure(
 def plot_similarity(
     frame,  # (A, B), a result of `compare`
     ax=None,  # where to draw; None: a new figure
-    best: bool = True,  # circle the best row of each column
+    best: bool = True,  # mark the best row of each column
     numbers=None,  # write the values; None: if there are at most 100
     limits=(0.0, 1.0),  # of the colour scale
     bar: bool = True,  # draw the colour scale
 ):  # Axes
     "Draw a heatmap of the similarity of every layer of one network with every layer of another."
+    with optional_import():
+        from matplotlib.patches import Rectangle
+
     if ax is None:
         height, width = (max(3.0, min(9.0, 1.6 + 0.34 * n)) for n in frame.shape)
         ax = _plt().subplots(figsize=(width, height), layout="constrained")[1]
     image = ax.imshow(frame, cmap="cividis", vmin=limits[0], vmax=limits[1], origin="lower", aspect="auto")
     _label(ax, frame)
     _write(ax, frame, numbers, lambda v: "black" if v > sum(limits) / 2 else "white", "{:.2f}")
-    if best:
-        ax.scatter(
-            range(frame.shape[1]),
-            frame.values.argmax(0),
-            s=90 if _numbered(frame, numbers) else 25,
-            facecolors="none",
-            edgecolors="0.55",
-            linewidths=1.2,
-            marker="s" if _numbered(frame, numbers) else "o",
-        )
+    where = enumerate(frame.values.argmax(0)) if best else ()
+    for j, i in where:
+        if _numbered(frame, numbers):  # a frame along the cell, which leaves the number free
+            ax.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILLION, linewidth=1.5))
+        else:
+            ax.scatter(j, i, s=25, facecolors="none", edgecolors="0.55", linewidths=1.2)
     if bar:
         ax.figure.colorbar(
             image, ax=ax, label=f"{frame.attrs.get('estimator', '')} {frame.attrs.get('kernel', '')} CKA".strip()
@@ -268,20 +267,30 @@ def _scatter(frame, x, y, by, ax):
         rows = frame[frame[by] == name]
         ax.scatter(rows[x], rows[y], s=14, alpha=0.6, linewidths=0, **look)
         ax.scatter(*means.loc[name], s=60, edgecolors="black", linewidths=0.6, **look)
-        # names of neighbours stand on different sides of their marks
-        left = int(means[x].rank(method="first")[name]) % 2 != len(means) % 2
-        ax.annotate(
-            name,
-            means.loc[name],
-            (-6 if left else 6, 5),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            fontsize=8,
-        )
     ax.set(xlabel=x, ylabel=f"{y} (%)" if y.startswith("top") else y)
     ax.margins(0.12)
     ax.spines[["top", "right"]].set_visible(False)
+    _name_points(ax, {name: tuple(point) for name, point in means.iterrows()})
     return ax, means
+
+
+def _name_points(ax, points):
+    "Write names beside their points, each at the first of some places where it touches no point and no name."
+    places = [(7, 0), (-7, 0), (0, 7), (0, -7), (7, 7), (-7, 7), (7, -7), (-7, -7), (0, 18), (0, -18)]
+    aside, above = {1: "left", 0: "center", -1: "right"}, {1: "bottom", 0: "center", -1: "top"}
+    sign = lambda v: (v > 0) - (v < 0)
+    ax.figure.draw_without_rendering()  # settles the layout, and with it where a point is
+    centers = map(ax.transData.transform, points.values())
+    taken = [ax.dataLim.from_extents(a - 5, b - 5, a + 5, b + 5) for a, b in centers]
+    for name, point in points.items():
+        for i, (dx, dy) in enumerate(places, 1):
+            look = dict(ha=aside[sign(dx)], va=above[sign(dy)], fontsize=9)
+            text = ax.annotate(name, point, (dx, dy), textcoords="offset points", **look)
+            box = text.get_window_extent()
+            if i == len(places) or not box.count_overlaps(taken):
+                break
+            text.remove()
+        taken.append(box)
 
 # %% ../../nbs/method/09a_plots.ipynb #42616b25
 @torch.no_grad()
@@ -296,7 +305,7 @@ def class_relations(
 
     networks, logits = {name: unwrap(m) for name, m in networks.items()}, {name: [] for name in networks}
     with evaluating(*networks.values()):
-        for images in as_batches(loader):
+        for images in images_of(loader):
             for name, model in networks.items():
                 logits[name].append(Taps(model)(to_device(model, images)).logits.cpu().double())
     tables = {name: torch.corrcoef(torch.cat(z).T) for name, z in logits.items()}
@@ -344,7 +353,7 @@ def plot_study(
     size = (10, 0.5 * len(table) + 1)
     fig, (left, right) = _plt().subplots(1, 2, figsize=size, sharey=True, layout="constrained", width_ratios=[1, 1.1])
     for y, (label, row) in enumerate(table.to_dict("index").items()):
-        color = method_color(label) or GREY
+        color = method_color(label) or SLATE
         values = [r[score] for r in sorted(rows, key=lambda r: r["seed"]) if r["label"] == label]
         offsets = [0.16 * (i - (len(values) - 1) / 2) for i in range(len(values))]  # no dot hides another
         left.scatter(values, [y + o for o in offsets], s=22, color=color, alpha=0.7, linewidth=0)
@@ -390,7 +399,7 @@ def plot_factors(
     for ax in axes.flat[len(methods) :]:
         ax.set_axis_off()
     for ax, method in zip(axes.flat, methods):
-        color, tried = method_color(method) or GREY, accuracy_by_factor(rows, method)
+        color, tried = method_color(method) or SLATE, accuracy_by_factor(rows, method)
         found = {f: a for f, a in tried.items() if math.isfinite(a)}
         best = max(found, key=found.get)
         ax.plot(list(found), list(found.values()), color=color, marker="o", markersize=4)

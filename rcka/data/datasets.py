@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import nearest
+from ..core import load_extensions, nearest
 from rcka.data.folder import (
     EncodedImages,
     class_folders,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from rcka.data.imagenet import FileDataset
 
 # %% auto #0
-__all__ = ['KNOWN', 'DatasetInfo', 'list_datasets', 'load_dataset', 'main']
+__all__ = ['KNOWN', 'DATASETS', 'dataset', 'DatasetInfo', 'list_datasets', 'load_dataset', 'main']
 
 # %% ../../nbs/method/05a_datasets.ipynb #5a1125c3
 def _digits(root: Path, download: bool) -> Dataset:
@@ -355,6 +356,43 @@ def _image_bytes(column, path: Path) -> list[bytes]:
     return pyarrow.compute.struct_field(column, "bytes").to_pylist()
 
 # %% ../../nbs/method/05a_datasets.ipynb #dfcc1d89
+class _Registered(NamedTuple):
+    "A dataset of another package or of a user."
+
+    open: Callable[[], Dataset]
+    classes: int
+    shape: tuple[int, int, int]  # (C, H, W)
+
+
+DATASETS: dict[str, _Registered] = {}
+
+
+def dataset(classes: int, shape: tuple[int, int, int]):
+    """Return a decorator that registers a function, which returns a `Dataset`, under its name for `load_dataset`.
+
+    `classes` is their number, `shape` (C, H, W) that of an image: what is listed without calling the function."""
+
+    def add(f: Callable[[], Dataset]):
+        DATASETS[f.__name__] = _Registered(f, classes, tuple(shape))
+        return f
+
+    return add
+
+
+def _registered(name: str) -> Dataset:
+    "Return the dataset of a registered function. Raises TypeError or ValueError where it is not what was registered."
+    known = DATASETS[name]
+    data = known.open()
+    if not isinstance(data, Dataset):
+        raise TypeError(f"the function of dataset {name!r} must return a rcka.data.Dataset, got {type(data).__name__}")
+    if (data.num_classes, data.shape) != known[1:]:
+        raise ValueError(
+            f"dataset {name!r} is registered with {known.classes} classes of images {known.shape}, but its function returned "
+            f"{data.num_classes} classes of {data.shape}: correct the numbers of @dataset"
+        )
+    return data
+
+
 class DatasetInfo(NamedTuple):
     "An entry of `list_datasets`."
 
@@ -363,13 +401,14 @@ class DatasetInfo(NamedTuple):
     shape: tuple[int, int, int]  # (C, H, W)
     there: bool  # whether it is under the root
     how: str  # how to get it
-    form: str | None  # torchvision files, image folder or parquet files; None if it is missing
+    form: str | None  # torchvision files, image folder, parquet files or function; None if it is missing
 
 
 def list_datasets(
     root: str | Path | None = None,  # see `data_root`
 ) -> list[DatasetInfo]:
     "Return the datasets with a name, and the image folders found under the root."
+    load_extensions()
     root = data_root(root)
     how = {"digits": "comes with scikit-learn: pip install scikit-learn"}
     forms = {name: _form(name, root) for name in KNOWN}
@@ -398,6 +437,7 @@ def list_datasets(
             "image folder" if imagenet else None,
         )
     )
+    infos += [DatasetInfo(name, d.classes, d.shape, True, "registered", "function") for name, d in DATASETS.items()]
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         if folder.name == "imagenet" or forms.get(folder.name) == "image folder":
             continue  # listed by its own name
@@ -467,7 +507,13 @@ def _in_memory(name: str, root: Path, size, download: bool) -> Dataset:
     if kind == "imagefolder" and path:
         return load_image_folder(path, root, size)
     if name not in KNOWN:
-        names = [*KNOWN, "imagenet", "imagenet:PATH", "imagefolder:PATH"]
+        load_extensions()
+    if name in DATASETS:
+        if size is not None:
+            raise ValueError(f"size={size} is for image folders, not for the registered {name}: leave it out")
+        return _registered(name)
+    if name not in KNOWN:
+        names = [*KNOWN, *DATASETS, "imagenet", "imagenet:PATH", "imagefolder:PATH"]
         folder = (
             f"; for the folder {name} give imagefolder:{name}"
             if (root / str(name)).is_dir() or Path(str(name)).is_dir()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import nearest
+from ..core import load_extensions, nearest
 from ..extras import optional_import
 from ..features import unwrap
 from ..files import read_csv, write_atomic
@@ -75,7 +75,8 @@ def network(f: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def list_models() -> list[str]:
-    "Return the names of this package's networks. `create_model` also takes names of other libraries."
+    "Return the names of the registered networks. `create_model` also takes names of other libraries."
+    load_extensions()
     return list(NETWORKS)
 
 # %% ../../nbs/method/04_models.ipynb #2e2301a3
@@ -102,6 +103,8 @@ def create_model(
         return SOURCES[source](rest, num_classes, in_channels, options)
     if ":" in name:
         return function_network(name, num_classes, in_channels, options)
+    if name not in NETWORKS:
+        load_extensions()
     if name not in NETWORKS:
         raise ValueError(
             nearest(name, NETWORKS, "network")

@@ -252,10 +252,10 @@ class Progress(Callback):
         )
 
     def after_epoch(self, learner):
-        row = learner.history[-1]
+        row, score = learner.history[-1], learner.task.score
         assert self.bar is not None
         self.bar.set_postfix(
-            loss=f"{row['loss']:.3f}", **{learner.task.score: f"{row[learner.task.score]:.2f}"}, refresh=False
+            loss=f"{row['loss']:.3f}", **({score: f"{row[score]:.2f}"} if score in row else {}), refresh=False
         )
         self.bar.update()
 

@@ -150,7 +150,7 @@ def run_identity(task, train, test) -> dict:
         groups = {
             "method": method_identity(task.method),
             "training data": data_identity(train),
-            "test data": data_identity(test),
+            "test data": {"content": "none"} if test is None else data_identity(test),
         }
         found[0] = {
             "task": type(task).__name__,
