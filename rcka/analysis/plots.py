@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .compare import BLOCK, LayerRelations, as_batches, to_device
+from .compare import BLOCK, LayerRelations, images_of, to_device
 from ..experiments.study import accuracy_by_factor, differences_to
 from ..extras import optional_import
 from ..features import Taps, evaluating, unwrap
@@ -305,7 +305,7 @@ def class_relations(
 
     networks, logits = {name: unwrap(m) for name, m in networks.items()}, {name: [] for name in networks}
     with evaluating(*networks.values()):
-        for images in as_batches(loader):
+        for images in images_of(loader):
             for name, model in networks.items():
                 logits[name].append(Taps(model)(to_device(model, images)).logits.cpu().double())
     tables = {name: torch.corrcoef(torch.cat(z).T) for name, z in logits.items()}
