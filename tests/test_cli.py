@@ -131,7 +131,7 @@ def test_save_teacher(says, tmp_path):
         (["t.pth", "--teacher", "resnet8"], ["must end in .safetensors", "t.pth"]),
         (["t.safetensors", "--teacher", "resnet8", "--method", "kdd"], ["kdd", "kd"]),
         (["t.safetensors", "--teacher", "resnet8", "--precision", "bf17"], ["precision", "bf16"]),
-        (["t.safetensors", "--teacher", "resnet8", "--teacher-options", "{"], ["--teacher-options must be JSON"]),
+        (["t.safetensors", "--teacher", "resnet8", "--teacher-options", "{"], ["--teacher-options must be"]),
         (["t.safetensors", "--teacher", "resnet9", "--teacher-weights", "w.pth"], ["resnet9", "resnet8"]),
         (["t.safetensors", "--teacher", "resnet8", "--teacher-weights", "w.pth"], ["w.pth"]),
         (["t.safetensors", "--teacher", "resnet8", "--data", "digitss"], ["digitss", "digits"]),
