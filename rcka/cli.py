@@ -21,12 +21,12 @@ from .extras import optional_import
 with optional_import():
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
+    from tqdm import tqdm
 
 # %% auto #0
 __all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'WeightsOf', 'extensions', 'methods', 'models',
-           'datasets', 'train', 'distill', 'export', 'run', 'sweep', 'status', 'report', 'main']
+           'datasets', 'train', 'distill', 'save_teacher', 'export', 'run', 'sweep', 'status', 'report', 'main']
 
 # %% ../nbs/method/08c_cli.ipynb #38af5754
 app = typer.Typer(
@@ -115,7 +115,10 @@ def methods():
 
     _table(
         ("name", "method"),
-        [(name, (type(create_method(name)).__doc__ or "").splitlines()[0]) for name in list_methods()],
+        [
+            (name, " ".join((type(create_method(name)).__doc__ or "").partition("\n\n")[0].split()))
+            for name in list_methods()
+        ],
     )
 
 
@@ -189,7 +192,7 @@ WeightsOf = Annotated[
 
 
 @app.command()
-def distill(
+def distill(  # long, since each option stands with its help
     data: Annotated[
         str,
         typer.Option(
@@ -199,7 +202,7 @@ def distill(
     teacher: Annotated[
         str,
         typer.Option(
-            help="A network's name, package.module:function, the folder of an earlier student, or a file FILE.safetensors of a teacher's outputs (rcka.save_teacher)."
+            help="A network's name, package.module:function, the folder of an earlier student, or a file FILE.safetensors of `rcka save-teacher`."
         ),
     ],
     student: Annotated[str, typer.Option(help="A network's name, or package.module:function.")],
@@ -363,6 +366,74 @@ def _json_option(name: str, text: str | None) -> dict | None:
             return found
     raise ValueError(f"{name} must be a JSON object, such as '{{\"img_size\": 32}}'; got {text!r}")
 
+# %% ../nbs/method/08c_cli.ipynb #1604cc02
+@app.command("save-teacher")
+def save_teacher(
+    file: Annotated[Path, typer.Argument(help="File of the outputs, .safetensors, for `rcka distill --teacher`.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Images, as for `rcka distill`: a folder, a name of `rcka datasets`, or hfds/NAME; no loaders."
+        ),
+    ],
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="A network's name or package.module:function, with weights; or the folder of an earlier student."
+        ),
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="A method of `rcka methods`, or several joined by a plus: the features they want are stored."
+        ),
+    ] = "kd+fcka",
+    augmentations: Annotated[int, typer.Option(min=1, help="Number of stored augmentations of each image.")] = 4,
+    size: Annotated[
+        int | None,
+        typer.Option(help="Height and width of the crops in pixels. Default: those of the teacher, else 224."),
+    ] = None,
+    projection: Annotated[
+        int | None, typer.Option(min=2, help="Numbers kept of a larger feature, for methods on Gram matrices.")
+    ] = None,
+    budget: Annotated[float, typer.Option(min=0, help="Maximum size of the outputs in GiB.")] = 16,
+    precision: Annotated[str, typer.Option(help="Of the teacher's forward pass: fp32, bf16 or fp16.")] = "fp32",
+    teacher_weights: Annotated[
+        str | None, typer.Option(help="A file of weights, pretrained, or a name of the library's weights.")
+    ] = None,
+    teacher_options: Options = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: CUDA if available.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Number of processes that decode images.")] = None,
+):
+    "Run a teacher over images and save its outputs, from which students are distilled without it. Can be stopped and resumed."
+    from rcka.distillation import save_outputs
+
+    options = _json_option("--teacher-options", teacher_options)
+    try:
+        saved = save_outputs(
+            data,
+            teacher,
+            file,
+            method,
+            teacher_weights,
+            options,
+            augmentations,
+            size,
+            projection,
+            budget,
+            precision,
+            device,
+            workers,
+        )
+    except KeyboardInterrupt as error:
+        raise _stopped(str(error)) from None
+    top1 = "" if saved["top1"] is None else f"; top-1 of the teacher on held-out images: {saved['top1']:.2f} %"
+    features = ", ".join(saved["features"]) or "none"
+    print(
+        f"{saved['file']}: {saved['augmentations']} augmentations of {saved['images']:,} images, "
+        f"{saved['megabytes']:.1f} MB; features: {features}{top1}"
+    )
+
 # %% ../nbs/method/08c_cli.ipynb #c2f41b74
 @app.command()
 def export(
@@ -436,27 +507,33 @@ def run(
     else:
         numbers = {k: float if type(v) is int else type(v) for k, v in known.items() if v is not None}
         check_types({k: v for k, v in values.items() if k in numbers and v is not None}, numbers)
-    output = output or runs / notebook.name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"executed notebook: {output}")
-    try:
-        with S.environment(RCKA_RUNS=str(runs)), _epochs(counts) if experiment else contextlib.nullcontext():
-            S.execute(notebook, output, values, progress=experiment is None and sys.stderr.isatty())
-    except (KeyboardInterrupt, Exception) as error:
-        name = getattr(error, "ename", "")  # of what was raised in the notebook
-        if isinstance(error, KeyboardInterrupt) or name == "KeyboardInterrupt":
-            raise _stopped() from None
-        if experiment is None and not name:
-            raise
-        line = S.write_failure(folder, error) if experiment else f"{name}: {getattr(error, 'evalue', '')}"
-        more = "; `rcka status --traceback` has the traceback" if experiment else ""
-        print(f"error: {line}\nthe notebook up to the error: {output}{more}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    _execute(notebook, output or runs / notebook.name, values, runs, folder if experiment else None, counts)
     if experiment:
         (folder / "failure.json").unlink(missing_ok=True)
         for done in found:
             report_found(done, Result.load(done / "result.json"))
         _print_scores(experiment, runs)
+
+
+def _execute(notebook: Path, output: Path, values: dict, runs: Path, folder: Path | None, counts: dict[Path, int]):
+    "Execute a notebook; `folder` is that of its experiment, None if it has several. An error in it ends the command."
+    from rcka.experiments import sweep as S
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"executed notebook: {output}")
+    try:
+        with S.environment(RCKA_RUNS=str(runs)), _epochs(counts) if folder else contextlib.nullcontext():
+            S.execute(notebook, output, values, progress=folder is None and sys.stderr.isatty())
+    except (KeyboardInterrupt, Exception) as error:
+        name = getattr(error, "ename", "")  # of what was raised in the notebook
+        if isinstance(error, KeyboardInterrupt) or name == "KeyboardInterrupt":
+            raise _stopped() from None
+        if folder is None and not name:
+            raise
+        line = S.write_failure(folder, error) if folder else f"{name}: {getattr(error, 'evalue', '')}"
+        more = "; `rcka status --traceback` has the traceback" if folder else ""
+        print(f"error: {line}\nthe notebook up to the error: {output}{more}", file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 def _print_scores(experiment, runs: Path):
@@ -476,10 +553,8 @@ def _print_scores(experiment, runs: Path):
     )
 
 # %% ../nbs/method/08c_cli.ipynb #9ded0d42
-def _bar(counted: str, *more) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(counted), *more, console=console
-    )
+def _bar(what: str, total: int | None, unit: str) -> tqdm:
+    return tqdm(total=total, desc=what, unit=unit, disable=None)  # None: no bar where the output is not a terminal
 
 
 @contextlib.contextmanager
@@ -488,11 +563,11 @@ def _epochs(counts: dict[Path, int]):
     from rcka.experiments.sweep import epochs_done
 
     over = threading.Event()
-    with _bar("epochs", TimeRemainingColumn()) as bar:
-        task = bar.add_task("run", total=sum(counts.values()))
+    with _bar("run", sum(counts.values()), "epoch") as bar:
 
         def look():
-            bar.update(task, completed=sum(min(epochs_done(folder), n) for folder, n in counts.items()))
+            bar.n = sum(min(epochs_done(folder), n) for folder, n in counts.items())
+            bar.refresh()
 
         def watch():
             while not over.wait(0.5):
@@ -511,13 +586,14 @@ def _epochs(counts: dict[Path, int]):
 class _SweepProgress:
     "Show the progress of a sweep: a bar of finished runs, and the time left."
 
-    def __init__(self, bar: Progress, fingerprint: str):
-        self.bar, self.task, self.fingerprint = bar, bar.add_task("sweep", total=None, left=""), fingerprint
+    def __init__(self, bar: tqdm, fingerprint: str):
+        self.bar, self.fingerprint = bar, fingerprint
 
     def __call__(self, tally):
         through = len(tally.outcomes)
         left = "time left unknown" if tally.seconds_left is None else f"{_clock(tally.seconds_left)} left"
-        self.bar.update(self.task, total=tally.runs, completed=through, left=left)
+        self.bar.total, self.bar.n = tally.runs, through
+        self.bar.set_postfix_str(left)
         for o in tally.news:
             other = o.fingerprint and o.fingerprint != self.fingerprint
             note = (
@@ -527,12 +603,8 @@ class _SweepProgress:
             )
             took = f" in {_clock(o.seconds)}" if o.state == "done" else ""
             if o.state != "found" or other:
-                self.bar.console.print(
-                    f"{through}/{tally.runs} {o.state:7} {o.key}{took}{note}{': ' if o.error else ''}{o.error}  ({left})",
-                    soft_wrap=True,
-                    markup=False,
-                    highlight=False,
-                )
+                line = f"{through}/{tally.runs} {o.state:7} {o.key}{took}{note}{': ' if o.error else ''}{o.error}"
+                tqdm.write(f"{line}  ({left})")  # to stdout, above the bar
 
 
 def _clock(seconds: float) -> str:
@@ -541,7 +613,7 @@ def _clock(seconds: float) -> str:
 
 # %% ../nbs/method/08c_cli.ipynb #03ea9f39
 @app.command()
-def sweep(
+def sweep(  # long, since each option stands with its help
     dataset: Annotated[str, typer.Argument(help="A dataset of `rcka datasets`, or imagefolder:PATH or imagenet:PATH.")],
     pairs: Annotated[
         str,
@@ -598,7 +670,7 @@ def sweep(
         where = _slurm(folder, partition, gpus_per_run, runs_per_gpu, cpus_per_run, hours)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops it as Ctrl-C does
     try:
-        with _bar("runs", TextColumn("{task.fields[left]}")) as bar:
+        with _bar("sweep", None, "run") as bar:
             outcomes = S.sweep(
                 runs, watch=_SweepProgress(bar, S.fingerprint(notebook or S.notebook_for(dataset))), **common, **where
             )

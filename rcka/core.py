@@ -6,18 +6,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 # %% auto #0
 __all__ = ['IMAGE_KEYS', 'TARGET_KEYS', 'Outputs', 'FeaturePaths', 'Batch', 'nearest', 'check_whole', 'check_enough',
-           'check_epoch', 'BatchesFailed', 'seed_of', 'unpack_batch', 'LoaderBatches', 'import_function',
-           'load_extensions', 'as_batches']
+           'check_epoch', 'BatchesFailed', 'seed_of', 'EpochBatches', 'unpack_batch', 'LoaderBatches',
+           'import_function', 'load_extensions', 'as_batches']
 
 # %% ../nbs/method/01_core.ipynb #02c3fcb2
 class Outputs(NamedTuple):
@@ -91,6 +91,23 @@ class BatchesFailed(RuntimeError):
 def seed_of(*key) -> int:
     "Return a seed for torch that depends on all values in `key` and on their order."
     return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
+
+# %% ../nbs/method/01_core.ipynb #1602ba7c
+@runtime_checkable
+class EpochBatches(Protocol):
+    """Batches that the trainer reads epoch by epoch. What they draw depends on a seed and the epoch alone.
+
+    Attributes that need not be there: `targets`, those of all samples, for classification; `identity()`, a dict of what
+    determines the batches, as plain values; `exact`, False where an epoch can begin at its first batch only; `samples`,
+    the number of samples in an epoch, for the results of an experiment."""
+
+    def __len__(self) -> int:
+        "Return the number of batches in an epoch."
+        ...
+
+    def epoch(self, e: int, start: int = 0) -> Iterator[Any]:
+        "Yield the batches of epoch `e` from step `start` on: `Batch`, or another tuple of images, targets and index."
+        ...
 
 # %% ../nbs/method/01_core.ipynb #8efea238
 IMAGE_KEYS = ("images", "image", "pixel_values", "img")  # of a batch that is a dict
@@ -210,9 +227,9 @@ def load_extensions():
             import_module(name)
 
 
-def as_batches(batches, device: torch.device):
-    "Return batches with a method `epoch` as they are, a `DataLoader` as `LoaderBatches`. Raises TypeError for anything else."
-    if hasattr(batches, "epoch"):
+def as_batches(batches, device: torch.device) -> EpochBatches:
+    "Return `EpochBatches` as they are, a `DataLoader` as `LoaderBatches`. Raises TypeError for anything else."
+    if isinstance(batches, EpochBatches):
         return batches
     try:
         len(batches)

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import re
+import shutil
 import statistics
 import time
 import warnings
@@ -26,26 +27,29 @@ from .data.folder import some_names
 from .data.hub import PREFIX
 from .data.imagenet import FileDataset
 from .data.loaders import LoaderData, function_name, is_function
+from .data.memory import Dataset
 from .data.own import open_data
 from .experiments.experiment import check_types, resolved_args
 from .experiments.result import device_name, package_versions, plot_history, runs_root
 from .extras import optional_import
+from .features import Taps, as_stored, evaluating
 from .files import as_csv, write_atomic
 from .methods.base import ClassesNeeded, create_method
 from .models.registry import list_models
 from .models.sources import SMALL, SOURCES, InputConfig, adapt_input, input_config, qualify
-from .models.student import is_file, load_student, make_network, read_about, save_student
+from .models.student import is_file, is_student, load_student, make_network, read_about, save_student
+from .pair import wanted_paths, with_maps
 from .shipping import EXPORTS, average_said, check_formats, check_repository, export_student, write_card
 from .shipping import push_to_hub as send
 from .train.callbacks import EMA, Callback
 from .train.classification import Distiller, UnlabelledDistiller, evaluate
 from .train.config import CHOICES, TrainConfig, auto_precision, autocast
 from .train.learner import Trainer
-from .train.teacher_cache import StoredTeacher, TeacherCache, load_teacher
+from .train.teacher_cache import BUDGET, StoredTeacher, TeacherCache, check_method, load_teacher, save_teacher
 
 # %% auto #0
 __all__ = ['SCORES', 'AS_GIVEN', 'PRESETS', 'IMAGENET', 'BESIDE', 'costs', 'EpochLines', 'Preset', 'recipe', 'scaled_ema',
-           'distill', 'public', 'report']
+           'distill', 'is_stored', 'without_weights', 'new_network', 'open_teacher', 'public', 'report', 'save_outputs']
 
 # %% ../nbs/method/11_distill.ipynb #34ee35f4
 def costs(model: nn.Module, config: InputConfig, channels: int, device) -> dict:
@@ -318,6 +322,52 @@ def _check_same(folder: Path, there: dict, here: dict):
         said = "; ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in differ)
         raise ValueError(f"{folder} has a run with other settings ({said}): give another output folder")
 
+# %% ../nbs/method/11_distill.ipynb #1604aa01
+def is_stored(teacher: str) -> bool:
+    "Return whether a teacher is given as a file of its outputs: by the suffix, so that `load_teacher` refuses one that is missing or damaged."
+    return Path(teacher).suffix == ".safetensors"
+
+
+def without_weights(given: dict) -> bool:
+    "Return whether the teacher of some settings has random weights: a network by name, without teacher_weights."
+    return given["teacher_weights"] is None and not is_stored(given["teacher"]) and not is_student(given["teacher"])
+
+
+def new_network(given: dict, who: str, name: str, num_classes: int | None, in_channels: int) -> nn.Module:
+    "Return the student or the teacher of some settings, with its weights. Raises ValueError for an option that it does not take."
+    weights, options = given[f"{who}_weights"], given[f"{who}_options"]
+    try:
+        return make_network(name, num_classes, weights, options, in_channels)
+    except TypeError as error:
+        how = f" with {who}_options={options}" if options else ""
+        raise ValueError(f"cannot create the {who} {name}{how}: {error}") from error
+
+
+def open_teacher(
+    given: dict,  # settings with teacher, teacher_weights and teacher_options, as for `distill`
+    num_classes: int,  # of a teacher without weights
+    in_channels: int,
+    small: bool,  # whether the images are small: see `qualify`
+    device: torch.device,
+) -> tuple[nn.Module, str]:
+    "Return the teacher of some settings on the device, and its name: the stand-in of a file, an earlier student, or a network by name."
+    teacher, weights, options = (given[name] for name in ("teacher", "teacher_weights", "teacher_options"))
+    if is_student(teacher):
+        return load_student(teacher, device), read_about(teacher)["network"]
+    if not is_stored(teacher):
+        if "/" in teacher and ":" not in teacher and teacher.partition("/")[0] not in (*SOURCES, "rcka"):
+            read_about(teacher)  # raises FileNotFoundError for what looks like a student's folder, but is none
+        name = qualify(teacher, list_models(), small)
+        network = new_network(given, "teacher", name, None if weights else num_classes, in_channels)
+        return network.to(device), name
+    if weights or options:
+        raise ValueError(
+            f"the teacher {teacher} is a file of outputs, without a network: leave out teacher_weights and "
+            "teacher_options, or give the network's name as teacher"
+        )
+    stored = load_teacher(teacher)
+    return stored.to(device), stored.about["name"]
+
 # %% ../nbs/method/11_distill.ipynb #8c1ff3ed
 class _Run:
     "The data, the networks and the training of a call of `distill`."
@@ -347,7 +397,6 @@ class _Run:
         self.small = not self.from_files and data.shape[-1] <= SMALL
         self.classes, self.names, self.channels = data.num_classes, data.classes, data.shape[0]
         self.make_networks()
-        self.stored = self.teacher if isinstance(self.teacher, StoredTeacher) else None
         if self.stored:
             self.check_stored(self.stored.path)
         self.fresh = copy.deepcopy(self.student) if settings["alone"] else None
@@ -430,22 +479,8 @@ class _Run:
     def make_networks(self):
         "Create the student and the teacher. Without labels the student has the teacher's outputs if the method compares logits."
         given = self.given
-        folder = Path(given["teacher"]) if (Path(given["teacher"]) / "student.json").is_file() else None
-        stored = load_teacher(given["teacher"]) if Path(given["teacher"]).suffix == ".safetensors" else None
-        if stored and (given["teacher_weights"] or given["teacher_options"]):
-            raise ValueError(
-                f"the teacher {given['teacher']} is a file of outputs, without a network: leave out teacher_weights and "
-                "teacher_options, or give the network's name as teacher"
-            )
         self.student_name = qualify(given["student"], list_models(), self.small)
-        if stored:
-            self.teacher_name = stored.about["name"]
-        else:
-            self.check_folder(given["teacher"])
-            self.teacher_name = (
-                read_about(folder)["network"] if folder else qualify(given["teacher"], list_models(), self.small)
-            )
-        self.trains_teacher = not folder and not stored and given["teacher_weights"] is None
+        self.trains_teacher = without_weights(given)
         if self.trains_teacher and not self.labels:
             raise ValueError(
                 f"{given['data']} has no labels to train a teacher on: give teacher_weights='pretrained' or a file, or the "
@@ -454,19 +489,14 @@ class _Run:
         torch.manual_seed(self.config.seed)
         outputs = self.classes
         if self.labels:  # created first, so that its random weights do not depend on the teacher
-            self.student = self.network(self.student_name, "student", outputs).to(self.device)
-        self.teacher = (
-            stored
-            if stored
-            else load_student(folder, self.device)
-            if folder
-            else self.network(self.teacher_name, "teacher", None if given["teacher_weights"] else self.classes)
-        ).to(self.device)
-        names = tuple(self.teacher.about["classes"]) if folder else ()
+            self.student = self.new_student(outputs)
+        self.teacher, self.teacher_name = open_teacher(given, self.classes, self.channels, self.small, self.device)
+        self.stored = self.teacher if isinstance(self.teacher, StoredTeacher) else None
+        names = tuple(self.teacher.about["classes"]) if is_student(given["teacher"]) else ()
         method = create_method(given["method"], given["method_args"])
         if self.labels and method.wants_logits and names and names != tuple(self.names):
             raise ValueError(
-                f"the teacher of {folder} has other classes ({some_names(list(names))}) than {given['data']} ({some_names(list(self.names))}), and "
+                f"the teacher of {given['teacher']} has other classes ({some_names(list(names))}) than {given['data']} ({some_names(list(self.names))}), and "
                 f"method={given['method']!r} compares logits: use a method on features, such as fcka, sp or rkd"
             )
         if not self.labels:
@@ -474,29 +504,18 @@ class _Run:
                 side = input_config(self.teacher).size or given["size"] or 224
                 outputs = self.teacher_outputs(torch.zeros(2, self.channels, side, side, device=self.device))
                 self.names = names or tuple(map(str, range(outputs)))
-            self.student = self.network(self.student_name, "student", outputs).to(self.device)
-
-    @staticmethod
-    def check_folder(teacher: str):
-        "Raise FileNotFoundError for what looks like the folder of a student, but is none."
-        source = teacher.partition("/")[0]
-        if ":" not in teacher and "/" in teacher and source not in (*SOURCES, "rcka"):
-            read_about(teacher)
+            self.student = self.new_student(outputs)
 
     @torch.no_grad()
     def teacher_outputs(self, images) -> int:
         "Return the number of the teacher's outputs."
-        if isinstance(self.teacher, StoredTeacher):
-            return self.teacher.held_out.shape[1]
+        if self.stored:
+            return self.stored.held_out.shape[1]
         return self.teacher.eval()(images).shape[1]
 
-    def network(self, name: str, who: str, outputs: int | None) -> nn.Module:
-        weights, options = self.given[f"{who}_weights"], self.given[f"{who}_options"]
-        try:
-            return make_network(name, outputs, weights, options, self.channels)
-        except TypeError as error:  # of an option that it does not take
-            how = f" with {who}_options={options}" if options else ""
-            raise ValueError(f"cannot create the {who} {name}{how}: {error}") from error
+    def new_student(self, outputs: int) -> nn.Module:
+        "Return the student as its training begins."
+        return new_network(self.given, "student", self.student_name, outputs, self.channels).to(self.device)
 
     def check(self):
         "Raise ValueError if networks, images and method do not fit; warn if the student is larger than the teacher."
@@ -686,7 +705,7 @@ def public(settings: dict) -> dict:
             (name == "data" and not _on_hub(value))
             or Path(value).is_dir()
             or (name.endswith("weights") and is_file(value))
-            or (name == "teacher" and Path(value).suffix == ".safetensors")
+            or (name == "teacher" and is_stored(value))
         )
         found[name] = Path(value).name if path else value
     return found
@@ -739,3 +758,80 @@ def report(settings: dict, results: dict, similarity: bool, ema: dict | None = N
         "",
     ]
     return "\n".join(lines)
+
+# %% ../nbs/method/11_distill.ipynb #1604aa03
+def save_outputs(
+    data: str | Path,  # images, as for `distill`; no loaders, since they draw crops of their own
+    teacher: str | Path,  # a network's name, with `teacher_weights`; or the folder of an earlier student
+    file: str | Path,  # .safetensors, for `distill`; one that is there is replaced
+    method: str = "kd+fcka",  # the features that it wants are stored
+    teacher_weights: str | None = None,  # a file, "pretrained" or a name of the library's
+    teacher_options: dict | None = None,  # arguments of the network
+    augmentations: int = 4,  # stored for each image
+    size: int | None = None,  # height and width of the crops of image files; None: those of the teacher, else 224
+    projection: int | None = None,  # numbers kept of a larger feature, for methods on Gram matrices; None: all
+    budget: float = BUDGET / 2**30,  # maximum size of the stored outputs in GiB
+    precision: str = "fp32",  # of the teacher's forward pass: "fp32", "bf16" or "fp16"
+    device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
+    workers: int | None = None,  # processes that decode images
+    progress: bool = True,
+) -> dict:  # file, teacher, images, augmentations, features, megabytes, top1 on held-out images (None without classes)
+    """Run a teacher over images, and write its outputs to a file that `distill` takes as the teacher.
+
+    Raises ValueError before the teacher runs for data, a teacher or a method whose outputs cannot be stored."""
+    file, wants, images = Path(file), create_method(method), open_data(data)
+    given = {
+        "teacher": _network_name(teacher, "teacher"),
+        "teacher_weights": teacher_weights,
+        "teacher_options": teacher_options,
+    }
+    if file.suffix != ".safetensors":
+        raise ValueError(f"the file must end in .safetensors, by which distill knows it; got {file}")
+    if isinstance(images, LoaderData):
+        raise ValueError(f"{data} returns loaders, which draw their own crops: give a folder or the name of a data set")
+    check_whole(1, augmentations=augmentations)
+    TrainConfig(precision=precision)  # refuses an unknown one
+    device = _device(device)
+    images, network, name = _with_teacher(images, given, size, device)
+    how = {"device": device} | ({"workers": workers} if isinstance(images, FileDataset) else {})
+    train, test = images.batches(64, views=augmentations, **how), images.batches(64, train=False, **how)
+    with torch.no_grad(), evaluating(network), Taps(network, wanted_paths(wants, network)) as taps:
+        outputs = taps(as_stored(next(iter(test.epoch(0))).images[:2], network))
+        paths = with_maps(taps, wants, outputs).paths
+    check_method(wants, paths, projection)
+    parts = file.with_name(f"{file.name}.parts")
+    limit = int(budget * 2**30)
+    cache = TeacherCache(network, train, paths, parts, precision, projection, limit, progress=progress)
+    save_teacher(file, cache, test, name)
+    shutil.rmtree(parts)
+    stored = load_teacher(file)
+    return {
+        "file": str(file),
+        "teacher": name,
+        "images": len(train.targets),
+        "augmentations": augmentations,
+        "features": list(cache.paths),
+        "megabytes": file.stat().st_size / 1e6,
+        "top1": evaluate(stored, test).top1 if stored.held_out.shape[1] == images.num_classes else None,
+    }
+
+
+def _with_teacher(images: Dataset | FileDataset, given: dict, size: int | None, device: torch.device):
+    "Return the images, cut at `size` or for the teacher; the teacher, frozen, which takes such images; and its name."
+    if is_stored(given["teacher"]) or without_weights(given):
+        raise ValueError(
+            f"the teacher {given['teacher']} has no weights to run with: give teacher_weights='pretrained' or a file, or "
+            "the folder of an earlier student as teacher"
+        )
+    from_files, channels, side = isinstance(images, FileDataset), images.shape[0], images.shape[-1]
+    small = not from_files and side <= SMALL
+    network, name = open_teacher(given, images.num_classes, channels, small, device)
+    wanted = _for_channels(input_config(network), channels)
+    if isinstance(images, FileDataset):
+        side = size or wanted.size or 224
+        images = replace(images, size=side)
+    config = InputConfig(
+        wanted.mean or images.mean, wanted.std or images.std, wanted.size or side, wanted.interpolation
+    )
+    adapt_input(network, InputConfig(images.mean, images.std, side), config)
+    return images, network.eval().requires_grad_(False), name

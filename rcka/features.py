@@ -7,7 +7,7 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .core import FeaturePaths, Outputs, nearest
 
 # %% auto #0
 __all__ = ['FORMS', 'NAMED_STAGES', 'Place', 'parse_path', 'unwrap', 'find_module', 'evaluating', 'as_logits', 'as_stored',
-           'as_map', 'Taps', 'feature_paths', 'Projector', 'ProjectedNetwork']
+           'as_map', 'Taps', 'StoredFeatures', 'feature_paths', 'Projector', 'ProjectedNetwork']
 
 # %% ../nbs/method/03_features.ipynb #8dbce422
 class Place(NamedTuple):
@@ -360,6 +360,15 @@ class Taps:
 
     def __repr__(self):
         return f"Taps({type(unwrap(self.model)).__name__}, {list(self.paths)})"
+
+# %% ../nbs/method/03_features.ipynb #1603ba7d
+@runtime_checkable
+class StoredFeatures(Protocol):
+    "A stand-in for a network, whose features are looked up: it returns the taps that look them up."
+
+    def taps_at(self, paths: Sequence[str]) -> Taps:
+        "Return taps for these paths. Raises ValueError for features that are not stored."
+        ...
 
 # %% ../nbs/method/03_features.ipynb #0d198082
 NAMED_STAGES = {  # (stages, head) of torchvision's families; a network that has all these modules belongs to the family

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .core import Outputs
 from .distributed import all_gather
-from .features import Taps, as_logits, as_stored, evaluating, feature_paths, unwrap
+from .features import StoredFeatures, Taps, as_logits, as_stored, evaluating, feature_paths, unwrap
 from .methods.base import ANY_PATHS, Method, create_method
 
 # %% auto #0
@@ -74,9 +74,8 @@ def paired_taps(
             f"a method compares features in pairs, but the student has {len(ours)} path(s), {ours}, and the teacher "
             f"{len(theirs)}, {theirs}. Give equally many paths for both, or the method stages that both have: stages=(-3, -2, -1)"
         )
-    if hasattr(teacher, "taps_at"):  # a stand-in for a network, whose features are not tapped but looked up
-        return Taps(student, ours, logits), teacher.taps_at(theirs)
-    return Taps(student, ours, logits), Taps(teacher, theirs, logits)
+    of_teacher = teacher.taps_at(theirs) if isinstance(teacher, StoredFeatures) else Taps(teacher, theirs, logits)
+    return Taps(student, ours, logits), of_teacher
 
 
 def with_maps(taps: Taps, method: Method, outputs: Outputs) -> Taps:

@@ -46,9 +46,8 @@ def stub(tmp_path, monkeypatch):
 
 def test_every_option_has_help(says):
     root = typer.main.get_command(app)
-    assert {"methods", "models", "datasets", "train", "distill", "export", "run", "sweep", "report", "status"} == set(
-        root.commands
-    )
+    known = {"methods", "models", "datasets", "train", "distill", "save-teacher", "export", "run", "sweep", "report"}
+    assert known | {"status"} == set(root.commands)
     for name, command in root.commands.items():
         assert command.help, name
         assert not [p.name for p in command.params if not getattr(p, "help", None)], name
@@ -65,10 +64,8 @@ def test_completion():
         "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
     }
     code = "import sys; sys.argv[0] = 'rcka'; from rcka.cli import app; app(prog_name='rcka')"
-    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.split() == [
-        "sweep",
-        "status",
-    ]
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
+    assert set(out.split()) == {"save-teacher", "sweep", "status"}
 
 
 def test_train(says, tmp_path):
@@ -110,6 +107,43 @@ def test_distill_and_export(says, tmp_path):
         code, _, err = says(*given[:-1], tmp_path / "other", *wrong)
         assert code == 2 and near in err, err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_save_teacher(says, tmp_path):
+    "A teacher's outputs in a file, with the features of the methods that were asked for; then a student of the file."
+    weights, file = tmp_path / "weights.safetensors", tmp_path / "teacher.safetensors"
+    save_weights(create_model("resnet14", 10, 1), weights)
+    given = ("save-teacher", file, "--data", "digits", "--teacher", "resnet14", "--teacher-weights", weights)
+    code, out, err = says(*given, "--augmentations", 2, "--method", "rcka+at", "--device", "cpu")
+    assert code == 0 and "2 augmentations of" in out and "features: layer3, layer1, layer2; top-1" in out, err
+    assert {p.name for p in tmp_path.iterdir()} == {weights.name, file.name}
+    student = ("distill", "--data", "digits", "--teacher", file, "--student", "resnet8", "--epochs", 1)
+    code, out, err = says(*student, "--output", tmp_path / "student", "--method", "at+kd", "--device", "cpu")
+    assert code == 0 and "teacher: top-1, %: " in out, err
+    code, _, err = says(*student, "--output", tmp_path / "other", "--method", "reviewkd", "--device", "cpu")
+    assert code == 2 and "no features at" in err
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["t.safetensors", "--teacher", "resnet8"], ["no weights to run with", "teacher_weights='pretrained'"]),
+        (["t.safetensors", "--teacher", "x.safetensors"], ["no weights to run with"]),
+        (["t.pth", "--teacher", "resnet8"], ["must end in .safetensors", "t.pth"]),
+        (["t.safetensors", "--teacher", "resnet8", "--method", "kdd"], ["kdd", "kd"]),
+        (["t.safetensors", "--teacher", "resnet8", "--precision", "bf17"], ["precision", "bf16"]),
+        (["t.safetensors", "--teacher", "resnet8", "--teacher-options", "{"], ["--teacher-options must be"]),
+        (["t.safetensors", "--teacher", "resnet9", "--teacher-weights", "w.pth"], ["resnet9", "resnet8"]),
+        (["t.safetensors", "--teacher", "resnet8", "--teacher-weights", "w.pth"], ["w.pth"]),
+        (["t.safetensors", "--teacher", "resnet8", "--data", "digitss"], ["digitss", "digits"]),
+    ],
+)
+def test_bad_input_to_save_teacher(args, words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = says("save-teacher", *args[:1], *(() if "--data" in args else ("--data", "digits")), *args[1:])
+    assert code == 2 and not out and "Traceback" not in err and all(word in err for word in words), err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_logger_of_distill(says, tmp_path, monkeypatch):
@@ -297,7 +331,6 @@ def test_run(stub, says, tmp_path):
     )
     assert code == 0 and str(root / e.key / "notebook.ipynb") in out, err
     assert state(root / e.key) == "done" and fingerprint(root / e.key / "notebook.ipynb") == fingerprint(stub)
-    assert "2/2 epochs" in out  # the bar, as it is at the end
     assert "student resnet8, method none: top-1 50.00 %" in out and str(root / e.key / "last.safetensors") in out
 
 
@@ -318,7 +351,7 @@ def test_run_says_what_came_of_the_teacher(stub, says, tmp_path):
     params = [f"--param={value}" for value in (*values, f"teacher_weights={given}")]
     code, out, err = says("run", stub, *params, "--root", root)
     assert code == 0 and f"teacher resnet14: top-1 50.00 %; weights: {given}" in out, err
-    assert "student resnet8, method kd: top-1 50.00 %" in out and "1/1 epochs" in out
+    assert "student resnet8, method kd: top-1 50.00 %" in out
     assert "found" not in err
     code, out, err = says("run", stub, *params, "--root", root)
     assert code == 0 and re.search(r"found digits-resnet14-resnet8-kd-s0-\w+, finished on 20", err), err
@@ -338,16 +371,15 @@ def test_run_that_fails(stub, says, tmp_path):
 
 def test_run_counts_epochs(tmp_path):
     "Those of the teacher that is trained first are counted too, and no run counts for more than it has."
-    from rcka.cli import _bar, _epochs
+    from rcka.cli import _epochs
 
     counts = {tmp_path / "teacher": 2, tmp_path / "student": 3}
     for folder, rows in zip(counts, (4, 1)):
         folder.mkdir()
         (folder / "metrics.csv").write_text("epoch\n" + "1\n" * rows)
     with _epochs(counts) as bar:
-        assert isinstance(bar, type(_bar("epochs")))
-    (task,) = bar.tasks
-    assert (task.completed, task.total) == (3, 5)
+        pass
+    assert (bar.n, bar.total) == (3, 5)
 
 
 @pytest.mark.parametrize("command", ["report", "status"])

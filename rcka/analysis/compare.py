@@ -35,7 +35,7 @@ from ..similarity.streaming import MinibatchCKA
 from ..train.teacher_cache import StoredTeacher
 
 # %% auto #0
-__all__ = ['BLOCK', 'COMPARISON_FORMAT', 'relations', 'choose_layers', 'LayerRelations', 'memory_needed', 'as_batches',
+__all__ = ['BLOCK', 'COMPARISON_FORMAT', 'relations', 'choose_layers', 'LayerRelations', 'memory_needed', 'images_of',
            'to_device', 'compare', 'compare_stages', 'save_comparison', 'load_comparison']
 
 # %% ../../nbs/method/09_compare.ipynb #2f01d209
@@ -234,7 +234,7 @@ def _parts(images: Tensor, most: int | None):
     return images.tensor_split(math.ceil(len(images) / most))
 
 # %% ../../nbs/method/09_compare.ipynb #a00ac75a
-def as_batches(loader):
+def images_of(loader):
     "Yield the images of each batch. Raises TypeError for a loader that yields anything else."
     if isinstance(loader, Tensor):
         raise TypeError("loader must be an iterable of batches, got one tensor; write [images], or images.split(64)")
@@ -357,7 +357,7 @@ def compare(
     least = 4 if any(estimators) else 2
     accumulators = {(k, u): _FromRelations(unbiased=u) for k in range(len(kernels)) for u in estimators}
     with tqdm(
-        as_batches(loader),
+        images_of(loader),
         total=len(loader) if hasattr(loader, "__len__") else None,
         desc="compare",
         unit="batch",
@@ -418,7 +418,7 @@ def compare_stages(
         ours, theirs = (list(feature_paths(net).stages) for net in (student, teacher))
     except ValueError:
         return None
-    images = [x for x in itertools.islice(as_batches(batches), most) if len(x) >= 4]
+    images = [x for x in itertools.islice(images_of(batches), most) if len(x) >= 4]
     if not images:
         return None
     return compare(student, teacher, images, ours, theirs, names=("student", "teacher"), progress=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .compare import BLOCK, LayerRelations, as_batches, to_device
+from .compare import BLOCK, LayerRelations, images_of, to_device
 from ..experiments.study import accuracy_by_factor, differences_to
 from ..extras import optional_import
 from ..features import Taps, evaluating, unwrap
@@ -56,6 +56,9 @@ def plot_similarity(
     bar: bool = True,  # draw the colour scale
 ):  # Axes
     "Draw a heatmap of the similarity of every layer of one network with every layer of another."
+    with optional_import():
+        from matplotlib.patches import Rectangle
+
     if ax is None:
         height, width = (max(3.0, min(9.0, 1.6 + 0.34 * n)) for n in frame.shape)
         ax = _plt().subplots(figsize=(width, height), layout="constrained")[1]
@@ -65,9 +68,7 @@ def plot_similarity(
     where = enumerate(frame.values.argmax(0)) if best else ()
     for j, i in where:
         if _numbered(frame, numbers):  # a frame along the cell, which leaves the number free
-            ax.add_patch(
-                _plt().Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILLION, linewidth=1.5)
-            )
+            ax.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILLION, linewidth=1.5))
         else:
             ax.scatter(j, i, s=25, facecolors="none", edgecolors="0.55", linewidths=1.2)
     if bar:
@@ -304,7 +305,7 @@ def class_relations(
 
     networks, logits = {name: unwrap(m) for name, m in networks.items()}, {name: [] for name in networks}
     with evaluating(*networks.values()):
-        for images in as_batches(loader):
+        for images in images_of(loader):
             for name, model in networks.items():
                 logits[name].append(Taps(model)(to_device(model, images)).logits.cpu().double())
     tables = {name: torch.corrcoef(torch.cat(z).T) for name, z in logits.items()}

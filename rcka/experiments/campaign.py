@@ -37,7 +37,7 @@ from ..similarity.measures import cka
 from ..similarity.streaming import MinibatchCKA
 from ..train.callbacks import Callback
 from ..train.classification import Distiller
-from ..train.config import TrainConfig, determinism
+from ..train.config import TrainConfig, autocast, determinism
 from ..train.learner import Learner, Stopped, Trainer, shared_teacher
 
 # %% auto #0
@@ -385,15 +385,22 @@ def network(c: Campaign, which: int, seed: int = 0):
     return create_model(c.plan.networks[which], 100).to(c.device)
 
 
-def usual_loop(student: nn.Module, teacher: nn.Module, batch: Batch) -> Callable[[], None]:
+def usual_loop(
+    student: nn.Module,
+    teacher: nn.Module,  # in eval mode
+    batch: Batch,  # of a step that is called without one
+    precision: str = "fp32",  # of both forward passes
+) -> Callable[..., None]:  # takes a batch
     "Return a step of KD as most repositories write it: it copies loss and accuracy to the host."
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
-    def step():
+    def step(batch: Batch = batch):
         student.train()
-        with torch.no_grad():
-            known = teacher(batch.images)
-        logits = student(batch.images)
+        with autocast(batch.images.device.type, precision):
+            with torch.no_grad():
+                known = teacher(batch.images)
+            logits = student(batch.images)
+        logits, known = logits.float(), known.float()
         soft = F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(known / 4, 1), reduction="batchmean") * 16
         loss = F.cross_entropy(logits, batch.targets) + soft
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..core import nearest
+from ..core import EpochBatches, nearest
 from ..data.datasets import KNOWN, load_dataset
 from ..data.folder import SUFFIXES
 from ..data.imagenet import FileDataset
@@ -38,7 +38,7 @@ from ..files import data_root, listing
 from ..methods.base import create_method
 from ..methods.features import paper_args
 from ..models.registry import create_model, list_models, list_weights, load_checkpoint
-from ..train.classification import Distiller, evaluate
+from ..train.classification import Distiller, Task, evaluate
 from ..train.config import TrainConfig, auto_precision, cublas_workspace
 from ..train.learner import RunsFailed, Trainer, fit_many
 from ..train.teacher_cache import BUDGET, TeacherCache, is_teacher_file, load_teacher
@@ -53,9 +53,9 @@ __all__ = ['IMAGENET', 'MUST_AGREE', 'MAY_DIFFER', 'Parts', 'check_network', 're
 class Parts(NamedTuple):
     "The objects of an experiment from which its trainer is made."
 
-    task: Distiller  # or another task
-    train: Batches
-    test: Batches
+    task: Task
+    train: EpochBatches
+    test: EpochBatches
     teacher: torch.nn.Module | None
     teacher_scores: dict | None  # in per cent
     data: object = None  # what `load_data` returned

@@ -36,6 +36,8 @@ class Results(NamedTuple):
 
 def load_results(root: Path | str | None = None) -> Results:
     "Read all results under a folder of runs; None: see `runs_root`."
+    import rcka.experiments.study  # noqa: F401  # registers "scaled", the method that the runs of studies name
+
     results, problems = [], []
     paths = sorted(runs_root(root).glob("*/result.json"))
     for path in paths:
@@ -239,8 +241,12 @@ def evaluated_on(experiment: dict) -> str:
 # %% ../../nbs/method/08b_report.ipynb #3d920022
 def _label(e: Experiment, with_teacher: bool) -> str:
     "Return the method, and in brackets its arguments that are not the usual ones for this pair."
-    differ = _given(e) | (changes(e)[1] if with_teacher else {})
-    return e.method + (f" ({', '.join(f'{k}={v}' for k, v in differ.items())})" if differ else "")
+    name, differ = e.method, _given(e)
+    if name == "scaled":  # of studies: another method with all its weights multiplied
+        inner = e.method_args or {}
+        name, differ = f"{inner['method']} x{inner['factor']:g}", inner["args"] or {}
+    differ = differ | (changes(e)[1] if with_teacher else {})
+    return name + (f" ({', '.join(f'{k}={v}' for k, v in differ.items())})" if differ else "")
 
 
 def _row(dataset, teacher, student, method, results) -> Row:

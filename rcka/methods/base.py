@@ -16,8 +16,9 @@ from ..similarity.measures import as_features, as_real, full_precision
 
 # %% auto #0
 __all__ = ['METHODS', 'ANY_PATHS', 'ClassesNeeded', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods',
-           'create_method', 'Vanilla', 'Sum', 'Wrapper', 'FeatureMethod', 'need', 'check_batches', 'check_samples',
-           'WarmUp', 'check_maps', 'pooled_to', 'same_size', 'MapMethod', 'resize_maps', 'DenseMethod', 'map_mse_loss']
+           'create_method', 'Vanilla', 'Sum', 'Wrapper', 'FeatureMethod', 'not_built', 'need', 'check_batches',
+           'check_samples', 'WarmUp', 'check_maps', 'pooled_to', 'same_size', 'MapMethod', 'resize_maps', 'DenseMethod',
+           'map_mse_loss']
 
 # %% ../../nbs/method/02_methods.ipynb #4504c7e9
 class ClassesNeeded(ValueError):
@@ -395,11 +396,16 @@ class FeatureMethod(Method):
     def built(self) -> nn.ModuleList:
         "Return the connectors, one for each pair. RuntimeError before `build`, since the optimiser must get them."
         if not hasattr(self, "connectors"):
-            raise RuntimeError(
-                f"{self.name} has parameters of its own: call method.build(student_outputs, teacher_outputs, head=..., "
-                "targets=...) before making the optimiser"
-            )
+            raise not_built(self, "parameters of its own")
         return self.connectors
+
+
+def not_built(method: Method, what: str) -> RuntimeError:
+    "Return the error of a method that needs what `Method.build` makes."
+    return RuntimeError(
+        f"{method.name} has {what}: call method.build(student_outputs, teacher_outputs, head=..., "
+        "student_head=..., targets=...) before making the optimiser"
+    )
 
 
 def need(found, what: str, method: str):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Method, WarmUp, class_indices, register
+from .base import Method, WarmUp, class_indices, not_built, register
 from ..similarity.measures import as_real, full_precision, unit
 
 # %% auto #0
@@ -207,9 +207,7 @@ class IKLKD(WarmUp, Method):
         if not self.by_class:
             return p
         if not hasattr(self, "sums"):
-            raise RuntimeError(
-                "ikl_kd with by_class=True needs a buffer with a row for each class: call method.build(student, teacher) first"
-            )
+            raise not_built(self, "a buffer with a row for each class (by_class=True)")
         target = class_indices(target, f"{self.name} with by_class=True")
         if self.training:
             self.sums.index_add_(0, target, p.to(self.sums.dtype))

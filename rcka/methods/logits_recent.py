@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import MapMethod, Method, WarmUp, Wrapper, class_indices, create_method, pooled_to, register
+from rcka.methods.base import (
+    MapMethod,
+    Method,
+    WarmUp,
+    Wrapper,
+    class_indices,
+    create_method,
+    not_built,
+    pooled_to,
+    register,
+)
 from .logits import KD, check_logits, kd_loss, split_target, true_and_others
 from ..similarity.measures import as_real, full_precision, unit
 
@@ -401,7 +411,7 @@ class WKDL(CosineDecay, Method):
     def terms(self, student, teacher, target, index=None):
         target = class_indices(target, self.name)
         if self.costs is None:
-            raise RuntimeError("wkd_l has no costs of classes yet: call method.build(student, teacher, head=...) first")
+            raise not_built(self, "costs of the classes")
         true, others = wkd_logit_losses(student.logits, teacher.logits, target, self.costs, **self.options)
         return {"wkd_l_target": true, "wkd_l_others": self.share * self.gamma * others}
 
@@ -447,9 +457,7 @@ class ClassMapMethod(MapMethod):
     def class_maps(self, student, teacher) -> tuple[Tensor, Tensor]:
         "Return the maps of class logits of both networks, (n, classes, H, W) and (n, classes, U, V), the teacher's detached."
         if not hasattr(self, "_heads"):
-            raise RuntimeError(
-                f"{self.name} needs both classifiers: call method.build(student, teacher, head=..., student_head=...) first"
-            )
+            raise not_built(self, "both classifiers")
         ((s, t),) = self.pairs(student, teacher)
         ours, theirs = self._heads
         return class_maps(s, ours, self.bias), class_maps(t, theirs, self.bias).detach()

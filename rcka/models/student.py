@@ -19,7 +19,7 @@ from .sources import InputConfig, input_config
 
 # %% auto #0
 __all__ = ['STUDENT_FORMAT', 'classifier', 'replace_classifier', 'make_network', 'is_file', 'classes_of', 'save_student',
-           'load_student', 'read_about', 'student_transform']
+           'load_student', 'is_student', 'read_about', 'student_transform']
 
 # %% ../../nbs/method/04h_student.ipynb #a90d18e6
 def classifier(model: nn.Module) -> str:
@@ -169,10 +169,15 @@ def load_student(
     return model
 
 
+def is_student(folder: Path | str) -> bool:
+    "Return whether a folder has the description of a student."
+    return (Path(folder) / "student.json").is_file()
+
+
 def read_about(folder: Path | str) -> dict:
     "Return the content of a folder's student.json. Raises FileNotFoundError or ValueError, as `load_student`."
     path = Path(folder) / "student.json"
-    if not path.is_file():
+    if not is_student(folder):
         raise FileNotFoundError(
             f"no student in {folder}: it has no student.json. `rcka distill` writes one when it is done"
         )

@@ -6,12 +6,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from ..core import Batch, Outputs, as_batches
+from ..core import Batch, EpochBatches, Outputs, as_batches
 from ..distributed import all_gather, all_reduce, first_shard, shard_rows, world_size
 from ..features import Taps, as_logits, as_stored, evaluating
 from ..methods.base import Method, Vanilla
@@ -21,7 +21,7 @@ from .config import autocast
 from .teacher_cache import StoredTeacher
 
 # %% auto #0
-__all__ = ['Accuracy', 'predictor_on', 'evaluate', 'Step', 'Distiller', 'UnlabelledDistiller']
+__all__ = ['Accuracy', 'predictor_on', 'evaluate', 'Step', 'Task', 'Distiller', 'UnlabelledDistiller']
 
 # %% ../../nbs/method/06c_classification.ipynb #0749ca0f
 class Accuracy(NamedTuple):
@@ -74,6 +74,29 @@ class Step(NamedTuple):
 
     terms: dict[str, torch.Tensor]  # weighted scalars; their sum is the loss
     counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # (sum, number) by name; reported as 100 * sum / number
+
+
+class Task(Protocol):
+    """What a network is trained for: the networks, the loss terms of a batch, and the scores.
+
+    Where another network than the student predicts, as with SimKD, the task has it as the attribute `network`, and that
+    one is saved. `fixed_shapes = False` says that batches differ in size."""
+
+    student: nn.Module  # the network that is trained
+    teacher: nn.Module | None  # frozen
+    method: Method  # its parameters are trained too
+    score: str  # the score by which the best epoch is chosen
+
+    def prepare(self, train: EpochBatches):
+        "Build what depends on the batches. Called once, before the optimiser is created."
+
+    def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
+        "Return the terms of a batch. `teacher`: its outputs, if already computed; `relations` as in `TrainConfig`."
+        ...
+
+    def evaluate(self, batches: EpochBatches, precision: str, before: Callable[[], None]) -> dict[str, float]:
+        "Return the scores by name; `before` is called before each batch."
+        ...
 
 # %% ../../nbs/method/06c_classification.ipynb #0c06d4d0
 class Distiller:

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core import BatchesFailed, Outputs, as_batches, seed_of
+from ..core import BatchesFailed, EpochBatches, Outputs, as_batches, seed_of
 from ..distributed import all_reduce, average_gradients, barrier, broadcast, rank, shard, world_size
 from ..features import Taps, as_stored
 from .callbacks import Callback, Checkpoint, NonFiniteWatch, Progress, SaveResults
 from .checkpoint import run_identity
-from .classification import Distiller
+from .classification import Distiller, Task
 from .config import TrainConfig, autocast, cublas_workspace, determinism, keep_freed_memory, make_optimizer
 from .graph import GraphedStep
 from .teacher_cache import StoredTeacher, TeacherCache
@@ -41,13 +41,13 @@ class Learner:
     """Training loop for the student of a task: the state of a run, and its steps.
 
     In several processes each one takes its shard of every batch. Raises ValueError before any training if task and batches
-    do not fit together. See `rcka.core` for the interface of batches."""
+    do not fit together."""
 
     def __init__(
         self,
-        task: Distiller,  # or another task with the interface of `Distiller`
-        train,  # training batches: `len()`, `targets`, and `epoch(e, start=0)`, an iterator of Batch; or a DataLoader
-        test,  # batches for the evaluation, likewise; None: no evaluation
+        task: Task,
+        train: EpochBatches | Iterable,  # training batches; an iterable is a DataLoader, see `as_batches`
+        test: EpochBatches | Iterable | None,  # batches for the evaluation, likewise; None: no evaluation
         config: TrainConfig,
         callbacks: Iterable[Callback] = (),
         optimizer_factory: Callable | None = None,  # from parameter groups to an optimiser; None: that of `config`
@@ -64,14 +64,7 @@ class Learner:
         self.test = None if test is None else as_batches(test, self.device)
         self.switches = {"channels_last": channels_last, "compile": compile}
         self.switches |= {"cuda_graph": True} if cuda_graph else {}
-        if teacher_cache is None and isinstance(task.teacher, StoredTeacher):
-            teacher_cache = TeacherCache(task.teacher, self.train)
-        self.teacher_cache = teacher_cache
-        if teacher_cache is not None:
-            if teacher_cache.train is not self.train or teacher_cache.teacher is not task.teacher:
-                raise ValueError(
-                    "the teacher cache was made with another teacher or other training batches: create it with those of the run"
-                )
+        self.teacher_cache = teacher_cache = self._cache(teacher_cache)
         networks = [n for n in (task.student, task.teacher) if n is not None]
         if channels_last:
             for net in networks:
@@ -106,6 +99,16 @@ class Learner:
         self.graphed = GraphedStep(self) if cuda_graph else None
         if self.graphed and self.graphed.reason:
             warnings.warn(f"cuda_graph has no effect, since {self.graphed.reason}: steps run eagerly", stacklevel=2)
+
+    def _cache(self, given: TeacherCache | None) -> TeacherCache | None:
+        "Return the teacher cache of the run. Raises ValueError for one of another teacher or other batches."
+        if given is None and isinstance(self.task.teacher, StoredTeacher):
+            return TeacherCache(self.task.teacher, self.train)
+        if given is not None and (given.train is not self.train or given.teacher is not self.task.teacher):
+            raise ValueError(
+                "the teacher cache was made with another teacher or other training batches: create it with those of the run"
+            )
+        return given
 
     def fit(self, progress: bool = True) -> list[dict]:
         "Train to the last epoch and return the history, a dict for each epoch. An interrupted run resumes."
@@ -575,9 +578,9 @@ class Trainer(Learner):
 
     def __init__(
         self,
-        task: Distiller,  # or another task with the interface of `Distiller`
-        train,  # training batches, as for `Learner`
-        test,  # batches for the evaluation, as for `Learner`; None: no evaluation
+        task: Task,
+        train: EpochBatches | Iterable,  # training batches, as for `Learner`
+        test: EpochBatches | Iterable | None,  # batches for the evaluation, as for `Learner`
         config: TrainConfig,
         folder: Path | str,  # for checkpoints and results
         checkpoint_seconds: float = 60,  # between two checkpoints; at most about this much work is lost when the process is killed

@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .config import autocast
 
 # %% auto #0
 __all__ = ['BUDGET', 'SAMPLE', 'TEACHER_FORMAT', 'TEACHER_KEY', 'principal_basis', 'Rows', 'Store', 'TeacherCache',
-           'save_teacher', 'StoredTeacher', 'StoredTaps', 'load_teacher', 'is_teacher_file']
+           'check_method', 'save_teacher', 'StoredTeacher', 'StoredTaps', 'load_teacher', 'is_teacher_file']
 
 # %% ../../nbs/method/06h_teacher_cache.ipynb #da3a7593
 def principal_basis(
@@ -302,26 +302,31 @@ class TeacherCache:
 
     def check(self, method: Method, paths: Iterable[str]):
         "Raise ValueError for a method that needs more than the stored outputs."
-        if method.teacher_batch_stats:
-            raise ValueError(
-                f"method {method.name} runs the teacher with the statistics of each batch, which a teacher cache does not "
-                "have: train it without teacher_cache"
-            )
+        check_method(method, paths, self.width)
         if missing := [path for path in paths if path not in self.stores]:
             raise ValueError(
                 f"the teacher cache has no features at {', '.join(missing)}: create it with paths=[...] that include these "
                 "(after task.find_maps(train), task.teacher_taps.paths has those of a transformer's maps)"
-            )
-        if self.width is not None and tuple(paths) and not method.relations_only:
-            raise ValueError(
-                f"method {method.name} compares the elements of features, but a projection preserves their Gram matrix only: "
-                "train it without teacher_projection, or use a method such as fcka, rcka, sp, rkd or pkt"
             )
 
     def identity(self) -> dict:
         "Return the settings of the cache that determine a result, besides the teacher and the batches."
         own = {"width": self.width, "precision": self.precision}
         return own | {"file": self.teacher.digest} if isinstance(self.teacher, StoredTeacher) else own
+
+
+def check_method(method: Method, paths: Iterable[str], width: int | None):
+    "Raise ValueError for a method that cannot use stored outputs, or features at `paths` that are projected to `width`."
+    if method.teacher_batch_stats:
+        raise ValueError(
+            f"method {method.name} runs the teacher with the statistics of each batch, which a teacher cache does not "
+            "have: train it without teacher_cache"
+        )
+    if width is not None and tuple(paths) and not method.relations_only:
+        raise ValueError(
+            f"method {method.name} compares the elements of features, but a projection preserves their Gram matrix only: "
+            "train it without teacher_projection, or use a method such as fcka, rcka, sp, rkd or pkt"
+        )
 
 # %% ../../nbs/method/06h_teacher_cache.ipynb #29620c71
 TEACHER_FORMAT = 1
@@ -447,7 +452,7 @@ class StoredTeacher(nn.Module):
     def __deepcopy__(self, memo):
         return self  # nothing of it changes, and a copy of what is mapped would be in memory
 
-    def taps_at(self, paths: Iterable[str]) -> StoredTaps:
+    def taps_at(self, paths: Sequence[str]) -> StoredTaps:
         "Return the taps that `Distiller` asks for. Raises ValueError for features that the file does not have."
         return StoredTaps(self, paths)
 
@@ -495,7 +500,7 @@ class StoredTeacher(nn.Module):
 class StoredTaps(Taps):
     "The paths of features in a teacher's file. A path without a form takes the map of the file where it has that alone."
 
-    def __init__(self, teacher: StoredTeacher, paths: Iterable[str]):
+    def __init__(self, teacher: StoredTeacher, paths: Sequence[str]):
         super().__init__(teacher)
         has, wanted = [p for p in teacher.outputs if p is not None], list(paths)
         self.paths = tuple(p if p in has else f"{p}:map" for p in wanted)
