@@ -231,8 +231,8 @@ def evaluated_on(experiment: dict) -> str:
     "Return a sentence on the images on which accuracies are measured and the best epoch is chosen."
     if part := experiment.get("val_fraction"):
         return (
-            f"Last and best epoch: accuracy on validation images, {100 * part:g} % of the training images, where published "
-            "numbers are of test images."
+            f"Last and best epoch: accuracy on validation images, {100 * part:g} % of the training images, where "
+            "published numbers are of test images."
         )
     if experiment.get("evaluate_on") == "train":
         return "Last and best epoch: accuracy on training images, where published numbers are of test images."
@@ -282,8 +282,9 @@ def _caption(runs: list, about: set[str]) -> str:
     return (
         f"Training protocol: {f'the one of the paper but for {protocol}' if protocol else 'the one of the paper'}. "
         f"{_about_weights(runs)}{evaluated_on(results[0].experiment)} "
-        f"Seeds: {listed(e.seed for e, _ in runs)}. Machine: {listed(r.device for r in results)}; torch {listed(r.versions.get('torch') for r in results)}. "
-        f"Finished: {' to '.join(dict.fromkeys((min(r.finished for r in results)[:10], max(r.finished for r in results)[:10])))}."
+        f"Seeds: {listed(e.seed for e, _ in runs)}. Machine: {listed(r.device for r in results)}; torch "
+        f"{listed(r.versions.get('torch') for r in results)}. Finished: "
+        f"{' to '.join(dict.fromkeys((min(r.finished for r in results)[:10], max(r.finished for r in results)[:10])))}."
     )
 
 
@@ -409,6 +410,7 @@ def markdown(table: Table) -> str:
 # %% ../../nbs/method/08b_report.ipynb #7a80bd57
 def latex(table: Table) -> str:
     "Return a LaTeX table environment; the preamble needs \\usepackage{booktabs}."
+    # pandas' Styler.to_latex needs jinja2, and caption, rules between pairs and notes would be ours all the same
 
     def text(s):
         for a, b in (
@@ -566,7 +568,8 @@ _SOURCES = {"RCKA paper": ("paper", "D"), "own source": ("own", "^"), "other sou
 
 
 def plot_scores(table: Table):
-    "Draw each seed as a dot, mean and standard deviation, and the published numbers, one panel a pair: a matplotlib Figure."
+    """Draw each seed as a dot, mean and standard deviation, and the published numbers, one panel a pair: a matplotlib
+    Figure."""
     fig, axes = _panels(table, 0.5)
     looks = _looks(table)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):
