@@ -102,9 +102,11 @@ def test_distill_and_export(says, tmp_path):
         (("--student-options", '{"depth": 3}'), "no option depth"),
         (("--device", "gpu"), "give cpu"),
         (("--log", "tensorbord"), "did you mean tensorboard"),
+        (("-p", "epochs=3"), "give --epochs 3"),
     ):
-        code, _, err = says(*given, *wrong)
-        assert code == 2 and near in err
+        code, _, err = says(*given[:-1], tmp_path / "other", *wrong)
+        assert code == 2 and near in err, err
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
