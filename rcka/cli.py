@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -217,10 +218,13 @@ def distill(  # long, since each option stands with its help
     student_weights: WeightsOf = None,
     teacher_options: Options = None,
     student_options: Options = None,
-    size: Annotated[int | None, typer.Option(help="Height and width of the student's images in pixels.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Height and width of the student's images in pixels.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=4, help="Images per batch. Default: 64; loaders have their own.")
     ] = None,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Skip image files that cannot be decoded, with a warning.")
+    ] = False,
     alone: Annotated[
         bool, typer.Option("--alone", help="Also train the student without the teacher, to compare.")
     ] = False,
@@ -285,8 +289,11 @@ def distill(  # long, since each option stands with its help
     from rcka.train.learner import OutOfMemory
 
     fields, hints = _fields(param), get_type_hints(TrainConfig) | get_type_hints(Augment)
-    _known(fields, set(hints) - {"epochs"}, "field of TrainConfig or Augment")
+    if "epochs" in fields:
+        raise ValueError(f"epochs is an option of its own: give --epochs {fields['epochs']}")
+    _known(fields, hints, "field of TrainConfig or Augment")
     check_types(fields, hints)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         results = run_distill(
             data,
@@ -302,6 +309,7 @@ def distill(  # long, since each option stands with its help
             method_args=_json_option("--method-args", method_args),
             size=size,
             batch_size=batch_size,
+            skip_broken=skip_broken,
             alone=alone,
             device=device,
             workers=workers,

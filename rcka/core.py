@@ -142,6 +142,7 @@ class LoaderBatches:
     `generator` uses that one."""
 
     exact = False  # an epoch cannot begin at a later batch
+    labelled: bool | None = None  # whether the last batch had targets; None before the first
 
     def __init__(self, loader, device: torch.device, seed: int = 0):
         self.loader, self.device, self.batch_size = loader, device, getattr(loader, "batch_size", None)
@@ -177,6 +178,7 @@ class LoaderBatches:
             if found is None:
                 return
             images, targets = unpack_batch(found)
+            self.labelled = targets is not None
             targets = torch.zeros(len(images), dtype=torch.int64) if targets is None else targets
             yield Batch(images.to(self.device), targets.to(self.device), None)
 

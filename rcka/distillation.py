@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import nn
@@ -29,14 +29,14 @@ from .data.imagenet import FileDataset
 from .data.loaders import LoaderData, function_name, is_function
 from .data.memory import Dataset
 from .data.own import open_data
-from .experiments.experiment import resolved_args
+from .experiments.experiment import check_types, resolved_args
 from .experiments.result import device_name, package_versions, plot_history, runs_root
 from .extras import optional_import
 from .features import Taps, as_stored, evaluating
 from .files import as_csv, write_atomic
 from .methods.base import ClassesNeeded, create_method
 from .models.registry import list_models
-from .models.sources import SMALL, InputConfig, adapt_input, input_config, qualify
+from .models.sources import SMALL, SOURCES, InputConfig, adapt_input, input_config, qualify
 from .models.student import is_file, is_student, load_student, make_network, read_about, save_student
 from .pair import wanted_paths, with_maps
 from .shipping import EXPORTS, average_said, check_formats, check_repository, export_student, write_card
@@ -193,8 +193,9 @@ BESIDE = (
 def distill(
     data: str | Path | Callable,  # a folder, a name, "hfds/NAME", or a function that returns loaders: see `open_data`
     teacher: str
-    | Path,  # a network's name, completed by `qualify` for `create_model`; the folder of an earlier student; or a file of `save_teacher`
-    student: str,  # a network's name
+    | Path
+    | Callable,  # a network's name, completed by `qualify` for `create_model`, or a function; the folder of an earlier student; or a file of `save_teacher`
+    student: str | Callable,  # a network's name, or a function that creates it
     method: str = "kd+fcka",  # a name of `list_methods()`, or several joined by a plus
     epochs: int | None = None,  # None: 5, or those of the preset
     output: str | Path | None = None,  # folder of the results; None: a folder in `runs_root()`
@@ -207,6 +208,7 @@ def distill(
     size: int
     | None = None,  # height and width of the student's images; None: those of the dataset, else of the network, else 224
     batch_size: int | None = None,  # None: 64; loaders have their own
+    skip_broken: bool = False,  # skip image files that cannot be decoded, with a warning; False: an error
     alone: bool = False,  # also train the student without the teacher, to compare
     device: str | torch.device | None = None,  # None: CUDA where there is one, else the CPU
     workers: int | None = None,  # processes that decode images
@@ -226,14 +228,18 @@ def distill(
     done. Teacher and student get the same crops, each at its own size and normalisation. Without labels the student
     learns from the teacher alone. Raises ValueError before any training for a folder of another run, a method that does
     not fit the labels, classes or features, or an unknown name. A folder keeps the precision that it began with."""
-    data, teacher = function_name(data) if callable(data) else str(data), str(teacher)
+    data = function_name(data) if callable(data) else str(data)
+    teacher, student = _network_name(teacher, "teacher"), _network_name(student, "student")
     if is_function(data) and batch_size is not None:
         raise ValueError(f"the loaders of {data} have a batch size of their own; got batch_size={batch_size}")
     batch_size = batch_size or (None if is_function(data) else 64)
     given = dict(locals())
     recipe(preset, 64, config)
+    check_types(config, get_type_hints(TrainConfig) | get_type_hints(Augment))
     epochs = epochs if epochs is not None else PRESETS[preset].epochs if preset else 5
-    check_whole(1, epochs=epochs, batch_size=64 if batch_size is None else batch_size)
+    check_whole(
+        1, epochs=epochs, batch_size=64 if batch_size is None else batch_size, size=224 if size is None else size
+    )
     create_method(method, method_args)
     EMA(ema or 0.0)  # a decay that is none is refused
     settings = {k: v for k, v in given.items() if k not in BESIDE} | {"epochs": epochs} | config
@@ -244,7 +250,11 @@ def distill(
     settings, device = json.loads(json.dumps(settings)), _device(device)
     name = "-".join(re.sub("[:?&]", ".", Path(p).name) for p in (data, teacher, student, method))
     folder = Path(output) if output else runs_root() / f"distill-{name}"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output must be a folder, but {folder} is a file")
     earlier = json.loads(path.read_text()) if (path := folder / "distill.json").is_file() else None
+    if earlier:  # one of before these settings were recorded
+        earlier["settings"] = {"precision": "fp32", "skip_broken": False} | earlier["settings"]
     settings["precision"] = _precision(settings, device, earlier and earlier["settings"])
     if earlier:
         _check_same(folder, earlier["settings"], settings)
@@ -269,6 +279,17 @@ def _ship(folder: Path, formats: list[str], push_to_hub: str | None, progress: b
         address = send(folder, push_to_hub)
         if progress:
             print(f"uploaded to {address}")
+
+
+def _network_name(network, who: str) -> str:
+    "Return the name of a network: a name or path as text, `package.module:function` for a function. Raises ValueError for a network itself."
+    if isinstance(network, nn.Module):
+        raise ValueError(
+            f"{who} must be a name, or a function at the top level of a module that creates the network, so that a run can "
+            f"be resumed and a student loaded; got the network itself, a {type(network).__name__}. For networks as they are "
+            "use rcka.Pair, or rcka.Distiller with rcka.Trainer"
+        )
+    return function_name(network, who) if callable(network) else str(network)
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -334,6 +355,8 @@ def open_teacher(
     if is_student(teacher):
         return load_student(teacher, device), read_about(teacher)["network"]
     if not is_stored(teacher):
+        if "/" in teacher and ":" not in teacher and teacher.partition("/")[0] not in (*SOURCES, "rcka"):
+            read_about(teacher)  # raises FileNotFoundError for what looks like a student's folder, but is none
         name = qualify(teacher, list_models(), small)
         network = new_network(given, "teacher", name, None if weights else num_classes, in_channels)
         return network.to(device), name
@@ -356,6 +379,10 @@ class _Run:
         self.given, self.folder, self.device, self.progress = settings, folder, device, progress
         data = open_data(settings["data"])
         self.loaders = isinstance(data, LoaderData)
+        if settings["skip_broken"]:
+            if not isinstance(data, FileDataset):
+                raise ValueError(f"skip_broken is for images in files, which {settings['data']} has not: leave it out")
+            data = replace(data, skip_broken=True)
         fields = recipe(settings["preset"], data.batch_size if self.loaders else settings["batch_size"], config)
         own = [f.name for f in dataclasses.fields(Augment)]
         self.augment = Augment(**{k: v for k, v in fields.items() if k in own})
@@ -583,8 +610,7 @@ class _Run:
         }
         task = self.task(self.student, self.teacher)
         history = self.fit(task, "student")
-        for taps in (task.student_taps, task.teacher_taps):
-            taps.remove()
+        task.close()
         alone = self.fit(Distiller(self.fresh), "alone") if self.fresh is not None else None
         for net in (self.student, self.teacher, task.network, self.fresh):
             if net is not None:
@@ -754,14 +780,18 @@ def save_outputs(
 
     Raises ValueError before the teacher runs for data, a teacher or a method whose outputs cannot be stored."""
     file, wants, images = Path(file), create_method(method), open_data(data)
-    given = {"teacher": str(teacher), "teacher_weights": teacher_weights, "teacher_options": teacher_options}
+    given = {
+        "teacher": _network_name(teacher, "teacher"),
+        "teacher_weights": teacher_weights,
+        "teacher_options": teacher_options,
+    }
     if file.suffix != ".safetensors":
         raise ValueError(f"the file must end in .safetensors, by which distill knows it; got {file}")
     if isinstance(images, LoaderData):
         raise ValueError(f"{data} returns loaders, which draw their own crops: give a folder or the name of a data set")
     check_whole(1, augmentations=augmentations)
     TrainConfig(precision=precision)  # refuses an unknown one
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     images, network, name = _with_teacher(images, given, size, device)
     how = {"device": device} | ({"workers": workers} if isinstance(images, FileDataset) else {})
     train, test = images.batches(64, views=augmentations, **how), images.batches(64, train=False, **how)

@@ -55,7 +55,8 @@ def barrier():
 
 # %% ../nbs/method/01c_distributed.ipynb #48d3cdd9
 def shard_rows(n: int, train: bool) -> slice:
-    "Return the rows of a batch of `n` that this process gets: a block in training, every world_size-th row in evaluation."
+    """Return the rows of a batch of `n` that this process gets: a block in training, every world_size-th row in
+    evaluation."""
     own, world = rank(), world_size()
     return slice(own * (n // world), (own + 1) * (n // world)) if train else slice(own, None, world)
 
@@ -73,12 +74,14 @@ def shard(batch):
 
 
 def first_shard(train):
-    "Return this process's shard of the first training batch with a row for every process. Raises ValueError if there is none."
+    """Return this process's shard of the first training batch with a row for every process. Raises ValueError if there
+    is none."""
     for batch in train.epoch(0):
         if (own := shard(batch)) is not None:
             return own
     raise ValueError(
-        f"no training batch has a row for each of the {world_size()} processes: take a larger batch_size, or fewer processes"
+        f"no training batch has a row for each of the {world_size()} processes: take a larger batch_size, or fewer "
+        "processes"
     )
 
 
@@ -95,8 +98,8 @@ class Shard:
         if isinstance(wanted, slice) and range(self.n)[wanted] == range(self.n)[self.own]:
             return self.rows
         raise RuntimeError(
-            f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, got a request for {wanted}: "
-            "select rows with rcka.distributed.shard"
+            f"this process decoded the rows {range(self.n)[self.own]} of a batch of {self.n}, got a request for "
+            f"{wanted}: select rows with rcka.distributed.shard"
         )
 
 
@@ -108,7 +111,8 @@ def as_shard(batch, n: int, train: bool):
 # torch.distributed.nn.functional.all_gather does the same and is deprecated; what it names in its place,
 # torch.distributed._functional_collectives, is private, and its gather with autograd has another name than in torch 2.6
 class _Gather(torch.autograd.Function):
-    "Concatenate (n, ...) of W processes to (W n, ...), in the order of ranks; backward sums the gradients over processes."
+    """Concatenate (n, ...) of W processes to (W n, ...), in the order of ranks; backward sums the gradients over
+    processes."""
 
     @staticmethod
     def forward(ctx, x):
@@ -128,7 +132,8 @@ class _Gather(torch.autograd.Function):
 def all_gather(x) -> Any:
     """Concatenate a tensor, or `Outputs`, of all processes along the samples, with gradients.
 
-    (n, ...) in each of W processes becomes (W n, ...) in all. In one process, and for None, return the argument itself."""
+    (n, ...) in each of W processes becomes (W n, ...) in all. In one process, and for None, return the argument
+    itself."""
     if world_size() == 1 or x is None:
         return x
     if isinstance(x, Outputs):
@@ -138,7 +143,7 @@ def all_gather(x) -> Any:
 
 def average_gradients(parameters):
     "Replace each gradient by its mean over all processes, with a single all-reduce."
-    # not DistributedDataParallel: it wants one module with one forward, here a student, its taps and a method take turns
+    # not DistributedDataParallel, which wants one module with one forward: here student, taps and method take turns
     if world_size() == 1:
         return
     grads = [p.grad for p in parameters if p.grad is not None]

@@ -102,8 +102,8 @@ def as_logits(
         return found
     what = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
     raise TypeError(
-        f"cannot find logits in the network's output, a {type(output).__name__}{what}: give Taps(..., logits=function), "
-        "a function from the output to the logits"
+        f"cannot find logits in the network's output, a {type(output).__name__}{what}: give Taps(..., "
+        "logits=function), a function from the output to the logits"
     )
 
 # %% ../nbs/method/03_features.ipynb #e3837d72
@@ -186,8 +186,8 @@ def _as_noted(noted, path: str, changes: dict[str, bool]) -> Tensor:
     if safe is not None:
         return safe
     raise RuntimeError(
-        f"the tensor at {path!r} was modified in place after the hook stored it, unlike in earlier forward passes, so its "
-        "value is lost. Run the forward pass again: from now on a copy is stored"
+        f"the tensor at {path!r} was modified in place after the hook stored it, unlike in earlier forward passes, so "
+        "its value is lost. Run the forward pass again: from now on a copy is stored"
     )
 
 # %% ../nbs/method/03_features.ipynb #70ce0002
@@ -220,8 +220,8 @@ def as_map(
 ) -> Tensor:  # (n, channels, height, width)
     """Return the patch tokens as a map, without class and register tokens.
 
-    The grid is the largest one with exactly the aspect ratio of the images, else the largest with a rounded width. Raises
-    ValueError if none fits after up to eight leading tokens are dropped."""
+    The grid is the largest one with exactly the aspect ratio of the images, else the largest with a rounded width.
+    Raises ValueError if none fits after up to eight leading tokens are dropped."""
     total, (height, width) = tokens.shape[1], size
     exact = {h * w: (h, w) for h, w in _grids(size) if h * width == w * height}
     for by_count in (exact, {h * w: (h, w) for h, w in _grids(size)}):
@@ -229,8 +229,8 @@ def as_map(
             if total - extra in by_count:
                 return tokens[:, extra:].mT.unflatten(2, by_count[total - extra])
     raise ValueError(
-        f"{total} tokens are no grid of patches of images of {size[0]} x {size[1]} pixels: give the path of another module, "
-        "or the form ':cls' or ':mean'"
+        f"{total} tokens are no grid of patches of images of {size[0]} x {size[1]} pixels: give the path of another "
+        "module, or the form ':cls' or ':mean'"
     )
 
 # %% ../nbs/method/03_features.ipynb #fcbd48b2
@@ -238,10 +238,11 @@ class Taps:
     """Run a network and read features by module path, with forward hooks; the network itself is not changed.
 
     `taps(x)` runs the model and returns `Outputs(logits, features)`, features in the order of `paths`. If a module runs
-    more than once in a forward pass, its last call counts. Gradients flow through the features. Hooks do nothing outside
-    of `taps(x)`; `taps.remove()`, or leaving `with Taps(...) as taps:`, removes them from the model. Copies and pickles of
-    the model work, without taps. With torch.compile, create the taps before the first forward pass, since hooks registered
-    later may be ignored. Not for threads that share a model, so not for nn.DataParallel; DistributedDataParallel works.
+    more than once in a forward pass, its last call counts. Gradients flow through the features. Hooks do nothing
+    outside of `taps(x)`; `taps.remove()`, or leaving `with Taps(...) as taps:`, removes them from the model. Copies and
+    pickles of the model work, without taps. With torch.compile, create the taps before the first forward pass, since
+    hooks registered later may be ignored. Not for threads that share a model, so not for nn.DataParallel;
+    DistributedDataParallel works.
 
     Raises ValueError for an unknown path, with the nearest names, and RuntimeError for a module that did not run."""
 
@@ -295,8 +296,8 @@ class Taps:
         if form == "cls":
             if value.dim() != 3:
                 raise ValueError(
-                    f"path {path!r} asks for the class token, the first of tokens (n, tokens, channels), but the feature is "
-                    f"{tuple(value.shape)}: give the path of tokens, or leave ':cls' out"
+                    f"path {path!r} asks for the class token, the first of tokens (n, tokens, channels), but the "
+                    f"feature is {tuple(value.shape)}: give the path of tokens, or leave ':cls' out"
                 )
             return value[:, 0]
         if value.dim() not in (3, 4):
@@ -314,8 +315,8 @@ class Taps:
     def _image_size(self, path: str) -> tuple[int, int]:
         if self._size is None:
             raise ValueError(
-                f"path {path!r}: the grid of the tokens follows from the size of the images, but the input had no images "
-                "(n, channels, height, width): use ':cls' or ':mean'"
+                f"path {path!r}: the grid of the tokens follows from the size of the images, but the input had no "
+                "images (n, channels, height, width): use ':cls' or ':mean'"
             )
         return self._size
 
@@ -401,7 +402,8 @@ def _long_list(model: nn.Module) -> FeaturePaths:
     """Return the paths of a network that is one sequence `features`.
 
     In MobileNetV2, MobileNetV3 and EfficientNet: stem, blocks and last 1x1 convolution. In VGG: convolutions and pools.
-    In SqueezeNet: fire modules and pools; its classifier is a convolution of the last map, so there is no pooled vector."""
+    In SqueezeNet: fire modules and pools; its classifier is a convolution of the last map, so there is no pooled
+    vector."""
     pools = [i for i, m in enumerate(model.features) if isinstance(m, nn.MaxPool2d)]
     if not any(isinstance(m, nn.Linear) for m in model.classifier.modules()) and pools:
         convolutions = [n for n, m in model.classifier.named_children() if isinstance(m, nn.Conv2d)]
@@ -510,7 +512,8 @@ def _with_preacts(model: nn.Module, layers: FeaturePaths) -> FeaturePaths:
 
 # %% ../nbs/method/03_features.ipynb #05f8434c
 class Projector(nn.Sequential):
-    """Project a student's map to the channels of a teacher's: convolutions of 1x1, 3x3 and 1x1, each with batch norm and ReLU.
+    """Project a student's map to the channels of a teacher's: convolutions of 1x1, 3x3 and 1x1, each with batch norm
+    and ReLU.
 
     The inner width is half the teacher's (Chen et al., CVPR 2022). A larger student map is averaged down first."""
 
@@ -537,7 +540,8 @@ class Projector(nn.Sequential):
 class ProjectedNetwork(nn.Module):
     """Network whose feature map goes through a projector and the classifier of another network.
 
-    The logits are the classifier's output for the mean over places. The network's own classifier runs, but is not used."""
+    The logits are the classifier's output for the mean over places. The network's own classifier runs, but is not
+    used."""
 
     def __init__(
         self,

@@ -26,7 +26,8 @@ __all__ = ['TRAINER_LOCK', 'new_file', 'write_atomic', 'remove_parts', 'folder_l
 # %% ../nbs/method/01b_files.ipynb #09dd4027
 @contextlib.contextmanager
 def new_file(path: Path | str):
-    """Yield the path of a temporary file, which replaces `path` at the end of the context; after an error nothing is changed.
+    """Yield the path of a temporary file, which replaces `path` at the end of the context; after an error nothing is
+    changed.
 
     A reader finds the old content or the new, also after a power failure. Raises OSError."""
     path = Path(path)
@@ -108,6 +109,7 @@ def as_safetensors(model: nn.Module) -> bytes:
 
 def as_csv(rows: list[dict]) -> str:
     "Return rows as CSV text, with the columns of all rows in order of appearance."
+    # not by pandas, which makes floats of the whole numbers in a column with gaps
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
     writer.writeheader()

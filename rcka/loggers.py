@@ -19,7 +19,8 @@ __all__ = ['similarity', 'curves', 'Logger', 'TensorBoard', 'WandB', 'MLflow']
 
 # %% ../nbs/method/11b_loggers.ipynb #d6588152
 def similarity(learner, batches: int = 8):  # a matplotlib Figure, or None
-    "Plot the CKA between the stages of student and teacher on test images; return None without these, a teacher or known stages."
+    """Plot the CKA between the stages of student and teacher on test images; return None without these, a teacher or
+    known stages."""
     task = learner.task
     frame = (
         None

@@ -63,6 +63,10 @@ def paired_taps(
     logits: Callable[..., Tensor] = as_logits,
 ) -> tuple[Taps, Taps]:
     "Return the taps of both networks, at the user's paths or those that the method wants. Raises ValueError if their numbers differ."
+    if student is teacher:
+        raise ValueError(
+            "student and teacher are the same network, which would be frozen: give a copy as teacher, copy.deepcopy(student)"
+        )
     ours = wanted_paths(method, student, student_paths)
     theirs = wanted_paths(method, teacher, teacher_paths)
     if len(ours) != len(theirs):
@@ -149,7 +153,12 @@ class Pair(nn.Module):
         self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, so that it is not a submodule
         self.gather, self._logits, self._names = gather, logits, ("ce",)
         self.output = None  # the student's output for the last batch, with its graph
-        inputs = example[0] if isinstance(example, (tuple, list)) else example
+        inputs = example[0] if isinstance(example, (tuple, list)) and example else example
+        if not isinstance(inputs, (Tensor, Mapping)):
+            raise TypeError(
+                "example must be a batch: images, (images, ...), or a dict of the networks' arguments, as next(iter(loader)) "
+                f"gives; got {type(example).__name__}"
+            )
         device = next(student.parameters()).device
         inputs = {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs.to(device)
         taps = paired_taps(self.method, student, teacher, student_paths, teacher_paths, _as_it_is)

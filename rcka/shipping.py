@@ -18,6 +18,7 @@ import rcka
 from .data.loaders import LoaderData
 from .data.own import held_out_images, open_data
 from .extras import optional_import
+from .features import as_logits
 from .files import write_atomic
 from .models.sources import InputConfig, adapted, input_config
 from .models.student import load_student, read_about
@@ -78,6 +79,17 @@ def _as_torch(program: torch.export.ExportedProgram, about: str) -> tuple[bytes,
 TOLERANCE = 1e-3  # of a logit, relative to the largest
 
 
+class _Logits(nn.Module):
+    "A network whose output is the logits alone, also where it returns an object or a dict with them."
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return as_logits(self.network(images))
+
+
 class ExportFailed(RuntimeError):
     "The network cannot be exported to a format."
 
@@ -90,7 +102,7 @@ def compare_logits(
     name: str,  # of the exported file, for errors
 ) -> dict:  # the largest difference, the largest logit, and the number of images
     "Compare a student with its exported program on images. Raises ValueError if logits or classes differ."
-    expected = student(images)
+    expected = as_logits(student(images))
     found = torch.cat([exported(images[:1]), exported(images[1:])])
     if found.shape != expected.shape:
         raise ValueError(f"{name} gives logits {tuple(found.shape)}, the student {tuple(expected.shape)}: not written")
@@ -126,9 +138,10 @@ def export_student(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecations within the exporters
-            content, exported = {"onnx": _as_onnx, "torch": _as_torch}[to](
-                _exported(student, images), json.dumps(about)
-            )
+            with torch.no_grad():
+                plain = isinstance(student(images[:2]), Tensor)
+            program = _exported(student if plain else _Logits(student).eval(), images)
+            content, exported = {"onnx": _as_onnx, "torch": _as_torch}[to](program, json.dumps(about))
     except ImportError:
         raise
     except Exception as error:

@@ -428,6 +428,18 @@ def test_pictures_show_the_numbers_of_their_frame(pair, tmp_path):
     )
 
 
+def test_names_beside_points_touch_neither_points_nor_each_other():
+    "Five methods near one another, as in the runs on digits."
+    near = {"kd": (0.86, 90.8), "rkd": (0.87, 88.4), "rcka": (0.91, 88.6), "fcka": (0.91, 90.5), "sp": (0.71, 59.1)}
+    runs = pd.DataFrame([{"method": m, "similarity": x, "top1": y} for m, (x, y) in near.items()])
+    ax = plot_predicts(runs)
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert [text.get_text() for text in ax.texts] == list(near)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    points = ax.transData.transform(list(near.values()))
+    assert not any(box.contains(*point) for box in boxes for point in points)
+
+
 def test_rank_correlation_is_pearsons_of_ranks():
     for x, y in [([1, 2, 3, 4], [4, 3, 1, 2]), ([1, 1, 2, 5], [0, 3, 3, 3]), ([0.1, 0.5, 0.2], [3, 2, 9])]:
         assert rank_correlation(x, y) == pytest.approx(pd.Series(x).rank().corr(pd.Series(y).rank()))

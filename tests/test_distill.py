@@ -107,6 +107,14 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
         ({"data": "digit"}, "did you mean digits"),
         ({"data": "no/folder"}, "there is no folder"),
         ({"epochs": 0}, "epochs must be"),
+        ({"lr": "high"}, "lr must be a number, got 'high'"),
+        (
+            {"student": torch.nn.Linear(2, 2)},
+            "student must be a name, or a function .* got the network itself, a Linear",
+        ),
+        ({"teacher": lambda: 3}, "teacher must be a function at the top level of a module"),
+        ({"size": 0}, "size must be a whole number of 1 or more"),
+        ({"teacher": "runs/teacher"}, "no student in runs/teacher"),
         ({"preset": "deti"}, "did you mean deit"),
         ({"precision": "fp8"}, "precision must be one of .*bf16.* got 'fp8'"),
         ({"device": "cuda:99"}, "device='cuda:99' cannot be used here .*give cpu"),
@@ -147,8 +155,28 @@ def test_bad_folders(photos, tmp_path):
         rcka.distill(tmp_path / "a", "resnet18", "resnet8", output=tmp_path / "out", **SMALL)
     for part in ("train", "val"):
         copytree(photos / part / "class0", tmp_path / "b" / part / "one")
-    with pytest.raises(ValueError, match="has one class, one"):
+    with pytest.raises(ValueError, match="^b has one class, one"):
         rcka.distill(tmp_path / "b", "resnet18", "resnet8", output=tmp_path / "out", **SMALL)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="output must be a folder, but .*file is a file"):
+        rcka.distill(photos, "resnet18", "resnet8", output=tmp_path / "file", **SMALL)
+
+
+def test_a_broken_image(photos, tmp_path):
+    "Named in the error with what to do; skipped if asked for, with a warning, in training and evaluation."
+    from shutil import copytree
+
+    copytree(photos, tmp_path / "photos")
+    for part in ("train", "val"):
+        (tmp_path / "photos" / part / "class1" / "3.png").write_bytes(b"no image")
+    given = dict(SMALL, size=32, student="rcka/resnet8", teacher="rcka/resnet8", method="kd")
+    with pytest.raises(ValueError, match=r"cannot decode .*class1/3.png .*repair or remove .*skip_broken=True"):
+        rcka.distill(tmp_path / "photos", output=tmp_path / "a", **given)
+    with pytest.warns(UserWarning, match="skipped an image that cannot be decoded: .*class1/3.png"):
+        results = rcka.distill(tmp_path / "photos", output=tmp_path / "b", skip_broken=True, **given)
+    assert 0 <= results["student"]["top1"] <= 100
+    with pytest.raises(ValueError, match="skip_broken is for images in files, which digits has not"):
+        rcka.distill("digits", "resnet8", "resnet8", output=tmp_path / "c", skip_broken=True)
 
 
 def test_a_teacher_of_other_classes_is_refused(photos, tmp_path):
@@ -198,7 +226,7 @@ def student(num_classes): return Net("student", num_classes)
     torch.manual_seed(0)
     rcka.save_weights(made.teacher(3), tmp_path / "teacher.safetensors")
     given = dict(SMALL, epochs=2, teacher_weights=str(tmp_path / "teacher.safetensors"), output=tmp_path / "out")
-    rcka.distill(photos, "seeing_networks:teacher", "seeing_networks:student", "kd", **given)
+    rcka.distill(photos, made.teacher, "seeing_networks:student", "kd", **given)  # a function, or its name
 
     def pixels(who, n):
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in made.CONFIG[who][:2])

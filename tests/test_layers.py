@@ -1,4 +1,5 @@
-"The package is built in layers: a module imports what stands below it, never a circle, and never a private name of another."
+"""The package is built in layers: a module imports what stands below it, never a circle, and never a private name of
+another."""
 
 import pytest
 from layers import ENTRY_POINTS, GRAPH, LEVEL, room, target

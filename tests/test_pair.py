@@ -216,6 +216,12 @@ def test_what_does_not_fit_is_refused_before_training():
         Pair(Small(4), Small(6, classes=3), "kd+fcka", images())
     with pytest.raises(ValueError, match=r"student has 1 path\(s\), \['stage'\], and the teacher 2"):
         Pair(Small(4), Small(6), "fcka", images(), student_paths=["stage"], teacher_paths=["stem", "stage"])
+    with pytest.raises(ValueError, match="student and teacher are the same network"):
+        Pair(same := Small(4), same, "kd", images())
+    with pytest.raises(TypeError, match="example must be a batch.* got DataLoader"):
+        Pair(Small(4), Small(6), "kd", torch.utils.data.DataLoader(images()))
+    with pytest.raises(TypeError, match="created by its name"):
+        create_method(["kd"])
     with pytest.raises(ValueError, match="do not know the stages of a Sequential"):
         Pair(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), Small(6), "fcka", images())
 

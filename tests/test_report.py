@@ -2,6 +2,8 @@
 
 import csv
 import io
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,3 +253,17 @@ def test_pages_do_not_call_our_defaults_the_papers(name):
     page = (Path(__file__).parent.parent / "nbs" / "benchmarks" / f"{name}.ipynb").read_text(encoding="utf-8")
     (line,) = [x for x in page.splitlines() if x.strip().startswith('"method_args = ')]
     assert "the paper's" not in line and "those of rcka are ours" in line
+
+
+def test_runs_of_a_study_are_read(tmp_path):
+    "Their method is another one with all its weights multiplied, which only the module of studies registers."
+    import rcka.experiments.study  # noqa: F401
+
+    for seed in (0, 1):
+        run = made_up("scaled", seed, method_args={"method": "kd", "factor": 4.0})
+        folder = tmp_path / Experiment.from_dict(run.experiment).key
+        folder.mkdir()
+        run.save(folder / "result.json")
+    command = [sys.executable, "-m", "rcka", "report", "--root", tmp_path, "--format", "markdown"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "| resnet110 | resnet20 | kd x4 | 2 |" in done.stdout and "2 results, none missing" in done.stdout, done

@@ -122,6 +122,25 @@ def two(num_classes): return Two(nn.Flatten(), nn.Linear(64, num_classes))
         assert read_about(folder) == about
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_network_that_returns_a_dict(to, tmp_path, monkeypatch):
+    "The exported program returns the logits."
+    (tmp_path / "dict_networks.py").write_text("""
+from torch import nn
+class Dict(nn.Sequential):
+    def forward(self, x):
+        return {"logits": super().forward(x), "name": "one"}
+def network(num_classes): return Dict(nn.Flatten(), nn.Linear(64, num_classes))
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    model = make_network("dict_networks:network", 10)
+    save_student(model, tmp_path / "a", "dict_networks:network", classes=tuple("0123456789"), in_channels=1)
+    assert export_student(tmp_path / "a", to, data="digits").is_file()
+    assert read_about(tmp_path / "a")["exports"][to]["images"] == 64
+
+
 def test_bad_input_to_an_export(student, monkeypatch):
     with pytest.raises(ValueError, match="onnx or torch"):
         export_student(student, "tflite")

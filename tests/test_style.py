@@ -42,3 +42,9 @@ def test_the_style_is_one_that_matplotlib_knows():
         style.use_style()
         assert mpl.rcParams["font.size"] == style.RC["font.size"]
         assert [c["color"] for c in mpl.rcParams["axes.prop_cycle"]] == style.PALETTE
+
+
+def test_beside_methods_a_name_takes_a_colour_that_no_method_has():
+    "As RKD and PKT, which have none: not the colour of PCKA or of sums, which other figures show."
+    looks = style.line_styles(["kd", "rkd", "pkt"])
+    assert not {looks[n]["color"] for n in ("rkd", "pkt")} & {*style.METHOD_COLORS.values(), style.method_color("a+b")}

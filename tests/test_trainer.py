@@ -321,6 +321,36 @@ def test_without_test_images(data, tmp_path):
         trainer(data, tmp_path / "alone", callbacks=[EMA(0.9)]).fit(False)
 
 
+def test_images_without_targets_are_refused(data, tmp_path):
+    "Of a loader that yields images alone: they would pass for images of the first class."
+    from torch.utils.data import DataLoader, TensorDataset
+
+    images = data.train_images[:64] / 255
+    labelled = DataLoader(TensorDataset(images, data.train_targets[:64]), batch_size=32)
+    alone, config = DataLoader(images, batch_size=32), TrainConfig(epochs=1)
+    task = Distiller(network(1), create_method("kd"), network(0))
+    with pytest.raises(ValueError, match="training batches have no targets.* UnlabelledDistiller"):
+        Trainer(task, alone, labelled, config, tmp_path / "a")
+    with pytest.raises(ValueError, match="evaluation have no targets"):
+        evaluate(network(1), alone)
+    assert 0 <= evaluate(network(1), labelled).top1 <= 100
+
+
+def test_a_trained_network_can_be_scripted(tmp_path):
+    "Once the task is closed: torch.jit.script refuses hooks."
+    data = load_dataset("digits", limit=64, test_limit=50)
+    torch.manual_seed(0)
+    student, teacher = (create_model("torchvision/shufflenet_v2_x0_5", 10, 1) for _ in range(2))
+    task = Distiller(student, create_method("kd+fcka"), teacher)
+    config = TrainConfig(epochs=1, lr=1e-3)
+    Trainer(task, data.batches(32), data.batches(train=False), config, tmp_path).fit(False)
+    task.close()
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(student.eval())(x), student(x))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for net in (student, teacher) for m in net.modules())
+
+
 def test_random_numbers_outside_are_left_alone(data, tmp_path):
     torch.manual_seed(11)
     expected = torch.rand(3)

@@ -242,7 +242,8 @@ def images_of(loader):
         images = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
         if not isinstance(images, Tensor):
             raise TypeError(
-                f"loader must yield batches of images, or tuples that begin with the images; got a {type(batch).__name__}"
+                "loader must yield batches of images, or tuples that begin with the images; got a "
+                f"{type(batch).__name__}"
             )
         yield images
 
@@ -277,7 +278,8 @@ def _usable(model, wanted, images) -> tuple[list[str], list[str]]:
     fits = exact | set(_survey(model, others, images) if others else [])
     if not fits:
         raise ValueError(
-            f"none of the {len(paths)} chosen layers of {type(model).__name__} gives a feature vector for each image: {', '.join(paths[:5])}"
+            f"none of the {len(paths)} chosen layers of {type(model).__name__} gives a feature vector for each image: "
+            f"{', '.join(paths[:5])}"
         )
     return [p for p in paths if p in fits], [p for p in paths if p not in fits]
 
@@ -331,7 +333,7 @@ def _frame(accumulator, kernel, paths, titles, **made):
 def compare(
     model_a: nn.Module,  # any network, on any device; it is left as it was
     model_b: nn.Module | None,  # another, perhaps on another device; None, or the same again: `model_a` with itself
-    loader,  # iterable of images (n, ...) or tuples that begin with them, or `rcka.data.Batches`; mixed, not class by class
+    loader,  # iterable of images (n, ...) or tuples that begin with them, or `rcka.data.Batches`; of mixed classes
     layers=None,  # paths and patterns, see `choose_layers`; None: all leaf modules
     layers_b=None,  # those of `model_b`; None: `layers` again
     kernel="linear",  # "linear", "gaussian", "polynomial", an object, or a list of them
@@ -383,7 +385,8 @@ def compare(
 
 
 def _accumulate(models, wanted, batches, kernels, accumulators, least: int, budget: int | None) -> tuple[list, dict]:
-    "Update the accumulators with the relations of all layers, batch by batch; return the layers' paths and the entries of `attrs`."
+    """Update the accumulators with the relations of all layers, batch by batch; return the layers' paths and the
+    entries of `attrs`."""
     taps, missing, largest, skipped = [], [], 0, 0
     with evaluating(*models), contextlib.ExitStack() as stack:
         for images in batches:
@@ -411,7 +414,8 @@ def compare_stages(
     batches,  # as for `compare`
     most: int = 8,  # batches to look at
 ):  # pandas.DataFrame (stages of the student, stages of the teacher), or None
-    "Compute the debiased CKA between the stages of two networks; None where a network's stages are not known, or it cannot run."
+    """Compute the debiased CKA between the stages of two networks; None where a network's stages are not known, or it
+    cannot run."""
     if isinstance(teacher, StoredTeacher):
         return None
     try:

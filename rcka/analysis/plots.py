@@ -35,7 +35,8 @@ def save_figure(
     what,  # a Figure, an Axes or an array of them
     path: Path | str,  # without its suffix
 ) -> list[Path]:  # path.png and path.svg
-    "Save a picture for the screen (PNG, 150 dpi) and for print (SVG), the same bytes for the same picture; return the paths."
+    """Save a picture for the screen (PNG, 150 dpi) and for print (SVG), the same bytes for the same picture; return the
+    paths."""
     plt, path = _plt(), Path(path)
     if hasattr(what, "flat"):
         what = what.flat[0]
@@ -141,7 +142,8 @@ def gram_frame(
     layer: str | Mapping[str, str],  # a path for all networks, or one for each name
     kernel="linear",
 ):  # pandas.DataFrame (n, k n): index the classes, columns (network, sample)
-    "Return the centred Gram matrices of a layer in several networks, of unit norm, with samples sorted by class. Raises ValueError where features are not finite."
+    """Return the centred Gram matrices of a layer in several networks, of unit norm, with samples sorted by class.
+    Raises ValueError where features are not finite."""
     with optional_import():
         import pandas as pd
 
@@ -162,7 +164,8 @@ def gram_frame(
 def plot_grams(
     frame,  # of `gram_frame`
 ):  # array of Axes, one a network
-    "Draw Gram matrices side by side: light where two images are more similar to the network than on average, dark where less."
+    """Draw Gram matrices side by side: light where two images are more similar to the network than on average, dark
+    where less."""
     names = list(dict.fromkeys(frame.columns.get_level_values(0)))
     off = frame.values.copy()
     for i in range(len(names)):
@@ -241,10 +244,12 @@ def plot_predicts(
     by: str = "method",
     ax=None,
 ):  # Axes, the rank correlation over groups in its title
-    "Draw accuracy against similarity with the teacher, with the rank correlation over groups: runs of one group are not independent."
+    """Draw accuracy against similarity with the teacher, with the rank correlation over groups: runs of one group are
+    not independent."""
     ax, means = _scatter(frame, similarity, accuracy, by, ax)
     ax.set_title(
-        f"Spearman's rank correlation {rank_correlation(means[similarity], means[accuracy]):+.2f} over {len(means)} groups",
+        f"Spearman's rank correlation {rank_correlation(means[similarity], means[accuracy]):+.2f} over {len(means)} "
+        "groups",
         fontsize=9,
     )
     return ax
@@ -319,7 +324,8 @@ def class_relations(
 def plot_class_relations(
     frame,  # of `class_relations`
 ):  # array of Axes, one for each network but the first
-    "Draw how far each network's correlations of classes are from the first one's; the mean absolute difference in the titles."
+    """Draw how far each network's correlations of classes are from the first one's; the mean absolute difference in the
+    titles."""
     names = list(dict.fromkeys(frame.columns.get_level_values(0)))
     differences = {name: frame[name] - frame[names[0]] for name in names[1:]}
     top = max(abs(d.values).max() for d in differences.values()) or 1.0
@@ -347,7 +353,8 @@ def plot_study(
     score: str = "last",  # or "best"
     unit: str = "top-1 (%)",
 ):  # Figure
-    "Draw the accuracy of every seed and method, best first, and the paired differences to a baseline with 95 % intervals."
+    """Draw the accuracy of every seed and method, best first, and the paired differences to a baseline with 95 %
+    intervals."""
     rows, names = list(rows), names or {}
     table = differences_to(rows, baseline, score)
     size = (10, 0.5 * len(table) + 1)
@@ -383,7 +390,8 @@ def plot_factors(
     columns: int = 5,
     unit: str = "top-1 (%)",
 ):  # Figure
-    "Draw the accuracy of each method against the factor of its weights, a panel for each; the dashed line is the student alone."
+    """Draw the accuracy of each method against the factor of its weights, a panel for each; the dashed line is the
+    student alone."""
     rows, names = list(rows), names or {}
     alone = [row["last"] for row in rows if row["label"] == "none"]
     lines = math.ceil(len(methods) / columns)

@@ -60,8 +60,8 @@ class AugmentedBatches:
 
         if how.augment and batches.mean is None:
             raise ValueError(
-                f"augment={how.augment!r} changes pixels, so it needs the mean and std with which the loaders normalise: "
-                "return (train, val, {'mean': ..., 'std': ...}), or augment in the loaders"
+                f"augment={how.augment!r} changes pixels, so it needs the mean and std with which the loaders "
+                "normalise: return (train, val, {'mean': ..., 'std': ...}), or augment in the loaders"
             )
         self.batches, self.how, self.num_classes, self.seed = batches, how, num_classes, seed
         self.exact = getattr(batches, "exact", True)  # False for a loader, which begins an epoch at its first batch
@@ -82,8 +82,8 @@ class AugmentedBatches:
         for step, batch in enumerate(self.batches.epoch(e, start), start):
             if not isinstance(batch.images, Tensor):
                 raise ValueError(
-                    f"{self.how} needs whole batches, but each of several processes decodes its shard only: train in one "
-                    "process, or without this augmentation"
+                    f"{self.how} needs whole batches, but each of several processes decodes its shard only: train in "
+                    "one process, or without this augmentation"
                 )
             with chance("augment", self.seed, e, step):
                 augmented = self._augmented(batch)

@@ -179,7 +179,8 @@ def load_coco(
     skip_broken: bool = False,  # decode every image now, and drop those that are missing or broken
     workers: int = 8,  # number of threads for this
 ) -> CocoData:
-    "Load a dataset in COCO's layout. Raises FileNotFoundError, ValueError or `BrokenImage`, naming the file and the entry."
+    """Load a dataset in COCO's layout. Raises FileNotFoundError, ValueError or `BrokenImage`, naming the file and the
+    entry."""
     folder, path = Path(images), Path(annotations)
     found = _read_json(path)
     if not folder.is_dir():
@@ -212,7 +213,8 @@ def load_coco(
         data = data.take([i for i in range(len(data)) if i not in bad])
     if not len(data):
         raise BrokenImage(
-            f"none of the {len(bad)} images can be read, the first because: {next(iter(bad.values()))}. Is {folder} the right folder?"
+            f"none of the {len(bad)} images can be read, the first because: {next(iter(bad.values()))}. Is {folder} "
+            "the right folder?"
         )
     return replace(data, notes=_notes(data) | {"broken": list(bad.values())})
 
@@ -366,7 +368,8 @@ class CocoBatches:
         check_whole(1, batch_size=batch_size, size=low, max_size=max_size)
         if not low <= high <= max_size:
             raise ValueError(
-                f"size must be an integer or a range (low, high), at most max_size; got size={size} and max_size={max_size}"
+                f"size must be an integer or a range (low, high), at most max_size; got size={size} and "
+                f"max_size={max_size}"
             )
         check_whole(0, workers=workers)
         self.data, self.batch_size, self.train = data, batch_size, train
@@ -379,7 +382,8 @@ class CocoBatches:
         self.numbers = [i for i, u in enumerate(usable) if not train or negatives or u.any()]
         if not self.numbers:
             raise ValueError(
-                f"{data} has no image with a box to train on: give other annotations, or negatives=True to train without boxes"
+                f"{data} has no image with a box to train on: give other annotations, or negatives=True to train "
+                "without boxes"
             )
         wide = [data.sizes[i][0] >= data.sizes[i][1] for i in self.numbers]
         self.groups = [

@@ -97,12 +97,12 @@ _CIFAR10_NAMES = tuple("airplane automobile bird cat deer dog frog horse ship tr
 _CIFAR100_NAMES = tuple(
     """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
-    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
-    forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
-    mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
-    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-    sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
-    willow_tree wolf woman worm
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+    poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+    squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+    wardrobe whale willow_tree wolf woman worm
     """.split()
 )
 
@@ -236,8 +236,8 @@ def _check_complete(
         ]
         if problems:
             raise ValueError(
-                f"{place} is not the complete {name}: expected {want} {part} images in each of {known.classes} classes, "
-                f"found {sum(found.values())} images in {len(found)} classes; {'; '.join(problems)}"
+                f"{place} is not the complete {name}: expected {want} {part} images in each of {known.classes} "
+                f"classes, found {sum(found.values())} images in {len(found)} classes; {'; '.join(problems)}"
             )
 
 
@@ -247,7 +247,8 @@ def _as_known(name: str, data: Dataset, where: Path) -> Dataset:
     if data.shape != known.shape:
         (_, h, w), (_, height, width) = data.shape, known.shape
         raise ValueError(
-            f"{where} has images of {h} x {w} pixels, but {name} has {height} x {width}: load it as imagefolder:PATH instead"
+            f"{where} has images of {h} x {w} pixels, but {name} has {height} x {width}: load it as imagefolder:PATH "
+            "instead"
         )
     return replace(
         data,
@@ -272,7 +273,8 @@ def _known_folder(name: str, root: Path) -> Dataset:
 
 # %% ../../nbs/method/05a_datasets.ipynb #2f7acf2b
 def _parquet_files(name: str, root: Path) -> dict[str, list[Path]]:
-    "Return the hub's parquet files of the training and the test images, in ROOT/NAME or a folder of it that the hub uses."
+    """Return the hub's parquet files of the training and the test images, in ROOT/NAME or a folder of it that the hub
+    uses."""
     for below in ("", name, "data", "plain_text"):
         found = {part: sorted((root / name / below).glob(f"{part}[-.]*parquet")) for part in ("train", "test")}
         if any(found.values()):
@@ -337,7 +339,8 @@ def _read_parquet(paths: list[Path], *columns: str):
     for column in columns:
         if table[column].null_count:
             raise ValueError(
-                f"{paths[0]}: column {column} has no value in {table[column].null_count} of {len(table)} rows: give complete files"
+                f"{paths[0]}: column {column} has no value in {table[column].null_count} of {len(table)} rows: give "
+                "complete files"
             )
     if not pyarrow.types.is_integer(table[columns[1]].type):
         raise ValueError(f"{paths[0]}: column {columns[1]} must hold whole numbers, got {table[columns[1]].type}")
@@ -387,8 +390,8 @@ def _registered(name: str) -> Dataset:
         raise TypeError(f"the function of dataset {name!r} must return a rcka.data.Dataset, got {type(data).__name__}")
     if (data.num_classes, data.shape) != known[1:]:
         raise ValueError(
-            f"dataset {name!r} is registered with {known.classes} classes of images {known.shape}, but its function returned "
-            f"{data.num_classes} classes of {data.shape}: correct the numbers of @dataset"
+            f"dataset {name!r} is registered with {known.classes} classes of images {known.shape}, but its function "
+            f"returned {data.num_classes} classes of {data.shape}: correct the numbers of @dataset"
         )
     return data
 
@@ -522,7 +525,8 @@ def _in_memory(name: str, root: Path, size, download: bool) -> Dataset:
         raise ValueError(nearest(name, names, "dataset") + folder)
     if size is not None:
         raise ValueError(
-            f"size={size} is for image folders, but {name} has images of {KNOWN[name].shape[1]} x {KNOWN[name].shape[2]}: leave it out"
+            f"size={size} is for image folders, but {name} has images of {KNOWN[name].shape[1]} x "
+            f"{KNOWN[name].shape[2]}: leave it out"
         )
     if name == "digits":
         return _digits(root, download)
@@ -550,7 +554,8 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument(
         "name",
         nargs="?",
-        help="digits, fashion_mnist, cifar10, cifar100, imagenet, imagenet:PATH or imagefolder:PATH; without it, list all",
+        help="digits, fashion_mnist, cifar10, cifar100, imagenet, imagenet:PATH or imagefolder:PATH; without it, list "
+        "all",
     )
     parser.add_argument(
         "--root", help="the folder with the datasets (default: RCKA_DATA, else data/ of the checkout, else ./data)"

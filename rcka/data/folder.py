@@ -43,7 +43,8 @@ def walk_images(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    "Return the names of the folders in `folder` except hidden ones, in alphabetical order. Empty if it is not a folder."
+    """Return the names of the folders in `folder` except hidden ones, in alphabetical order. Empty if it is not a
+    folder."""
     if not folder.is_dir():
         return []
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
@@ -98,8 +99,8 @@ def find_image_folder(path: str, root: Path) -> tuple[Path, Path]:
         )
     if not (base / "train").is_dir():
         raise ValueError(
-            f"{base} has no folder train/, only {some_names(sorted(os.listdir(base))) or 'nothing'}: put the training images "
-            "into train/CLASS/*.jpg"
+            f"{base} has no folder train/, only {some_names(sorted(os.listdir(base))) or 'nothing'}: put the training "
+            "images into train/CLASS/*.jpg"
         )
     tests = [t for t in ("test", "val") if (base / t).is_dir()]
     if not tests:
@@ -150,13 +151,14 @@ def _check_memory(n: int, height: int, width: int):
         return  # not available on this system
     if need > have:
         raise ValueError(
-            f"{n} images of {height} x {width} need {need / 1e9:.0f} GB of memory while they are read, but this machine has "
-            f"{have / 1e9:.0f} GB: give a smaller size="
+            f"{n} images of {height} x {width} need {need / 1e9:.0f} GB of memory while they are read, but this "
+            f"machine has {have / 1e9:.0f} GB: give a smaller size="
         )
 
 # %% ../../nbs/method/05b_folder.ipynb #d0e6b301
 def open_image(path: str | EncodedImages, size: tuple[int, int] | None):
-    "Decode an image to RGB; with `size`, resize it to cover (H, W) and crop the centre. Raises ValueError for more than 8 bits."
+    """Decode an image to RGB; with `size`, resize it to cover (H, W) and crop the centre. Raises ValueError for more
+    than 8 bits."""
     from PIL import Image, ImageOps
 
     with _image(path) as im:
@@ -188,7 +190,8 @@ def decode_images(
     size: int | tuple[int, int] | None = None,  # resize to (H, W), or to a square; None: all must have the same size
     workers: int | None = None,  # number of threads; None: number of cores + 1
 ) -> Tensor:  # uint8 (N, 3, H, W)
-    "Decode images of any format that PIL reads to RGB. Raises ValueError, with the files, for broken images and different sizes."
+    """Decode images of any format that PIL reads to RGB. Raises ValueError, with the files, for broken images and
+    different sizes."""
     import numpy as np
 
     if isinstance(size, int):
@@ -210,7 +213,8 @@ def decode_images(
             raise
     if broken:
         raise ValueError(
-            f"{len(broken)} of {len(paths)} images cannot be decoded: {some_names(broken)}. Repair or remove these files"
+            f"{len(broken)} of {len(paths)} images cannot be decoded: {some_names(broken)}. Repair or remove these "
+            "files"
         )
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 

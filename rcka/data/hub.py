@@ -116,8 +116,8 @@ def _read(name: str, config: str | None) -> dict:
     except (OSError, ConnectionError) as error:
         why = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"no dataset {name} here, and it cannot be downloaded ({why}). Put its parquet files into a folder, as on the hub, "
-            "and give data=FOLDER"
+            f"no dataset {name} here, and it cannot be downloaded ({why}). Put its parquet files into a folder, as on "
+            "the hub, and give data=FOLDER"
         ) from error
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"datasets cannot read {name}: {' '.join(str(error).split())[:300]}") from error
@@ -144,7 +144,8 @@ def _is_image(feature) -> bool:
 
 
 def _columns(table, chosen: dict, data: str) -> tuple[str, str | None]:
-    "Return the column of the images and that of the labels; None without labels. Raises ValueError if they are not clear."
+    """Return the column of the images and that of the labels; None without labels. Raises ValueError if they are not
+    clear."""
     with optional_import():
         import datasets
     for key in ("image", "label"):
@@ -156,7 +157,8 @@ def _columns(table, chosen: dict, data: str) -> tuple[str, str | None]:
     for key, found, what in (("image", images, "images"), ("label", labels, "class labels")):
         if key not in chosen and len(found) > 1:
             raise ValueError(
-                f"{data} has several columns of {what}, {', '.join(found)}: choose one, such as {_with(data, key, found[0])}"
+                f"{data} has several columns of {what}, {', '.join(found)}: choose one, such as "
+                f"{_with(data, key, found[0])}"
             )
     image = chosen.get("image") or next(iter(images), None)
     if image is None or image not in images:

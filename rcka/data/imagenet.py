@@ -214,7 +214,7 @@ def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
         )
     if not skip_broken:
         raise ValueError(
-            f"cannot decode {broken[0]}; repair or remove the file, or skip such files with skip_broken=True"
+            f"cannot decode {broken[0]}; repair or remove the file, or skip such files with skip_broken=True (--skip-broken)"
         )
     for what in broken:
         if what not in known:

@@ -70,12 +70,12 @@ def is_function(data) -> bool:
     return bool(found) and found[1] not in ("imagefolder", "imagenet", "coco")
 
 
-def function_name(function: Callable) -> str:
+def function_name(function: Callable, what: str = "data") -> str:
     "Return the name `package.module:function` of a function, by which a run is resumed. Raises ValueError for a lambda or local function."
     name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", "")
     if not is_function(f"{module}:{name}"):
         raise ValueError(
-            f"data must be a function at the top level of a module, so that a run can be resumed; got {function!r}"
+            f"{what} must be a function at the top level of a module, so that a run can be resumed; got {function!r}"
         )
     return f"{module}:{name}"
 

@@ -118,7 +118,8 @@ def balanced_slice(
     limit: int,  # number of samples to keep
     name: str = "limit",  # what to call it in an error
 ) -> Tensor:  # int64 (limit,): indices in ascending order
-    """Return the indices of the first samples of each class, `limit` in all; numbers of samples by class differ by at most one.
+    """Return the indices of the first samples of each class, `limit` in all; numbers of samples by class differ by at
+    most one.
 
     Raises ValueError unless 1 <= limit <= N."""
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= len(targets):
@@ -147,8 +148,8 @@ def validation_split(
 ) -> Tensor:  # bool (N,): True for validation images
     """Return a class-balanced validation split.
 
-    Of the n images of a class, the first round(fraction * n) of a random permutation are for validation. Raises ValueError
-    if a class would have no training or no validation images."""
+    Of the n images of a class, the first round(fraction * n) of a random permutation are for validation. Raises
+    ValueError if a class would have no training or no validation images."""
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise ValueError(f"val_fraction must be a number between 0 and 1, got {fraction!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -238,7 +239,9 @@ def crop_flip(
     offsets: Tensor,  # int64 (2, B): top and left of each crop in the padded image, 0 to 2 pad
     flips: Tensor,  # bool (B,): whether the crop is flipped horizontally
 ) -> Tensor:  # (B, C, H, W)
-    "Pad each image, crop it to its size at its own offset, and flip it where `flips` is True, with one gather for the batch."
+    """Pad each image, crop it to its size at its own offset, and flip it where `flips` is True, with one gather for the
+    batch."""
+    # torchvision's transforms draw one offset and one flip for a whole batch, and so would run image by image
     b, c, h, w = images.shape
     row, col = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
     rows = (offsets[0, :, None] + row) * (w + 2 * pad)  # (B, H)
@@ -251,7 +254,8 @@ def identity_of(
     content: list,  # values for `digest`: tensors, or a `listing`
     **settings,  # that change the batches; None values are left out
 ) -> dict:
-    "Return the properties of batches that determine a result, as plain values by name: a hash of the content, and the settings."
+    """Return the properties of batches that determine a result, as plain values by name: a hash of the content, and the
+    settings."""
     return {"content": digest(content)} | {name: _plain(v) for name, v in settings.items() if v is not None}
 
 
@@ -267,8 +271,8 @@ def _plain(value):
 class Batches:
     """Batches of a dataset that is stored on the device.
 
-    `epoch(e, start=k)` yields exactly the batches of epoch `e` from step `k` on. Raises TypeError or ValueError for invalid
-    images, targets or settings."""
+    `epoch(e, start=k)` yields exactly the batches of epoch `e` from step `k` on. Raises TypeError or ValueError for
+    invalid images, targets or settings."""
 
     smallest = 4  # an incomplete last training batch with fewer images is dropped
 
@@ -363,12 +367,14 @@ class Batches:
             yield self.normalize(crop_flip(self.images[index], self.pad, offsets[:, index], flips[index]))
 
     def view_identity(self) -> dict:
-        "Return the properties that determine the stored augmentations, as plain values by name: not the seed, nor their number."
+        """Return the properties that determine the stored augmentations, as plain values by name: not the seed, nor
+        their number."""
         kept = {"pad": self.pad, "flip": self.flip, "mean": self.mean, "std": self.std, "dtype": self.dtype}
         return identity_of([self.images, self.targets], **kept)
 
     def normalize(self, images: Tensor) -> Tensor:
-        "Normalise uint8 images (B, C, H, W), bit for bit as torchvision's ToTensor and Normalize, and convert them to `dtype`."
+        """Normalise uint8 images (B, C, H, W), bit for bit as torchvision's ToTensor and Normalize, and convert them to
+        `dtype`."""
         images = images.float().div_(255).sub_(self.mean).div_(self.std)
         return images.to(self.dtype).contiguous(memory_format=self.memory_format)
 

@@ -52,7 +52,7 @@ def open_data(
         return _unlabelled(folder.resolve(), part, size)
     train, test = find_image_folder(str(folder.resolve()), folder)
     found = load_imagenet(train.parent, size=size, val=test.name)
-    return _trainable(found)
+    return _trainable(replace(found, name=folder.resolve().name))
 
 
 _LEAST = 8  # images for training and held out, without labels: debiased CKA needs four

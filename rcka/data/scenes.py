@@ -74,7 +74,8 @@ def list_scenes(
     folder: Path,  # PATH
     part: str,  # "train" or "val"
 ) -> list[tuple[Path, Path]]:  # images and their masks
-    "Return the images of a part with their masks, sorted by name. Raises FileNotFoundError, with the path, for a missing one."
+    """Return the images of a part with their masks, sorted by name. Raises FileNotFoundError, with the path, for a
+    missing one."""
     images = sorted((folder / "leftImg8bit" / part).glob("*/*_leftImg8bit.*"))
     if not images:
         raise FileNotFoundError(
@@ -95,13 +96,15 @@ def list_scenes(
             missing.append(f"{stem}_gtFine_labelIds.png")
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(images)} images in {part} have no mask: add them, first {missing[0]} (or labelTrainIds)"
+            f"{len(missing)} of {len(images)} images in {part} have no mask: add them, first {missing[0]} (or "
+            "labelTrainIds)"
         )
     return pairs
 
 
 def check_sizes(pairs: list[tuple[Path, Path]], size: tuple[int, int] | None = None) -> tuple[int, int]:
-    "Return the common (H, W) of all images and masks. Raises ValueError, with the file, for another size or an unreadable file."
+    """Return the common (H, W) of all images and masks. Raises ValueError, with the file, for another size or an
+    unreadable file."""
     from PIL import Image
 
     for path in (p for pair in pairs for p in pair):
@@ -232,8 +235,8 @@ class SceneBatch(NamedTuple):
 class SceneBatches:
     """Batches of images and masks.
 
-    `epoch(e, start=k)` yields exactly the batches of epoch `e` from step `k` on. Raises ValueError for invalid settings,
-    and for images or masks that cannot be read."""
+    `epoch(e, start=k)` yields exactly the batches of epoch `e` from step `k` on. Raises ValueError for invalid
+    settings, and for images or masks that cannot be read."""
 
     smallest = 2  # a last training batch with fewer images per process is dropped: batch norm of vectors needs two
 
@@ -364,7 +367,8 @@ def load_scenes(
         wrong = [m for _, m in (*train, *val) if not m.name.endswith("labelTrainIds.png")]
         if wrong:
             raise ValueError(
-                f"{names} needs masks with train ids, but {wrong[0]} is not called labelTrainIds: rename the masks, or remove {names.name}"
+                f"{names} needs masks with train ids, but {wrong[0]} is not called labelTrainIds: rename the masks, "
+                f"or remove {names.name}"
             )
         if not 2 <= len(classes) < UNKNOWN:
             raise ValueError(f"{names} must name 2 to {UNKNOWN - 1} classes, one per line; it has {len(classes)}")
@@ -403,7 +407,8 @@ def scenes_from_boxes(
     classes: list[str],  # names of categories; all others are "background"
     size: tuple[int, int] = (160, 208),  # (H, W) of images and masks, resized to cover it and centre-cropped
 ) -> Path:  # `out`
-    """Create a segmentation dataset from images with boxes of these classes: the masks are filled boxes, the largest first.
+    """Create a segmentation dataset from images with boxes of these classes: the masks are filled boxes, the largest
+    first.
 
     Raises ValueError for a class that is not a category."""
     from PIL import Image, ImageDraw, ImageOps

@@ -113,7 +113,8 @@ def remake(
 ):
     """Run the notebook of an exhibit with its recorded parameters, and write its files to figures/ of the checkout.
 
-    The executed notebook is written below the runs. Raises ValueError for an unknown name and for a record without parameters."""
+    The executed notebook is written below the runs. Raises ValueError for an unknown name and for a record without
+    parameters."""
     from rcka.experiments.sweep import execute  # papermill is needed here alone
 
     root = Path(root or checkout() or ".").resolve()

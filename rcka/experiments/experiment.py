@@ -213,7 +213,8 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
     def from_dict(cls, values: dict):
         """Make an experiment from what `to_dict` returned.
 
-        Raises ValueError for an unknown field, with the near names, and for a value of another type than its field's."""
+        Raises ValueError for an unknown field, with the near names, and for a value of another type than its
+        field's."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
@@ -240,7 +241,8 @@ class BaseExperiment(DataConfig, TeacherConfig, TrainFields, RunConfig):
     def _resolve(self, example: str):
         """Normalise the fields: tuples instead of JSON's lists, None instead of a default of `TrainConfig`.
 
-        With method "none" the fields about a teacher are reset. Raises ValueError for a teacher without a method, and for a method without a teacher, such as `example`."""
+        With method "none" the fields about a teacher are reset. Raises ValueError for a teacher without a method, and
+        for a method without a teacher, such as `example`."""
         if self.method == "none":
             for name in ("teacher", "teacher_weights"):
                 if value := getattr(self, name):
@@ -414,8 +416,8 @@ class ImageConfig(DataConfig):
 class Experiment(ImageConfig, BaseExperiment):
     """One run of a classifier: a student trained on a dataset, alone or with a distillation method and a teacher.
 
-    With `method_args` None, the published arguments for this pair are used. `train_limit` and `test_limit` are numbers of
-    images, chosen class-balanced."""
+    With `method_args` None, the published arguments for this pair are used. `train_limit` and `test_limit` are numbers
+    of images, chosen class-balanced."""
 
     data_class: ClassVar[type[DataConfig]] = ImageConfig
     same_as_default: ClassVar[tuple] = (*BaseExperiment.same_as_default, "warmup_steps")
@@ -446,8 +448,8 @@ class Experiment(ImageConfig, BaseExperiment):
             raise ValueError(f"evaluate_on and skip_broken are for imagenet, not for {self.dataset}: leave them out")
         if self.teacher_projection and not self.teacher_cache:
             raise ValueError(
-                f"teacher_projection={self.teacher_projection} projects the features of a teacher cache, which is not used: "
-                "give teacher_cache=4 as well, or leave it out"
+                f"teacher_projection={self.teacher_projection} projects the features of a teacher cache, which is not "
+                "used: give teacher_cache=4 as well, or leave it out"
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {self.batch_size}")
@@ -460,7 +462,8 @@ class Experiment(ImageConfig, BaseExperiment):
         `changes` are the fields that differ from it. Raises ValueError for a dataset with another protocol."""
         if dataset in ("coco", "cityscapes"):
             raise ValueError(
-                f"{dataset} has a protocol of its own, not that of CIFAR-100: use DetectionExperiment or SegmentationExperiment"
+                f"{dataset} has a protocol of its own, not that of CIFAR-100: use DetectionExperiment or "
+                "SegmentationExperiment"
             )
         if of_imagenet(dataset):
             given = {"teacher_weights": "IMAGENET1K_V1"} if (teacher or "").startswith("torchvision/") else {}
@@ -516,7 +519,8 @@ class Experiment(ImageConfig, BaseExperiment):
         return Distiller(student, method, teacher, self.student_paths, self.teacher_paths)
 
     def given_teacher(self, data) -> torch.nn.Module:
-        "Return the teacher with `teacher_weights`: a checkpoint, torchvision's, those of the package, or a file of its outputs."
+        """Return the teacher with `teacher_weights`: a checkpoint, torchvision's, those of the package, or a file of
+        its outputs."""
         assert self.teacher and self.teacher_weights
         if is_teacher_file(self.teacher_weights):
             return load_teacher(self.teacher_weights)
@@ -561,7 +565,7 @@ def run(
     folder: Path | str | None = None,  # folder of this run; None: `root` / `experiment.key`
     device: str | torch.device | None = None,  # None: CUDA if available, else the CPU
     progress: bool = True,  # show progress bars
-    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile, cuda_graph; workers, which decode images;
+    **options,  # of `Trainer`: checkpoint_seconds, keep, channels_last, compile, cuda_graph; workers, to decode images;
     # cache_budget, the maximum size of a teacher cache in bytes
 ) -> Result:
     """Run an experiment, or return its result if it is finished.
@@ -603,7 +607,8 @@ def find_or_train(experiment, root, folder, device, progress, options) -> tuple[
 
 
 def make_cache(experiment, parts: list[Parts], root: Path, options: dict, progress: bool) -> TeacherCache | None:
-    "Return the teacher cache of an experiment for the tasks of all parts, created or read from `root`; None if it has none."
+    """Return the teacher cache of an experiment for the tasks of all parts, created or read from `root`; None if it has
+    none."""
     teacher, train = parts[0].task.teacher, parts[0].train
     if teacher is None or not getattr(experiment, "teacher_cache", None):
         return None

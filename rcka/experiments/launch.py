@@ -73,7 +73,8 @@ def make_parser(kind: type[BaseExperiment], program: str) -> argparse.ArgumentPa
     "Return the parser of the options for experiments of a kind."
     parser = argparse.ArgumentParser(
         program,
-        description="Run one experiment without a notebook, resume an interrupted one, or print the result of a finished one.",
+        description="Run one experiment without a notebook, resume an interrupted one, or print the result of a "
+        "finished one.",
         epilog="exit code: 0 done, 1 error (printed), 128 + n stopped by signal n with the state saved",
         allow_abbrev=False,
     )

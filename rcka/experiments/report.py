@@ -36,6 +36,8 @@ class Results(NamedTuple):
 
 def load_results(root: Path | str | None = None) -> Results:
     "Read all results under a folder of runs; None: see `runs_root`."
+    import rcka.experiments.study  # noqa: F401  # registers "scaled", the method that the runs of studies name
+
     results, problems = [], []
     paths = sorted(runs_root(root).glob("*/result.json"))
     for path in paths:
@@ -229,8 +231,8 @@ def evaluated_on(experiment: dict) -> str:
     "Return a sentence on the images on which accuracies are measured and the best epoch is chosen."
     if part := experiment.get("val_fraction"):
         return (
-            f"Last and best epoch: accuracy on validation images, {100 * part:g} % of the training images, where published "
-            "numbers are of test images."
+            f"Last and best epoch: accuracy on validation images, {100 * part:g} % of the training images, where "
+            "published numbers are of test images."
         )
     if experiment.get("evaluate_on") == "train":
         return "Last and best epoch: accuracy on training images, where published numbers are of test images."
@@ -239,8 +241,12 @@ def evaluated_on(experiment: dict) -> str:
 # %% ../../nbs/method/08b_report.ipynb #3d920022
 def _label(e: Experiment, with_teacher: bool) -> str:
     "Return the method, and in brackets its arguments that are not the usual ones for this pair."
-    differ = _given(e) | (changes(e)[1] if with_teacher else {})
-    return e.method + (f" ({', '.join(f'{k}={v}' for k, v in differ.items())})" if differ else "")
+    name, differ = e.method, _given(e)
+    if name == "scaled":  # of studies: another method with all its weights multiplied
+        inner = e.method_args or {}
+        name, differ = f"{inner['method']} x{inner['factor']:g}", inner["args"] or {}
+    differ = differ | (changes(e)[1] if with_teacher else {})
+    return name + (f" ({', '.join(f'{k}={v}' for k, v in differ.items())})" if differ else "")
 
 
 def _row(dataset, teacher, student, method, results) -> Row:
@@ -276,8 +282,9 @@ def _caption(runs: list, about: set[str]) -> str:
     return (
         f"Training protocol: {f'the one of the paper but for {protocol}' if protocol else 'the one of the paper'}. "
         f"{_about_weights(runs)}{evaluated_on(results[0].experiment)} "
-        f"Seeds: {listed(e.seed for e, _ in runs)}. Machine: {listed(r.device for r in results)}; torch {listed(r.versions.get('torch') for r in results)}. "
-        f"Finished: {' to '.join(dict.fromkeys((min(r.finished for r in results)[:10], max(r.finished for r in results)[:10])))}."
+        f"Seeds: {listed(e.seed for e, _ in runs)}. Machine: {listed(r.device for r in results)}; torch "
+        f"{listed(r.versions.get('torch') for r in results)}. Finished: "
+        f"{' to '.join(dict.fromkeys((min(r.finished for r in results)[:10], max(r.finished for r in results)[:10])))}."
     )
 
 
@@ -403,6 +410,7 @@ def markdown(table: Table) -> str:
 # %% ../../nbs/method/08b_report.ipynb #7a80bd57
 def latex(table: Table) -> str:
     "Return a LaTeX table environment; the preamble needs \\usepackage{booktabs}."
+    # pandas' Styler.to_latex needs jinja2, and caption, rules between pairs and notes would be ours all the same
 
     def text(s):
         for a, b in (
@@ -560,7 +568,8 @@ _SOURCES = {"RCKA paper": ("paper", "D"), "own source": ("own", "^"), "other sou
 
 
 def plot_scores(table: Table):
-    "Draw each seed as a dot, mean and standard deviation, and the published numbers, one panel a pair: a matplotlib Figure."
+    """Draw each seed as a dot, mean and standard deviation, and the published numbers, one panel a pair: a matplotlib
+    Figure."""
     fig, axes = _panels(table, 0.5)
     looks = _looks(table)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):

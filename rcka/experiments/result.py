@@ -79,7 +79,8 @@ class Result:
             values |= {"group_size": values.pop("company", 1), "format": RESULT_FORMAT}
         elif found != RESULT_FORMAT:
             raise ValueError(
-                f"{path} has result format {found!r}, but this version reads format {RESULT_FORMAT}: use the version that wrote it"
+                f"{path} has result format {found!r}, but this version reads format {RESULT_FORMAT}: use the version "
+                "that wrote it"
             )
         return cls(**values)
 
@@ -322,10 +323,11 @@ TABLES = Path(rcka.__file__).parent / "tables"
 def published(
     dataset: str = "cifar100",  # "cifar100", "imagenet", "coco", "cityscapes"; or "best", the best numbers since
 ) -> list[dict]:  # one dict a row; accuracies as float, a dash in the paper as None
-    """Read a table of Zhou et al. (2024) as printed (arXiv 2401.11824, Tables 1, 2, 3 and 11), or of the best numbers since.
+    """Read a table of Zhou et al. (2024) as printed (arXiv 2401.11824, Tables 1, 2, 3 and 11), or of the best numbers
+    since.
 
-    `source` is the table of a row. For classification, `own_top1` is the number of the method's authors for the same cell
-    and `other_top1` that of another paper or repository, each with its source; None if it was not looked up."""
+    `source` is the table of a row. For classification, `own_top1` is the number of the method's authors for the same
+    cell and `other_top1` that of another paper or repository, each with its source; None if it was not looked up."""
     known = sorted(p.stem for p in TABLES.glob("*.csv"))
     if dataset not in known:
         raise ValueError(nearest(dataset, known, "published table"))

@@ -148,7 +148,8 @@ def _try(e: Experiment, data):
 
 # %% ../../nbs/method/08_sweep.ipynb #b5744d03
 def notebook_for(dataset: str) -> Path:
-    "Return the benchmark notebook for a dataset's experiments. Raises FileNotFoundError if there are no benchmark notebooks."
+    """Return the benchmark notebook for a dataset's experiments. Raises FileNotFoundError if there are no benchmark
+    notebooks."""
     package = Path(rcka.__file__).resolve().parent
     places = [p / "nbs" / "benchmarks" for p in (checkout(), package.parent) if p] + [package / "notebooks"]
     folder = next((p for p in places if p.is_dir()), None)
@@ -290,8 +291,8 @@ def work(
 def work_group(group: list[tuple]) -> list[Outcome]:
     """Run experiments that share a teacher, each given as the arguments of `work`.
 
-    One process trains them together; then each runs its notebook, which finds the result. A run that the process did not
-    finish, because it failed or all runs together need too much memory, continues alone in its notebook."""
+    One process trains them together; then each runs its notebook, which finds the result. A run that the process did
+    not finish, because it failed or all runs together need too much memory, continues alone in its notebook."""
     start = time.perf_counter()
     if len(group) > 1:
         train_group(group)
@@ -384,6 +385,8 @@ class Processes(Executor):
 
     A process that dies does not affect the others; all of them end with the parent process."""
 
+    # in the pools of Python and loky one dead process breaks all futures; submitit's local jobs outlive their parent
+
     def __init__(self, max_workers: int = 1):
         if max_workers < 1:
             raise ValueError(f"max_workers must be 1 or more, got {max_workers}")
@@ -405,7 +408,8 @@ class Processes(Executor):
         except EOFError:
             process.join()
             raise RuntimeError(
-                f"the process ended with exit code {process.exitcode} (negative: killed by that signal; -9 often means out of memory)"
+                f"the process ended with exit code {process.exitcode} (negative: killed by that signal; -9 often "
+                "means out of memory)"
             ) from None
         finally:
             process.join()
@@ -415,7 +419,8 @@ class Processes(Executor):
         return value
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False):
-        "With `cancel_futures`, stop running calls by SIGTERM, so that runs save their state, and by SIGKILL after `PATIENCE`."
+        """With `cancel_futures`, stop running calls by SIGTERM, so that runs save their state, and by SIGKILL after
+        `PATIENCE`."""
         self._threads.shutdown(wait=False, cancel_futures=cancel_futures)
         if cancel_futures:
             for process in list(self._running):

@@ -149,6 +149,8 @@ def create_method(
     args: dict | None = None,  # constructor arguments; in a sum say whose: {"fcka.weight": 4}
 ) -> Method:
     "Create a distillation method. ValueError for an unknown name or argument, with the nearest that is known."
+    if not isinstance(name, str):
+        raise TypeError(f"a method is created by its name, several joined by a plus as in 'kd+fcka'; got {name!r}")
     parts, args = name.split("+"), dict(args or {})
     own = {part: {} for part in parts}
     if len(own) < len(parts):

@@ -76,7 +76,8 @@ class CKAAngle(_MeanDistance):
 
 # %% ../../nbs/method/02h_candidates.ipynb #208d8160
 def _unit_maps(*maps: Tensor) -> list[Tensor]:
-    "Return maps of one size as (channels, places), centred and of Frobenius norm one; zeros where a side is constant in every channel."
+    """Return maps of one size as (channels, places), centred and of Frobenius norm one; zeros where a side is constant
+    in every channel."""
     check_pair(*maps)
     found = []
     for x in maps:
@@ -116,9 +117,11 @@ def procrustes_similarity(
     student: Tensor,  # (n, c, H, W)
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
 ) -> Tensor:  # scalar in [0, 1]; 1 at the optimum
-    """Return 1 - half the squared Procrustes distance of two maps, centred and of Frobenius norm one, whose samples are their places.
+    """Return 1 - half the squared Procrustes distance of two maps, centred and of Frobenius norm one, whose samples are
+    their places.
 
-    This is the nuclear norm of their cross-covariance. 0 with a zero gradient where a side is constant in every channel."""
+    This is the nuclear norm of their cross-covariance. 0 with a zero gradient where a side is constant in every
+    channel."""
     return rotated_similarities(student, teacher)[0]
 
 
@@ -136,7 +139,8 @@ class _PlaceDistance(_MeanDistance, MapMethod):
 
 @register("procrustes")
 class Procrustes(_PlaceDistance):
-    """weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared Procrustes distance. Ours.
+    """weight * mean over stages of 1 - nuclear norm of the normalised cross-covariance over places: half the squared
+    Procrustes distance. Ours.
 
     With `levels`, the mean over them and the places of 1 - cosine after the rotation, see `rotated_similarities`."""
 
@@ -165,10 +169,11 @@ def explained_variance(
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
     ridge: float = 1e-4,  # added to the student's covariance, in units of the mean variance of its channels
 ) -> Tensor:  # scalar in [0, 1]; at the optimum 1, less the effect of the ridge
-    """Return the fraction of the teacher's variance over places that a ridge regression on the student's channels explains.
+    """Return the fraction of the teacher's variance over places that a ridge regression on the student's channels
+    explains.
 
-    The similarity index "linear regression" of Kornblith et al. 2019, with n h w samples. 0 with a zero gradient where a
-    side is constant in every channel."""
+    The similarity index "linear regression" of Kornblith et al. 2019, with n h w samples. 0 with a zero gradient where
+    a side is constant in every channel."""
     x, y = _unit_maps(*same_size(*check_maps(student, teacher)))
     # float64 and a penalty of at least the rounding error of the products: the factorisation never fails
     penalty = torch.where(x.detach().any(), max(ridge / len(x), 8 * torch.finfo(x.dtype).eps), 1.0)
@@ -179,7 +184,8 @@ def explained_variance(
 
 @register("explained_variance")
 class ExplainedVariance(_PlaceDistance):
-    "weight * mean over stages of the fraction of the teacher's variance that no linear map of the student's channels explains. Ours."
+    """weight * mean over stages of the fraction of the teacher's variance that no linear map of the student's channels
+    explains. Ours."""
 
     capturable = False  # the Cholesky factorisation synchronises with the device
 
@@ -202,7 +208,8 @@ def label_alignment(
 
 @register("label_cka")
 class LabelCKA(FeatureMethod):
-    "weight * mean over stages of 1 - CKA of the student's features and the one-hot labels: centred kernel-target alignment (Cortes et al. 2012) as a loss."
+    """weight * mean over stages of 1 - CKA of the student's features and the one-hot labels: centred kernel-target
+    alignment (Cortes et al. 2012) as a loss."""
 
     wants_logits = True  # the student's logits say how many classes there are
 
@@ -228,7 +235,8 @@ def kernel_cka(
 ) -> Tensor:  # scalar, 1 at the optimum
     """Return the CKA of flattened features with a Gaussian or a cosine kernel (Kornblith et al. 2019, section 3).
 
-    The bandwidth of the Gaussian is the median distance between the samples of each network, and carries no gradient."""
+    The bandwidth of the Gaussian is the median distance between the samples of each network, and carries no
+    gradient."""
     student, teacher = check_samples(student, teacher)
     _check_kernel(kernel)
     if kernel == "cosine":
@@ -243,7 +251,8 @@ def _check_kernel(kernel: str):
 
 @register("kernel_cka")
 class KernelCKA(_MeanDistance):
-    "weight * mean over stages of 1 - CKA of flattened features with a Gaussian kernel (median bandwidth) or a cosine kernel. Ours."
+    """weight * mean over stages of 1 - CKA of flattened features with a Gaussian kernel (median bandwidth) or a cosine
+    kernel. Ours."""
 
     def __init__(
         self,

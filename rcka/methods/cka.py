@@ -49,7 +49,8 @@ def fcka(
 
 # %% ../../nbs/method/02a_cka.ipynb #4e705cfc
 class _Gram(torch.autograd.Function):
-    "Gram matrix x x^T. The backward pass takes one product, (g + g^T) x; autograd would take two, not knowing that the factors are equal."
+    """Gram matrix x x^T. The backward pass takes one product, (g + g^T) x; autograd would take two, not knowing that
+    the factors are equal."""
 
     generate_vmap_rule = True
 
@@ -68,7 +69,8 @@ class _Gram(torch.autograd.Function):
 
 # %% ../../nbs/method/02a_cka.ipynb #8cd4f442
 def _split(x: Tensor):
-    "Return the doubly centred x with the row sqrt(n) d appended, (*batch, n + 1, p), and the sample effects m, (*batch, n, 1)."
+    """Return the doubly centred x with the row sqrt(n) d appended, (*batch, n + 1, p), and the sample effects m,
+    (*batch, n, 1)."""
     x = x - x[..., :1, :1].detach()  # constant logits become exact zeros
     x = scaled(x - x.mean((-2, -1), keepdim=True))
     m, d = x.mean(-1, keepdim=True), x.mean(-2, keepdim=True)  # effects of the sample (n, 1) and of the class (1, p)
@@ -76,13 +78,15 @@ def _split(x: Tensor):
 
 # %% ../../nbs/method/02a_cka.ipynb #b0408210
 def largest_diagonal(k: Tensor) -> Tensor:
-    "Return the largest diagonal entry of Gram matrices (*batch, n, n), which bounds all entries, as (*batch, 1, 1); 1 instead of 0."
+    """Return the largest diagonal entry of Gram matrices (*batch, n, n), which bounds all entries, as (*batch, 1, 1); 1
+    instead of 0."""
     peak = k.detach().diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     return torch.where(peak > 0, peak, torch.ones_like(peak))
 
 
 def _ratio(xy: Tensor, xx: Tensor, yy: Tensor, noise: float, diagonals) -> Tensor:
-    "Return xy / sqrt(xx yy), debiased if the diagonals of both Gram matrices are given; 0 where xx or yy is at most `noise`."
+    """Return xy / sqrt(xx yy), debiased if the diagonals of both Gram matrices are given; 0 where xx or yy is at most
+    `noise`."""
     if diagonals:
         x, y = diagonals
         xy, xx, yy = debias(xy, x, y), debias(xx, x, x), debias(yy, y, y)
@@ -103,10 +107,11 @@ def intra_inter(
     unbiased: bool = False,  # unbiased HSIC in both (n >= 4 and p >= 4)
     inter: bool = True,  # False: inter is None, which saves a product
 ) -> IntraInter:  # two tensors of shape (*batch,)
-    """Return the CKA of the rows and the CKA of the columns of two matrices of the same shape, from three Gram products.
+    """Return the CKA of the rows and the CKA of the columns of two matrices of the same shape, from three Gram
+    products.
 
-    The entries of a single pair of matrices may have any magnitude; a batch of pairs with `center=False` needs magnitudes
-    between 1e-17 and 1e17 in float32."""
+    The entries of a single pair of matrices may have any magnitude; a batch of pairs with `center=False` needs
+    magnitudes between 1e-17 and 1e17 in float32."""
     n, p = student.shape[-2:]
     if p < n:
         columns, rows = intra_inter(student.mT, teacher.mT, center, unbiased)
@@ -136,7 +141,8 @@ def intra_inter(
 
 # %% ../../nbs/method/02a_cka.ipynb #aa36e0fd
 def _row_normalised_alignment(x: Tensor, y: Tensor) -> Tensor:
-    "Return the alignment of the Gram matrices of x and y (n, p), row i divided by sqrt(K_ii), as in the authors' code. No product is larger than min(n, p) squared."
+    """Return the alignment of the Gram matrices of x and y (n, p), row i divided by sqrt(K_ii), as in the authors'
+    code. No product is larger than min(n, p) squared."""
     u, v = unit(x), unit(y)  # a zero row stays zero
     if len(x) <= x.shape[1]:
         k, l = u @ x.mT, v @ y.mT
@@ -154,13 +160,15 @@ def lcka(
     | None = None,  # compare softmax(logits / temperature), over the classes P; None compares the logits
     normalize_rows: bool = False,  # divide row i of each Gram matrix by sqrt(K_ii); needs center=False
 ) -> IntraInter:  # (intra, inter): two scalars, 1 at the optimum
-    """Return the CKA of two sets of logits between samples (intra) and between classes (inter) (Zhou et al. 2024, section 3).
+    """Return the CKA of two sets of logits between samples (intra) and between classes (inter) (Zhou et al. 2024,
+    section 3).
 
     For maps of logits, each class at each place counts as a class."""
     student, teacher = as_real(student_logits, "student_logits"), as_real(teacher_logits, "teacher_logits")
     if student.dim() < 2 or student.shape != teacher.shape:
         raise ValueError(
-            f"student and teacher logits must have the same shape, (n, classes) or (n, classes, height, width), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+            "student and teacher logits must have the same shape, (n, classes) or (n, classes, height, width), got "
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
         )
     least = 4 if unbiased else 2 if center else 1
     if min(len(student), student[:1].numel()) < least:
@@ -198,13 +206,14 @@ def pcka(
     student: Tensor,  # (B, C, H, W)
     teacher: Tensor,  # (B, C, U, V)
     patch_size: int = 16,  # height and width of a patch, in pixels of the teacher's map
-    center: bool = False,  # as in the released code, to which the published weights belong; True: as in the paper's text
+    center: bool = False,  # as in the released code, to which the published weights belong; True: as in the paper
     inter: bool = True,  # False: inter is None, which saves a third of the work
 ) -> IntraInter:  # (intra, inter): two scalars, 1 at the optimum
     """Return the patch-wise CKA of two feature maps, mean over channels (Zhou et al. 2024, dense prediction).
 
-    A channel becomes a matrix with a row for each patch, which holds the pixels of that patch in all images: intra is the
-    CKA of its rows, inter that of its columns. Both maps are resized to the teacher's size rounded up to multiples of
+    A channel becomes a matrix with a row for each patch, which holds the pixels of that patch in all images: intra is
+    the CKA of its rows, inter that of its columns. Both maps are resized to the teacher's size rounded up to multiples
+    of
     `patch_size`. Both must have the same number of channels. A channel that is zero (with `center`: constant) has
     similarity 0 and no gradient. A map of a single patch has intra 1, or 0 with `center`, since it has one row only."""
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
@@ -216,7 +225,9 @@ def pcka(
     check_batches(student, teacher)
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
-            f"pcka compares channel by channel, got {student.shape[1]} of the student and {teacher.shape[1]} of the teacher: bring the student's map to the teacher's width with a connector, such as the 1x1 convolution that the method PCKA builds"
+            f"pcka compares channel by channel, got {student.shape[1]} of the student and {teacher.shape[1]} of the "
+            "teacher: bring the student's map to the teacher's width with a connector, such as the 1x1 convolution "
+            "that the method PCKA builds"
         )
     if patch_size < 1 or patch_size != int(patch_size):
         raise ValueError(f"patch_size must be a whole number of at least 1, got {patch_size}")
@@ -258,7 +269,8 @@ class FCKA(FeatureMethod):
 # %% ../../nbs/method/02a_cka.ipynb #89b211a1
 @register("lcka")
 class LCKA(Method):
-    "intra * (1 - intra-LCKA) + inter * (1 - inter-LCKA) of the logits (Zhou et al. 2024). A term of weight 0 is not computed."
+    """intra * (1 - intra-LCKA) + inter * (1 - inter-LCKA) of the logits (Zhou et al. 2024). A term of weight 0 is not
+    computed."""
 
     def __init__(
         self,
@@ -319,10 +331,12 @@ class RCKA(FeatureMethod):
 # %% ../../nbs/method/02a_cka.ipynb #5c94152b
 @register("rcka_released")
 class RCKAReleased(RCKA):
-    """RCKA as in the code released with the paper: no centring, row-normalised logit Gram matrices with weight 15, Gram matrix of the feature Gram matrix with weight 1.
+    """RCKA as in the code released with the paper: no centring, row-normalised logit Gram matrices with weight 15, Gram
+    matrix of the feature Gram matrix with weight 1.
 
-    The training code for classification is not public, so this does not reproduce the paper's results. The released class
-    sums the feature term over all stages; here it uses the last stage, or with `stages` the mean over them (multiply
+    The training code for classification is not public, so this does not reproduce the paper's results. The released
+    class sums the feature term over all stages; here it uses the last stage, or with `stages` the mean over them
+    (multiply
     `alpha` by their number to get the sum). The feature term was published in another paper: Saha, Bialkowski, Khalifa,
     "Distilling representational similarity using centered kernel alignment (CKA)", BMVC 2022."""
 
@@ -341,11 +355,12 @@ class RCKAReleased(RCKA):
 # %% ../../nbs/method/02a_cka.ipynb #6e276172
 @register("pcka")
 class PCKA(DenseMethod):
-    """intra * (1 - intra-PCKA) + inter * (1 - inter-PCKA) + mimic * squared error of the maps, each summed over levels (Zhou et al. 2024, dense prediction).
+    """intra * (1 - intra-PCKA) + inter * (1 - inter-PCKA) + mimic * squared error of the maps, each summed over levels
+    (Zhou et al. 2024, dense prediction).
 
     A term of weight 0 is not computed. Weights of the released configurations: intra 10 for one-stage detectors and
-    RepPoints, intra 10 and inter 10 for two-stage ones and GFL; the weight of "+ mimic" is not public. The released code
-    multiplies the inter term by the intra weight as well; here each term has its own weight. A dense task adds the
+    RepPoints, intra 10 and inter 10 for two-stage ones and GFL; the weight of "+ mimic" is not public. The released
+    code multiplies the inter term by the intra weight as well; here each term has its own weight. A dense task adds the
     network's own loss to `terms`."""
 
     def __init__(
@@ -367,7 +382,8 @@ class PCKA(DenseMethod):
         single = [i for i, (_, t) in enumerate(self.pairs(student, teacher)) if max(t.shape[-2:]) <= k]
         if single and not self.weights["pcka_inter"]:
             warnings.warn(
-                f"the maps of level {', '.join(map(str, single))} are a single patch of {k} x {k}, so intra-PCKA has nothing to compare there: give a smaller patch_size, other stages, or a weight for inter",
+                f"the maps of level {', '.join(map(str, single))} are a single patch of {k} x {k}, so intra-PCKA has "
+                "nothing to compare there: give a smaller patch_size, other stages, or a weight for inter",
                 stacklevel=2,
             )
 

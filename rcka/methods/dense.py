@@ -18,7 +18,8 @@ __all__ = ['Mimic', 'pkd_loss', 'PKD', 'box_weights', 'attention', 'fgd_focal_lo
 # %% ../../nbs/method/02e_dense.ipynb #e33f2172
 @register("mimic")
 class Mimic(DenseMethod):
-    "Hints on feature maps (Romero et al., ICLR 2015): weight * mean squared error, summed over levels. The student's map is resized to the teacher's. The default weight is ours."
+    """Hints on feature maps (Romero et al., ICLR 2015): weight * mean squared error, summed over levels. The student's
+    map is resized to the teacher's. The default weight is ours."""
 
     def __init__(
         self,
@@ -51,7 +52,8 @@ def pkd_loss(
 
 @register("pkd")
 class PKD(DenseMethod):
-    """Distillation by Pearson correlation (Cao et al., NeurIPS 2022): weight * (1 - correlation of channels), summed over levels.
+    """Distillation by Pearson correlation (Cao et al., NeurIPS 2022): weight * (1 - correlation of channels), summed
+    over levels.
 
     Published weights: 6 for Faster R-CNN, 10 for RetinaNet, on levels 0 to 3."""
 
@@ -120,7 +122,8 @@ def fgd_focal_losses(
 ) -> tuple[
     Tensor, Tensor
 ]:  # two scalars: weighted squared difference of the maps, absolute difference of the attentions
-    "Return the focal losses of FGD, summed over places and channels, mean over samples (Yang et al. 2022, eq. 8 and 9)."
+    """Return the focal losses of FGD, summed over places and channels, mean over samples (Yang et al. 2022, eq. 8 and
+    9)."""
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
     (places, channels), (places_t, channels_t) = attention(student, temperature), attention(teacher, temperature)
     by_place = ((student - teacher).square() * channels_t[:, :, None, None]).sum(1)
@@ -150,20 +153,23 @@ class ContextBlock(nn.Module):
 
 @full_precision
 def fgd_global_loss(student: Tensor, teacher: Tensor, of_student: nn.Module, of_teacher: nn.Module) -> Tensor:
-    "Return the squared difference of two maps (B, C, H, W) after their context blocks, summed over places and channels, mean over samples (Yang et al. 2022, eq. 11)."
+    """Return the squared difference of two maps (B, C, H, W) after their context blocks, summed over places and
+    channels, mean over samples (Yang et al. 2022, eq. 11)."""
     student, teacher = as_real(student, "student"), as_real(teacher, "teacher")
     return (of_student(student) - of_teacher(teacher)).square().sum() / len(student)
 
 # %% ../../nbs/method/02e_dense.ipynb #6437ef37
 def boxes_of(target, images: int):
-    "Return the boxes of each image and the common input size from a list of dicts. ValueError where they are not there."
+    """Return the boxes of each image and the common input size from a list of dicts. ValueError where they are not
+    there."""
     if (
         not isinstance(target, (list, tuple))
         or len(target) != images
         or not all("boxes" in t and "input_size" in t for t in target)
     ):
         raise ValueError(
-            f"fgd needs a target for each of the {images} images: a list of dicts with 'boxes', (boxes, 4) in pixels of the network's input, and 'input_size', its (height, width)"
+            f"fgd needs a target for each of the {images} images: a list of dicts with 'boxes', (boxes, 4) in pixels "
+            "of the network's input, and 'input_size', its (height, width)"
         )
     sizes = {tuple(int(x) for x in t["input_size"]) for t in target}
     if len(sizes) > 1:
@@ -175,10 +181,14 @@ def boxes_of(target, images: int):
 
 @register("fgd")
 class FGD(DenseMethod):
-    """Focal and global distillation (Yang et al., CVPR 2022): foreground and background, attention, and relations of places, summed over levels.
+    """Focal and global distillation (Yang et al., CVPR 2022): foreground and background, attention, and relations of
+    places, summed over levels.
 
-    Published alpha, beta, gamma, lambda, temperature: RetinaNet 1e-3, 5e-4, 5e-4, 5e-6, 0.5 (the defaults) and FCOS 1.6e-3, 8e-4, 8e-4, 8e-6, 0.8, both on all five levels; two-stage detectors 5e-5, 2.5e-5, 5e-5, 5e-7, 0.5 on levels 0 to 3.
-    `target` is a list of dicts with "boxes" (x0, y0, x1, y1 in pixels of the network's input) and "input_size" (height, width of that input, padding included)."""
+    Published alpha, beta, gamma, lambda, temperature: RetinaNet 1e-3, 5e-4, 5e-4, 5e-6, 0.5 (the defaults) and FCOS
+    1.6e-3, 8e-4, 8e-4, 8e-6, 0.8, both on all five levels; two-stage detectors 5e-5, 2.5e-5, 5e-5, 5e-7, 0.5 on levels
+    0 to 3.
+    `target` is a list of dicts with "boxes" (x0, y0, x1, y1 in pixels of the network's input) and "input_size" (height,
+    width of that input, padding included)."""
 
     default_stages = slice(None)  # all levels
 
@@ -219,10 +229,12 @@ class FGD(DenseMethod):
 
 # %% ../../nbs/method/02e_dense.ipynb #d199e8be
 def class_rows(student, teacher, form: str):
-    "Return the class logits of both networks as (rows, classes), in float32 or float64. ValueError where they do not fit."
+    """Return the class logits of both networks as (rows, classes), in float32 or float64. ValueError where they do not
+    fit."""
     if student is None or teacher is None:
         raise ValueError(
-            "this method compares class logits, but Outputs.logits of a network is None: give (rows, classes) or (B, classes, H, W)"
+            "this method compares class logits, but Outputs.logits of a network is None: give (rows, classes) or (B, "
+            "classes, H, W)"
         )
     if form not in ("softmax", "sigmoid"):
         raise ValueError(
@@ -231,7 +243,8 @@ def class_rows(student, teacher, form: str):
     student, teacher = as_real(student, "student_logits"), as_real(teacher, "teacher_logits")
     if student.dim() < 2 or student.shape != teacher.shape or 0 in student.shape:
         raise ValueError(
-            f"class logits of student and teacher must have the same shape, (rows, classes) or (B, classes, H, W), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+            "class logits of student and teacher must have the same shape, (rows, classes) or (B, classes, H, W), "
+            f"got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
         )
     return (x.movedim(1, -1).flatten(0, -2) for x in (student, teacher))
 
@@ -258,7 +271,8 @@ def dense_kd_loss(
 
 @register("dense_kd")
 class DenseKD(Method):
-    "KD of the class logits of anchors, proposals or pixels (Hinton et al. 2015; class by class as in Yang et al., ICCV 2023): weight * dense_kd_loss. Weight and temperature are ours."
+    """KD of the class logits of anchors, proposals or pixels (Hinton et al. 2015; class by class as in Yang et al.,
+    ICCV 2023): weight * dense_kd_loss. Weight and temperature are ours."""
 
     dense = True
 
@@ -284,7 +298,8 @@ def dense_dist_loss(
     form: str = "softmax",  # or "sigmoid", for heads that score each class independently
     temperature: float = 1.0,  # softens both
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return beta (1 - correlation over classes) + gamma (1 - correlation over rows), times temperature^2 (Huang et al. 2022)."
+    """Return beta (1 - correlation over classes) + gamma (1 - correlation over rows), times temperature^2 (Huang et al.
+    2022)."""
     p, q = (
         getattr(torch, form)(x / temperature, **({"dim": -1} if form == "softmax" else {}))
         for x in class_rows(student_logits, teacher_logits, form)
@@ -295,7 +310,8 @@ def dense_dist_loss(
 
 @register("dense_dist")
 class DenseDIST(Method):
-    "DIST (Huang et al., NeurIPS 2022) of the class logits of anchors, proposals or pixels: weight * dense_dist_loss. Weights and temperature 1, as in the code of Zhou et al. 2024."
+    """DIST (Huang et al., NeurIPS 2022) of the class logits of anchors, proposals or pixels: weight * dense_dist_loss.
+    Weights and temperature 1, as in the code of Zhou et al. 2024."""
 
     dense = True
 

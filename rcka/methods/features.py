@@ -31,7 +31,8 @@ __all__ = ['UNPUBLISHED', 'regressor', 'FitNet', 'at_loss', 'AT', 'nst_loss', 'N
 
 # %% ../../nbs/method/02d_features.ipynb #67b4447a
 def regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
-    "Return a convolution to the teacher's channels and size with batch normalisation and ReLU, as in the CRD repository."
+    """Return a convolution to the teacher's channels and size with batch normalisation and ReLU, as in the CRD
+    repository."""
     (c, h, w), (d, u, v) = student.shape[1:], teacher.shape[1:]
     if (h, w) == (2 * u, 2 * v):
         conv = [nn.Conv2d(c, d, 3, stride=2, padding=1)]
@@ -46,7 +47,8 @@ def regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
 
 @register("fitnet")
 class FitNet(MapMethod):
-    "FitNets' hints (Romero et al., ICLR 2015): weight * mean squared error between the regressed student map and the teacher's map at one stage."
+    """FitNets' hints (Romero et al., ICLR 2015): weight * mean squared error between the regressed student map and the
+    teacher's map at one stage."""
 
     connects = True
 
@@ -81,7 +83,8 @@ def at_loss(
 
 @register("at")
 class AT(MapMethod):
-    "Attention transfer (Zagoruyko and Komodakis, ICLR 2017): weight * squared difference of unit-length attention maps, summed over stages."
+    """Attention transfer (Zagoruyko and Komodakis, ICLR 2017): weight * squared difference of unit-length attention
+    maps, summed over stages."""
 
     def __init__(
         self,
@@ -109,7 +112,8 @@ def nst_loss(
 
 @register("nst")
 class NST(MapMethod):
-    "Neuron selectivity transfer (Huang and Wang 2017): weight * MMD^2 between the channels' activation patterns, summed over stages."
+    """Neuron selectivity transfer (Huang and Wang 2017): weight * MMD^2 between the channels' activation patterns,
+    summed over stages."""
 
     def __init__(
         self,
@@ -124,7 +128,8 @@ class NST(MapMethod):
 
 # %% ../../nbs/method/02d_features.ipynb #0a05238b
 class GaussianRegressor(nn.Module):
-    "Gaussian of the teacher's map: its mean (n, D, U, V) from three 1x1 convolutions, and a variance for each channel (D, 1, 1)."
+    """Gaussian of the teacher's map: its mean (n, D, U, V) from three 1x1 convolutions, and a variance for each channel
+    (D, 1, 1)."""
 
     def __init__(self, c: int, d: int, variance: float, eps: float):
         super().__init__()
@@ -145,7 +150,8 @@ def gaussian_nll_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor
 
 @register("vid")
 class VID(MapMethod):
-    """Variational information distillation (Ahn et al., CVPR 2019): weight * Gaussian negative log-likelihood of the teacher's maps, summed over stages.
+    """Variational information distillation (Ahn et al., CVPR 2019): weight * Gaussian negative log-likelihood of the
+    teacher's maps, summed over stages.
 
     The variances are trained, as in the paper and the CRD repository."""
 
@@ -221,7 +227,8 @@ def crd_loss(
 # %% ../../nbs/method/02d_features.ipynb #bd79d1df
 @register("crd")
 class CRD(FeatureMethod):
-    """Contrastive representation distillation (Tian, Krishnan, Isola, ICLR 2020) of pooled features: weight * (student against teacher memory + teacher against student memory).
+    """Contrastive representation distillation (Tian, Krishnan, Isola, ICLR 2020) of pooled features: weight * (student
+    against teacher memory + teacher against student memory).
 
     `build` needs `targets`, the classes of all training samples; every call needs `index`, the positions of the batch's
     samples in the training set. Buffers: two memories (samples, width) and Z of each. Negatives are drawn without
@@ -265,7 +272,8 @@ class CRD(FeatureMethod):
         (embed,) = self.built()
         if index is None:
             raise ValueError(
-                "crd needs index, the positions (n,) of the samples in the training set, got None: give batches with an index"
+                "crd needs index, the positions (n,) of the samples in the training set, got None: give batches with "
+                "an index"
             )
         s, t = (unit(as_real(e, "embedding")) for e in embed(*self.pairs(student, teacher)[0]))
         rows = torch.cat([index[:, None], self.others(target, self.negatives)], 1)
@@ -310,7 +318,8 @@ def ofd_loss(
 
 # %% ../../nbs/method/02d_features.ipynb #ab15e724
 class Overhaul(nn.Module):
-    "OFD's connector of a stage: 1x1 convolution and batch normalisation for the student, running mean and variance of the teacher's channels."
+    """OFD's connector of a stage: 1x1 convolution and batch normalisation for the student, running mean and variance of
+    the teacher's channels."""
 
     def __init__(self, student: Tensor, teacher: Tensor):
         super().__init__()
@@ -339,11 +348,12 @@ class Overhaul(nn.Module):
 
 @register("ofd")
 class OFD(MapMethod):
-    """Overhaul of feature distillation (Heo et al., ICCV 2019): weight * sum over stages of 2^-i * partial squared error of pre-activations, i counted from the last stage.
+    """Overhaul of feature distillation (Heo et al., ICCV 2019): weight * sum over stages of 2^-i * partial squared
+    error of pre-activations, i counted from the last stage.
 
-    The margin comes from running statistics of the teacher's pre-activations, since a method does not see the parameters
-    of the teacher's batch normalisation. With `teacher_batch_stats`, as in the paper and its code, `Distiller` and `Pair`
-    run the teacher with the batch's statistics; your own loop must do so too."""
+    The margin comes from running statistics of the teacher's pre-activations, since a method does not see the
+    parameters of the teacher's batch normalisation. With `teacher_batch_stats`, as in the paper and its code,
+    `Distiller` and `Pair` run the teacher with the batch's statistics; your own loop must do so too."""
 
     connects = True
 
@@ -393,7 +403,8 @@ def hcl_loss(
     student: Tensor,  # (n, C, H, W)
     teacher: Tensor,  # (n, C, H, W)
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return the weighted mean of the squared errors at full size and pooled to 4, 2 and 1, weights 1, 1/2, 1/4, ... (Chen et al. 2021)."
+    """Return the weighted mean of the squared errors at full size and pooled to 4, 2 and 1, weights 1, 1/2, 1/4, ...
+    (Chen et al. 2021)."""
     student, teacher = check_maps(student, teacher)
     sizes = [None] + [size for size in (4, 2, 1) if size < student.shape[-2]]
     errors = [
@@ -406,9 +417,11 @@ def hcl_loss(
 # %% ../../nbs/method/02d_features.ipynb #318a2c18
 @register("reviewkd")
 class ReviewKD(WarmUp, MapMethod):
-    """Knowledge review (Chen et al., CVPR 2021): weight * sum over stages of the hierarchical context loss of the fused student maps.
+    """Knowledge review (Chen et al., CVPR 2021): weight * sum over stages of the hierarchical context loss of the fused
+    student maps.
 
-    The published `weight` depends on teacher and student (0.6 to 8 on CIFAR-100): see `paper_args`. The term warms up linearly over `warmup` epochs."""
+    The published `weight` depends on teacher and student (0.6 to 8 on CIFAR-100): see `paper_args`. The term warms up
+    linearly over `warmup` epochs."""
 
     connects = True
 
@@ -434,7 +447,8 @@ class ReviewKD(WarmUp, MapMethod):
 
         if len(student.features) < 3 or len(teacher.features) < 3:
             raise ValueError(
-                f"reviewkd takes stages, pre-activations and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Take the features at the paths of method.wants(layers)"
+                f"reviewkd takes stages, pre-activations and the pooled vector; got {len(student.features)} and "
+                f"{len(teacher.features)} features. Take the features at the paths of method.wants(layers)"
             )
         return super().pairs(maps(student, self.student_preacts), maps(teacher, True))
 
@@ -455,7 +469,8 @@ class ReviewKD(WarmUp, MapMethod):
 
 # %% ../../nbs/method/02d_features.ipynb #9d5f0cad
 class Generator(nn.Module):
-    "Generator of MGD: 1x1 convolution to the teacher's channels where they differ, random mask of channels, two 3x3 convolutions."
+    """Generator of MGD: 1x1 convolution to the teacher's channels where they differ, random mask of channels, two 3x3
+    convolutions."""
 
     def __init__(self, c: int, d: int):
         super().__init__()
@@ -469,7 +484,8 @@ class Generator(nn.Module):
 
 @register("mgd")
 class MGD(MapMethod):
-    "Masked generative distillation for classification (Yang et al., ECCV 2022): weight * squared error of the map restored from masked channels, summed over a sample, mean over samples."
+    """Masked generative distillation for classification (Yang et al., ECCV 2022): weight * squared error of the map
+    restored from masked channels, summed over a sample, mean over samples."""
 
     connects = True
 
@@ -498,7 +514,8 @@ class MGD(MapMethod):
 # %% ../../nbs/method/02d_features.ipynb #83cae685
 @register("srrl")
 class SRRL(FeatureMethod):
-    """Softmax regression representation learning (Yang et al., ICLR 2021): alpha * feature matching + beta * matching of the teacher's classifier on both.
+    """Softmax regression representation learning (Yang et al., ICLR 2021): alpha * feature matching + beta * matching
+    of the teacher's classifier on both.
 
     `build` needs `head`, the teacher's classifier. The method does not train, move or save it."""
 
@@ -522,7 +539,8 @@ class SRRL(FeatureMethod):
     def pairs(self, student, teacher):
         if not len(student.features) == len(teacher.features) == 2:
             raise ValueError(
-                f"srrl takes the last stage and the pooled vector; got {len(student.features)} and {len(teacher.features)} features. Take the features at the paths of method.wants(layers)"
+                f"srrl takes the last stage and the pooled vector; got {len(student.features)} and "
+                f"{len(teacher.features)} features. Take the features at the paths of method.wants(layers)"
             )
         return super().pairs(
             student._replace(features=student.features[:1]), teacher._replace(features=teacher.features[1:])
@@ -537,7 +555,8 @@ class SRRL(FeatureMethod):
     def connector(self, student, teacher):
         if student.dim() != 4:
             raise ValueError(
-                f"srrl needs a student map (n, channels, height, width), got {tuple(student.shape)}: give the path of one"
+                f"srrl needs a student map (n, channels, height, width), got {tuple(student.shape)}: give the path of "
+                "one"
             )
         c, d = student.shape[1], teacher[0].numel()
         block = nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU())
@@ -588,9 +607,11 @@ class Mixture(nn.Module):
 
 @register("dpk")
 class DPK(MapMethod):
-    """Dynamic prior knowledge (Qiu et al., "Better teacher better student", ICLR 2023): weight * mean squared error of the teacher map restored from a mixture of both networks' tokens.
+    """Dynamic prior knowledge (Qiu et al., "Better teacher better student", ICLR 2023): weight * mean squared error of
+    the teacher map restored from a mixture of both networks' tokens.
 
-    A fraction 1 - CKA of the tokens is the teacher's. Written from the paper's description, since its code is not public; sizes, stage and weight are ours."""
+    A fraction 1 - CKA of the tokens is the teacher's. Written from the paper's description, since its code is not
+    public; sizes, stage and weight are ours."""
 
     connects = True
 
@@ -635,7 +656,7 @@ _CIFAR_REVIEW = {  # weight, from the script published with ReviewKD; 5 elsewher
     ("resnet110", "resnet32"): 1.0,
     ("resnet56", "resnet20"): 0.6,
     ("resnet32x4", "shufflenet_v2"): 8.0,
-    # the script has no line for VGG: we take 8, its largest weight. A maintainer of mdistiller names 5 for vgg13 with vgg8
+    # the script has no line for VGG: we take 8, its largest weight; a maintainer of mdistiller has 5 for vgg13 to vgg8
     ("vgg13", "vgg8"): 8.0,
     ("vgg13", "mobilenet_v2"): 8.0,
 }
@@ -655,7 +676,7 @@ _CIFAR_IKL = {  # alpha and beta, from the configurations published with IKL; 1 
     ("resnet50", "mobilenet_v2"): (1.0, 12.0),
     ("resnet32x4", "shufflenet_v2"): (3.0, 12.0),
 }
-_CIFAR_CAT = {  # from the configurations published with CAT-KD; weight 15 elsewhere, which is that of resnet32x4 with resnet8x4
+_CIFAR_CAT = {  # from the configurations published with CAT-KD; elsewhere 15, that of resnet32x4 with resnet8x4
     ("wrn_40_2", "wrn_16_2"): dict(weight=12.0),
     ("vgg13", "vgg8"): dict(weight=4.5),
     ("resnet110", "resnet32"): dict(weight=1.8),
@@ -683,7 +704,8 @@ def paper_args(
     """Return the published arguments of a method that depend on teacher, student and dataset.
 
     For the pairs in `UNPUBLISHED` the arguments are ours: those of a neighbouring pair, or the largest of the script.
-    For the sum of `kd` and `ickd_c` on CIFAR-100 the weights of the cross-entropy and of KD are both 1, as its authors set them."""
+    For the sum of `kd` and `ickd_c` on CIFAR-100 the weights of the cross-entropy and of KD are both 1, as its authors
+    set them."""
     imagenet = dataset.startswith("imagenet")
     if "+" in method:
         parts = method.split("+")

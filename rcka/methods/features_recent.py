@@ -31,7 +31,8 @@ __all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #b0bfd456
 class _Moments(torch.autograd.Function):
-    "x y^T, x x^T and y y^T of x (c, N) and y (d, N). Autograd would take one more product per argument and add the gradients separately."
+    """x y^T, x x^T and y y^T of x (c, N) and y (d, N). Autograd would take one more product per argument and add the
+    gradients separately."""
 
     @staticmethod
     def forward(ctx, x, y):
@@ -50,7 +51,8 @@ class _Moments(torch.autograd.Function):
 
 
 def centred_places(x: Tensor):
-    "Return a map (n, c, h, w) as centred channels (c, n h w), and a bound on the rounding error of its squared norm where all channels are constant."
+    """Return a map (n, c, h, w) as centred channels (c, n h w), and a bound on the rounding error of its squared norm
+    where all channels are constant."""
     mean = x.detach().mean((0, 2, 3), keepdim=True)  # detached: the gradient of CKA sums to zero over places anyway
     noise = (8 * torch.finfo(x.dtype).eps) ** 2 * (x.numel() // x.shape[1]) * mean.square().sum()
     return (x - mean).movedim(1, 0).flatten(1), noise
@@ -61,10 +63,11 @@ def place_cka(
     student: Tensor,  # (n, c, H, W)
     teacher: Tensor,  # (n, d, U, V); the larger map is averaged down to the smaller one
 ) -> Tensor:  # scalar in [0, 1]; 1 at the optimum
-    """Return the linear CKA of two maps whose samples are all their places (Kornblith et al. 2019, eq. 4, on n h w samples).
+    """Return the linear CKA of two maps whose samples are all their places (Kornblith et al. 2019, eq. 4, on n h w
+    samples).
 
-    0 with a zero gradient where a side is constant in every channel. Once differentiable. In float32 the magnitudes of the
-    entries must lie between 1e-17 and 1e17."""
+    0 with a zero gradient where a side is constant in every channel. Once differentiable. In float32 the magnitudes of
+    the entries must lie between 1e-17 and 1e17."""
     student, teacher = same_size(*check_maps(student, teacher))
     check_pair(student, teacher)
     (x, x_noise), (y, y_noise) = centred_places(student), centred_places(teacher)
@@ -80,7 +83,8 @@ def place_cka(
 
 @register("cka_places")
 class CKAPlaces(MapMethod):
-    "weight * mean over stages of 1 - CKA over places: the samples are the places of the maps, the features their channels. The widths may differ. Ours."
+    """weight * mean over stages of 1 - CKA over places: the samples are the places of the maps, the features their
+    channels. The widths may differ. Ours."""
 
     def __init__(
         self,
@@ -93,14 +97,16 @@ class CKAPlaces(MapMethod):
         self.stage_weights = (1.0,) * len(self.stages) if stage_weights is None else tuple(stage_weights)
         if len(self.stage_weights) != len(self.stages) or min(self.stage_weights) < 0 or not sum(self.stage_weights):
             raise ValueError(
-                f"stage_weights must be one number of at least 0 for each of the stages {self.stages}, and not all 0; got {stage_weights}"
+                f"stage_weights must be one number of at least 0 for each of the stages {self.stages}, and not all 0; "
+                f"got {stage_weights}"
             )
 
     def terms(self, student, teacher, target=None, index=None):
         pairs = self.pairs(student, teacher)
         if len(pairs) != len(self.stages):
             raise ValueError(
-                f"cka_places has weights for {len(self.stages)} stages, but got {len(pairs)} pairs of maps: give stages=(...) with one position for each path"
+                f"cka_places has weights for {len(self.stages)} stages, but got {len(pairs)} pairs of maps: give "
+                "stages=(...) with one position for each path"
             )
         distances = [w * (1 - place_cka(s, t)) for w, (s, t) in zip(self.stage_weights, pairs)]
         return {"cka_places": self.weight * sum(distances) / sum(self.stage_weights)}
@@ -113,12 +119,13 @@ def wkd_feature_loss(
     mean_ratio: float = 4.0,  # gamma: weight of the means relative to the standard deviations
     eps: float = 1e-5,  # added to the variances
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return the squared Wasserstein distance of diagonal Gaussians over the places, summed over channels, mean over samples (Lv et al. 2024)."
+    """Return the squared Wasserstein distance of diagonal Gaussians over the places, summed over channels, mean over
+    samples (Lv et al. 2024)."""
     student, teacher = check_maps(student, teacher)
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
-            f"the channels differ: {student.shape[1]} of the student and {teacher.shape[1]} of the teacher. Map the student's "
-            "to the teacher's with a connector, as the method wkd_f does"
+            f"the channels differ: {student.shape[1]} of the student and {teacher.shape[1]} of the teacher. Map the "
+            "student's to the teacher's with a connector, as the method wkd_f does"
         )
 
     def gaussian(x):
@@ -132,9 +139,12 @@ def wkd_feature_loss(
 
 @register("wkd_f")
 class WKDF(CosineDecay, MapMethod):
-    """Wasserstein distance of features (Lv, Yang, Li, "Wasserstein distance rivals Kullback-Leibler divergence for knowledge distillation", NeurIPS 2024): weight * distance of the Gaussians of the last map.
+    """Wasserstein distance of features (Lv, Yang, Li, "Wasserstein distance rivals Kullback-Leibler divergence for
+    knowledge distillation", NeurIPS 2024): weight * distance of the Gaussians of the last map.
 
-    The defaults are those of the released configuration for resnet32x4 with resnet8x4, with decay=(150, 240); on ImageNet (resnet34 with resnet18) weight 0.02 and mean_ratio 2. We do not have the authors' weights for other pairs."""
+    The defaults are those of the released configuration for resnet32x4 with resnet8x4, with decay=(150, 240); on
+    ImageNet (resnet34 with resnet18) weight 0.02 and mean_ratio 2. We do not have the authors' weights for other
+    pairs."""
 
     connects = True
 
@@ -163,8 +173,8 @@ def check_widths(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     student, teacher = check_samples(student, teacher)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student and teacher features must have the same width, got {tuple(student.shape)} and {tuple(teacher.shape)}: "
-            "embed the student's with a linear layer first"
+            f"student and teacher features must have the same width, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}: embed the student's with a linear layer first"
         )
     return student, teacher
 
@@ -175,7 +185,8 @@ def itrd_correlation_loss(
     teacher: Tensor,  # (n, p): features
     alpha: float = 1.01,  # order
 ) -> Tensor:  # scalar
-    "Return log2 of the sum over features of |correlation - 1|^(2 alpha); the correlation is scaled by (n - 1) / n as in the authors' code (Miles et al. 2022)."
+    """Return log2 of the sum over features of |correlation - 1|^(2 alpha); the correlation is scaled by (n - 1) / n as
+    in the authors' code (Miles et al. 2022)."""
     student, teacher = check_widths(student, teacher)
     n = len(student)
     return (1 - correlation(student, teacher, 0) * (n - 1) / n).pow(2 * alpha).sum().log2()
@@ -186,16 +197,19 @@ def itrd_mutual_loss(
     student: Tensor,  # (n, ...): features
     teacher: Tensor,  # (n, ...): features of the same samples
 ) -> Tensor:  # scalar of at least 0
-    "Return |G|^2 - |n G o H|^2, G and H the cosine similarity matrices of student and teacher over n, o elementwise (Miles et al. 2022)."
+    """Return |G|^2 - |n G o H|^2, G and H the cosine similarity matrices of student and teacher over n, o elementwise
+    (Miles et al. 2022)."""
     g, h = (unit(x) @ unit(x).mT / len(x) for x in check_samples(student, teacher))
     return g.square().sum() - (len(g) * g * h).square().sum()
 
 
 @register("itrd")
 class ITRD(FeatureMethod):
-    """Information-theoretic representation distillation (Miles, Lopez-Rodriguez, Mikolajczyk, BMVC 2022) of pooled features: correlation * itrd_correlation_loss + mutual * itrd_mutual_loss.
+    """Information-theoretic representation distillation (Miles, Lopez-Rodriguez, Mikolajczyk, BMVC 2022) of pooled
+    features: correlation * itrd_correlation_loss + mutual * itrd_mutual_loss.
 
-    The defaults are the authors' for wrn_40_2 with wrn_16_2; code derived from theirs takes alpha 1.5 and mutual 0.05."""
+    The defaults are the authors' for wrn_40_2 with wrn_16_2; code derived from theirs takes alpha 1.5 and mutual
+    0.05."""
 
     connects = True
     stages = "pooled"
@@ -230,7 +244,8 @@ def srd_loss(
     power: float = 4.0,  # of the differences
     eps: float = 1e-4,  # added to the variances
 ) -> Tensor:  # scalar; large and negative at the optimum
-    """Return the log of the sum of |student - teacher|^power, both normalised over the batch (Miles and Mikolajczyk 2024).
+    """Return the log of the sum of |student - teacher|^power, both normalised over the batch (Miles and Mikolajczyk
+    2024).
 
     The gradient is zero where they are equal."""
     student, teacher = check_widths(student, teacher)
@@ -241,7 +256,8 @@ def srd_loss(
 
 @register("srd")
 class SRD(FeatureMethod):
-    """Simple recipe distillation (Miles and Mikolajczyk, "Understanding the role of the projector in knowledge distillation", AAAI 2024) of pooled features: weight * log of fourth powers + logits * KL.
+    """Simple recipe distillation (Miles and Mikolajczyk, "Understanding the role of the projector in knowledge
+    distillation", AAAI 2024) of pooled features: weight * log of fourth powers + logits * KL.
 
     The defaults are the authors' on ImageNet (resnet34 with resnet18); we do not have those for CIFAR-100."""
 
@@ -280,7 +296,8 @@ def ofa_loss(
     epsilon: float = 1.0,  # power; 1 is soft cross-entropy
     temperature: float = 1.0,  # softens both
 ) -> Tensor:  # scalar
-    "Return the soft cross-entropy with (p + label)^epsilon - label in place of the teacher's probabilities p, mean over samples (Hao et al. 2023)."
+    """Return the soft cross-entropy with (p + label)^epsilon - label in place of the teacher's probabilities p, mean
+    over samples (Hao et al. 2023)."""
     student, teacher = check_logits(student_logits, teacher_logits)
     label = F.one_hot(target, student.shape[1]).to(student.dtype)
     weights = ((teacher / temperature).softmax(-1) + label).pow(epsilon) - label
@@ -324,10 +341,13 @@ class Branch(nn.Module):
 
 @register("ofa")
 class OFA(FeatureMethod):
-    """One for all (Hao et al., "One-for-all: bridge the gap between heterogeneous architectures in knowledge distillation", NeurIPS 2023): logits * ofa_loss of the student's logits + branches * sum over stages of ofa_loss of the branch's logits.
+    """One for all (Hao et al., "One-for-all: bridge the gap between heterogeneous architectures in knowledge
+    distillation", NeurIPS 2023): logits * ofa_loss of the student's logits + branches * sum over stages of ofa_loss of
+    the branch's logits.
 
-    Weights and epsilon are the authors' for Swin-T with resnet18 on CIFAR-100; for DeiT-T with resnet18 on ImageNet they
-    take epsilon 1.5. Their branches on tokens have transformer blocks; ours normalise, average and classify the tokens."""
+    Weights and epsilon are the authors' for Swin-T with resnet18 on CIFAR-100; for DeiT-T with resnet18 on ImageNet
+    they take epsilon 1.5. Their branches on tokens have transformer blocks; ours normalise, average and classify the
+    tokens."""
 
     connects = True
     wants_logits = True
@@ -369,11 +389,13 @@ def cat_loss(
     size: int = 2,  # both are averaged down to size x size
     normalize: bool = False,  # scale the map of each class to unit length first
 ) -> Tensor:  # scalar, 0 at the optimum
-    'Return the mean squared difference of class activation maps (Guo et al., "Class attention transfer based knowledge distillation", CVPR 2023).'
+    """Return the mean squared difference of class activation maps (Guo et al., "Class attention transfer based
+    knowledge distillation", CVPR 2023)."""
     student, teacher = check_maps(student, teacher)
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
-            f"student and teacher must have the same classes, got maps of {student.shape[1]} and {teacher.shape[1]} classes"
+            f"student and teacher must have the same classes, got maps of {student.shape[1]} and {teacher.shape[1]} "
+            "classes"
         )
     maps = (pooled_to(x, (size, size)) for x in (student, teacher))
     if normalize:
@@ -385,7 +407,8 @@ def cat_loss(
 class CATKD(ClassMapMethod):
     """Class attention transfer (Guo et al., CVPR 2023): weight * mean squared difference of the class activation maps.
 
-    `build` needs the classifiers of both networks. The published `weight` depends on teacher and student (1.8 to 15, with
+    `build` needs the classifiers of both networks. The published `weight` depends on teacher and student (1.8 to 15,
+    with
     `normalize` 600): see `paper_args`; the default is that of resnet32x4 with resnet8x4."""
 
     bias = False
@@ -405,7 +428,8 @@ class CATKD(ClassMapMethod):
 # %% ../../nbs/method/02g_features_since_2022.ipynb #a19d389b
 @register("simkd")
 class SimKD(MapMethod):
-    """Reused teacher classifier (Chen et al., "Knowledge distillation with the reused teacher classifier", CVPR 2022): weight * mean squared error of the projected last map, and no cross-entropy.
+    """Reused teacher classifier (Chen et al., "Knowledge distillation with the reused teacher classifier", CVPR 2022):
+    weight * mean squared error of the projected last map, and no cross-entropy.
 
     `build` needs `head`, the teacher's classifier, with which the student predicts: see `predictor`. The weight is the
     authors', the same for all pairs. The larger map is averaged down to the size of the smaller one."""
@@ -425,8 +449,8 @@ class SimKD(MapMethod):
         ((_, t),) = self.pairs(student, teacher)
         if not isinstance(head, nn.Linear) or head.in_features != t.shape[1]:
             raise ValueError(
-                f"simkd needs the teacher's linear classifier, with as many inputs as its map has channels ({t.shape[1]}); "
-                f"got {head}. Call build(..., head=teacher_classifier)"
+                "simkd needs the teacher's linear classifier, with as many inputs as its map has channels "
+                f"({t.shape[1]}); got {head}. Call build(..., head=teacher_classifier)"
             )
         own = nn.Linear(head.in_features, head.out_features, head.bias is not None, device=t.device, dtype=t.dtype)
         own.load_state_dict(head.state_dict())  # a copy, so that moving or averaging it leaves the teacher as it is

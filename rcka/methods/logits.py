@@ -20,7 +20,8 @@ def check_logits(student: Tensor, teacher: Tensor):
     student, teacher = as_real(student, "student_logits"), as_real(teacher, "teacher_logits")
     if student.dim() != 2 or student.shape != teacher.shape or 0 in student.shape:
         raise ValueError(
-            f"student and teacher logits must have the same shape (n, classes), got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+            f"student and teacher logits must have the same shape (n, classes), got student {tuple(student.shape)} "
+            f"and teacher {tuple(teacher.shape)}"
         )
     return student, teacher
 
@@ -31,7 +32,8 @@ def kd_loss(
     teacher_logits: Tensor,  # (n, classes)
     temperature: float = 4.0,  # softens both
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return temperature^2 KL(teacher || student) of the softened probabilities, mean over samples (Hinton et al. 2015, section 2)."
+    """Return temperature^2 KL(teacher || student) of the softened probabilities, mean over samples (Hinton et al. 2015,
+    section 2)."""
     student, teacher = check_logits(student_logits, teacher_logits)
     log_p, log_q = (F.log_softmax(z / temperature, -1) for z in (student, teacher))
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
@@ -97,7 +99,8 @@ def dkd_loss(
 class DKD(WarmUp, Method):
     """Decoupled knowledge distillation (Zhao et al., CVPR 2022): alpha TCKD + beta NCKD, times temperature^2.
 
-    The published `beta` depends on teacher and student (2 to 8 on CIFAR-100): see `paper_args`. The term warms up linearly over `warmup` epochs."""
+    The published `beta` depends on teacher and student (2 to 8 on CIFAR-100): see `paper_args`. The term warms up
+    linearly over `warmup` epochs."""
 
     def __init__(
         self,
@@ -134,7 +137,8 @@ def dist_loss(
     gamma: float = 1.0,  # weight of the correlation over samples
     temperature: float = 4.0,  # softens both
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return beta (1 - correlation over classes) + gamma (1 - correlation over samples), times temperature^2 (Huang et al. 2022)."
+    """Return beta (1 - correlation over classes) + gamma (1 - correlation over samples), times temperature^2 (Huang et
+    al. 2022)."""
     p, q = ((z / temperature).softmax(-1) for z in check_logits(student_logits, teacher_logits))
     inter, intra = (1 - correlation(p, q, dim).mean() for dim in (1, 0))
     return temperature**2 * (beta * inter + gamma * intra)
@@ -142,9 +146,11 @@ def dist_loss(
 
 @register("dist")
 class DIST(Method):
-    """Distillation from a stronger teacher (Huang et al., NeurIPS 2022): Pearson correlation of class probabilities, by sample and by class.
+    """Distillation from a stronger teacher (Huang et al., NeurIPS 2022): Pearson correlation of class probabilities, by
+    sample and by class.
 
-    The factor temperature^2 is that of the authors' code, as are `weight` 2 and temperature 4 (CIFAR-100) or 1 (ImageNet)."""
+    The factor temperature^2 is that of the authors' code, as are `weight` 2 and temperature 4 (CIFAR-100) or 1
+    (ImageNet)."""
 
     def __init__(
         self,
@@ -166,7 +172,8 @@ def weighted_mse(
     teacher_logits: Tensor,  # (n, classes)
     weights: Tensor,  # (n, classes), rows sum to one
 ) -> Tensor:  # scalar
-    "Return 1/4 sum_jk w_j w_k (delta_j - delta_k)^2 with delta = teacher - student, mean over samples (Cui et al. 2023)."
+    """Return 1/4 sum_jk w_j w_k (delta_j - delta_k)^2 with delta = teacher - student, mean over samples (Cui et al.
+    2023)."""
     student, teacher = check_logits(student_logits, teacher_logits)
     delta, weights = teacher - student, as_real(weights, "weights")
     delta = delta - (weights * delta).sum(-1, keepdim=True)
@@ -175,7 +182,8 @@ def weighted_mse(
 # %% ../../nbs/method/02b_logits.ipynb #2d924892
 @register("ikl_kd")
 class IKLKD(WarmUp, Method):
-    """Improved KL (Cui et al., "Decoupled Kullback-Leibler divergence loss", 2023): beta wMSE + alpha KL(teacher || student) at `temperature`, without temperature^2.
+    """Improved KL (Cui et al., "Decoupled Kullback-Leibler divergence loss", 2023): beta wMSE + alpha KL(teacher ||
+    student) at `temperature`, without temperature^2.
 
     The paper writes soft cross-entropy where KL stands; they differ by the teacher's entropy, which has no gradient.
     With `by_class`, `build` creates a buffer for the mean probabilities of each class."""
@@ -222,7 +230,8 @@ class IKLKD(WarmUp, Method):
 
 # %% ../../nbs/method/02b_logits.ipynb #f7e9e48e
 def true_and_others(student: Tensor, teacher: Tensor, target: Tensor, temperature: float):
-    """Return -p_t^T log p_t^S of the true class t, averaged, and of both sides the log-probabilities among the other classes.
+    """Return -p_t^T log p_t^S of the true class t, averaged, and of both sides the log-probabilities among the other
+    classes.
 
     The temperature softens the others. The last value is the mask of the true class."""
     (s, *_), (t, *_) = split_target(student, target), split_target(teacher, target)
@@ -238,7 +247,8 @@ def nkd_loss(
     gamma: float = 3.5,  # weight of the other classes
     temperature: float = 3.0,  # of the other classes
 ) -> Tensor:  # scalar
-    "Return the soft cross-entropy of the true class + gamma temperature^2 that of the other classes, renormalised (Yang et al. 2023)."
+    """Return the soft cross-entropy of the true class + gamma temperature^2 that of the other classes, renormalised
+    (Yang et al. 2023)."""
     student, teacher = check_logits(student_logits, teacher_logits)
     true, s_rest, t_rest, mask = true_and_others(student, teacher, class_indices(target, "nkd"), temperature)
     others = -(t_rest.exp().masked_fill(mask, 0) * s_rest).sum(1).mean()
@@ -247,10 +257,12 @@ def nkd_loss(
 
 @register("nkd")
 class NKD(Method):
-    """Normalised knowledge distillation (Yang et al., "From knowledge distillation to self-knowledge distillation", ICCV 2023).
+    """Normalised knowledge distillation (Yang et al., "From knowledge distillation to self-knowledge distillation",
+    ICCV 2023).
 
-    The soft cross-entropy of the true class, -p_t^T log p_t^S, and gamma temperature^2 times that of the other classes, in
-    addition to the plain cross-entropy. gamma 3.5 and temperature 3 are the authors' for CIFAR-100; for ImageNet they take
+    The soft cross-entropy of the true class, -p_t^T log p_t^S, and gamma temperature^2 times that of the other classes,
+    in addition to the plain cross-entropy. gamma 3.5 and temperature 3 are the authors' for CIFAR-100; for ImageNet
+    they take
     1.5 and 1, see `paper_args`."""
 
     def __init__(

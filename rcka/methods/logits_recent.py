@@ -33,7 +33,8 @@ __all__ = ['standardize', 'Standardized', 'LSKD', 'ttm_loss', 'TTM', 'WTTM', 'no
 def standardize(
     logits: Tensor,  # (..., classes)
 ) -> Tensor:  # the same shape: mean 0 and standard deviation 1 over the classes
-    "Return the z-score of the logits over the classes (Sun et al. 2024). Equal logits become zero, with a zero gradient."
+    """Return the z-score of the logits over the classes (Sun et al. 2024). Equal logits become zero, with a zero
+    gradient."""
     z = as_real(logits, "logits")
     z = z - z[..., :1].detach()  # a constant becomes exactly zero, without a rounding error
     return unit(z - z.mean(-1, keepdim=True)) * math.sqrt(max(1, z.shape[-1] - 1))
@@ -43,8 +44,8 @@ def standardize(
 class Standardized(Wrapper):
     """Another method on standardised logits (Sun et al., "Logit standardization in knowledge distillation", CVPR 2024).
 
-    Names of its terms get the suffix "_standardized". The cross-entropy uses the plain logits. For DKD the authors' script
-    takes alpha 9 and beta 81 with temperature 4."""
+    Names of its terms get the suffix "_standardized". The cross-entropy uses the plain logits. For DKD the authors'
+    script takes alpha 9 and beta 81 with temperature 4."""
 
     def __init__(
         self,
@@ -64,7 +65,9 @@ class Standardized(Wrapper):
 class LSKD(Standardized):
     """KD on standardised logits (Sun et al., CVPR 2024): weight * tau^2 KL(teacher || student).
 
-    The defaults are the authors' on CIFAR-100. They take temperature 3 for vgg13 with vgg8 or mobilenet_v2, resnet32x4 with wrn_16_2 or wrn_40_2, and wrn_40_2 with mobilenet_v2; temperature 3 and weight 1 for resnet50 with mobilenet_v2."""
+    The defaults are the authors' on CIFAR-100. They take temperature 3 for vgg13 with vgg8 or mobilenet_v2, resnet32x4
+    with wrn_16_2 or wrn_40_2, and wrn_40_2 with mobilenet_v2; temperature 3 and weight 1 for resnet50 with
+    mobilenet_v2."""
 
     def __init__(
         self,
@@ -96,7 +99,8 @@ def ttm_loss(
 
 @register("ttm")
 class TTM(Method):
-    """Transformed teacher matching (Zheng and Yang, "Knowledge distillation based on transformed teacher matching", ICLR 2024): weight * KL(p^gamma || q).
+    """Transformed teacher matching (Zheng and Yang, "Knowledge distillation based on transformed teacher matching",
+    ICLR 2024): weight * KL(p^gamma || q).
 
     The defaults are the authors' for vgg13 with vgg8; we do not have their table for other pairs (appendix A.4)."""
 
@@ -116,7 +120,8 @@ class TTM(Method):
 class WTTM(Method):
     """Weighted transformed teacher matching (Zheng and Yang, ICLR 2024): weight * U_gamma KL(p^gamma || q).
 
-    The defaults are the authors' for vgg13 with vgg8 on top of CRD; we do not have their table for other pairs (appendix A.4)."""
+    The defaults are the authors' for vgg13 with vgg8 on top of CRD; we do not have their table for other pairs
+    (appendix A.4)."""
 
     def __init__(
         self,
@@ -136,7 +141,8 @@ def normkd_loss(
     teacher_logits: Tensor,  # (n, classes)
     temperature: float = 2.0,  # tau, in standard deviations of the logits
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return the KL divergence of standardised logits times (temperature * teacher's standard deviation)^2, mean over samples (Chi et al. 2023)."
+    """Return the KL divergence of standardised logits times (temperature * teacher's standard deviation)^2, mean over
+    samples (Chi et al. 2023)."""
     student, teacher = check_logits(student_logits, teacher_logits)
     spread = teacher.std(-1, correction=min(1, teacher.shape[-1] - 1)).detach()
     log_q, log_p = ((standardize(z) / temperature).log_softmax(-1) for z in (student, teacher))
@@ -145,9 +151,11 @@ def normkd_loss(
 
 @register("normkd")
 class NormKD(Method):
-    """Normalised logits (Chi et al., "NormKD: normalized logits for knowledge distillation", 2023): KD with a temperature for each sample.
+    """Normalised logits (Chi et al., "NormKD: normalized logits for knowledge distillation", 2023): KD with a
+    temperature for each sample.
 
-    The defaults are the authors' on CIFAR-100, for all pairs; on ImageNet they take temperature 1, weight 0.5 and ce 0.5."""
+    The defaults are the authors' on CIFAR-100, for all pairs; on ImageNet they take temperature 1, weight 0.5 and ce
+    0.5."""
 
     def __init__(
         self,
@@ -190,10 +198,11 @@ def rld_loss(
 
 @register("rld")
 class RLD(WarmUp, Method):
-    """Refined logit distillation (Sun et al., "Knowledge distillation with refined logits", ICCV 2025): alpha * sample confidence + beta * masked correlation.
+    """Refined logit distillation (Sun et al., "Knowledge distillation with refined logits", ICCV 2025): alpha * sample
+    confidence + beta * masked correlation.
 
-    The defaults are those of the released code, which has no settings for other pairs; those of DKD for `beta` are a start
-    (see `paper_args`). The term warms up linearly over `warmup` epochs."""
+    The defaults are those of the released code, which has no settings for other pairs; those of DKD for `beta` are a
+    start (see `paper_args`). The term warms up linearly over `warmup` epochs."""
 
     def __init__(
         self,
@@ -220,7 +229,8 @@ def mlkd_losses(
     teacher_logits: Tensor,  # (n, classes)
     temperatures=(2.0, 3.0, 4.0, 5.0, 6.0),  # the losses are summed over them
 ):  # three scalars: instance, batch, classes; 0 at the optimum
-    "Return the KL divergence of samples, and squared differences of the Gram matrices of the probabilities between samples and between classes (Jin et al. 2023)."
+    """Return the KL divergence of samples, and squared differences of the Gram matrices of the probabilities between
+    samples and between classes (Jin et al. 2023)."""
     student, teacher = check_logits(student_logits, teacher_logits)
     n, p = student.shape
     instance = batch = classes = 0
@@ -234,10 +244,11 @@ def mlkd_losses(
 
 @register("mlkd")
 class MLKD(Method):
-    """Multi-level logit distillation (Jin, Wang, Lin, CVPR 2023) on one view of each image: terms for samples, batch and classes, at several temperatures.
+    """Multi-level logit distillation (Jin, Wang, Lin, CVPR 2023) on one view of each image: terms for samples, batch
+    and classes, at several temperatures.
 
-    The defaults are the weights of the released code, the same for all pairs. With standardised logits its authors take 9
-    instead of 0.9, and standardise in the KL term alone."""
+    The defaults are the weights of the released code, the same for all pairs. With standardised logits its authors take
+    9 instead of 0.9, and standardise in the KL term alone."""
 
     def __init__(
         self,
@@ -263,9 +274,10 @@ def skd_direction_loss(
     student_logits: Tensor,  # (n, classes)
     teacher_logits: Tensor,  # (n, classes)
     tikhonov: float = 0.1,  # lambda, added to the diagonal of the covariance
-    divide: bool = True,  # divide the Gram matrices by the number of classes, as in the released code; False: as in the paper
+    divide: bool = True,  # divide the Gram matrices by the number of classes, as released; False: as in the paper
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return the mean Mahalanobis norm of the rows of the difference of the Gram matrices of unit logits (Jeong et al. 2026, eq. 3 to 8)."
+    """Return the mean Mahalanobis norm of the rows of the difference of the Gram matrices of unit logits (Jeong et al.
+    2026, eq. 3 to 8)."""
     student, teacher = check_logits(student_logits, teacher_logits)
     if not tikhonov > 0:
         raise ValueError(f"tikhonov must be positive, since the covariance alone is singular; got {tikhonov}")
@@ -282,10 +294,11 @@ def skd_direction_loss(
 
 @register("skd")
 class SKD(Method):
-    """Streamlined knowledge distillation (Jeong, Lee, Choi, CVPR 2026): instance * KD + direction * Mahalanobis norm of the Gram matrices' difference.
+    """Streamlined knowledge distillation (Jeong, Lee, Choi, CVPR 2026): instance * KD + direction * Mahalanobis norm of
+    the Gram matrices' difference.
 
-    The released code has weights 0.9, but its masks of the less confident half are applied after the mean and halve both
-    terms: hence the defaults of 0.45. They are the same for all pairs."""
+    The released code has weights 0.9, but its masks of the less confident half are applied after the mean and halve
+    both terms: hence the defaults of 0.45. They are the same for all pairs."""
 
     capturable = False  # the Cholesky factorisation synchronises with the device
 
@@ -327,10 +340,12 @@ def transport_cost(
     regularization: float = 0.05,  # weight of the entropy
     iterations: int = 10,  # Sinkhorn's
 ) -> Tensor:  # (n,): the cost of the plan, without its entropy
-    "Return the cost of the entropic transport plan from each row of `p` to that of `q` after some Sinkhorn iterations (Cuturi 2013; Lv et al. 2024)."
+    """Return the cost of the entropic transport plan from each row of `p` to that of `q` after some Sinkhorn iterations
+    (Cuturi 2013; Lv et al. 2024)."""
     if iterations < 1 or not regularization > 0:
         raise ValueError(
-            f"iterations must be at least 1 and regularization positive, got iterations={iterations} and regularization={regularization}"
+            f"iterations must be at least 1 and regularization positive, got iterations={iterations} and "
+            f"regularization={regularization}"
         )
     kernel = (-costs / regularization).exp()
     u = (p > 0).to(p.dtype)
@@ -350,7 +365,8 @@ def wkd_logit_losses(
     regularization: float = 0.05,  # weight of the entropy
     iterations: int = 10,  # Sinkhorn's
 ):  # two scalars: true class, other classes
-    "Return the cross-entropy of the true class with the teacher's probability, and the transport cost of the other classes (Lv et al. 2024)."
+    """Return the cross-entropy of the true class with the teacher's probability, and the transport cost of the other
+    classes (Lv et al. 2024)."""
     student, teacher = check_logits(student_logits, teacher_logits)
     true, s_rest, t_rest, mask = true_and_others(student, teacher, target, temperature)
     p, q = (rest.exp().masked_fill(mask, 0) for rest in (s_rest, t_rest))
@@ -359,7 +375,8 @@ def wkd_logit_losses(
 
 
 class CosineDecay:
-    "Mixin: `self.share` decays from 1 to 0 along a cosine between the two epochs of `decay`; it stays 1 where `decay` is None or `set_epoch` is never called."
+    """Mixin: `self.share` decays from 1 to 0 along a cosine between the two epochs of `decay`; it stays 1 where `decay`
+    is None or `set_epoch` is never called."""
 
     decay: tuple[int, int] | None = None
     share: float = 1.0
@@ -372,12 +389,13 @@ class CosineDecay:
 
 @register("wkd_l")
 class WKDL(CosineDecay, Method):
-    """Wasserstein distance of logits (Lv, Yang, Li, "Wasserstein distance rivals Kullback-Leibler divergence for knowledge distillation", NeurIPS 2024): cross-entropy of the true class + gamma * transport cost of the others.
+    """Wasserstein distance of logits (Lv, Yang, Li, "Wasserstein distance rivals Kullback-Leibler divergence for
+    knowledge distillation", NeurIPS 2024): cross-entropy of the true class + gamma * transport cost of the others.
 
-    `build` computes the costs from the rows of `head`, the teacher's classifier, unless `costs` is given. For their main
-    results the authors take the CKA of all training features of two classes, which cannot be computed from one batch.
-    The defaults are those of the released configuration for resnet32x4 with resnet8x4, with decay=(150, 240); we do not
-    have the table for other pairs."""
+    `build` computes the costs from the rows of `head`, the teacher's classifier, unless `costs` is given. For their
+    main results the authors take the CKA of all training features of two classes, which cannot be computed from one
+    batch. The defaults are those of the released configuration for resnet32x4 with resnet8x4, with decay=(150, 240); we
+    do not have the table for other pairs."""
 
     def __init__(
         self,
@@ -399,12 +417,14 @@ class WKDL(CosineDecay, Method):
             weight = getattr(head, "weight", None)
             if weight is None or weight.dim() != 2:
                 raise ValueError(
-                    f"wkd_l takes the costs of classes from the teacher's linear classifier, got {type(head).__name__}: call build(..., head=teacher_classifier), or give costs"
+                    "wkd_l takes the costs of classes from the teacher's linear classifier, got "
+                    f"{type(head).__name__}: call build(..., head=teacher_classifier), or give costs"
                 )
             self.costs = class_costs(weight.detach(), self.sharpen)
         if (known := teacher.logits.shape[1]) != len(self.costs):
             raise ValueError(
-                f"wkd_l has costs of {len(self.costs)} classes, but the teacher has {known}: give costs (classes, classes) of the teacher's"
+                f"wkd_l has costs of {len(self.costs)} classes, but the teacher has {known}: give costs (classes, "
+                "classes) of the teacher's"
             )
         self.costs = self.costs.to(teacher.logits.device)
 
@@ -426,8 +446,8 @@ def class_maps(
     features, weight = as_real(features, "features"), head.weight.flatten(1)
     if features.dim() != 4 or features.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"a classifier with {weight.shape[1]} inputs cannot be applied at every place of features {tuple(features.shape)}: "
-            "give the path of the map whose average goes into the classifier"
+            f"a classifier with {weight.shape[1]} inputs cannot be applied at every place of features "
+            f"{tuple(features.shape)}: give the path of the map whose average goes into the classifier"
         )
     own = head.bias.to(features.dtype) if bias and head.bias is not None else None
     return F.conv2d(features, weight.to(features.dtype)[:, :, None, None], own)
@@ -455,7 +475,8 @@ class ClassMapMethod(MapMethod):
         self.class_maps(student, teacher)
 
     def class_maps(self, student, teacher) -> tuple[Tensor, Tensor]:
-        "Return the maps of class logits of both networks, (n, classes, H, W) and (n, classes, U, V), the teacher's detached."
+        """Return the maps of class logits of both networks, (n, classes, H, W) and (n, classes, U, V), the teacher's
+        detached."""
         if not hasattr(self, "_heads"):
             raise not_built(self, "both classifiers")
         ((s, t),) = self.pairs(student, teacher)
@@ -472,7 +493,8 @@ def sdd_loss(
     temperature: float = 4.0,  # softens both
     dkd: tuple[float, float] | None = None,  # weights alpha and beta of DKD for the logits of a cell; None: KD
 ) -> Tensor:  # scalar, 0 at the optimum
-    """Return KD or DKD of the logits of every cell, mean over cells (Wei et al., "Scale decoupled distillation", CVPR 2024).
+    """Return KD or DKD of the logits of every cell, mean over cells (Wei et al., "Scale decoupled distillation", CVPR
+    2024).
 
     A cell has weight 2 where the teacher is right about either the cell or the whole image, but not both."""
     if not scales or scales[0] != 1:
@@ -480,13 +502,15 @@ def sdd_loss(
     for who, x in (("student", student), ("teacher", teacher)):
         if x.dim() != 4 or min(x.shape[-2:]) < max(scales):
             raise ValueError(
-                f"sdd_loss compares maps of logits (n, classes, H, W) with height and width of at least {max(scales)}, the finest scale; got {tuple(x.shape)} of the {who}"
+                "sdd_loss compares maps of logits (n, classes, H, W) with height and width of at least "
+                f"{max(scales)}, the finest scale; got {tuple(x.shape)} of the {who}"
             )
     cells = lambda x: torch.cat([pooled_to(x, (k, k)).flatten(2) for k in scales], 2).mT
     s, t = (cells(as_real(x, who)) for x, who in ((student, "student"), (teacher, "teacher")))  # (n, cells, classes)
     if s.shape != t.shape:
         raise ValueError(
-            f"student and teacher must have the same samples and classes, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"student and teacher must have the same samples and classes, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}"
         )
     right = t.argmax(-1) == target[:, None]
     weights = 1.0 + (right != right[:, :1])
@@ -503,10 +527,12 @@ def sdd_loss(
 
 @register("sdd")
 class SDD(WarmUp, ClassMapMethod):
-    """Scale-decoupled distillation (Wei, Luo, Luo, CVPR 2024): weight * KD or DKD of the logits of the image and of its cells.
+    """Scale-decoupled distillation (Wei, Luo, Luo, CVPR 2024): weight * KD or DKD of the logits of the image and of its
+    cells.
 
     `build` needs the classifiers of both networks. Formula and scales are the authors'. We do not have their
-    configurations: the weights are those of KD in the library that they build on. Scales finer than a map are skipped."""
+    configurations: the weights are those of KD in the library that they build on. Scales finer than a map are
+    skipped."""
 
     def __init__(
         self,

@@ -21,14 +21,16 @@ def sp_loss(
     student: Tensor,  # (n, ...): features
     teacher: Tensor,  # (n, ...): features of the same samples
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return the squared Frobenius norm of the difference of row-normalised Gram matrices, over n^2 (Tung and Mori 2019)."
+    """Return the squared Frobenius norm of the difference of row-normalised Gram matrices, over n^2 (Tung and Mori
+    2019)."""
     g, h = (unit(x @ x.mT) for x in check_samples(student, teacher))
     return (g - h).square().mean()
 
 
 @register("sp")
 class SP(FeatureMethod):
-    "Similarity-preserving distillation (Tung and Mori, ICCV 2019): weight * |G_S - G_T|^2 / n^2, G the row-normalised Gram matrix of the last feature map."
+    """Similarity-preserving distillation (Tung and Mori, ICCV 2019): weight * |G_S - G_T|^2 / n^2, G the row-normalised
+    Gram matrix of the last feature map."""
 
     relations_only = True
 
@@ -66,7 +68,8 @@ def _relations(x: Tensor):
 
 @register("rkd")
 class RKD(FeatureMethod):
-    "Relational knowledge distillation (Park et al., CVPR 2019): distance * Huber(relative distances) + angle * Huber(cosines) of the pooled features."
+    """Relational knowledge distillation (Park et al., CVPR 2019): distance * Huber(relative distances) + angle *
+    Huber(cosines) of the pooled features."""
 
     relations_only = True
 
@@ -90,7 +93,8 @@ def pkt_loss(
     teacher: Tensor,  # (n, ...): features of the same samples
     eps: float = 1e-7,  # keeps the logarithm finite
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return the KL divergence of the neighbourhood probabilities by cosine similarity, mean over pairs (Passalis and Tefas 2018)."
+    """Return the KL divergence of the neighbourhood probabilities by cosine similarity, mean over pairs (Passalis and
+    Tefas 2018)."""
     p, q = ((unit(x) @ unit(x).mT + 1) / 2 for x in check_samples(student, teacher))
     p, q = (x / x.sum(1, keepdim=True) for x in (p, q))
     return (q * ((q + eps) / (p + eps)).log()).mean()
@@ -98,7 +102,8 @@ def pkt_loss(
 
 @register("pkt")
 class PKT(FeatureMethod):
-    "Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018): weight * KL of the neighbourhood probabilities of the pooled features, mean over pairs."
+    """Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018): weight * KL of the neighbourhood probabilities
+    of the pooled features, mean over pairs."""
 
     relations_only = True
 
@@ -133,7 +138,8 @@ def cc_loss(
     gamma: float = 0.4,  # of the Gaussian kernel
     order: int = 2,  # of its Taylor series
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return the correlation congruence loss (Peng et al. 2019), or its form over neighbouring samples of the batch, which published tables use."
+    """Return the correlation congruence loss (Peng et al. 2019), or its form over neighbouring samples of the batch,
+    which published tables use."""
     student, teacher = check_samples(student, teacher)
     if kernel == "neighbours":
         delta = (student - teacher).abs()
@@ -151,7 +157,8 @@ def cc_loss(
 
 @register("cc")
 class CC(FeatureMethod):
-    "Correlation congruence (Peng et al., ICCV 2019): weight * cc_loss of linearly embedded pooled features. The default kernel and weight are those of the CRD repository."
+    """Correlation congruence (Peng et al., ICCV 2019): weight * cc_loss of linearly embedded pooled features. The
+    default kernel and weight are those of the CRD repository."""
 
     connects = True
 
@@ -178,16 +185,19 @@ def ickd_loss(
     student: Tensor,  # (n, D, H, W)
     teacher: Tensor,  # (n, D, U, V)
 ) -> Tensor:  # scalar, 0 at the optimum
-    "Return the squared difference of row-normalised channel Gram matrices, mean over samples and channels (Liu et al. 2021)."
+    """Return the squared difference of row-normalised channel Gram matrices, mean over samples and channels (Liu et al.
+    2021)."""
     g, h = (unit(x.flatten(2) @ x.flatten(2).mT) for x in check_maps(student, teacher))
     return (g - h).square().sum(-1).mean()
 
 
 @register("ickd_c")
 class ICKDC(MapMethod):
-    """Inter-channel correlation for classification (Liu et al., ICCV 2021): weight * squared difference of channel correlations of the last feature map.
+    """Inter-channel correlation for classification (Liu et al., ICCV 2021): weight * squared difference of channel
+    correlations of the last feature map.
 
-    This is the feature term alone. The CIFAR-100 results published as ICKD-C add KD: `kd+ickd_c` with `paper_args("kd+ickd_c", ...)`."""
+    This is the feature term alone. The CIFAR-100 results published as ICKD-C add KD: `kd+ickd_c` with
+    `paper_args("kd+ickd_c", ...)`."""
 
     connects = True
 

@@ -58,7 +58,8 @@ def _freeze(body: nn.Module, stages: dict, trainable_layers: int):
 
 
 def _backbone_weights(net: nn.Module, weights, name: str):
-    "Load a classifier's weights into a backbone: a state dict, a file, or a name of torchvision's weights, which are downloaded."
+    """Load a classifier's weights into a backbone: a state dict, a file, or a name of torchvision's weights, which are
+    downloaded."""
     if isinstance(weights, str) and not Path(weights).suffix:
         from torchvision.models import get_model_weights
 
@@ -89,7 +90,8 @@ def create_backbone(
 ) -> BackboneWithFPN:
     """Create a backbone with a feature pyramid from a network of torchvision.
 
-    Raises ValueError for an unknown name or norm, strides at which the network has no map, and weights that do not fit."""
+    Raises ValueError for an unknown name or norm, strides at which the network has no map, and weights that do not
+    fit."""
     import torchvision.models as classifiers
 
     known = classifiers.list_models(module=classifiers)
@@ -170,8 +172,8 @@ def create_detector(
 ) -> nn.Module:
     """Create a detector of torchvision on any backbone with a feature pyramid.
 
-    Labels are 1 to `num_classes`; 0 is the background. Images are a list of float (3, H, W) in [0, 1] and are not resized.
-    The score threshold of detections is 0.05 by default, in all three kinds. Nothing is downloaded unless
+    Labels are 1 to `num_classes`; 0 is the background. Images are a list of float (3, H, W) in [0, 1] and are not
+    resized. The score threshold of detections is 0.05 by default, in all three kinds. Nothing is downloaded unless
     `backbone_weights` is a name. Raises ValueError for an unknown name and for weights that do not fit."""
     if name not in DETECTORS:
         raise ValueError(nearest(name, DETECTORS, "detector"))
@@ -219,8 +221,8 @@ def pick_classes(
         classes = _number_of_classes(state, key)
         if classes <= keep.max():
             raise ValueError(
-                f"{key} has {classes} classes, too few for category id {int(keep.max())}: give weights whose classes are "
-                "category ids"
+                f"{key} has {classes} classes, too few for category id {int(keep.max())}: give weights whose classes "
+                "are category ids"
             )
         out[key] = (
             rows.unflatten(0, (-1, classes))[:, keep].flatten(0, 1)

@@ -15,7 +15,8 @@ __all__ = ['InvertedResidual', 'MobileNetV2', 'mobilenet_v2_half', 'Shuffle', 'S
 
 # %% ../../nbs/method/04d_mobile.ipynb #0ca4e9c0
 class InvertedResidual(nn.Module):
-    "Inverted residual block, 1x1 expansion, depthwise 3x3, 1x1 projection: (n, c_in, h, w) to (n, c_out, h / stride, w / stride)."
+    """Inverted residual block, 1x1 expansion, depthwise 3x3, 1x1 projection: (n, c_in, h, w) to (n, c_out, h / stride,
+    w / stride)."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, widen: int):
         super().__init__()
@@ -164,7 +165,8 @@ def shufflenet_v1(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV1:
 
 # %% ../../nbs/method/04d_mobile.ipynb #b19edb53
 class PassBlock(nn.Module):
-    "ShuffleNetV2 unit; half of the channels are unchanged, half go through 1x1, depthwise 3x3, 1x1: (n, c, h, w) to (n, c, h, w)."
+    """ShuffleNetV2 unit; half of the channels are unchanged, half go through 1x1, depthwise 3x3, 1x1: (n, c, h, w) to
+    (n, c, h, w)."""
 
     def __init__(self, c: int):
         super().__init__()

@@ -43,15 +43,16 @@ def check_images(
         )
     if min(x.shape[-2:]) < least:
         raise ValueError(
-            f"images of {x.shape[-2]} x {x.shape[-1]} pixels are too small for this network, whose total stride is {least}: "
-            f"give {least} x {least} or more, or resize them first"
+            f"images of {x.shape[-2]} x {x.shape[-1]} pixels are too small for this network, whose total stride is "
+            f"{least}: give {least} x {least} or more, or resize them first"
         )
 
 
 def init_weights(model: nn.Module, linear_std: float | None = None):
     """Initialise convolutions as in He et al. (2015, eq. 14), by fan-out, and batch norms to the identity, in place.
 
-    Linear layers get normal weights with standard deviation `linear_std` and zero biases; None keeps PyTorch's default."""
+    Linear layers get normal weights with standard deviation `linear_std` and zero biases; None keeps PyTorch's
+    default."""
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -81,11 +82,11 @@ def list_models() -> list[str]:
 
 # %% ../../nbs/method/04_models.ipynb #2e2301a3
 def create_model(
-    name: str,  # one of `list_models()`, "torchvision/NAME", "timm/NAME", "transformers/NAME" or "package.module:function"
+    name: str,  # of `list_models()`, "torchvision/NAME", "timm/NAME", "transformers/NAME" or "package.module:function"
     num_classes: int
     | None = 100,  # outputs of the classifier; None: as many as the weights have; 0: an encoder of timm
     in_channels: int = 3,  # 1 for grey images
-    **options,  # weights="cifar100", see `list_weights`; torchvision: weights="IMAGENET1K_V1"; all: weights="pretrained"
+    **options,  # weights="pretrained"; "cifar100", see `list_weights`; of torchvision "IMAGENET1K_V1"
 ) -> nn.Module:  # maps (n, in_channels, height, width) to (n, num_classes)
     """Create a network by name, with random weights unless `weights` is among the options.
 
@@ -150,8 +151,8 @@ def _read(path: Path):
         asked = re.findall(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {asked[0]}" if asked else "it is not a file of torch.save, or holds more than tensors"
         raise ValueError(
-            f"{path} was not loaded, since {what}, and unpickling it could run code. If you trust its source, convert it: "
-            "torch.save(torch.load(path, weights_only=False)['model'], new_path)"
+            f"{path} was not loaded, since {what}, and unpickling it could run code. If you trust its source, convert "
+            "it: torch.save(torch.load(path, weights_only=False)['model'], new_path)"
         ) from None
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a checkpoint, or incomplete ({error}): download or copy it again") from None
@@ -252,8 +253,8 @@ def load_checkpoint(
 ) -> nn.Module:  # the same model
     """Load weights in any layout of published checkpoints, without running code in the file.
 
-    The weights may be at the top level or under "model", "state_dict", "model_state_dict" or "net"; keys with or without
-    "module."; `fc` or `linear`; `downsample` or `shortcut`. `num_batches_tracked` may be missing.
+    The weights may be at the top level or under "model", "state_dict", "model_state_dict" or "net"; keys with or
+    without "module."; `fc` or `linear`; `downsample` or `shortcut`. `num_batches_tracked` may be missing.
 
     Raises ValueError, with the keys and shapes that do not fit, and leaves the model unchanged; FileNotFoundError for a
     missing file."""
@@ -294,7 +295,8 @@ def load_weights(
 ) -> nn.Module:  # the same model
     """Load the weights from a file that `save_weights` wrote.
 
-    Raises ValueError if names or shapes differ, and leaves the model unchanged; FileNotFoundError for a missing file."""
+    Raises ValueError if names or shapes differ, and leaves the model unchanged; FileNotFoundError for a missing
+    file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -359,7 +361,8 @@ def _read_card(path: Path) -> PretrainedWeights:
 
 
 def _pretrained(name: str, weights: str, num_classes: int, in_channels: int) -> nn.Module:
-    "Create the network `name` with weights of the package, after checking classes, channels and hash against their card."
+    """Create the network `name` with weights of the package, after checking classes, channels and hash against their
+    card."""
     known = list_weights()
     found = next((w for w in known if (w.network, w.weights) == (name, weights)), None)
     if found is None:

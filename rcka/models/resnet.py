@@ -133,7 +133,8 @@ def resnet50(num_classes: int = 100, in_channels: int = 3) -> ResNet:
 
 # %% ../../nbs/method/04b_resnets.ipynb #a5e54c23
 class WideBlock(nn.Module):
-    "Residual block of two 3x3 convolutions, each after batch norm and ReLU: (n, c_in, h, w) to (n, width, h / stride, w / stride)."
+    """Residual block of two 3x3 convolutions, each after batch norm and ReLU: (n, c_in, h, w) to (n, width, h / stride,
+    w / stride)."""
 
     def __init__(self, c_in: int, width: int, stride: int = 1):
         super().__init__()

@@ -61,7 +61,8 @@ def create_segmenter(
 ) -> nn.Module:  # maps (n, 3, H, W) to a dict with "out" (n, num_classes, H, W)
     """Create a segmentation network with random weights, or with pretrained ones of the backbone by `weights_backbone`.
 
-    Its `layers` have the paths of the backbone's stages and of the decode head. Raises ValueError for an unknown name."""
+    Its `layers` have the paths of the backbone's stages and of the decode head. Raises ValueError for an unknown
+    name."""
     from torchvision import models
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.models.segmentation import FCN, DeepLabV3, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large

@@ -29,7 +29,8 @@ class InputConfig(NamedTuple):
 
 
 def input_config(model: nn.Module) -> InputConfig:
-    "Return the input that a network declares: its `input_config`, timm's `pretrained_cfg`, or `image_size`; else all None."
+    """Return the input that a network declares: its `input_config`, timm's `pretrained_cfg`, or `image_size`; else all
+    None."""
     model = unwrap(model)
     if isinstance(found := getattr(model, "input_config", None), InputConfig):
         return found
@@ -95,11 +96,15 @@ def _torch_file(url: str) -> str:
 def _missing(what: str, where: str, error: BaseException) -> str:
     "Return the error message for weights that are missing and cannot be downloaded."
     why = " ".join(str(error).split())[:160]
-    return f"no {what} here, and they cannot be downloaded ({why}). Put the file there by hand: {where}; or give the path of a file of weights"
+    return (
+        f"no {what} here, and they cannot be downloaded ({why}). Put the file there by hand: {where}; or give the path "
+        "of a file of weights"
+    )
 
 
 def _reads(model: nn.Module, in_channels: int) -> nn.Module:
-    "Replace the first convolution, which is the first layer of every classifier of torchvision, by one for `in_channels`."
+    """Replace the first convolution, which is the first layer of every classifier of torchvision, by one for
+    `in_channels`."""
     path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
     new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
     parent, _, last = path.rpartition(".")
@@ -129,7 +134,8 @@ def timm_network(name: str, num_classes: int | None, in_channels: int, options: 
         return timm.create_model(name, in_chans=in_channels, **classes, **options)
     except OSError as error:
         config = timm.get_pretrained_cfg(name)
-        where = f"model.safetensors of the hub's repository {getattr(config, 'hf_hub_id', name)}, into the hub's cache (HF_HOME)"
+        repository = getattr(config, "hf_hub_id", name)
+        where = f"model.safetensors of the hub's repository {repository}, into the hub's cache (HF_HOME)"
         raise FileNotFoundError(_missing(f"weights of timm/{name}", where, error)) from error
 
 # %% ../../nbs/method/04g_sources.ipynb #81b83ea8
@@ -173,7 +179,10 @@ def transformers_network(name: str, num_classes: int | None, in_channels: int, o
         else:
             found = create.from_config(transformers.AutoConfig.from_pretrained(name, **labels, **channels, **options))
     except OSError as error:
-        where = f"config.json, model.safetensors and preprocessor_config.json of {name} into one folder, and name it as transformers/FOLDER"
+        where = (
+            f"config.json, model.safetensors and preprocessor_config.json of {name} into one folder, and name it as "
+            "transformers/FOLDER"
+        )
         raise FileNotFoundError(_missing(f"network transformers/{name}", where, error)) from error
     model = TransformersClassifier(found)
     model.input_config = _processor_config(processor, found.config)
@@ -199,7 +208,8 @@ def _processor_config(processor, config) -> InputConfig:
 
 # %% ../../nbs/method/04g_sources.ipynb #c98b2330
 def function_network(path: str, num_classes: int | None, in_channels: int, options: dict) -> nn.Module:
-    "Call `package.module:function` with num_classes and in_channels, if it takes them, and the options. Raises TypeError if it returns no network."
+    """Call `package.module:function` with num_classes and in_channels, if it takes them, and the options. Raises
+    TypeError if it returns no network."""
     function = import_function(path)
     given = {"in_channels": in_channels} | ({} if num_classes is None else {"num_classes": num_classes})
     parameters = inspect.signature(function).parameters.values()
@@ -226,7 +236,8 @@ def qualify(
     own,  # the names of this package's networks
     small: bool,  # whether the images have at most `SMALL` pixels per side
 ) -> str:  # with its source, for `create_model`
-    "Return the name of a network with its source, such as torchvision/resnet18. Raises ValueError, with the nearest names, for an unknown one."
+    """Return the name of a network with its source, such as torchvision/resnet18. Raises ValueError, with the nearest
+    names, for an unknown one."""
     source, _, rest = name.partition("/")
     if ":" in name or (rest and source in SOURCES):
         return name
@@ -262,14 +273,16 @@ def adapt_input(
     given: InputConfig,  # of the images in the batches
     wanted: InputConfig,  # of the network
 ):  # the hook's handle: `.remove()`; None where nothing differs
-    "Register a hook with which a network accepts images of another normalisation and size: they are renormalised, and resized with antialiasing."
+    """Register a hook with which a network accepts images of another normalisation and size: they are renormalised, and
+    resized with antialiasing."""
     same = all(w is None or g == w for g, w in zip(given[:3], wanted[:3]))
     if same:
         return None
     mean, std = wanted.mean or given.mean, wanted.std or given.std
     if given.mean is None and mean is not None:
         raise ValueError(
-            "the mean and std of the images are unknown, so they cannot be renormalised for the network: give mean= and std="
+            "the mean and std of the images are unknown, so they cannot be renormalised for the network: give mean= "
+            "and std="
         )
     return model.register_forward_pre_hook(_Adapt(given, InputConfig(mean, std, wanted.size, wanted.interpolation)))
 

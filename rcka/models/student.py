@@ -34,13 +34,15 @@ def classifier(model: nn.Module) -> str:
         return head
     if not linear:
         raise ValueError(
-            f"{type(model).__name__} has no linear layer that could be its classifier: set model.layers with head='PATH'"
+            f"{type(model).__name__} has no linear layer that could be its classifier: set model.layers with "
+            "head='PATH'"
         )
     return linear[-1]
 
 
 def replace_classifier(model: nn.Module, num_classes: int) -> nn.Module:  # the same network
-    "Replace a network's classifier by a new one for `num_classes`; with 0 remove it, so that the network returns the pooled feature."
+    """Replace a network's classifier by a new one for `num_classes`; with 0 remove it, so that the network returns the
+    pooled feature."""
     path = classifier(model)
     old = model.get_submodule(path)
     if num_classes == 0:
@@ -154,8 +156,8 @@ def load_student(
         raise FileNotFoundError(f"{path} is missing, though {path.with_suffix('.json').name} is there: copy both files")
     if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != about["sha256"]:
         raise ValueError(
-            f"{path} is not the file that student.json describes (SHA-256 {found[:16]}..., expected {about['sha256'][:16]}...): "
-            "it was damaged or exchanged; copy it again"
+            f"{path} is not the file that student.json describes (SHA-256 {found[:16]}..., expected "
+            f"{about['sha256'][:16]}...): it was damaged or exchanged; copy it again"
         )
     model = make_network(about["network"], len(about["classes"]), None, about["options"], about["in_channels"])
     if end := about.get("projector"):
@@ -200,7 +202,8 @@ def read_about(folder: Path | str) -> dict:
 def student_transform(
     model: nn.Module,  # of `load_student`
 ):  # from a PIL image or uint8 (3, H, W) to the network's input (3, size, size)
-    """Return the preprocessing of a network's images: resize the shorter side to 8/7 of its size, crop the centre, normalise.
+    """Return the preprocessing of a network's images: resize the shorter side to 8/7 of its size, crop the centre,
+    normalise.
 
     An image that has the network's size already is neither resized nor cropped."""
     from torchvision import tv_tensors

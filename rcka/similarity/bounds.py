@@ -32,7 +32,8 @@ class Bound(NamedTuple):
 
 
 def _normalised(x: Tensor, center: bool, name: str) -> tuple[Tensor, Tensor]:
-    "Return x (*batch, n, p) scaled so that its Gram matrix has Frobenius norm 1, and the divisor (*batch, 1, 1). Zero stays zero, divisor 0."
+    """Return x (*batch, n, p) scaled so that its Gram matrix has Frobenius norm 1, and the divisor (*batch, 1, 1). Zero
+    stays zero, divisor 0."""
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} has NaN or infinite features: all must be finite")
     x = x.double()
@@ -58,7 +59,8 @@ def unit_features(
     batch_dims: int = 0,  # how many leading dimensions are separate problems
     name: str = "x",  # what to call them in an error
 ) -> Tensor:  # (*batch, n, p), float64
-    r"Return $\hat X$, the features scaled so that their Gram matrix has Frobenius norm 1. Raises ValueError if it is zero."
+    r"""Return $\hat X$, the features scaled so that their Gram matrix has Frobenius norm 1. Raises ValueError if it is
+    zero."""
     x, size = _normalised(as_features(x, name, batch_dims), center, name)
     if not (size > 0).all():
         raise ValueError(
@@ -110,7 +112,8 @@ def relation_identity(
     center: bool = True,  # centre the Gram matrices
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: 1 - CKA, rhs: n^2/2 times the mean squared difference of relations; they are equal
-    "Return both sides of Theorem 1's equality, $1 - CKA = (n^2/2) E_{ij}[(k_{ij} - l_{ij})^2]$ for Gram matrices of norm 1."
+    """Return both sides of Theorem 1's equality, $1 - CKA = (n^2/2) E_{ij}[(k_{ij} - l_{ij})^2]$ for Gram matrices of
+    norm 1."""
     xh, yh = _pair(x, y, center, batch_dims)
     return Bound(1 - cka(xh, yh, center=center, batch_dims=batch_dims), _gap(xh @ xh.mT, yh @ yh.mT))
 
@@ -122,7 +125,8 @@ def linear_bound(
     center: bool = True,  # centre the Gram matrices: then lhs is 0 and the bound trivial
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: half the squared linear-kernel MMD of the relations, rhs: 1 - CKA
-    "Return both sides of Theorem 1's inequality, $(n^2/2) (E_{ij}[k_{ij}] - E_{ij}[l_{ij}])^2 <= 1 - CKA$ for Gram matrices of norm 1."
+    """Return both sides of Theorem 1's inequality, $(n^2/2) (E_{ij}[k_{ij}] - E_{ij}[l_{ij}])^2 <= 1 - CKA$ for Gram
+    matrices of norm 1."""
     xh, yh = _pair(x, y, center, batch_dims)
     return Bound((_mean_cosine(xh) - _mean_cosine(yh)).square() / 2, _gap(xh @ xh.mT, yh @ yh.mT))
 
@@ -164,7 +168,8 @@ def angle_bound(
     center: bool = True,  # centre the Gram matrices: then lhs is 0 and the bound trivial
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: 1 - cos(theta_x - theta_y), rhs: 1 - CKA
-    "Return both sides of Theorem 2, the best bound on 1 - CKA by the mean relations alone, from the angles of the Gram matrices with 11'."
+    """Return both sides of Theorem 2, the best bound on 1 - CKA by the mean relations alone, from the angles of the
+    Gram matrices with 11'."""
     xh, yh = _pair(x, y, center, batch_dims)
     k, l = xh @ xh.mT, yh @ yh.mT
     return Bound(2 * ((_angle(xh, k) - _angle(yh, l)) / 2).sin().square(), _gap(k, l))
@@ -180,7 +185,8 @@ def _angle(xh: Tensor, k: Tensor) -> Tensor:
 def lipschitz(
     kernel,  # `Linear()`, `Gaussian(bandwidth)`, their names, or an object with an attribute `lipschitz`
 ) -> float:  # the least lambda with |phi(a) - phi(b)| <= lambda |a - b|
-    "Return the Lipschitz constant of a kernel's feature map. Raises ValueError where the kernel has none, or where it is not known."
+    """Return the Lipschitz constant of a kernel's feature map. Raises ValueError where the kernel has none, or where it
+    is not known."""
     kernel = as_kernel(kernel)
     if isinstance(kernel, Linear):
         return 1.0
@@ -193,12 +199,14 @@ def lipschitz(
             "kernel must have a fixed bandwidth, such as Gaussian(1.0), for the bound to hold; got Gaussian()"
         )
     raise ValueError(
-        f"kernel {kernel} has no known Lipschitz constant: use Linear(), Gaussian(1.0), or an object with an attribute `lipschitz`"
+        f"kernel {kernel} has no known Lipschitz constant: use Linear(), Gaussian(1.0), or an object with an "
+        "attribute `lipschitz`"
     )
 
 # %% ../../nbs/theory/02b_relations.ipynb #d1ca2517
 def _relation_mmd2(k: Tensor, l: Tensor, kernel, room: int = 2**22) -> Tensor:
-    "Return the squared MMD between the entries of two symmetric matrices (*batch, n, n), with about `room` kernel values in memory at a time."
+    """Return the squared MMD between the entries of two symmetric matrices (*batch, n, n), with about `room` kernel
+    values in memory at a time."""
     n = k.shape[-1]
     i, j = torch.triu_indices(n, n, device=k.device)
     z = torch.cat([k[..., i, j], l[..., i, j]], -1).unsqueeze(-1)  # (*batch, m, 1)
@@ -218,7 +226,8 @@ def relation_bound(
     center: bool = True,  # centre the Gram matrices
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: squared MMD of the relations n k_ij and n l_ij, rhs: 2 lambda^2 (1 - CKA)
-    "Return both sides of Theorem 4, MMD between the distributions of pairwise relations for a Lipschitz kernel. Takes O(n^4) time."
+    """Return both sides of Theorem 4, MMD between the distributions of pairwise relations for a Lipschitz kernel. Takes
+    O(n^4) time."""
     constant, kernel = lipschitz(kernel), as_kernel(kernel)
     xh, yh = _pair(x, y, center, batch_dims)
     n, k, l = xh.shape[-2], xh @ xh.mT, yh @ yh.mT
@@ -242,7 +251,8 @@ def procrustes(
     y: Tensor,  # (*batch, n, ...): features of the same samples; widths may differ
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Rotation:
-    "Return the rotation or reflection of `y` that minimises the distance to `x` (Schönemann 1966). Float64. Takes O(d^3) time."
+    """Return the rotation or reflection of `y` that minimises the distance to `x` (Schönemann 1966). Float64. Takes
+    O(d^3) time."""
     x, y = _features(x, y, False, batch_dims)
     d = max(x.shape[-1], y.shape[-1])
     x, y = _pad(x.double(), d), _pad(y.double(), d)
@@ -268,7 +278,8 @@ def _narrow(x: Tensor) -> Tensor:
 
 
 def _root(x: Tensor) -> Tensor:
-    "Return the positive square root of the Gram matrix of x (*batch, n, p), from the singular values of x: no digits are lost."
+    """Return the positive square root of the Gram matrix of x (*batch, n, p), from the singular values of x: no digits
+    are lost."""
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     return (u * s[..., None, :]) @ u.mT
 
@@ -303,7 +314,8 @@ def procrustes_bound(
     center: bool = True,  # centre the features
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: min over R of |X - Y R|_F^2 for unit features, rhs: sqrt(2 r (1 - CKA))
-    "Return the first and the last member of Theorem 5, a bound on the squared distance of the features up to a rotation."
+    """Return the first and the last member of Theorem 5, a bound on the squared distance of the features up to a
+    rotation."""
     chain = feature_chain(x, y, center, batch_dims)
     return Bound(chain.procrustes, chain.frobenius)
 
@@ -316,7 +328,8 @@ def feature_bound(
     center: bool = True,  # centre the features
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Bound:  # lhs: squared MMD of sqrt(n) X and sqrt(n) Y R, rhs: lambda^2 sqrt(2 r (1 - CKA))
-    "Return both sides of Theorem 6, MMD between the distributions of the feature vectors after the best rotation of `y`."
+    """Return both sides of Theorem 6, MMD between the distributions of the feature vectors after the best rotation of
+    `y`."""
     constant, kernel = lipschitz(kernel), as_kernel(kernel)
     chain = feature_chain(x, y, center, batch_dims)
     xh, yh = (_narrow(t) * t.shape[-2] ** 0.5 for t in _pair(x, y, center, batch_dims))
@@ -332,7 +345,8 @@ def cka_gradient(
     center: bool = True,  # centre the Gram matrices
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Tensor:  # of the shape and type of x
-    "Return the gradient of linear CKA with respect to `x` in closed form (Theorem 8). 0 where either side is constant, as in `cka`."
+    """Return the gradient of linear CKA with respect to `x` in closed form (Theorem 8). 0 where either side is
+    constant, as in `cka`."""
     a, b = _features(x, y, center, batch_dims)
     (xh, size), (yh, _) = _normalised(a, center, "x"), _normalised(b, center, "y")
     pull = yh @ (yh.mT @ xh)  # L X

@@ -52,7 +52,8 @@ def as_features(
     name: str = "x",  # what to call it in an error
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Tensor:  # (*batch, n, p)
-    "Return a tensor as `n` feature vectors of length `p`, in float32 or float64. Raises ValueError for too few dimensions or an empty tensor."
+    """Return a tensor as `n` feature vectors of length `p`, in float32 or float64. Raises ValueError for too few
+    dimensions or an empty tensor."""
     x = as_real(x, name)
     if x.dim() < batch_dims + 1:
         raise ValueError(
@@ -69,12 +70,14 @@ def in_memory_order(
 ) -> Tensor:  # (n, ...): the dimensions after the first, slowest in memory first
     """Return a view of `x` that flattens to (n, p) without a copy, whatever its memory format.
 
-    For maps in `channels_last` this changes the order of the p features, which a Gram matrix of samples does not depend on."""
+    For maps in `channels_last` this changes the order of the p features, which a Gram matrix of samples does not depend
+    on."""
     return x.permute(0, *sorted(range(1, x.dim()), key=x.stride, reverse=True)) if x.dim() > 2 else x
 
 
 def check_pair(x: Tensor, y: Tensor, batch_dims: int = 0, least: int = 1, why: str = ""):
-    "Check that x and y, both (*batch, n, ...), have the same samples, at least `least`, dtype and device. Raises ValueError or TypeError."
+    """Check that x and y, both (*batch, n, ...), have the same samples, at least `least`, dtype and device. Raises
+    ValueError or TypeError."""
     bx, by = tuple(x.shape[: batch_dims + 1]), tuple(y.shape[: batch_dims + 1])
     if bx != by:
         raise ValueError(
@@ -91,7 +94,8 @@ def check_pair(x: Tensor, y: Tensor, batch_dims: int = 0, least: int = 1, why: s
 def shifted(x: Tensor) -> Tensor:
     """Return `x` centred over the samples.
 
-    The first sample is subtracted before the mean: constant features become exactly zero, and a large mean costs few digits."""
+    The first sample is subtracted before the mean: constant features become exactly zero, and a large mean costs few
+    digits."""
     x = x - x[..., :1, :].detach()
     return x - x.mean(-2, keepdim=True)
 
@@ -119,7 +123,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Polynomial:
-    r"Polynomial kernel, $k(x, y) = (\langle x, y \rangle / p + \text{offset})^{\text{degree}}$, with $p$ the width of the features."
+    r"""Polynomial kernel, $k(x, y) = (\langle x, y \rangle / p + \text{offset})^{\text{degree}}$, with $p$ the width of
+    the features."""
 
     degree: int = 2
     offset: float = 1.0
@@ -134,7 +139,8 @@ class Polynomial:
 class Gaussian:
     r"""Gaussian kernel, $k(x, y) = \exp(-\lVert x - y \rVert^2 / 2\sigma^2)$, with $\sigma$ = `bandwidth`.
 
-    `bandwidth=None` is the median heuristic: the median distance between different samples, which carries no gradient."""
+    `bandwidth=None` is the median heuristic: the median distance between different samples, which carries no
+    gradient."""
 
     bandwidth: float | None = None
 
@@ -166,7 +172,8 @@ KERNELS = {"linear": Linear(), "polynomial": Polynomial(), "gaussian": Gaussian(
 
 
 def as_kernel(kernel):
-    """Return the kernel of a name; a callable, which maps features (*batch, n, p), (*batch, m, p) to (*batch, n, m), as it is.
+    """Return the kernel of a name; a callable, which maps features (*batch, n, p), (*batch, m, p) to (*batch, n, m), as
+    it is.
 
     Raises ValueError for an unknown name."""
     if callable(kernel):
@@ -212,7 +219,8 @@ def _as_gram(k: Tensor, name: str) -> Tensor:
 
 # %% ../../nbs/theory/01_similarity.ipynb #76f9620b
 def u_center(k: Tensor) -> Tensor:
-    "Return U-centred matrices (*batch, n, n): zero diagonal, zero row sums. Adding a_i + a_j to entry (i, j) changes nothing."
+    """Return U-centred matrices (*batch, n, n): zero diagonal, zero row sums. Adding a_i + a_j to entry (i, j) changes
+    nothing."""
     n = k.shape[-1]
     k = k - torch.diag_embed(k.diagonal(dim1=-2, dim2=-1))
     rows = k.sum(-1, keepdim=True) / (n - 2)
@@ -231,7 +239,8 @@ def hsic(
     l: Tensor,  # (*batch, n, n): Gram matrix of the same samples
     unbiased: bool = False,  # the estimate of Song et al. 2012 (n >= 4; may be negative) instead of the plug-in one
 ) -> Tensor:  # (*batch,)
-    """Return the Hilbert-Schmidt independence criterion of two Gram matrices (Gretton et al. 2005, eq. 9; Song et al. 2012, eq. 5).
+    """Return the Hilbert-Schmidt independence criterion of two Gram matrices (Gretton et al. 2005, eq. 9; Song et al.
+    2012, eq. 5).
 
     Raises ValueError for different shapes or fewer than 2 samples, with `unbiased` 4."""
     k, l = _as_gram(k, "k"), _as_gram(l, "l")
@@ -248,7 +257,8 @@ def hsic(
 
 # %% ../../nbs/theory/01_similarity.ipynb #ca1e83f4
 def scaled(x: Tensor) -> Tensor:
-    "Return matrices divided by their largest absolute entry, so that fourth powers neither overflow nor underflow. Zero stays zero."
+    """Return matrices divided by their largest absolute entry, so that fourth powers neither overflow nor underflow.
+    Zero stays zero."""
     known, dims = x.detach(), (-2, -1)
     if x.numel() < 2**22:
         size = known.abs().amax(dims, keepdim=True)
@@ -267,19 +277,22 @@ def cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
 
 
 def debias(inner: Tensor, k: Tensor, l: Tensor) -> Tensor:
-    "Return n(n-3) HSIC_1 from `inner`, <K, L>, and the diagonals `k` and `l` (*batch, n) of two centred linear Gram matrices."
+    """Return n(n-3) HSIC_1 from `inner`, <K, L>, and the diagonals `k` and `l` (*batch, n) of two centred linear Gram
+    matrices."""
     n = k.shape[-1]
     return inner - n / (n - 2) * (k * l).sum(-1) + k.sum(-1) * l.sum(-1) / ((n - 1) * (n - 2))
 
 
 def _linear_hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
-    "Return <K, L>, or n(n-3) HSIC_1, of linear Gram matrices from features (*batch, n, p), which must be centred if `unbiased`."
+    """Return <K, L>, or n(n-3) HSIC_1, of linear Gram matrices from features (*batch, n, p), which must be centred if
+    `unbiased`."""
     inner = (x.mT @ y).square().sum((-2, -1))
     return debias(inner, x.square().sum(-1), y.square().sum(-1)) if unbiased else inner
 
 
 def centred_gram(kernel, x: Tensor, unbiased: bool) -> Tensor:
-    "Return the centred (or U-centred) Gram matrix (*batch, n, n) of features (*batch, n, p); zero where only a rounding error is left."
+    """Return the centred (or U-centred) Gram matrix (*batch, n, n) of features (*batch, n, p); zero where only a
+    rounding error is left."""
     g = getattr(kernel, "up_to_constant", kernel)(x)
     k = u_center(g) if unbiased else double_center(g)
     before, after = (t.detach().abs().amax((-2, -1), keepdim=True) for t in (g, k))
@@ -297,9 +310,9 @@ def cka(
 ) -> Tensor:  # (*batch,): in [0, 1], or [-1, 1] if unbiased
     """Return the centred kernel alignment (Kornblith et al. 2019, eq. 4), differentiable in both arguments.
 
-    1 iff the Gram matrices are proportional; invariant to orthogonal maps and to scaling of either side; 0 if either side
-    is constant. Raises ValueError where the numbers of samples differ or are too small, TypeError for integer or complex
-    input."""
+    1 iff the Gram matrices are proportional; invariant to orthogonal maps and to scaling of either side; 0 if either
+    side is constant. Raises ValueError where the numbers of samples differ or are too small, TypeError for integer or
+    complex input."""
     x, y = as_features(x, "x", batch_dims), as_features(y, "y", batch_dims)
     if unbiased and not center:
         raise ValueError("unbiased=True estimates the centred HSIC; use it with center=True")
@@ -340,7 +353,8 @@ def mmd2(
     x, y = as_features(x, "x", batch_dims), as_features(y, "y", batch_dims)
     if x.shape[-1] != y.shape[-1] or x.shape[:batch_dims] != y.shape[:batch_dims]:
         raise ValueError(
-            f"x and y must have the same width and batch dimensions, got features of shape {tuple(x.shape)} and {tuple(y.shape)}"
+            f"x and y must have the same width and batch dimensions, got features of shape {tuple(x.shape)} and "
+            f"{tuple(y.shape)}"
         )
     n, m = x.shape[-2], y.shape[-2]
     if unbiased and min(n, m) < 2:

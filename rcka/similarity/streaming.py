@@ -31,7 +31,8 @@ def chance_cka(
     q: float,  # (effective) width of the other
     unbiased: bool = False,  # the unbiased estimate has nothing to correct: 0
 ) -> float:
-    "Return the value around which the biased CKA of a batch lies for independent Gaussian features, $1/\\sqrt{(1+n/p)(1+n/q)}$ (03_estimators, Proposition 1)."
+    """Return the value around which the biased CKA of a batch lies for independent Gaussian features,
+    $1/\\sqrt{(1+n/p)(1+n/q)}$ (03_estimators, Proposition 1)."""
     if n < 2 or not min(p, q) > 0:
         raise ValueError(f"n must be at least 2, p and q positive; got n={n}, p={p}, q={q}")
     return 0.0 if unbiased else ((1 + n / p) * (1 + n / q)) ** -0.5
@@ -42,9 +43,11 @@ def effective_width(
     x: Tensor,  # (*batch, n, ...): features of n >= 4 samples
     batch_dims: int = 0,  # how many leading dimensions are separate problems
 ) -> Tensor:  # (*batch,)
-    """Return the effective width of features, $(\\operatorname{tr}\\Sigma)^2 / \\operatorname{tr}\\Sigma^2$: p for p directions of equal variance, less otherwise.
+    """Return the effective width of features, $(\\operatorname{tr}\\Sigma)^2 / \\operatorname{tr}\\Sigma^2$: p for p
+    directions of equal variance, less otherwise.
 
-    $\\operatorname{tr}\\Sigma^2$ is estimated by $\\mathrm{HSIC}_1$. 0 for constant features. Raises ValueError for fewer than 4 samples."""
+    $\\operatorname{tr}\\Sigma^2$ is estimated by $\\mathrm{HSIC}_1$. 0 for constant features. Raises ValueError for
+    fewer than 4 samples."""
     x = scaled(shifted(as_features(x, "x", batch_dims)))
     n = x.shape[-2]
     if n < 4:
@@ -55,7 +58,8 @@ def effective_width(
 
 # %% ../../nbs/theory/03_estimators.ipynb #a3318392
 def _as_layers(features, side: str) -> list[Tensor]:
-    "Return the features of one layer (a tensor) or of several (a sequence) as a list of (n, p). Raises ValueError where n differs."
+    """Return the features of one layer (a tensor) or of several (a sequence) as a list of (n, p). Raises ValueError
+    where n differs."""
     features = [features] if isinstance(features, Tensor) else list(features)
     if not features:
         raise ValueError(f"{side} is empty: give the features of at least one layer")
@@ -63,7 +67,8 @@ def _as_layers(features, side: str) -> list[Tensor]:
     for i, x in enumerate(features):
         if len(x) != len(features[0]):
             raise ValueError(
-                f"all layers must have the features of the same batch: {side}[0] has {len(features[0])} samples, {side}[{i}] has {len(x)}"
+                f"all layers must have the features of the same batch: {side}[0] has {len(features[0])} samples, "
+                f"{side}[{i}] has {len(x)}"
             )
     return features
 
@@ -105,16 +110,18 @@ def _table(k: Tensor, l: Tensor) -> Tensor:
 
 # %% ../../nbs/theory/03_estimators.ipynb #c18d02aa
 class MinibatchCKA:
-    """CKA between all layers of two networks from mini-batches: the ratio of summed HSIC estimates (Nguyen et al. 2021, eq. 2-3).
+    """CKA between all layers of two networks from mini-batches: the ratio of summed HSIC estimates (Nguyen et al. 2021,
+    eq. 2-3).
 
     With `unbiased=True` the expected sums do not depend on the batch size, and the value may be negative. With
-    `unbiased=False` the biased HSIC is summed, so the limit depends on the batch size. A Gaussian kernel with the median
-    heuristic has another bandwidth for each batch and layer; fix the bandwidth where exact unbiasedness matters."""
+    `unbiased=False` the biased HSIC is summed, so the limit depends on the batch size. A Gaussian kernel with the
+    median heuristic has another bandwidth for each batch and layer; fix the bandwidth where exact unbiasedness
+    matters."""
 
     def __init__(
         self,
         kernel="linear",  # "linear", "polynomial", "gaussian", or an object such as `Gaussian(2.0)`
-        unbiased: bool = True,  # sum HSIC_1 of Song et al. 2012 (batches of at least 4); False: the plug-in HSIC (at least 2)
+        unbiased: bool = True,  # sum HSIC_1 of Song et al. 2012 (batches of 4 or more); False: plug-in HSIC (2 or more)
     ):
         self.kernel, self.unbiased = as_kernel(kernel), unbiased
         self.samples = 0
@@ -131,7 +138,8 @@ class MinibatchCKA:
         n, least = len(a[0]), 4 if self.unbiased else 2
         if n < least:
             raise ValueError(
-                f"got a batch of {n} sample(s), but unbiased={self.unbiased} needs at least {least}: skip smaller batches, such as the last one"
+                f"got a batch of {n} sample(s), but unbiased={self.unbiased} needs at least {least}: skip smaller "
+                "batches, such as the last one"
             )
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in a + (b or [])) else torch.float32
         k, k_size = self._stack(a, dtype)
@@ -149,7 +157,8 @@ class MinibatchCKA:
             self.xy, self.xx, self.yy = xy, xx, yy
         elif self.xy.shape != xy.shape:
             raise ValueError(
-                f"every batch must have the same layers: earlier batches had {tuple(self.xy.shape)} layers in (a, b), this one has {tuple(xy.shape)}"
+                f"every batch must have the same layers: earlier batches had {tuple(self.xy.shape)} layers in (a, b), "
+                f"this one has {tuple(xy.shape)}"
             )
         else:
             self.xy, self.xx, self.yy = (s + t.to(s.device) for s, t in ((self.xy, xy), (self.xx, xx), (self.yy, yy)))
@@ -164,8 +173,9 @@ class MinibatchCKA:
         if type(other) is not type(self) or (other.kernel, other.unbiased) != (self.kernel, self.unbiased):
             theirs = f"kernel={getattr(other, 'kernel', None)}, unbiased={getattr(other, 'unbiased', None)}"
             raise ValueError(
-                f"both accumulators must have the same type, kernel and `unbiased`: this one is a {type(self).__name__} with "
-                f"kernel={self.kernel}, unbiased={self.unbiased}, the other a {type(other).__name__} with {theirs}"
+                "both accumulators must have the same type, kernel and `unbiased`: this one is a "
+                f"{type(self).__name__} with kernel={self.kernel}, unbiased={self.unbiased}, the other a "
+                f"{type(other).__name__} with {theirs}"
             )
         return self if not other.samples else self._add(other.xy, other.xx, other.yy, other.samples)
 
@@ -173,7 +183,8 @@ class MinibatchCKA:
         return copy.copy(self).merge(other)
 
     def compute(self) -> Tensor:  # (A, B) in float64
-        "Return the CKA of every pair of layers; 0 where a layer is constant. Raises ValueError before the first batch and for features that are not finite."
+        """Return the CKA of every pair of layers; 0 where a layer is constant. Raises ValueError before the first batch
+        and for features that are not finite."""
         if not self.samples:
             raise ValueError("no batch yet: call update(a, b) first")
         for side, s in (("a", self.xx), ("b", self.yy)):
@@ -216,9 +227,11 @@ def _merged(a: StreamingCKA, b: StreamingCKA) -> tuple[int, Tensor, Tensor, Tens
 
 # %% ../../nbs/theory/03_estimators.ipynb #3340ad36
 class StreamingCKA:
-    """Linear CKA between all layers of two networks, exactly that of the whole set, from batches of any size in any order.
+    """Linear CKA between all layers of two networks, exactly that of the whole set, from batches of any size in any
+    order.
 
-    Stores P x P float64 numbers, with P the total width of all layers on both sides; for wider layers use `MinibatchCKA`."""
+    Stores P x P float64 numbers, with P the total width of all layers on both sides; for wider layers use
+    `MinibatchCKA`."""
 
     def __init__(self):
         self.samples, self.widths, self.split = 0, None, None
@@ -255,7 +268,8 @@ class StreamingCKA:
             return self
         if (other.widths, other.split) != (self.widths, self.split):
             raise ValueError(
-                f"layers must keep their widths and sides: earlier batches had widths {self.widths}, {self.split} of them in a; this one has {other.widths}, {other.split} in a"
+                f"layers must keep their widths and sides: earlier batches had widths {self.widths}, {self.split} of "
+                f"them in a; this one has {other.widths}, {other.split} in a"
             )
         self.samples, self.mean, self.c, self.u, self.t = _merged(self, other.to(self.mean.device))
         return self
@@ -276,13 +290,15 @@ class StreamingCKA:
 
     def compute(
         self,
-        unbiased: bool = False,  # the debiased CKA of the whole set (at least 4 samples) instead of the plug-in one (at least 2)
+        unbiased: bool = False,  # debiased CKA of the whole set (4 samples or more), not the plug-in one (2 or more)
     ) -> Tensor:  # (A, B) in float64; (A, A) without b
-        "Return the CKA of every pair of layers; 0 where a layer is constant. Raises ValueError for too few samples and for features that are not finite."
+        """Return the CKA of every pair of layers; 0 where a layer is constant. Raises ValueError for too few samples
+        and for features that are not finite."""
         n, least = self.samples, 4 if unbiased else 2
         if n < least:
             raise ValueError(
-                f"got {n} sample(s) so far, but unbiased={unbiased} needs at least {least}: call update with more batches"
+                f"got {n} sample(s) so far, but unbiased={unbiased} needs at least {least}: call update with more "
+                "batches"
             )
         s = _layer_of(self.widths, self.mean)
         trace = self.c.diagonal() @ s
@@ -300,9 +316,11 @@ def batch_cka(
     p: float,  # (effective) width of one side
     q: float,  # (effective) width of the other
 ) -> float:
-    "Return the value around which the biased CKA of a batch lies for Gaussian features, $(n\\rho + \\sqrt{pq})/\\sqrt{(n+p)(n+q)}$ (03b_minibatch, Proposition 4)."
+    """Return the value around which the biased CKA of a batch lies for Gaussian features, $(n\\rho +
+    \\sqrt{pq})/\\sqrt{(n+p)(n+q)}$ (03b_minibatch, Proposition 4)."""
     if n < 2 or not min(p, q) > 0 or not 0 <= population <= 1:
         raise ValueError(
-            f"n must be at least 2, p and q positive, population from 0 to 1; got n={n}, p={p}, q={q}, population={population}"
+            f"n must be at least 2, p and q positive, population from 0 to 1; got n={n}, p={p}, q={q}, "
+            f"population={population}"
         )
     return (n * population + (p * q) ** 0.5) / ((n + p) * (n + q)) ** 0.5

@@ -116,7 +116,8 @@ class NonFiniteWatch(Callback):
         step = int(bad.any(1).nonzero()[0])
         terms = [n for n, b in zip(learner.names, bad[step].tolist()) if b and n != "loss"]
         return NonFiniteLoss(
-            f"{', '.join(terms) or 'the sum of the terms'} is not finite in epoch {learner.epoch + 1}, step {step + 1}.",
+            f"{', '.join(terms) or 'the sum of the terms'} is not finite in epoch {learner.epoch + 1}, step "
+            f"{step + 1}.",
             f"{learner.saved_state()} Try a lower lr, or a smaller weight of that term",
         )
 
@@ -181,22 +182,23 @@ class Checkpoint(Callback):
                 remove_old(checkpoints(self.folder), self.keep)  # a process killed right after saving leaves one more
         if not getattr(learner.train, "exact", True):
             warnings.warn(
-                "a plain DataLoader cannot begin in the middle of an epoch: an interrupted run resumes at the start of its "
-                "epoch. With the batches of rcka.data it resumes at the step",
+                "a plain DataLoader cannot begin in the middle of an epoch: an interrupted run resumes at the start "
+                "of its epoch. With the batches of rcka.data it resumes at the step",
                 stacklevel=2,
             )
         self.saved = time.perf_counter()
 
     def compare(self, learner, state: dict):
-        "Raise ValueError for the state of another run; warn if the run resumes with another device, torch or number of processes."
+        """Raise ValueError for the state of another run; warn if the run resumes with another device, torch or number
+        of processes."""
         if found := differences(state["config"], asdict(learner.config)):
             raise ValueError(f"{self.folder} belongs to another configuration ({found}). Use another folder")
         if found := differences(state["identity"], self.identity):
             raise ValueError(f"{self.folder} belongs to another run ({found}). Use another folder")
         if found := differences(state["setting"], learner.setting()):
             warnings.warn(
-                f"the run in {self.folder} resumes in another environment ({found}): the training is correct, but its result "
-                "will differ by rounding from that of an uninterrupted run",
+                f"the run in {self.folder} resumes in another environment ({found}): the training is correct, but its "
+                "result will differ by rounding from that of an uninterrupted run",
                 stacklevel=2,
             )
 
@@ -336,7 +338,8 @@ class EMA(Callback):
         for name in self._SETTINGS:
             if state[name] != getattr(self, name):
                 raise ValueError(
-                    f"the saved run has EMA {name} {state[name]}, got {getattr(self, name)}: give the same {name}, or another folder"
+                    f"the saved run has EMA {name} {state[name]}, got {getattr(self, name)}: give the same {name}, or "
+                    "another folder"
                 )
         self.copies = state["copies"]
         device = "cpu" if self.learner is None else self.learner.device

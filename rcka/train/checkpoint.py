@@ -43,7 +43,9 @@ def save_checkpoint(
     state: dict,  # with "epoch" and "step", the numbers done so far
     keep: int = 2,  # number of checkpoints to keep, the newest
 ) -> Path:
-    "Write a checkpoint atomically, then remove the oldest ones. If writing fails, raise OSError and leave the folder unchanged."
+    """Write a checkpoint atomically, then remove the oldest ones. If writing fails, raise OSError and leave the folder
+    unchanged."""
+    # one file, since one rename replaces it as a whole, unlike a folder of torch.distributed.checkpoint
     buffer = io.BytesIO()
     torch.save(state | {"format": CHECKPOINT_FORMAT}, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
@@ -54,7 +56,8 @@ def save_checkpoint(
 
 
 def read_checkpoint(path: Path | str) -> dict:
-    "Return the content of a checkpoint. Raises `Damaged` if its hash is not that of its name, ValueError for another format."
+    """Return the content of a checkpoint. Raises `Damaged` if its hash is not that of its name, ValueError for another
+    format."""
     path = Path(path)
     data = path.read_bytes()
     name = CHECKPOINT_NAME.fullmatch(path.name)

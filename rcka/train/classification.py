@@ -51,9 +51,12 @@ def evaluate(
     predict = predictor_on(model, batches)
     # integer counts: the sum is the same for any batches and processes, and no torchmetrics is needed
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # correct top-1, correct top-5, samples
+    batches = as_batches(batches, device)
     with evaluating(model):
-        for batch in as_batches(batches, device).epoch(0):
+        for batch in batches.epoch(0):
             before()
+            if getattr(batches, "labelled", True) is False:
+                raise ValueError("the batches of the evaluation have no targets: give (images, targets)")
             own = Batch(*(x if x is None else x[shard_rows(len(x), train=False)] for x in batch))
             if not len(own.targets):
                 continue
@@ -119,8 +122,22 @@ class Distiller:
         self.student_taps, self.teacher_taps = paired_taps(self.method, student, teacher, student_paths, teacher_paths)
 
     def prepare(self, train):
-        "Build the method from the first training batch. Called before the optimiser is created."
-        self.build(first_shard(train).images, train.targets)
+        """Build the method from the first training batch. Called before the optimiser is created.
+
+        Raises ValueError for images without targets."""
+        first = first_shard(train)
+        if getattr(train, "labelled", True) is False:
+            raise ValueError(
+                "the training batches have no targets, which the cross-entropy needs: give (images, targets), or use "
+                "UnlabelledDistiller (rcka.train.classification), which learns from the teacher alone"
+            )
+        self.build(first.images, train.targets)
+
+    def close(self):
+        "Remove the hooks from both networks, as `torch.jit.script` wants it; the task cannot be trained afterwards."
+        self.student_taps.remove()
+        if self.teacher is not None:
+            self.teacher_taps.remove()
 
     def find_maps(self, train):
         "Take the teacher's features as maps where the method wants maps; before a `TeacherCache` of a transformer is made."

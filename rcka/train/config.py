@@ -86,7 +86,8 @@ class TrainConfig:
             raise ValueError(f"epochs and lr must be positive; got epochs={self.epochs} and lr={self.lr}")
         if self.accumulate < 1 or (self.grad_clip is not None and not self.grad_clip > 0):
             raise ValueError(
-                f"accumulate must be at least 1 and grad_clip positive or None; got accumulate={self.accumulate} and grad_clip={self.grad_clip}"
+                f"accumulate must be at least 1 and grad_clip positive or None; got accumulate={self.accumulate} and "
+                f"grad_clip={self.grad_clip}"
             )
 
 
@@ -96,7 +97,8 @@ def along_cosine(a: float, b: float, t: float) -> float:
 
 # %% ../../nbs/method/06a_config.ipynb #a22a88c3
 def parameter_groups(modules: Iterable[nn.Module], config: TrainConfig) -> list[dict]:
-    "Return the trainable parameters of `modules` in groups; with decay_norms=False those of one dimension have no weight decay."
+    """Return the trainable parameters of `modules` in groups; with decay_norms=False those of one dimension have no
+    weight decay."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     if config.decay_norms:
         return [{"params": parameters}]
@@ -161,21 +163,23 @@ def autocast(device: str, precision: str):
 
 
 def cublas_workspace():
-    "Set the cuBLAS workspace that deterministic kernels need; warn if CUDA is initialised, since it reads the setting once."
+    """Set the cuBLAS workspace that deterministic kernels need; warn if CUDA is initialised, since it reads the setting
+    once."""
     if not torch.cuda.is_available() or "CUBLAS_WORKSPACE_CONFIG" in os.environ:
         return
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if torch.cuda.is_initialized():
         warnings.warn(
-            "CUDA was initialised before deterministic=True took effect. If PyTorch now raises an error in a matrix product, "
-            "set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment and start again",
+            "CUDA was initialised before deterministic=True took effect. If PyTorch now raises an error in a matrix "
+            "product, set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment and start again",
             stacklevel=2,
         )
 
 
 @contextlib.contextmanager
 def determinism(on: bool, search: bool = True):
-    "Use deterministic kernels within the context (`on`), or benchmark the fastest for each shape (`search`); restore the settings afterwards."
+    """Use deterministic kernels within the context (`on`), or benchmark the fastest for each shape (`search`); restore
+    the settings afterwards."""
     before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = search and not on  # the fastest kernel may differ between runs
     if on:

@@ -155,8 +155,8 @@ ANY_LEVELS = FeaturePaths(tuple(f"level{i}" for i in range(5)), head="head")
 class DetectionDistiller:
     """The task of detection for `Trainer`: a student, a distillation method and a teacher, or the student alone.
 
-    Raises ValueError if student and teacher have different numbers of features, or if the method compares class logits and
-    the detectors are of different kinds."""
+    Raises ValueError if student and teacher have different numbers of features, or if the method compares class logits
+    and the detectors are of different kinds."""
 
     score = "AP"
     fixed_shapes = False  # batches differ in size, so cuDNN does not benchmark kernels for each
@@ -184,8 +184,8 @@ class DetectionDistiller:
         theirs = list(self.teacher_taps.paths)
         if len(theirs) != len(paths):
             raise ValueError(
-                f"a method compares feature maps in pairs, but the student has {len(paths)} path(s), {paths}, and the teacher "
-                f"{len(theirs)}, {theirs}. Give equally many paths for both"
+                f"a method compares feature maps in pairs, but the student has {len(paths)} path(s), {paths}, and the "
+                f"teacher {len(theirs)}, {theirs}. Give equally many paths for both"
             )
         if self.logits:
             self._check_heads()
@@ -203,7 +203,8 @@ class DetectionDistiller:
         if not ours or ours != theirs:
             raise ValueError(
                 f"method {name!r} compares class logits, so the two detectors must be of one kind: the student has "
-                f"them at {ours or 'no known path'}, the teacher at {theirs or 'no known path'}. Use a method on features"
+                f"them at {ours or 'no known path'}, the teacher at {theirs or 'no known path'}. Use a method on "
+                "features"
             )
         if not isinstance(self.teacher_taps.model, Trunk):
             raise ValueError(
@@ -223,15 +224,17 @@ class DetectionDistiller:
             return self.teacher_taps(images)
 
     def teacher_logits(self, maps: Mapping[str, Tensor], ours: Tensor) -> Tensor:
-        "Return the teacher's class logits for the student's anchors or proposals. Raises ValueError if the shapes differ."
+        """Return the teacher's class logits for the student's anchors or proposals. Raises ValueError if the shapes
+        differ."""
         with torch.no_grad():
             theirs = class_logits(self.teacher, maps, self.proposals)
         self.proposals = None
         if theirs.shape == ours.shape:
             return theirs
         raise ValueError(
-            "class logits can be compared if teacher and student have the same classes and the same anchors or proposals; "
-            f"the teacher gives {tuple(theirs.shape)}, the student {tuple(ours.shape)}. Use a method on features"
+            "class logits can be compared if teacher and student have the same classes and the same anchors or "
+            f"proposals; the teacher gives {tuple(theirs.shape)}, the student {tuple(ours.shape)}. Use a method on "
+            "features"
         )
 
     def prepare(self, train):
@@ -245,18 +248,20 @@ class DetectionDistiller:
         self.method.to(images[0].device)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "Return the student's losses and the method's weighted terms. `teacher`: the output of `teach`, if already computed."
+        """Return the student's losses and the method's weighted terms. `teacher`: the output of `teach`, if already
+        computed."""
         if relations == "global" and world_size() > 1:
             raise ValueError(
-                "relations='global' cannot be used for detectors, since their batches differ in size between processes: use "
-                "relations='device', which compares within each process"
+                "relations='global' cannot be used for detectors, since their batches differ in size between "
+                "processes: use relations='device', which compares within each process"
             )
         if self.teacher is not None and teacher is None:
             teacher = self.teach(batch.images)
         losses, found = self.student_taps(batch.images, batch.targets)
         if not isinstance(losses, Mapping):
             raise TypeError(
-                f"the student must return a dict of losses in train mode, as torchvision's detectors do; got {type(losses).__name__}"
+                "the student must return a dict of losses in train mode, as torchvision's detectors do; got "
+                f"{type(losses).__name__}"
             )
         terms = {name: self.method.ce * loss for name, loss in losses.items()}
         if teacher is None:

@@ -166,8 +166,8 @@ class GraphedStep:
             raise
         except RuntimeError as e:
             raise RuntimeError(
-                f"the step cannot be captured in a CUDA graph ({str(e).splitlines()[0]}): train without cuda_graph, or set "
-                f"capturable = False in the class of method {self.learner.task.method.name}"
+                f"the step cannot be captured in a CUDA graph ({str(e).splitlines()[0]}): train without cuda_graph, "
+                f"or set capturable = False in the class of method {self.learner.task.method.name}"
             ) from e
         self.counts["captured"] += 1
 

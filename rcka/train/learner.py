@@ -40,8 +40,8 @@ class Stopped(KeyboardInterrupt):
 class Learner:
     """Training loop for the student of a task: the state of a run, and its steps.
 
-    In several processes each one takes its shard of every batch. Raises ValueError before any training if task and batches
-    do not fit together."""
+    In several processes each one takes its shard of every batch. Raises ValueError before any training if task and
+    batches do not fit together."""
 
     def __init__(
         self,
@@ -106,7 +106,8 @@ class Learner:
             return TeacherCache(self.task.teacher, self.train)
         if given is not None and (given.train is not self.train or given.teacher is not self.task.teacher):
             raise ValueError(
-                "the teacher cache was made with another teacher or other training batches: create it with those of the run"
+                "the teacher cache was made with another teacher or other training batches: create it with those of "
+                "the run"
             )
         return given
 
@@ -141,8 +142,8 @@ class Learner:
     def train_step(self, batch, teacher: Outputs | None = None):
         """Train on one batch; with `accumulate` the optimiser steps after the last batch of a group.
 
-        `batch` is None if it has fewer images than there are processes; a batch of fewer than `method.smallest` images is
-        skipped. `teacher` holds the teacher's outputs, if they are already computed."""
+        `batch` is None if it has fewer images than there are processes; a batch of fewer than `method.smallest` images
+        is skipped. `teacher` holds the teacher's outputs, if they are already computed."""
         if batch is not None and world_size() == 1 and len(batch.targets) < getattr(self.task.method, "smallest", 1):
             batch = None  # such as the last batch of a plain loader
         if self.graphed and batch is not None:
@@ -263,7 +264,8 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict):
-        "Restore the state that `state_dict` returned. Raises ValueError if the callbacks are not those that were saved."
+        """Restore the state that `state_dict` returned. Raises ValueError if the callbacks are not those that were
+        saved."""
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         for name in ("epoch", "step", "names", "counted", "history", "seconds", "random"):
@@ -346,8 +348,8 @@ def refuse_memory(method: nn.Module):
     memory = [name for name, b in method.named_buffers() if id(b) not in own]
     if memory and world_size() > 1:
         raise ValueError(
-            f"relations='device' cannot be used with a method that has a memory ({', '.join(memory)}), since each process "
-            "would fill its own: use relations='global'"
+            f"relations='device' cannot be used with a method that has a memory ({', '.join(memory)}), since each "
+            "process would fill its own: use relations='global'"
         )
 
 # %% ../../nbs/method/06e_learner.ipynb #65ba59d9
@@ -364,7 +366,8 @@ class RunsFailed(RuntimeError):
 
 
 class Group:
-    "The learners of a group that are still running. In a single process a run that fails is removed and the others continue."
+    """The learners of a group that are still running. In a single process a run that fails is removed and the others
+    continue."""
 
     def __init__(self, learners: list):
         self.running, self.failures = list(learners), {}
@@ -480,7 +483,8 @@ def one_epoch(group: Group, epoch: int, teach, signals: list[int]):
 
 
 def checked(batches, n: int, save):
-    "Yield `n` batches. If loading fails, save the state and raise `BatchesFailed`; likewise if there are not exactly `n`."
+    """Yield `n` batches. If loading fails, save the state and raise `BatchesFailed`; likewise if there are not exactly
+    `n`."""
     got, batches = 0, iter(batches)
     while True:
         try:
@@ -489,19 +493,22 @@ def checked(batches, n: int, save):
             break
         except Exception as e:
             raise BatchesFailed(
-                f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. {save()} Start again to resume"
+                f"the training batches failed after {got} of {n}: {type(e).__name__}: {e}. {save()} Start again to "
+                "resume"
             ) from e
         got += 1
         yield batch
     if got != n:
         raise BatchesFailed(
-            f"train.epoch() yielded {got} batches, but len(train) promises {n}: correct one of them in the class of the batches"
+            f"train.epoch() yielded {got} batches, but len(train) promises {n}: correct one of them in the class of "
+            "the batches"
         )
 
 # %% ../../nbs/method/06e_learner.ipynb #7515e18e
 @contextlib.contextmanager
 def catch_signals():
-    """Yield a list to which the number of a first SIGINT (Ctrl-C) or SIGTERM is appended. A second Ctrl-C interrupts at once.
+    """Yield a list to which the number of a first SIGINT (Ctrl-C) or SIGTERM is appended. A second Ctrl-C interrupts at
+    once.
 
     A second SIGTERM is ignored: it may be the first one, sent both to the process group and to the process."""
     caught, before = [], {}
@@ -524,7 +531,8 @@ def catch_signals():
 
 @contextlib.contextmanager
 def shared_teacher(learners: list[Learner]):
-    """Yield a function from a batch and its epoch to the teacher's outputs for each task, from the cache or one forward pass.
+    """Yield a function from a batch and its epoch to the teacher's outputs for each task, from the cache or one forward
+    pass.
 
     Yield None if nothing is shared: then each task runs the teacher."""
     tasks, cache, precision = [one.task for one in learners], learners[0].teacher_cache, learners[0].config.precision
@@ -558,7 +566,8 @@ def check_group(a: Learner, b: Learner):
     for name, of in shared.items():
         if of(a) is not of(b):
             raise ValueError(
-                f"runs that share a teacher's forward pass must have the same {name.removeprefix('the ')}: give them one object"
+                f"runs that share a teacher's forward pass must have the same {name.removeprefix('the ')}: give them "
+                "one object"
             )
     for name in ("epochs", "precision", "deterministic", "accumulate"):
         one, other = getattr(a.config, name), getattr(b.config, name)
@@ -583,7 +592,7 @@ class Trainer(Learner):
         test: EpochBatches | Iterable | None,  # batches for the evaluation, as for `Learner`
         config: TrainConfig,
         folder: Path | str,  # for checkpoints and results
-        checkpoint_seconds: float = 60,  # between two checkpoints; at most about this much work is lost when the process is killed
+        checkpoint_seconds: float = 60,  # between two checkpoints; about this much work is lost with a killed process
         keep: int = 2,  # number of checkpoints to keep, the newest
         callbacks: Iterable[Callback] = (),  # called before the trainer's own
         **options,  # of `Learner`: optimizer_factory, channels_last, compile, teacher_cache, cuda_graph

@@ -117,7 +117,8 @@ class SegmentationDistiller(Distiller):
         self.method.to(batch.images.device)
 
     def _decoded(self, student: Outputs, teacher: Outputs | None):
-        """Return the `Outputs` that the method compares: logits (B, P, h, w) of the decode heads at the student's size, and features.
+        """Return the `Outputs` that the method compares: logits (B, P, h, w) of the decode heads at the student's size,
+        and features.
 
         Raises ValueError if the numbers of classes differ."""
         s = student.features[-1]
@@ -127,15 +128,16 @@ class SegmentationDistiller(Distiller):
         t = teacher.features[-1]
         if s.shape[1] != t.shape[1]:
             raise ValueError(
-                f"teacher and student must have the same classes: the teacher's decode head has {t.shape[1]}, the student's "
-                f"{s.shape[1]}. Give a teacher of the data's classes"
+                f"teacher and student must have the same classes: the teacher's decode head has {t.shape[1]}, the "
+                f"student's {s.shape[1]}. Give a teacher of the data's classes"
             )
         if s.shape != t.shape:
             t = F.interpolate(t.float(), s.shape[-2:], mode="bilinear", align_corners=False)
         return student, Outputs(t, teacher.features[:-1])
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "Return the weighted terms and the number of correct pixels. Each process computes the cross-entropy of its shard."
+        """Return the weighted terms and the number of correct pixels. Each process computes the cross-entropy of its
+        shard."""
         if self.teacher is not None and teacher is None:
             with torch.no_grad():
                 teacher = self.teacher_taps(batch.images)

@@ -159,10 +159,10 @@ class Store(Rows):
 class TeacherCache:
     """The teacher's logits and features for the stored augmentations of the training images.
 
-    `cache(index, epoch, paths)` returns the `Outputs` for the images `index` as augmented in `epoch`. The constructor runs
-    the teacher on all augmentations, unless the folder has the outputs already; if interrupted, it resumes after the last
-    complete augmentation. A `StoredTeacher` does not run: its file has the outputs. Raises ValueError for batches without
-    stored augmentations, for a cache larger than `budget`, and for a file of other images."""
+    `cache(index, epoch, paths)` returns the `Outputs` for the images `index` as augmented in `epoch`. The constructor
+    runs the teacher on all augmentations, unless the folder has the outputs already; if interrupted, it resumes after
+    the last complete augmentation. A `StoredTeacher` does not run: its file has the outputs. Raises ValueError for
+    batches without stored augmentations, for a cache larger than `budget`, and for a file of other images."""
 
     def __init__(
         self,
@@ -182,8 +182,8 @@ class TeacherCache:
             return
         if not getattr(train, "views", None):
             raise ValueError(
-                f"a teacher cache needs training batches with stored augmentations, got views={getattr(train, 'views', None)}: "
-                "create the batches with views=4, for example"
+                "a teacher cache needs training batches with stored augmentations, got "
+                f"views={getattr(train, 'views', None)}: create the batches with views=4, for example"
             )
         if width is not None:
             check_whole(2, width=width)
@@ -211,8 +211,8 @@ class TeacherCache:
         if width not in (None, self.width):
             has = f"projected to width {self.width}" if self.width else "that are not projected"
             raise ValueError(
-                f"{teacher.path} has features {has}, and width={width} is asked for: leave it out, or make the file again "
-                "from a cache with that width"
+                f"{teacher.path} has features {has}, and width={width} is asked for: leave it out, or make the file "
+                "again from a cache with that width"
             )
         self.stores, self.device = teacher.outputs, self.train.targets.device
         for rows in self.stores.values():
@@ -234,7 +234,8 @@ class TeacherCache:
             yield [outputs.logits, *outputs.features]
 
     def _stores(self, taps: Taps, budget: int) -> dict[str | None, Store]:
-        "Return the stores of the logits (key None) and of the features (by path). Raises ValueError if they exceed the budget."
+        """Return the stores of the logits (key None) and of the features (by path). Raises ValueError if they exceed
+        the budget."""
         n, stores = len(self.train.targets), {}
         (examples,) = self._outputs(taps, 0, [torch.arange(min(2, n))])
         for path, x in zip([None, *self.paths], examples):
@@ -251,8 +252,8 @@ class TeacherCache:
         size = sum(store.block * store.views for store in stores.values())
         if size > budget:
             raise ValueError(
-                f"the teacher's outputs for {self.train.views} augmentations of {n:,} images need {size / 2**30:.3g} GiB, "
-                f"more than the budget of {budget / 2**30:.3g} GiB: use fewer augmentations, a projection "
+                f"the teacher's outputs for {self.train.views} augmentations of {n:,} images need {size / 2**30:.3g} "
+                f"GiB, more than the budget of {budget / 2**30:.3g} GiB: use fewer augmentations, a projection "
                 "(teacher_projection=256, for methods that use Gram matrices only), or a larger budget"
             )
         return stores
@@ -294,7 +295,8 @@ class TeacherCache:
         return {path: s.left_out / s.energy for path, s in self.stores.items() if path is not None and s.energy}
 
     def __call__(self, index: Tensor, epoch: int, paths: Iterable[str]) -> Outputs:
-        "Return the teacher's outputs for images `index` (b,) in the augmentations of an epoch, with the features at `paths`."
+        """Return the teacher's outputs for images `index` (b,) in the augmentations of an epoch, with the features at
+        `paths`."""
         if self.epoch is None or self.epoch[0] != epoch:
             self.epoch = epoch, self.train.view_at(epoch).to(index.device)
         at = self.epoch[1][index], index, self.device
@@ -305,8 +307,8 @@ class TeacherCache:
         check_method(method, paths, self.width)
         if missing := [path for path in paths if path not in self.stores]:
             raise ValueError(
-                f"the teacher cache has no features at {', '.join(missing)}: create it with paths=[...] that include these "
-                "(after task.find_maps(train), task.teacher_taps.paths has those of a transformer's maps)"
+                f"the teacher cache has no features at {', '.join(missing)}: create it with paths=[...] that include "
+                "these (after task.find_maps(train), task.teacher_taps.paths has those of a transformer's maps)"
             )
 
     def identity(self) -> dict:
@@ -316,7 +318,8 @@ class TeacherCache:
 
 
 def check_method(method: Method, paths: Iterable[str], width: int | None):
-    "Raise ValueError for a method that cannot use stored outputs, or features at `paths` that are projected to `width`."
+    """Raise ValueError for a method that cannot use stored outputs, or features at `paths` that are projected to
+    `width`."""
     if method.teacher_batch_stats:
         raise ValueError(
             f"method {method.name} runs the teacher with the statistics of each batch, which a teacher cache does not "
@@ -324,8 +327,8 @@ def check_method(method: Method, paths: Iterable[str], width: int | None):
         )
     if width is not None and tuple(paths) and not method.relations_only:
         raise ValueError(
-            f"method {method.name} compares the elements of features, but a projection preserves their Gram matrix only: "
-            "train it without teacher_projection, or use a method such as fcka, rcka, sp, rkd or pkt"
+            f"method {method.name} compares the elements of features, but a projection preserves their Gram matrix "
+            "only: train it without teacher_projection, or use a method such as fcka, rcka, sp, rkd or pkt"
         )
 
 # %% ../../nbs/method/06h_teacher_cache.ipynb #29620c71
@@ -386,7 +389,8 @@ def save_teacher(
 
 @torch.no_grad()
 def _held_out(teacher: nn.Module, test, cache: TeacherCache) -> Tensor:
-    "Return the teacher's logits for the held-out images (n, classes), float32; zeros for images that cannot be decoded."
+    """Return the teacher's logits for the held-out images (n, classes), float32; zeros for images that cannot be
+    decoded."""
     found: list[tuple[Tensor, Tensor]] = []
     with evaluating(teacher):
         for images, _, index in test.epoch(0):
@@ -404,7 +408,8 @@ def _held_out(teacher: nn.Module, test, cache: TeacherCache) -> Tensor:
 
 
 def _pixels(train) -> dict:
-    "Return what determines the pixels of the stored augmentations: images and crops, not how a network wants them normalised."
+    """Return what determines the pixels of the stored augmentations: images and crops, not how a network wants them
+    normalised."""
     return {k: v for k, v in train.view_identity().items() if k not in ("mean", "std", "dtype")}
 
 # %% ../../nbs/method/06h_teacher_cache.ipynb #d526b926
@@ -463,7 +468,8 @@ class StoredTeacher(nn.Module):
             got = "augmentations that are drawn anew (views=None)" if views is None else f"views={views}"
             raise ValueError(
                 f"{file} has the outputs for {self.views} stored augmentations of each image, and the training batches "
-                f"have {got}: create them with data.batches(64, views={self.views}), in an experiment with teacher_cache={self.views}"
+                f"have {got}: create them with data.batches(64, views={self.views}), in an experiment with "
+                f"teacher_cache={self.views}"
             )
         theirs, ours = self.about["images"], _pixels(train)
         said = [
@@ -471,8 +477,8 @@ class StoredTeacher(nn.Module):
         ]
         if said:
             raise ValueError(
-                f"{file} has the outputs for other training images ({'; '.join(said)}): give the images and crops that it was "
-                "made with, or make it again for these"
+                f"{file} has the outputs for other training images ({'; '.join(said)}): give the images and crops "
+                "that it was made with, or make it again for these"
             )
 
     def held_out_logits(self, test) -> Tensor:
@@ -480,13 +486,14 @@ class StoredTeacher(nn.Module):
         theirs, ours = self.about["held_out_images"], data_identity(test)["content"]
         if theirs != ours:
             raise ValueError(
-                f"{self.path} has the logits for other held-out images (content: {theirs!r} there, {ours!r} here): give those "
-                "that it was made with, or make it again for these"
+                f"{self.path} has the logits for other held-out images (content: {theirs!r} there, {ours!r} here): "
+                "give those that it was made with, or make it again for these"
             )
         return self.held_out
 
     def examples(self, n: int, paths: Iterable[str], device: torch.device) -> Outputs:
-        "Return outputs for the first `n` training images, from which a method is built; of projected features the shape only."
+        """Return outputs for the first `n` training images, from which a method is built; of projected features the
+        shape only."""
         dtype = getattr(torch, self.about["dtype"])
 
         def first(rows: Rows) -> Tensor:
@@ -498,7 +505,8 @@ class StoredTeacher(nn.Module):
 
 
 class StoredTaps(Taps):
-    "The paths of features in a teacher's file. A path without a form takes the map of the file where it has that alone."
+    """The paths of features in a teacher's file. A path without a form takes the map of the file where it has that
+    alone."""
 
     def __init__(self, teacher: StoredTeacher, paths: Sequence[str]):
         super().__init__(teacher)
@@ -506,9 +514,9 @@ class StoredTaps(Taps):
         self.paths = tuple(p if p in has else f"{p}:map" for p in wanted)
         if missing := [p for p, found in zip(wanted, self.paths) if found not in has]:
             raise ValueError(
-                f"{teacher.path} has no features at {', '.join(missing)}; it has {', '.join(has) or 'logits alone'}. Take a "
-                "method that compares these (or give them as teacher_paths), or make the file again from a cache whose "
-                "paths=[...] include the others"
+                f"{teacher.path} has no features at {', '.join(missing)}; it has {', '.join(has) or 'logits alone'}. "
+                "Take a method that compares these (or give them as teacher_paths), or make the file again from a "
+                "cache whose paths=[...] include the others"
             )
 
     def map_path(self, path, value, tokens):
@@ -538,8 +546,8 @@ def load_teacher(path: Path | str) -> StoredTeacher:
     about = json.loads(about)
     if about["format"] != TEACHER_FORMAT:
         raise ValueError(
-            f"{path} has format {about['format']!r}, this version reads {TEACHER_FORMAT}: use the version that wrote it "
-            f"({about.get('versions', {}).get('rcka')}), or make the file again"
+            f"{path} has format {about['format']!r}, this version reads {TEACHER_FORMAT}: use the version that wrote "
+            f"it ({about.get('versions', {}).get('rcka')}), or make the file again"
         )
     if damaged := [name for name, known in about["digests"].items() if digest(tensors[name]) != known]:
         raise ValueError(
