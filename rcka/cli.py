@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, NamedTuple, get_type_hints
 
 import rcka
 from .extras import optional_import
@@ -23,6 +23,7 @@ with optional_import():
     from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
+    from typer.core import TyperCommand
 
 # %% auto #0
 __all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'WeightsOf', 'extensions', 'methods', 'models',
@@ -165,13 +166,40 @@ def _table(header, rows):
     console.print(table)
 
 # %% ../nbs/method/08c_cli.ipynb #b7e1943c
+class _Completion(NamedTuple):
+    "What the shell may complete, with the attributes that typer reads."
+
+    value: str
+    help: str
+    type: str = "plain"
+
+
+class _Train(TyperCommand):
+    "The command `rcka train`, whose options depend on the kind of experiment."
+
+    def shell_complete(self, ctx, incomplete: str) -> list:
+        return [_Completion(*item) for item in _complete_train(ctx, incomplete)]
+
+
+def _complete_train(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    "Return what completes a word of `rcka train`, with its help."
+    from rcka.experiments.launch import completions
+
+    found = completions(list(ctx.params.get("arguments") or []))
+    return [item for item in found.items() if item[0].startswith(incomplete)]
+
+
 @app.command(
+    cls=_Train,
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="A JSON file, fields as --NAME VALUE, and options; see --help.")
+        list[str] | None,
+        typer.Argument(
+            help="A JSON file, fields as --NAME VALUE, and options; see --help.", autocompletion=_complete_train
+        ),
     ] = None,
 ):
     "Run one experiment without a notebook; the same as python -m rcka.train."
