@@ -48,8 +48,9 @@ from .train.learner import Trainer
 from .train.teacher_cache import BUDGET, StoredTeacher, TeacherCache, check_method, load_teacher, save_teacher
 
 # %% auto #0
-__all__ = ['SCORES', 'AS_GIVEN', 'PRESETS', 'IMAGENET', 'BESIDE', 'costs', 'EpochLines', 'Preset', 'recipe', 'scaled_ema',
-           'distill', 'is_stored', 'without_weights', 'new_network', 'open_teacher', 'public', 'report', 'save_outputs']
+__all__ = ['SCORES', 'DEFAULT_RECIPE', 'PRESETS', 'IMAGENET', 'WITHOUT_EFFECT', 'costs', 'EpochLines', 'Preset', 'recipe',
+           'scaled_ema', 'distill', 'is_stored', 'without_weights', 'new_network', 'open_teacher', 'public', 'report',
+           'save_outputs']
 
 # %% ../nbs/method/11_distill.ipynb #34ee35f4
 def costs(model: nn.Module, config: InputConfig, channels: int, device) -> dict:
@@ -100,7 +101,7 @@ class EpochLines(Callback):
         )
 
 # %% ../nbs/method/11_distill.ipynb #04a4e8e3
-AS_GIVEN = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norms": False, "schedule": "cosine"}
+DEFAULT_RECIPE = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norms": False, "schedule": "cosine"}
 
 
 class Preset(NamedTuple):
@@ -143,7 +144,7 @@ PRESETS = {
 
 
 def recipe(
-    preset: str | None,  # a name of `PRESETS`; None: `AS_GIVEN`
+    preset: str | None,  # a name of `PRESETS`; None: `DEFAULT_RECIPE`
     batch_size: int,
     given: dict,  # fields that override the recipe's
 ) -> dict:  # fields of `TrainConfig` and `Augment`
@@ -155,7 +156,7 @@ def recipe(
         if name not in known:
             raise ValueError(nearest(name, known, "field of TrainConfig or Augment"))
     if preset is None:
-        return AS_GIVEN | given
+        return DEFAULT_RECIPE | given
     found = PRESETS[preset]
     return found.fields | {"lr": found.fields["lr"] * batch_size / found.batch_size} | given
 
@@ -180,7 +181,7 @@ def scaled_ema(
     return 1 - min(1, (1 - decay) * batch * every / epochs * IMAGENET / images), every
 
 # %% ../nbs/method/11_distill.ipynb #9ead39de
-BESIDE = (
+WITHOUT_EFFECT = (
     "config",
     "output",
     "device",
@@ -243,7 +244,7 @@ def distill(
     )
     create_method(method, method_args)
     EMA(ema or 0.0)  # a decay that is none is refused
-    settings = {k: v for k, v in given.items() if k not in BESIDE} | {"epochs": epochs} | config
+    settings = {k: v for k, v in given.items() if k not in WITHOUT_EFFECT} | {"epochs": epochs} | config
     formats = export.split("+") if export else []
     check_formats(formats)
     if push_to_hub:
