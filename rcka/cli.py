@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, NamedTuple, get_type_hints
 
 import rcka
 from .extras import optional_import
@@ -23,6 +23,7 @@ with optional_import():
     from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
+    from typer.core import TyperCommand
 
 # %% auto #0
 __all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'WeightsOf', 'extensions', 'methods', 'models',
@@ -30,7 +31,8 @@ __all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'Weigh
 
 # %% ../nbs/method/08c_cli.ipynb #38af5754
 app = typer.Typer(
-    help="Knowledge distillation by centred kernel alignment: distil networks, run benchmarks and sweeps, print tables.",
+    help="Knowledge distillation by centred kernel alignment: distil networks, run benchmarks and sweeps, print "
+    "tables.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -165,13 +167,40 @@ def _table(header, rows):
     console.print(table)
 
 # %% ../nbs/method/08c_cli.ipynb #b7e1943c
+class _Completion(NamedTuple):
+    "What the shell may complete, with the attributes that typer reads."
+
+    value: str
+    help: str
+    type: str = "plain"
+
+
+class _Train(TyperCommand):
+    "The command `rcka train`, whose options depend on the kind of experiment."
+
+    def shell_complete(self, ctx, incomplete: str) -> list:
+        return [_Completion(*item) for item in _complete_train(ctx, incomplete)]
+
+
+def _complete_train(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    "Return what completes a word of `rcka train`, with its help."
+    from rcka.experiments.launch import completions
+
+    found = completions(list(ctx.params.get("arguments") or []))
+    return [item for item in found.items() if item[0].startswith(incomplete)]
+
+
 @app.command(
+    cls=_Train,
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="A JSON file, fields as --NAME VALUE, and options; see --help.")
+        list[str] | None,
+        typer.Argument(
+            help="A JSON file, fields as --NAME VALUE, and options; see --help.", autocompletion=_complete_train
+        ),
     ] = None,
 ):
     "Run one experiment without a notebook; the same as python -m rcka.train."
@@ -186,7 +215,8 @@ Options = Annotated[
 WeightsOf = Annotated[
     str | None,
     typer.Option(
-        help="A file of weights, pretrained, or a name of the library's weights. Without it a teacher is trained first, and a student starts from random weights."
+        help="A file of weights, pretrained, or a name of the library's weights. Without it a teacher is trained "
+        "first, and a student starts from random weights."
     ),
 ]
 
@@ -196,13 +226,16 @@ def distill(  # long, since each option stands with its help
     data: Annotated[
         str,
         typer.Option(
-            help="A folder with train/CLASS/*.jpg and val/ or test/, without labels train/*.jpg; a name of `rcka datasets`; hfds/NAME of the Hugging Face hub; or package.module:function, which returns two DataLoaders."
+            help="A folder with train/CLASS/*.jpg and val/ or test/, without labels train/*.jpg; a name of `rcka "
+            "datasets`; hfds/NAME of the Hugging Face hub; or package.module:function, which returns two "
+            "DataLoaders."
         ),
     ],
     teacher: Annotated[
         str,
         typer.Option(
-            help="A network's name, package.module:function, the folder of an earlier student, or a file FILE.safetensors of `rcka save-teacher`."
+            help="A network's name, package.module:function, the folder of an earlier student, or a file "
+            "FILE.safetensors of `rcka save-teacher`."
         ),
     ],
     student: Annotated[str, typer.Option(help="A network's name, or package.module:function.")],
@@ -247,7 +280,8 @@ def distill(  # long, since each option stands with its help
     precision: Annotated[
         str,
         typer.Option(
-            help="fp32, bf16 (with channels_last), fp16, or auto: the preset's if it names one, else bf16 where the device computes in it."
+            help="fp32, bf16 (with channels_last), fp16, or auto: the preset's if it names one, else bf16 where the "
+            "device computes in it."
         ),
     ] = "auto",
     method_args: Annotated[
@@ -342,7 +376,8 @@ def _print_results(results: dict):  # of `rcka.distill`
 
 
 def _logging(service: str | None):
-    "Return the function that makes the logger of a network, from its folder; None without a service. Raises ValueError for an unknown one."
+    """Return the function that makes the logger of a network, from its folder; None without a service. Raises
+    ValueError for an unknown one."""
     if service is None:
         return None
     _known([service], ("tensorboard", "wandb", "mlflow"), "logger")
@@ -405,7 +440,8 @@ def save_teacher(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: CUDA if available.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Number of processes that decode images.")] = None,
 ):
-    "Run a teacher over images and save its outputs, from which students are distilled without it. Can be stopped and resumed."
+    """Run a teacher over images and save its outputs, from which students are distilled without it. Can be stopped and
+    resumed."""
     from rcka.distillation import save_outputs
 
     options = _json_option("--teacher-options", teacher_options)
@@ -457,8 +493,8 @@ def export(
             raise typer.Exit(1) from None
         found = read_about(folder)["exports"][name]
         print(
-            f"{path}: same classes on {found['images']} images, logits differ by at most {found['largest_difference']:.1e} "
-            f"(largest logit {found['largest_logit']:.1f})"
+            f"{path}: same classes on {found['images']} images, logits differ by at most "
+            f"{found['largest_difference']:.1e} (largest logit {found['largest_logit']:.1f})"
         )
 
 # %% ../nbs/method/08c_cli.ipynb #713a9a2a
@@ -559,7 +595,8 @@ def _bar(what: str, total: int | None, unit: str) -> tqdm:
 
 @contextlib.contextmanager
 def _epochs(counts: dict[Path, int]):
-    "Show a progress bar of the epochs done in the folders of a run and of its teacher's; `counts` are the total epochs of each."
+    """Show a progress bar of the epochs done in the folders of a run and of its teacher's; `counts` are the total
+    epochs of each."""
     from rcka.experiments.sweep import epochs_done
 
     over = threading.Event()

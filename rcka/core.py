@@ -153,7 +153,8 @@ class LoaderBatches:
 
     @property
     def targets(self) -> Tensor | None:
-        "The targets of the whole dataset: its `targets` (torchvision) or the second of its `tensors`; None without either."
+        """The targets of the whole dataset: its `targets` (torchvision) or the second of its `tensors`; None without
+        either."""
         return _targets_of(getattr(self.loader, "dataset", None))
 
     def epoch(self, e: int, start: int = 0):
@@ -195,7 +196,8 @@ def _targets_of(dataset) -> Tensor | None:
 
 
 def import_function(path: str) -> Callable:
-    "Return the function `package.module:function`. Raises ValueError where the module has none of that name, ImportError without the module."
+    """Return the function `package.module:function`. Raises ValueError where the module has none of that name,
+    ImportError without the module."""
     module, _, name = path.partition(":")
     try:
         found = import_module(module)
@@ -213,9 +215,11 @@ _imported: list[str] = []  # what `load_extensions` has found, once it ran
 
 
 def load_extensions():
-    """Import what registers methods, networks and data sets of others: entry points of the group `rcka`, and the modules in the environment variable RCKA_IMPORT, separated by commas.
+    """Import what registers methods, networks and data sets of others: entry points of the group `rcka`, and the
+    modules in the environment variable RCKA_IMPORT, separated by commas.
 
-    Called where a name is not known yet; does nothing the second time. Raises ImportError for a module that is missing."""
+    Called where a name is not known yet; does nothing the second time. Raises ImportError for a module that is
+    missing."""
     names = [name for name in os.environ.get("RCKA_IMPORT", "").split(",") if name]
     if "entry points" not in _imported:
         _imported.append("entry points")  # first, since what is imported may ask for names itself

@@ -48,12 +48,14 @@ from .train.learner import Trainer
 from .train.teacher_cache import BUDGET, StoredTeacher, TeacherCache, check_method, load_teacher, save_teacher
 
 # %% auto #0
-__all__ = ['SCORES', 'AS_GIVEN', 'PRESETS', 'IMAGENET', 'BESIDE', 'costs', 'EpochLines', 'Preset', 'recipe', 'scaled_ema',
-           'distill', 'is_stored', 'without_weights', 'new_network', 'open_teacher', 'public', 'report', 'save_outputs']
+__all__ = ['SCORES', 'DEFAULT_RECIPE', 'PRESETS', 'IMAGENET', 'WITHOUT_EFFECT', 'costs', 'EpochLines', 'Preset', 'recipe',
+           'scaled_ema', 'distill', 'is_stored', 'without_weights', 'new_network', 'open_teacher', 'public', 'report',
+           'save_outputs']
 
 # %% ../nbs/method/11_distill.ipynb #34ee35f4
 def costs(model: nn.Module, config: InputConfig, channels: int, device) -> dict:
-    "Return a network's number of parameters, FLOPs (two per multiply-add) for one image, size in MB and latency in ms on `device`."
+    """Return a network's number of parameters, FLOPs (two per multiply-add) for one image, size in MB and latency in ms
+    on `device`."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = model.eval()
@@ -99,7 +101,7 @@ class EpochLines(Callback):
         )
 
 # %% ../nbs/method/11_distill.ipynb #04a4e8e3
-AS_GIVEN = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norms": False, "schedule": "cosine"}
+DEFAULT_RECIPE = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norms": False, "schedule": "cosine"}
 
 
 class Preset(NamedTuple):
@@ -120,7 +122,8 @@ PRESETS = {
         {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "step"},
     ),
     "torchvision-v2": Preset(
-        "Vryniotis 2021, How to train state-of-the-art models using TorchVision's latest primitives (pytorch.org/blog), ResNet-50",
+        "Vryniotis 2021, How to train state-of-the-art models using TorchVision's latest primitives "
+        "(pytorch.org/blog), ResNet-50",
         *(600, 1024, 5 / 600),
         {
             **{"optimizer": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 2e-5, "decay_norms": False},
@@ -141,7 +144,7 @@ PRESETS = {
 
 
 def recipe(
-    preset: str | None,  # a name of `PRESETS`; None: `AS_GIVEN`
+    preset: str | None,  # a name of `PRESETS`; None: `DEFAULT_RECIPE`
     batch_size: int,
     given: dict,  # fields that override the recipe's
 ) -> dict:  # fields of `TrainConfig` and `Augment`
@@ -153,7 +156,7 @@ def recipe(
         if name not in known:
             raise ValueError(nearest(name, known, "field of TrainConfig or Augment"))
     if preset is None:
-        return AS_GIVEN | given
+        return DEFAULT_RECIPE | given
     found = PRESETS[preset]
     return found.fields | {"lr": found.fields["lr"] * batch_size / found.batch_size} | given
 
@@ -178,7 +181,7 @@ def scaled_ema(
     return 1 - min(1, (1 - decay) * batch * every / epochs * IMAGENET / images), every
 
 # %% ../nbs/method/11_distill.ipynb #9ead39de
-BESIDE = (
+WITHOUT_EFFECT = (
     "config",
     "output",
     "device",
@@ -194,7 +197,7 @@ def distill(
     data: str | Path | Callable,  # a folder, a name, "hfds/NAME", or a function that returns loaders: see `open_data`
     teacher: str
     | Path
-    | Callable,  # a network's name, completed by `qualify` for `create_model`, or a function; the folder of an earlier student; or a file of `save_teacher`
+    | Callable,  # a network's name (see `qualify`) or function; the folder of an earlier student; a file of `save_teacher`
     student: str | Callable,  # a network's name, or a function that creates it
     method: str = "kd+fcka",  # a name of `list_methods()`, or several joined by a plus
     epochs: int | None = None,  # None: 5, or those of the preset
@@ -205,8 +208,7 @@ def distill(
     teacher_options: dict | None = None,  # arguments of the networks, such as {"img_size": 32}
     student_options: dict | None = None,
     method_args: dict | None = None,  # as for `create_method`
-    size: int
-    | None = None,  # height and width of the student's images; None: those of the dataset, else of the network, else 224
+    size: int | None = None,  # side of the student's images; None: that of the dataset, else of the network, else 224
     batch_size: int | None = None,  # None: 64; loaders have their own
     skip_broken: bool = False,  # skip image files that cannot be decoded, with a warning; False: an error
     alone: bool = False,  # also train the student without the teacher, to compare
@@ -216,10 +218,10 @@ def distill(
     export: str | None = None,  # also export the student: "onnx", "torch", or both joined by a plus
     push_to_hub: str | None = None,  # upload the student to this repository of the Hugging Face hub, USER/NAME
     preset: str | None = None,  # a recipe of `PRESETS`; None: AdamW with a cosine schedule
-    precision: str = "auto",  # "fp32", "bf16" with channels_last, or "fp16"; "auto": the preset's, else see `auto_precision`
+    precision: str = "auto",  # "fp32", "bf16" with channels_last, "fp16"; "auto": the preset's, else `auto_precision`
     ema: float | None = None,  # decay of an average of the weights, which is then shipped; None: the preset's; 0: none
     callbacks: Callable[[Path], Iterable[Callback]]
-    | None = None,  # for each network that is trained, from its folder (teacher, student or alone) to callbacks, such as loggers
+    | None = None,  # from the folder of each network that is trained (teacher, student, alone) to callbacks
     **config,  # fields of `TrainConfig` and of `Augment`, such as lr=0.01 or mixup=0.2
 ) -> dict:  # the results, as in distill.json
     """Distil a teacher into a student, and write the student, its log, a card and a report to a folder.
@@ -242,7 +244,7 @@ def distill(
     )
     create_method(method, method_args)
     EMA(ema or 0.0)  # a decay that is none is refused
-    settings = {k: v for k, v in given.items() if k not in BESIDE} | {"epochs": epochs} | config
+    settings = {k: v for k, v in given.items() if k not in WITHOUT_EFFECT} | {"epochs": epochs} | config
     formats = export.split("+") if export else []
     check_formats(formats)
     if push_to_hub:
@@ -282,12 +284,13 @@ def _ship(folder: Path, formats: list[str], push_to_hub: str | None, progress: b
 
 
 def _network_name(network, who: str) -> str:
-    "Return the name of a network: a name or path as text, `package.module:function` for a function. Raises ValueError for a network itself."
+    """Return the name of a network: a name or path as text, `package.module:function` for a function. Raises ValueError
+    for a network itself."""
     if isinstance(network, nn.Module):
         raise ValueError(
-            f"{who} must be a name, or a function at the top level of a module that creates the network, so that a run can "
-            f"be resumed and a student loaded; got the network itself, a {type(network).__name__}. For networks as they are "
-            "use rcka.Pair, or rcka.Distiller with rcka.Trainer"
+            f"{who} must be a name, or a function at the top level of a module that creates the network, so that a "
+            f"run can be resumed and a student loaded; got the network itself, a {type(network).__name__}. For "
+            "networks as they are use rcka.Pair, or rcka.Distiller with rcka.Trainer"
         )
     return function_name(network, who) if callable(network) else str(network)
 
@@ -304,7 +307,8 @@ def _device(name: str | torch.device | None) -> torch.device:
 
 
 def _precision(settings: dict, device: torch.device, earlier: dict | None) -> str:
-    "Return the precision of a run: the one that is named, by the preset too; else that of its folder, else by the device."
+    """Return the precision of a run: the one that is named, by the preset too; else that of its folder, else by the
+    device."""
     named = settings["precision"]
     if named == "auto" and settings["preset"]:
         named = PRESETS[settings["preset"]].fields.get("precision", "auto")
@@ -324,7 +328,8 @@ def _check_same(folder: Path, there: dict, here: dict):
 
 # %% ../nbs/method/11_distill.ipynb #1604aa01
 def is_stored(teacher: str) -> bool:
-    "Return whether a teacher is given as a file of its outputs: by the suffix, so that `load_teacher` refuses one that is missing or damaged."
+    """Return whether a teacher is given as a file of its outputs: by the suffix, so that `load_teacher` refuses one
+    that is missing or damaged."""
     return Path(teacher).suffix == ".safetensors"
 
 
@@ -334,7 +339,8 @@ def without_weights(given: dict) -> bool:
 
 
 def new_network(given: dict, who: str, name: str, num_classes: int | None, in_channels: int) -> nn.Module:
-    "Return the student or the teacher of some settings, with its weights. Raises ValueError for an option that it does not take."
+    """Return the student or the teacher of some settings, with its weights. Raises ValueError for an option that it
+    does not take."""
     weights, options = given[f"{who}_weights"], given[f"{who}_options"]
     try:
         return make_network(name, num_classes, weights, options, in_channels)
@@ -350,7 +356,8 @@ def open_teacher(
     small: bool,  # whether the images are small: see `qualify`
     device: torch.device,
 ) -> tuple[nn.Module, str]:
-    "Return the teacher of some settings on the device, and its name: the stand-in of a file, an earlier student, or a network by name."
+    """Return the teacher of some settings on the device, and its name: the stand-in of a file, an earlier student, or a
+    network by name."""
     teacher, weights, options = (given[name] for name in ("teacher", "teacher_weights", "teacher_options"))
     if is_student(teacher):
         return load_student(teacher, device), read_about(teacher)["network"]
@@ -392,7 +399,8 @@ class _Run:
         self.from_files, self.labels = isinstance(data, FileDataset), data.num_classes > 0
         if not self.labels and settings["alone"]:
             raise ValueError(
-                f"alone=True trains the student on labels, but {settings['data']} has none: leave alone out, or give labels"
+                f"alone=True trains the student on labels, but {settings['data']} has none: leave alone out, or give "
+                "labels"
             )
         self.small = not self.from_files and data.shape[-1] <= SMALL
         self.classes, self.names, self.channels = data.num_classes, data.classes, data.shape[0]
@@ -421,7 +429,8 @@ class _Run:
         if self.augment != Augment():
             if self.loaders and data.soft and self.augment.soft:
                 raise ValueError(
-                    f"the loaders of {data.name} give class probabilities: {' and '.join(self.augment.soft)} needs classes"
+                    f"the loaders of {data.name} give class probabilities: {' and '.join(self.augment.soft)} needs "
+                    "classes"
                 )
             self.train = AugmentedBatches(self.train, self.augment, self.classes, self.config.seed)
         if settings["preset"] and "warmup_steps" not in fields:
@@ -433,7 +442,8 @@ class _Run:
         self.check()
 
     def as_they_come(self, ours: InputConfig, theirs: InputConfig) -> tuple[InputConfig, InputConfig]:
-        "Return the input of the networks if the normalisation of the images is unknown. Raises ValueError if weights depend on it."
+        """Return the input of the networks if the normalisation of the images is unknown. Raises ValueError if weights
+        depend on it."""
         unknown = f"{self.given['data']} does not say how its images are normalised"
         pretrained = (("student", self.given["student_weights"], ours), ("teacher", not self.trains_teacher, theirs))
         for who, weights, config in pretrained:
@@ -477,14 +487,15 @@ class _Run:
         return {"decay": decay, "every": every, "copy_steps": self.config.warmup_steps} if decay else None
 
     def make_networks(self):
-        "Create the student and the teacher. Without labels the student has the teacher's outputs if the method compares logits."
+        """Create the student and the teacher. Without labels the student has the teacher's outputs if the method
+        compares logits."""
         given = self.given
         self.student_name = qualify(given["student"], list_models(), self.small)
         self.trains_teacher = without_weights(given)
         if self.trains_teacher and not self.labels:
             raise ValueError(
-                f"{given['data']} has no labels to train a teacher on: give teacher_weights='pretrained' or a file, or the "
-                "folder of an earlier student as teacher"
+                f"{given['data']} has no labels to train a teacher on: give teacher_weights='pretrained' or a file, "
+                "or the folder of an earlier student as teacher"
             )
         torch.manual_seed(self.config.seed)
         outputs = self.classes
@@ -496,8 +507,9 @@ class _Run:
         method = create_method(given["method"], given["method_args"])
         if self.labels and method.wants_logits and names and names != tuple(self.names):
             raise ValueError(
-                f"the teacher of {given['teacher']} has other classes ({some_names(list(names))}) than {given['data']} ({some_names(list(self.names))}), and "
-                f"method={given['method']!r} compares logits: use a method on features, such as fcka, sp or rkd"
+                f"the teacher of {given['teacher']} has other classes ({some_names(list(names))}) than "
+                f"{given['data']} ({some_names(list(self.names))}), and method={given['method']!r} compares logits: "
+                "use a method on features, such as fcka, sp or rkd"
             )
         if not self.labels:
             if method.wants_logits:
@@ -528,7 +540,8 @@ class _Run:
                     net.eval()(images)
             except (RuntimeError, ValueError, AssertionError) as error:
                 raise ValueError(
-                    f"the {who} fails on these images: {' '.join(str(error).split())[:300]}. Give size=, or {who}_options={{'img_size': ...}}"
+                    f"the {who} fails on these images: {' '.join(str(error).split())[:300]}. Give size=, or "
+                    f"{who}_options={{'img_size': ...}}"
                 ) from error
         larger = sum(p.numel() for p in self.student.parameters())
         smaller = self.stored.about["parameters"] if self.stored else sum(p.numel() for p in self.teacher.parameters())
@@ -543,7 +556,8 @@ class _Run:
         if not self.labels:
             why = f"{self.given['data']} has no labels"
         elif soft:
-            why = f"{' and '.join(soft)} make{'s' if self.augment.soft and len(soft) == 1 else ''} the targets class probabilities"
+            make = "makes" if self.augment.soft and len(soft) == 1 else "make"
+            why = f"{' and '.join(soft)} {make} the targets class probabilities"
         try:
             task = self.task(copy.deepcopy(self.student), copy.deepcopy(self.teacher))
             if self.cache:
@@ -556,8 +570,8 @@ class _Run:
                 raise ClassesNeeded("it has no term of its own")
         except ClassesNeeded as error:
             raise ValueError(
-                f"method={method!r} cannot be used with these images, since {why}: {error}. Use kd, dist, fcka, lcka, rcka, "
-                "sp or rkd, for example"
+                f"method={method!r} cannot be used with these images, since {why}: {error}. Use kd, dist, fcka, lcka, "
+                "rcka, sp or rkd, for example"
             ) from error
         except RuntimeError as error:
             said = " ".join(str(error).split())[:300]
@@ -596,7 +610,8 @@ class _Run:
         if self.trains_teacher:
             if self.progress:
                 print(
-                    f"teacher: no weights for {self.teacher_name}, so it is trained on the data first; give teacher_weights to avoid this"
+                    f"teacher: no weights for {self.teacher_name}, so it is trained on the data first; give "
+                    "teacher_weights to avoid this"
                 )
             self.fit(Distiller(self.teacher), "teacher")
         teacher_top1 = evaluate(self.teacher, self.test).top1 if self.knows_classes() else None
@@ -742,7 +757,8 @@ def report(settings: dict, results: dict, similarity: bool, ema: dict | None = N
             lines += ["", f"Student on held-out images: {SCORES[name]}: {results['student'][name]:.2f}."]
     lines += [
         "",
-        f"Latency: median of ten runs with one image on {results['device']}. FLOPs: torch.utils.flop_counter, convolutions and matrix products.",
+        f"Latency: median of ten runs with one image on {results['device']}. FLOPs: torch.utils.flop_counter, "
+        "convolutions and matrix products.",
         "",
     ]
     lines += ["![Loss and accuracy by epoch](curves.png)"] + (
@@ -820,8 +836,8 @@ def _with_teacher(images: Dataset | FileDataset, given: dict, size: int | None, 
     "Return the images, cut at `size` or for the teacher; the teacher, frozen, which takes such images; and its name."
     if is_stored(given["teacher"]) or without_weights(given):
         raise ValueError(
-            f"the teacher {given['teacher']} has no weights to run with: give teacher_weights='pretrained' or a file, or "
-            "the folder of an earlier student as teacher"
+            f"the teacher {given['teacher']} has no weights to run with: give teacher_weights='pretrained' or a file, "
+            "or the folder of an earlier student as teacher"
         )
     from_files, channels, side = isinstance(images, FileDataset), images.shape[0], images.shape[-1]
     small = not from_files and side <= SMALL

@@ -42,7 +42,8 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def batch_statistics(model: nn.Module):
-    "Let batch normalisation use the statistics of the batch within the context, without updating the running statistics."
+    """Let batch normalisation use the statistics of the batch within the context, without updating the running
+    statistics."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.training, m.track_running_stats) for m in norms]
     try:
@@ -62,17 +63,20 @@ def paired_taps(
     teacher_paths: Sequence[str] | None,
     logits: Callable[..., Tensor] = as_logits,
 ) -> tuple[Taps, Taps]:
-    "Return the taps of both networks, at the user's paths or those that the method wants. Raises ValueError if their numbers differ."
+    """Return the taps of both networks, at the user's paths or those that the method wants. Raises ValueError if their
+    numbers differ."""
     if student is teacher:
         raise ValueError(
-            "student and teacher are the same network, which would be frozen: give a copy as teacher, copy.deepcopy(student)"
+            "student and teacher are the same network, which would be frozen: give a copy as teacher, "
+            "copy.deepcopy(student)"
         )
     ours = wanted_paths(method, student, student_paths)
     theirs = wanted_paths(method, teacher, teacher_paths)
     if len(ours) != len(theirs):
         raise ValueError(
             f"a method compares features in pairs, but the student has {len(ours)} path(s), {ours}, and the teacher "
-            f"{len(theirs)}, {theirs}. Give equally many paths for both, or the method stages that both have: stages=(-3, -2, -1)"
+            f"{len(theirs)}, {theirs}. Give equally many paths for both, or the method stages that both have: "
+            "stages=(-3, -2, -1)"
         )
     of_teacher = teacher.taps_at(theirs) if isinstance(teacher, StoredFeatures) else Taps(teacher, theirs, logits)
     return Taps(student, ours, logits), of_teacher
@@ -99,7 +103,8 @@ def build_method(
     run_teacher: Callable[[Taps], Outputs],
     targets: Tensor | None = None,  # of all training samples
 ) -> tuple[Taps, Taps]:
-    """Build a method from an example batch; return the taps of student and teacher, with maps where the method wants them.
+    """Build a method from an example batch; return the taps of student and teacher, with maps where the method wants
+    them.
 
     Raises ValueError if the method compares logits and the networks have different classes."""
     outputs, used = [], []
@@ -124,12 +129,13 @@ class Pair(nn.Module):
     """A student, its teacher and a distillation method, for a training loop of your own.
 
     `pair(images, target)` runs both networks and returns the weighted terms by name; their sum is the loss. The teacher
-    runs in eval mode without gradients and is not a submodule: `parameters()` and `state_dict()` are those of the student
-    and of the method, and `.to(...)` moves the teacher as well. `close()`, or leaving `with Pair(...) as pair:`, removes
-    the hooks from both networks. For several devices wrap the pair, not the student: `DistributedDataParallel(pair)`.
+    runs in eval mode without gradients and is not a submodule: `parameters()` and `state_dict()` are those of the
+    student and of the method, and `.to(...)` moves the teacher as well. `close()`, or leaving
+    `with Pair(...) as pair:`, removes the hooks from both networks. For several devices wrap the pair, not the student:
+    `DistributedDataParallel(pair)`.
 
-    For a batch with fewer samples than `method.smallest` all terms and their gradients are zero. Raises ValueError before
-    any training if the networks and the method do not fit together."""
+    For a batch with fewer samples than `method.smallest` all terms and their gradients are zero. Raises ValueError
+    before any training if the networks and the method do not fit together."""
 
     def __init__(
         self,
@@ -156,8 +162,8 @@ class Pair(nn.Module):
         inputs = example[0] if isinstance(example, (tuple, list)) and example else example
         if not isinstance(inputs, (Tensor, Mapping)):
             raise TypeError(
-                "example must be a batch: images, (images, ...), or a dict of the networks' arguments, as next(iter(loader)) "
-                f"gives; got {type(example).__name__}"
+                "example must be a batch: images, (images, ...), or a dict of the networks' arguments, as "
+                f"next(iter(loader)) gives; got {type(example).__name__}"
             )
         device = next(student.parameters()).device
         inputs = {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs.to(device)

@@ -110,9 +110,9 @@ def compare_logits(
     other = (found.argmax(1) != expected.argmax(1)).sum().item()
     if not difference <= TOLERANCE * max(largest, 1e-6) or other:
         raise ValueError(
-            f"{name} is not the student: on {len(images)} images the logits differ by up to {difference:.2g} (the largest "
-            f"is {largest:.3g}) and {other} images get another class. It was not written: check for code that depends on "
-            "values or on export mode, and for operations that the format rounds"
+            f"{name} is not the student: on {len(images)} images the logits differ by up to {difference:.2g} (the "
+            f"largest is {largest:.3g}) and {other} images get another class. It was not written: check for code that "
+            "depends on values or on export mode, and for operations that the format rounds"
         )
     return {"largest_difference": difference, "largest_logit": largest, "images": len(images)}
 
@@ -182,7 +182,8 @@ CARD_MARK = "# Written by rcka. Remove this line, and rcka leaves the file as it
 def model_card(
     folder: Path | str,  # of `save_student`, or of `rcka distill`
 ) -> str:
-    "Return the model card of a student as Markdown, with metadata for the Hugging Face hub. Raises the errors of `read_about`."
+    """Return the model card of a student as Markdown, with metadata for the Hugging Face hub. Raises the errors of
+    `read_about`."""
     folder = Path(folder)
     about, path = read_about(folder), folder / "distill.json"
     run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -222,7 +223,8 @@ def _origin(made: dict, settings: dict) -> list[str]:
     if not settings:
         return []
     unlabelled = "" if made.get("labels", True) else ", without labels, so with no cross-entropy"
-    origin = f"Trained with the method `{settings['method']}` for {settings['epochs']} epochs on {settings['data']}{unlabelled}."
+    how = f"the method `{settings['method']}` for {settings['epochs']} epochs"
+    origin = f"Trained with {how} on {settings['data']}{unlabelled}."
     return [f"{origin} {average_said(made['average'])}." if made.get("average") else origin]
 
 
@@ -307,8 +309,8 @@ def _files(folder: Path, about: dict) -> str:
             "torch": 'torch.export.load("student.pt2").module()(x)',
         }[name]
         lines.append(
-            f"- `{found['file']}`: `{run}`, x of shape ({shape}), normalised; compared with the student on {found['images']} images, "
-            f"logits within {found['largest_difference']:.1e}, the same classes."
+            f"- `{found['file']}`: `{run}`, x of shape ({shape}), normalised; compared with the student on "
+            f"{found['images']} images, logits within {found['largest_difference']:.1e}, the same classes."
         )
     lines += [f"\n![{what}]({name})" for name, what in PICTURES.items() if (folder / name).is_file()]
     return "\n".join(["## Files", "", *lines]) if lines else ""
@@ -346,7 +348,8 @@ def push_to_hub(
     folder: Path | str,  # of `save_student`, or of `rcka distill`
     repository: str,  # USER/NAME
 ) -> str:  # the address of the commit
-    "Upload a student to a repository of the Hugging Face hub; a new one is private. Raises the errors of `load_student` before any upload."
+    """Upload a student to a repository of the Hugging Face hub; a new one is private. Raises the errors of
+    `load_student` before any upload."""
     with optional_import():
         from huggingface_hub import HfApi
     check_repository(repository)

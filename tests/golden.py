@@ -1,7 +1,7 @@
 """The numbers of the package on fixed inputs: the losses of all methods, the 23 networks, and a short training run.
 
-`golden.json` holds those of the tree before it was rebuilt, commit b739d5e. It was written there by this file, which runs
-on both:
+`golden.json` holds those of the tree before it was rebuilt, commit b739d5e. It was written there by this file, which
+runs on both:
 
     git worktree add ../before b739d5e
     PYTHONPATH=../before python tests/golden.py --write tests/golden.json"""
@@ -27,9 +27,9 @@ except ImportError:  # the tree before
 
 FILE = Path(__file__).with_suffix(".json")
 CLASSIFIERS = (
-    "kd dkd dist ikl_kd nkd sp rkd pkt fitnet at nst vid cc crd ofd reviewkd ickd_c mgd srrl dpk cka_places wkd_f itrd srd "
-    "ofa standardized lskd ttm wttm normkd rld mlkd skd wkd_l cka_angle procrustes label_cka kernel_cka none fcka lcka "
-    "rcka rcka_released kd+fcka"
+    "kd dkd dist ikl_kd nkd sp rkd pkt fitnet at nst vid cc crd ofd reviewkd ickd_c mgd srrl dpk cka_places wkd_f "
+    "itrd srd ofa standardized lskd ttm wttm normkd rld mlkd skd wkd_l cka_angle procrustes label_cka kernel_cka none "
+    "fcka lcka rcka rcka_released kd+fcka"
 ).split()
 DENSE = "mimic pkd fgd dense_kd dense_dist pcka".split()
 NETWORKS = (

@@ -1,5 +1,5 @@
-"""A notebook that stands in for a benchmark: it leaves the files of a run without importing torch, so that a kernel takes a second.
-Seeds decide what happens: 0 to 9 succeed, 66 raises, 77 kills its kernel, 88 finds the disk full."""
+"""A notebook that stands in for a benchmark: it leaves the files of a run without importing torch, so that a kernel
+takes a second. Seeds decide what happens: 0 to 9 succeed, 66 raises, 77 kills its kernel, 88 finds the disk full."""
 
 import nbformat
 

@@ -1,9 +1,8 @@
 """A search for counterexamples to every inequality of rcka.bounds, and oracles for what it computes.
 
 The search looks where such inequalities break: ill-conditioned, rank one, two samples, many more features than samples,
-constant rows, duplicates, huge and tiny scales, pairs that are nearly the same, and pairs near which each bound is tight.
-It must find nothing against what is true, and something against a deliberately false variant of each claim.
-"""
+constant rows, duplicates, huge and tiny scales, pairs that are nearly the same, and pairs near which each bound is
+tight. It must find nothing against what is true, and something against a deliberately false variant of each claim."""
 
 import functools
 import itertools

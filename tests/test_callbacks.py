@@ -1,4 +1,5 @@
-"Callbacks of the trainer: order, state, averages, kept weights, the clock, groups; optimisers, clipping, accumulation; plain loaders."
+"""Callbacks of the trainer: order, state, averages, kept weights, the clock, groups; optimisers, clipping,
+accumulation; plain loaders."""
 
 import copy
 import math
@@ -459,7 +460,8 @@ def loaders(images, **how):
 
 
 def test_plain_loaders_train(images, tmp_path):
-    "A DataLoader of (images, targets) is enough, with a teacher, several students, and no random numbers taken outside."
+    """A DataLoader of (images, targets) is enough, with a teacher, several students, and no random numbers taken
+    outside."""
     train, test = loaders(images)
     teacher = network(0)
     make = lambda seed, folder: Trainer(

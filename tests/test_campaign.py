@@ -1,4 +1,5 @@
-"A campaign at toy size on the CPU: killed, stopped by its clock, with an item that fails; and none of what notebooks need."
+"""A campaign at toy size on the CPU: killed, stopped by its clock, with an item that fails; and none of what notebooks
+need."""
 
 import json
 import os

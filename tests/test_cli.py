@@ -54,18 +54,29 @@ def test_every_option_has_help(says):
         assert says(name, "--help")[0] == 0
 
 
-def test_completion():
-    "Shell completion gives the commands."
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("rcka s", {"save-teacher", "sweep", "status"}),
+        ("rcka save-teacher --te", {"--teacher", "--teacher-weights", "--teacher-options"}),
+        ("rcka train --dataset digits --lr_", {"--lr_steps", "--lr_decay"}),
+        ("rcka train --kind detection --det", {"--detector", "--deterministic"}),
+        ("rcka train --student resnet11", {"resnet110"}),
+        ("rcka train --method dens", {"dense_kd", "dense_dist"}),
+    ],
+)
+def test_completion(words, expected):
+    "Shell completion gives commands, options, and names for the options of `rcka train`."
     env = {
         **os.environ,
         "_RCKA_COMPLETE": "complete_bash",
-        "COMP_WORDS": "rcka s",
-        "COMP_CWORD": "1",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
         "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
     }
     code = "import sys; sys.argv[0] = 'rcka'; from rcka.cli import app; app(prog_name='rcka')"
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
-    assert set(out.split()) == {"save-teacher", "sweep", "status"}
+    assert set(out.split()) == expected
 
 
 def test_train(says, tmp_path):

@@ -1,4 +1,5 @@
-"PCKA and the other methods of dense tasks: against the formulas written out, on odd sizes, bad input and half precision."
+"""PCKA and the other methods of dense tasks: against the formulas written out, on odd sizes, bad input and half
+precision."""
 
 import math
 

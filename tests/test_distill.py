@@ -196,8 +196,8 @@ def test_a_student_larger_than_its_teacher_is_a_warning(tmp_path):
 def test_teacher_and_student_see_the_same_crop(photos, tmp_path, monkeypatch):
     """A teacher of 224 pixels and a student of 96, each with its own normalisation.
 
-    The pixels that both saw, taken back to values from 0 to 1: of training images one is the other, resized; of held-out
-    images both are what torchvision's preset makes of the file."""
+    The pixels that both saw, taken back to values from 0 to 1: of training images one is the other, resized; of
+    held-out images both are what torchvision's preset makes of the file."""
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms._presets import ImageClassification
 

@@ -1,6 +1,7 @@
 """Links between pages, and the site of `make docs`.
 
-The site is built, opened from file:// in a browser at the widths of a desk and of a phone, and every link in it is followed."""
+The site is built, opened from file:// in a browser at the widths of a desk and of a phone, and every link in it is
+followed."""
 
 import html
 import json
@@ -142,7 +143,8 @@ load();
 
 
 def browse(site, urls):
-    "Open pages at the width of a phone, 390 pixels, and widen them to 1280: (address, what the page reports) for each width."
+    """Open pages at the width of a phone, 390 pixels, and widen them to 1280: (address, what the page reports) for each
+    width."""
     opened = []
     for url in urls:
         path, _, query = url.partition("?")

@@ -107,12 +107,14 @@ def test_a_page_in_the_checkout_leaves_its_exhibits_alone(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_exhibits_are_made_again_from_their_records(tmp_path, monkeypatch):
-    "A page with its recorded parameters, in a copy of the checkout: the record and the files are new, the rest as it was."
+    """A page with its recorded parameters, in a copy of the checkout: the record and the files are new, the rest as it
+    was."""
     (tmp_path / "nbs").mkdir()
     cells = [
         ("epochs = 1\nfigures = None", ["parameters"]),
         (
-            "from rcka.experiments.exhibits import figures_folder, parameters_of, record_exhibit\nparameters = parameters_of(globals())",
+            "from rcka.experiments.exhibits import figures_folder, parameters_of, record_exhibit\nparameters = "
+            "parameters_of(globals())",
             [],
         ),
         ("folder = figures_folder(figures)\n(folder / 'a.txt').write_text(str(epochs))", []),

@@ -294,16 +294,19 @@ def kind(name):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_key(name):
-    """The key of an experiment changes only where somebody means it to: with a default, a field or an argument of its method.
+    """The key of an experiment changes only where somebody means it to: with a default, a field or an argument of its
+    method.
 
-    Old results are then those of another experiment, and are made again: change the literal and say so in CHANGELOG.md."""
+    Old results are then those of another experiment, and are made again: change the literal and say so in
+    CHANGELOG.md."""
     fields, key = GOLDEN[name]
     assert kind(name)(**fields).key == key
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_experiments_hold_all_arguments(name):
-    "Those of the method with their values, the same after a round trip through JSON and when they are given one by one."
+    """Those of the method with their values, the same after a round trip through JSON and when they are given one by
+    one."""
     fields, _ = GOLDEN[name]
     e = kind(name)(**fields)
     arguments = inspect.signature(type(create_method(e.method))).parameters

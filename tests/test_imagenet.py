@@ -56,7 +56,8 @@ def make_folder(base, train=10, val=3, classes=4):
 
 @pytest.fixture(autouse=True)
 def workers_end(monkeypatch):
-    "End the workers of each test: a loader that is collected as part of a reference cycle waits 5 s for each of its own."
+    """End the workers of each test: a loader that is collected as part of a reference cycle waits 5 s for each of its
+    own."""
     made, real = [], imagenet._loader
     monkeypatch.setattr(imagenet, "_loader", lambda *args, **how: made.append(real(*args, **how)) or made[-1])
     yield

@@ -1,7 +1,11 @@
-"The package is built in layers: a module imports what stands below it, never a circle, and never a private name of another."
+"""The package is built in layers: a module imports what stands below it, never a circle, and never a private name of
+another."""
+
+import ast
+import re
 
 import pytest
-from layers import ENTRY_POINTS, GRAPH, LEVEL, room, target
+from layers import ENTRY_POINTS, GRAPH, LEVEL, ROOT, room, target
 
 
 @pytest.mark.parametrize("module", sorted(set(GRAPH) - ENTRY_POINTS))
@@ -35,3 +39,27 @@ def test_no_circles():
 def test_private_names_stay_at_home(module):
     private = [(m, n) for m, n in GRAPH[module] if n.startswith("_") and not n.startswith("__")]
     assert not private, f"{module} imports private names: {private}"
+
+
+def defined(module: str) -> set[str]:
+    "The names that a module defines at its top level."
+    path = ROOT / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return found
+
+
+def test_new_names_are_where_the_changelog_says():
+    "Each name in the table of old and new names, the one behind the arrow where there is one."
+    text = (ROOT.parent / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Old and new names")[2]
+    rows = re.findall(r"^\| `[\w.]+` \| `([\w.]+)` \| (.+) \|$", text, re.M)
+    assert len(rows) > 50
+    for module, names in rows:
+        new = {re.findall(r"`(\w+)`", name)[-1] for name in names.split(", ")}
+        assert new <= defined(module), f"{module}: {sorted(new - defined(module))}"

@@ -92,7 +92,8 @@ def test_distilled_to_the_end(factory, method, tmp_path):
 
 
 def test_what_is_shipped_normalises_as_the_loader(tmp_path):
-    "Classes and constants are the factory's; the score is that of the saved student on its own preprocessing; exports agree."
+    """Classes and constants are the factory's; the score is that of the saved student on its own preprocessing; exports
+    agree."""
     from torchvision.transforms.v2.functional import to_pil_image
 
     results = rcka.distill(

@@ -1,4 +1,5 @@
-"Loggers: what they are given, and what TensorBoard, Weights & Biases and MLflow hold of a run, also of one that was interrupted."
+"""Loggers: what they are given, and what TensorBoard, Weights & Biases and MLflow hold of a run, also of one that was
+interrupted."""
 
 import re
 

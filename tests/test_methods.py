@@ -242,7 +242,8 @@ def test_the_teacher_is_in_eval_mode_for_all_others():
 
 
 def test_rcka_released_is_the_last_stage_and_says_where_its_term_is_from():
-    "The released class sums its feature term over stages: here it is that of the last one, or a mean, and the sum by `alpha`."
+    """The released class sums its feature term over stages: here it is that of the last one, or a mean, and the sum by
+    `alpha`."""
     generator = torch.Generator().manual_seed(0)
     names = tuple(f"stage{i}" for i in range(3))
     layers = FeaturePaths(names, names, "pooled", "fc")

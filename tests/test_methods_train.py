@@ -1,5 +1,6 @@
-"""Every method trains. On one fixed batch: gradients arrive everywhere, and a step against them lowers the method's own terms by as much
-as they say. Through the trainer: a run is finite, a student learns, and a teacher that knows more helps one with few labels."""
+"""Every method trains. On one fixed batch: gradients arrive everywhere, and a step against them lowers the method's own
+terms by as much as they say. Through the trainer: a run is finite, a student learns, and a teacher that knows more
+helps one with few labels."""
 
 import copy
 import math
@@ -149,8 +150,8 @@ def built(name, student, images, teacher):
 
 
 def evaluated(distiller, batch, gradients=False):
-    """The loss, the sum of the method's own terms and, if wanted, both gradients; always with the same random numbers, and with buffers (batch
-    statistics, memory banks) left as they were."""
+    """The loss, the sum of the method's own terms and, if wanted, both gradients; always with the same random numbers,
+    and with buffers (batch statistics, memory banks) left as they were."""
     parameters = [*distiller.student.parameters(), *distiller.method.parameters()]
     states = [(m, copy.deepcopy(m.state_dict())) for m in (distiller.student, distiller.method)]
     torch.manual_seed(5)
@@ -210,8 +211,8 @@ def test_the_stages_of_a_vit_are_known(images, teacher):
 
 @pytest.mark.parametrize("name", ["lcka", "dist"])
 def test_scale_free_methods_on_zero_logits(name):
-    """torchvision's transformers begin with a head of zeros. Where a method does not look at the scale of the logits, its gradient is zero
-    there and grows as 1 / scale just beside it: draw the head anew before such a run."""
+    """torchvision's transformers begin with a head of zeros. Where a method does not look at the scale of the logits,
+    its gradient is zero there and grows as 1 / scale just beside it: draw the head anew before such a run."""
     method, g = create_method(name), torch.Generator().manual_seed(0)
     z, t = torch.randn(32, 10, generator=g), torch.randn(32, 10, generator=g)
 
@@ -241,7 +242,8 @@ def test_a_run_is_finite(name, teacher, tmp_path):
 
 @pytest.mark.slow
 def test_a_teacher_that_knows_more_helps_where_labels_are_few(tmp_path):
-    "The teacher has seen all 898 digits, the students 200 of them: alone they learn, with KD and with RCKA they learn more."
+    """The teacher has seen all 898 digits, the students 200 of them: alone they learn, with KD and with RCKA they learn
+    more."""
     every, few = load_dataset("digits"), load_dataset("digits", limit=200)
     test = every.batches(train=False)
     teacher = network("resnet14", every, 0)

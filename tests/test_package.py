@@ -1,4 +1,5 @@
-"What a stranger meets first: the import with torch alone, the README's code, the metadata, the package that is built from the sources."
+"""What a stranger meets first: the import with torch alone, the README's code, the metadata, the package that is built
+from the sources."""
 
 import ast
 import configparser
@@ -57,7 +58,8 @@ print(len(rcka.list_methods()))
 def test_papermill_and_its_engine_import_in_any_order(first):
     "papermill loads the engine of an installed rcka while it is itself being imported."
     done = python(
-        f"import {first}, papermill.engines, rcka.experiments.sweep; print(papermill.engines.papermill_engines.get_engine('rcka').__class__.__module__)"
+        f"import {first}, papermill.engines, rcka.experiments.sweep; "
+        "print(papermill.engines.papermill_engines.get_engine('rcka').__class__.__module__)"
     )
     assert done.stdout.strip() == "rcka.engine", done.stderr
 
@@ -73,9 +75,11 @@ def test_papermill_and_its_engine_import_in_any_order(first):
     ids=["import", "help", "sweep-help", "models"],
 )
 def test_torch_is_imported_late(code):
-    "torch takes seconds to import: not for the engine that papermill loads, not for help, not for the list of networks."
+    """torch takes seconds to import: not for the engine that papermill loads, not for help, not for the list of
+    networks."""
     done = python(
-        f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, 'papermill' in sys.modules)); {code}"
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, 'papermill' in sys.modules)); "
+        f"{code}"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False False"
@@ -275,7 +279,8 @@ def test_version_is_said_once():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    "The sdist made from a copy of the sources, the wheel made from the sdist, and an environment with the sdist installed."
+    """The sdist made from a copy of the sources, the wheel made from the sdist, and an environment with the sdist
+    installed."""
     for tool in ("setuptools", "pip"):
         pytest.importorskip(tool, reason=f"{tool} builds or installs the package")
     folder = tmp_path_factory.mktemp("built")

@@ -61,7 +61,8 @@ def images(n=6, size=16):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_what_it_says(name):
-    "The terms are finite, their gradient reaches the student, and the teacher has none; both networks are clean afterwards."
+    """The terms are finite, their gradient reaches the student, and the teacher has none; both networks are clean
+    afterwards."""
     torch.manual_seed(0)
     method = create_method(name, SMALL.get(name))
     student, teacher = Small(4), Small(6)

@@ -1,7 +1,7 @@
 """Every tensor is made on the device of its input: forward passes on a CUDA device that is not there.
 
-Fake tensors have shapes, types and devices and no values, and an operation on two devices is an error as with real ones. They need a build of
-torch with CUDA, and no driver."""
+Fake tensors have shapes, types and devices and no values, and an operation on two devices is an error as with real
+ones. They need a build of torch with CUDA, and no driver."""
 
 from unittest import mock
 
@@ -41,7 +41,8 @@ def moved(module, *args, **kwargs):
 
 
 def fakes_work():
-    "Whether this torch moves a module to a device that is not there: a build without CUDA does not, and 2.4 asks for the driver."
+    """Whether this torch moves a module to a device that is not there: a build without CUDA does not, and 2.4 asks for
+    the driver."""
     try:
         with FakeTensorMode():
             moved(nn.Linear(2, 2), "cuda")(torch.zeros(2, 2, device="cuda"))

@@ -91,7 +91,8 @@ def test_every_benchmark_is_in_the_table():
 
 
 def test_the_changelog_names_what_there_is():
-    "The table of old and new names: each new name exists in its module. Where this fails, a name has moved on: say where."
+    """The table of old and new names: each new name exists in its module. Where this fails, a name has moved on: say
+    where."""
     rows = NAMES_TABLE.findall((root / "CHANGELOG.md").read_text(encoding="utf-8"))
     assert len(rows) > 40
     for _, new, names in rows:

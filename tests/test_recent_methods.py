@@ -1,4 +1,5 @@
-"The methods published since 2022: each against its formula written naively in float64, against an oracle where there is one, and on odd inputs."
+"""The methods published since 2022: each against its formula written naively in float64, against an oracle where there
+is one, and on odd inputs."""
 
 import copy
 import math
@@ -655,7 +656,8 @@ def test_values_that_are_not_finite_reach_the_loss(similarity, bad):
 
 
 def test_levels_are_cosines_after_one_rotation():
-    "Against the formula with scipy's rotation: the first is that of single places, the others are of means over blocks."
+    """Against the formula with scipy's rotation: the first is that of single places, the others are of means over
+    blocks."""
     scipy_linalg = pytest.importorskip("scipy.linalg")
     x, y = torch.randn(6, 4, 16, 16, dtype=torch.float64), torch.randn(6, 4, 16, 16, dtype=torch.float64)
     y = y + 3 * x.flip(1) + torch.randn(6, 4, 1, 1, dtype=torch.float64)
@@ -698,7 +700,8 @@ def test_constant_channels_give_zero_without_a_gradient(similarity, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [8, 512])
 def test_explained_variance_with_copied_and_dead_channels(width):
-    "A covariance without an inverse: value and gradient are finite, and copies explain no more than the channel itself."
+    """A covariance without an inverse: value and gradient are finite, and copies explain no more than the channel
+    itself."""
     torch.manual_seed(0)
     x, y = torch.randn(4, width, 4, 4), torch.randn(4, 6, 4, 4)
     x[:, width // 2 :] = x[:, : width // 2]
@@ -1050,7 +1053,8 @@ def test_cat_kd_does_not_see_the_bias():
 
 @pytest.mark.parametrize("larger", ["teacher", "student", "neither"])
 def test_simkd_against_the_formula(larger):
-    """The projector written as products of matrices and shifts, in eval mode with statistics of its own; the larger map averaged down."""
+    """The projector written as products of matrices and shifts, in eval mode with statistics of its own; the larger map
+    averaged down."""
     torch.manual_seed(0)
     s = torch.randn(3, 5, *(4, 4) if larger == "student" else (2, 2), dtype=torch.float64, requires_grad=True)
     t = torch.randn(3, 6, *(4, 4) if larger == "teacher" else (2, 2), dtype=torch.float64)

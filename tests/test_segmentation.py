@@ -616,7 +616,8 @@ def gradient_and_score(path):
 
 @pytest.mark.parametrize("world, memory", [(2, 8), (2, 0)])
 def test_each_process_decodes_its_part(scenes, monkeypatch, world, memory):
-    "Blocks of training batches, turns of evaluation, whether the images are held or decoded anew. Two images of ten are too few for a third batch: one for each process."
+    """Blocks of training batches, turns of evaluation, whether the images are held or decoded anew. Two images of ten
+    are too few for a third batch: one for each process."""
     make = lambda train: scenes.batches(4, train, crop=(16, 24), seed=3, memory=memory)
     whole, tested = list(make(True).epoch(1)), list(make(False).epoch(0))
     equal = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -1,4 +1,5 @@
-"Streaming accumulators: any split, any order, any merge gives the number that the whole set (or the formula, naively) gives."
+"""Streaming accumulators: any split, any order, any merge gives the number that the whole set (or the formula, naively)
+gives."""
 
 import pickle
 

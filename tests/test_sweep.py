@@ -74,7 +74,8 @@ def until(condition, seconds=60):
 
 @pytest.mark.slow
 def test_failures_stay_with_their_run(stub, tmp_path, pool):
-    "A kernel that raises and one that is killed: the others are done, both are recorded, and tried again unless asked not to."
+    """A kernel that raises and one that is killed: the others are done, both are recorded, and tried again unless asked
+    not to."""
     runs, root = pairs("none,kd,rcka", (0, 66, 77)), tmp_path / "runs"
     tallies = []
     out = {o.key: o for o in sweep(runs, root, pool, stub, watch=tallies.append, every=0.1)}
@@ -289,7 +290,8 @@ def stopped(root, signum, epochs):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 def test_stopped_sweep_keeps_every_epoch(tmp_path):
-    "Ctrl-C, then SIGTERM, long before a checkpoint is due: every epoch is kept, what is said of it is true, and the same command goes on."
+    """Ctrl-C, then SIGTERM, long before a checkpoint is due: every epoch is kept, what is said of it is true, and the
+    same command goes on."""
     root, epochs = tmp_path / "runs", 0
     for signum in (signal.SIGINT, signal.SIGTERM):
         err, kept, run = stopped(root, signum, epochs + 5)
@@ -342,7 +344,8 @@ print(json.dumps([info["transport"], os.stat(os.path.dirname(info["ip"])).st_mod
 
 
 def test_kernel_is_not_on_tcp(tmp_path, monkeypatch):
-    "The kernel's channels are files in a folder only the user can enter, also where the temporary folder has a long name."
+    """The kernel's channels are files in a folder only the user can enter, also where the temporary folder has a long
+    name."""
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SOCKETS)]), tmp_path / "in.ipynb")
     long = tmp_path / ("x" * 100)
     long.mkdir()

@@ -104,7 +104,8 @@ def cluster():
             time.sleep(0.5)
         else:
             pytest.skip(
-                f"Slurm did not start here: {(home / 'slurmctld.log').read_text()[-500:] if (home / 'slurmctld.log').exists() else 'no log'}"
+                "Slurm did not start here: "
+                f"{(home / 'slurmctld.log').read_text()[-500:] if (home / 'slurmctld.log').exists() else 'no log'}"
             )
         with pytest.MonkeyPatch.context() as patch:
             for name in ("SLURM_CONF", "PATH"):
@@ -135,7 +136,8 @@ def jobs():
 
 
 def test_slurm(cluster, stub, tmp_path, monkeypatch):
-    "Two runs share a job and its GPU; the job is preempted, then reaches its time limit, and each time its runs go on from their last epochs."
+    """Two runs share a job and its GPU; the job is preempted, then reaches its time limit, and each time its runs go on
+    from their last epochs."""
     monkeypatch.setenv("STUB_SECONDS", "0.5")
     root, seen = tmp_path / "runs", []
     runs = grid("digits", "resnet14:resnet8", "none", [0, 1], epochs=12)

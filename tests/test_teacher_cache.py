@@ -35,7 +35,8 @@ def make(data, folder, method="rcka", cache=True, width=None, where=None, epochs
 
 
 def test_a_stored_augmentation_is_of_the_image_alone(data):
-    "Whatever seed, batch size and number of augmentations: image i in augmentation k is the same pixels, and all are used."
+    """Whatever seed, batch size and number of augmentations: image i in augmentation k is the same pixels, and all are
+    used."""
     one, other = data.batches(32, views=2, seed=1), data.batches(48, views=4, seed=2)
     index = torch.tensor([5, 3, 77])
     pixels = [torch.cat([next(b.view(k, [index])) for k in range(b.views)]) for b in (one, other)]

@@ -1,4 +1,5 @@
-"A student from a teacher's file: the bits of one from the teacher and its cache, and every file that does not fit is refused."
+"""A student from a teacher's file: the bits of one from the teacher and its cache, and every file that does not fit is
+refused."""
 
 import os
 import struct

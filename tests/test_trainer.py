@@ -178,7 +178,8 @@ def test_other_setting_is_said(data, tmp_path):
 )
 @pytest.mark.slow
 def test_fast_paths_keep_the_loss_curve(data, tmp_path, device, fast, tolerance):
-    "Relative difference of the epochs' mean losses to the plain path in fp32, at a rate at which rounding does not grow."
+    """Relative difference of the epochs' mean losses to the plain path in fp32, at a rate at which rounding does not
+    grow."""
     slow = {"lr": 0.002}
     plain = trainer(data, tmp_path / "plain", device=device, config=slow).fit(progress=False)
     config = slow | {k: fast[k] for k in fast if k == "precision"}
@@ -245,7 +246,8 @@ def test_compile_keeps_the_loss_curve(data, tmp_path, device):
 
 @pytest.mark.slow
 def test_a_group_gets_the_same_bits(data, tmp_path):
-    "Three students with methods that draw random numbers and keep memory, together and alone; killed and resumed at different steps."
+    """Three students with methods that draw random numbers and keep memory, together and alone; killed and resumed at
+    different steps."""
     train, test, teacher = data.batches(32), data.batches(train=False), network(0)
     methods = ["crd+rcka", "kd", "at+fcka"]
     make = lambda where, i: trainer(
@@ -307,7 +309,8 @@ def test_a_run_that_fails_leaves_the_others_of_its_group_alone(data, tmp_path):
 
 
 def test_without_test_images(data, tmp_path):
-    "Trained to the same losses; the last epoch counts as the best, averages and resume work, and images may not come later."
+    """Trained to the same losses; the last epoch counts as the best, averages and resume work, and images may not come
+    later."""
     plain = trainer(data, tmp_path / "plain").fit(progress=False)
     parts = (Distiller(network(1), create_method("rcka"), network(0)), data.batches(32), None)
     config = TrainConfig(epochs=3, schedule="onecycle")

@@ -1,8 +1,8 @@
 """The trainer: runs killed with SIGKILL at any moment, any number of times, end with the bits of an unbroken run.
 
-Real processes, forked from a server that has imported everything, so that a kill costs no start-up. The method is CRD and RCKA
-together: connectors, a memory bank on both sides, random negatives, and the Gram terms; and a callback with a state,
-an average of the weights."""
+Real processes, forked from a server that has imported everything, so that a kill costs no start-up. The method is CRD
+and RCKA together: connectors, a memory bank on both sides, random negatives, and the Gram terms; and a callback with a
+state, an average of the weights."""
 
 import contextlib
 import json
@@ -64,7 +64,8 @@ def start(*args, **kwargs):
 
 
 def what_is_left(root):
-    "Every byte that counts: weights, metrics, results without dates, timings and the checkout's commit, the tensors of the last checkpoint."
+    """Every byte that counts: weights, metrics, results without dates, timings and the checkout's commit, the tensors
+    of the last checkpoint."""
     from rcka.train.checkpoint import last_checkpoint
 
     left = {}

@@ -1,4 +1,5 @@
-"An experiment from the command to the optimiser's step: what the page of the layers says, and no call that climbs unseen."
+"""An experiment from the command to the optimiser's step: what the page of the layers says, and no call that climbs
+unseen."""
 
 import json
 import sys
@@ -47,7 +48,8 @@ def places(frame):
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
-    "The calls between functions of the package in a run of `rcka train`, and the places on the way to each step of SGD."
+    """The calls between functions of the package in a run of `rcka train`, and the places on the way to each step of
+    SGD."""
     pytest.importorskip("typer")
     from rcka.cli import main
 

@@ -118,7 +118,8 @@ def transforms(
     size: int,  # height and width of the crop
     train: bool,  # random crop and flip; False: resize the shorter side to 8/7 of `size`, centre crop
 ):  # from uint8 (3, H, W) to uint8 (3, size, size)
-    "Return the paper's transforms: RandomResizedCrop and flip in training; in evaluation, at 224, resize to 256 and centre crop."
+    """Return the paper's transforms: RandomResizedCrop and flip in training; in evaluation, at 224, resize to 256 and
+    centre crop."""
     from torchvision.transforms import v2
 
     if train:
@@ -127,14 +128,16 @@ def transforms(
 
 
 class Decoder(torch.utils.data.Dataset):
-    "Dataset for the `DataLoader` whose items are whole steps: the decoded images in one tensor. Runs in the worker processes."
+    """Dataset for the `DataLoader` whose items are whole steps: the decoded images in one tensor. Runs in the worker
+    processes."""
 
     def __init__(self, files: Files, size: int, train: bool, seed: int, skip_broken: bool):
         self.files, self.size, self.train, self.seed, self.skip_broken = files, size, train, seed, skip_broken
         self.transform = transforms(size, train)
 
     def __getitem__(self, step: tuple[int | list[int], list[int]]) -> tuple[Tensor, list[int], list[str]]:
-        """Decode (epoch, indices): return images uint8 (B, 3, size, size), their indices, and messages about broken files.
+        """Decode (epoch, indices): return images uint8 (B, 3, size, size), their indices, and messages about broken
+        files.
 
         A list instead of the epoch holds the number of the stored augmentation of each image."""
         drawn, indices = step
@@ -214,7 +217,8 @@ def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
         )
     if not skip_broken:
         raise ValueError(
-            f"cannot decode {broken[0]}; repair or remove the file, or skip such files with skip_broken=True (--skip-broken)"
+            f"cannot decode {broken[0]}; repair or remove the file, or skip such files with skip_broken=True "
+            "(--skip-broken)"
         )
     for what in broken:
         if what not in known:
@@ -226,7 +230,8 @@ def _report(broken: list[str], known: set[str], skip_broken: bool, lost: bool):
 def _own_sigchld():
     """Restore the handler of SIGCHLD that a data loader replaces.
 
-    The loader's handler raises at an arbitrary line when a worker dies; without it the loader raises at the next batch."""
+    The loader's handler raises at an arbitrary line when a worker dies; without it the loader raises at the next
+    batch."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
@@ -267,8 +272,8 @@ class FileBatches(Batches):
         self._keep_views(views, train)
         if views and skip_broken:
             raise ValueError(
-                f"views={views} cannot be used with skip_broken=True, since stored outputs belong to fixed images: repair or "
-                "remove the broken files, or train without views"
+                f"views={views} cannot be used with skip_broken=True, since stored outputs belong to fixed images: "
+                "repair or remove the broken files, or train without views"
             )
         self.images, self.targets, self.device = files, files.targets.to(device), torch.device(device)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
@@ -296,8 +301,8 @@ class FileBatches(Batches):
             yield as_shard(self._to_device(images, index), len(step), self.train)
             if turn != self._turn:
                 raise RuntimeError(
-                    "another epoch of the same batches was started, but the workers can decode one at a time: finish an epoch "
-                    "first, or create a second FileBatches"
+                    "another epoch of the same batches was started, but the workers can decode one at a time: finish "
+                    "an epoch first, or create a second FileBatches"
                 )
 
     def _decoded(self, steps: list[tuple]):
@@ -327,7 +332,8 @@ class FileBatches(Batches):
         "Yield normalised images in their `k`-th stored augmentation, a batch for each tensor of indices."
         if world_size() > 1:
             raise ValueError(
-                f"stored augmentations of files must be decoded in one process, got {world_size()}: run this once without torchrun"
+                f"stored augmentations of files must be decoded in one process, got {world_size()}: run this once "
+                "without torchrun"
             )
         self._turn += 1
         for images, _, broken in self._decoded([(torch.full_like(index, k), index) for index in steps]):
@@ -433,7 +439,8 @@ def load_imagenet(
 
 
 def _base(path: str | Path, root: Path) -> Path:
-    "Return the folder of a dataset, below the root or the working directory. Raises FileNotFoundError if it is missing."
+    """Return the folder of a dataset, below the root or the working directory. Raises FileNotFoundError if it is
+    missing."""
     path = Path(path).expanduser()
     places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
     base = next((p for p in places if (p / "train").is_dir()), None)

@@ -71,7 +71,8 @@ def is_function(data) -> bool:
 
 
 def function_name(function: Callable, what: str = "data") -> str:
-    "Return the name `package.module:function` of a function, by which a run is resumed. Raises ValueError for a lambda or local function."
+    """Return the name `package.module:function` of a function, by which a run is resumed. Raises ValueError for a
+    lambda or local function."""
     name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", "")
     if not is_function(f"{module}:{name}"):
         raise ValueError(
@@ -91,8 +92,8 @@ def open_loaders(
     extra = found[2] if isinstance(found, (tuple, list)) and len(found) == 3 else {}
     if not isinstance(found, (tuple, list)) or len(found) not in (2, 3) or not isinstance(extra, dict):
         raise TypeError(
-            f"{path} must return (train, val), two DataLoaders, or (train, val, {{'classes': ..., 'mean': ..., 'std': ...}}); "
-            f"got {_describe(found)}"
+            f"{path} must return (train, val), two DataLoaders, or (train, val, {{'classes': ..., 'mean': ..., 'std': "
+            f"...}}); got {_describe(found)}"
         )
     for key in extra:
         if key not in ("classes", "mean", "std"):
@@ -109,7 +110,8 @@ def open_loaders(
     images, targets = first
     if held_out[0].shape[1:] != images.shape[1:]:
         raise ValueError(
-            f"{path}: training images are {tuple(images.shape[1:])}, validation images {tuple(held_out[0].shape[1:])}; they must agree"
+            f"{path}: training images are {tuple(images.shape[1:])}, validation images "
+            f"{tuple(held_out[0].shape[1:])}; they must agree"
         )
     if (targets is None) != (held_out[1] is None):
         raise ValueError(f"{path}: only one of the loaders yields targets: both must yield them, or neither")
@@ -130,7 +132,8 @@ def _describe(found) -> str:
 
 
 def _first_batch(batches: LoaderBatches, who: str) -> tuple[Tensor, Tensor | None]:
-    "Return the images and targets of the first batch. Raises TypeError or ValueError, naming the loader, for invalid images."
+    """Return the images and targets of the first batch. Raises TypeError or ValueError, naming the loader, for invalid
+    images."""
     if len(batches) == 0:
         raise ValueError(f"{who} has no batches; is its dataset smaller than batch_size with drop_last=True?")
     with torch.random.fork_rng(devices=[]):
@@ -141,7 +144,8 @@ def _first_batch(batches: LoaderBatches, who: str) -> tuple[Tensor, Tensor | Non
         raise TypeError(f"{who}: {error}") from None
     if images.dim() != 4 or not images.is_floating_point():
         raise TypeError(
-            f"{who} must yield normalised float images (b, channels, height, width); got {images.dtype} {tuple(images.shape)}"
+            f"{who} must yield normalised float images (b, channels, height, width); got {images.dtype} "
+            f"{tuple(images.shape)}"
         )
     if len(images) < 4:
         raise ValueError(

@@ -39,13 +39,14 @@ def open_data(
     if not folder.is_dir():
         if "/" in str(data):
             raise FileNotFoundError(
-                f"there is no folder {folder}: data is a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or a name of `rcka datasets`"
+                f"there is no folder {folder}: data is a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or a name "
+                "of `rcka datasets`"
             )
         return load_dataset(str(data))  # raises an error with the known names
     if not (folder / "train").is_dir():
         raise ValueError(
-            f"{folder} has no folder train/: put the images into train/CLASS/*.jpg and val/CLASS/*.jpg, or without labels "
-            "into train/*.jpg"
+            f"{folder} has no folder train/: put the images into train/CLASS/*.jpg and val/CLASS/*.jpg, or without "
+            "labels into train/*.jpg"
         )
     if not class_folders(folder / "train"):
         part = next((p for p in ("test", "val") if (folder / p).is_dir()), None)
@@ -71,7 +72,8 @@ def _unlabelled(folder: Path, part: str | None, size: int) -> FileDataset:
 
 
 def _trainable(data: FileDataset) -> FileDataset:
-    "Return the dataset if it can be trained on. Raises ValueError for a single class, or without labels for too few images."
+    """Return the dataset if it can be trained on. Raises ValueError for a single class, or without labels for too few
+    images."""
     if data.num_classes == 1:
         raise ValueError(f"{data.name} has one class, {data.classes[0]}: a classifier needs two or more")
     for where, files in (("to train on", data.train), ("to hold out", data.test)):

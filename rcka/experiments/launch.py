@@ -15,16 +15,19 @@ from pathlib import Path
 import torch
 
 from ..core import BatchesFailed
+from ..data.datasets import KNOWN
 from ..distributed import rank
 from .experiment import BaseExperiment, report_found, run
 from .result import Result, runs_root
 from ..files import FolderBusy
+from ..methods.base import list_methods
+from ..models.registry import list_models
 from ..train.callbacks import NonFiniteLoss
 from ..train.config import TrainConfig
 from ..train.learner import OutOfMemory, Stopped
 
 # %% auto #0
-__all__ = ['KINDS', 'kind_of', 'field_comments', 'make_parser', 'parse', 'main']
+__all__ = ['KINDS', 'RUN_OPTIONS', 'kind_of', 'completions', 'field_comments', 'make_parser', 'parse', 'main']
 
 # %% ../../nbs/method/07d_launch.ipynb #412524cf
 def _value(text: str):
@@ -58,6 +61,28 @@ def _device(text: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():  # which does not start CUDA
         raise argparse.ArgumentTypeError("there is no CUDA device here: give cpu")
     return text
+
+
+RUN_OPTIONS = ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "cuda_graph", "workers")
+
+
+def completions(before: list[str]) -> dict[str, str]:
+    """Return what can follow in a command line of `rcka train`, with its help: values of the last option, else options.
+
+    The options are those of the kind of experiment that `before` selects."""
+    values = {
+        "--kind": lambda: KINDS,
+        "--dataset": lambda: KNOWN,
+        "--method": list_methods,
+        **dict.fromkeys(("--student", "--teacher"), list_models),
+    }
+    if before and before[-1] in values:
+        return dict.fromkeys(values[before[-1]](), "")
+    chosen = [b for a, b in zip(before, before[1:]) if a == "--kind" and b in KINDS]
+    kind = kind_of(["--kind", chosen[-1]] if chosen else None)
+    comments = field_comments(kind)
+    options = {f"--{f.name}": comments[f.name] for f in fields(kind)}
+    return options | {f"--{name}": "" for name in ("kind", *RUN_OPTIONS, "quiet", "help")}
 
 
 def field_comments(kind: type[BaseExperiment]) -> dict[str, str]:
@@ -122,7 +147,7 @@ def parse(args: list[str] | None = None, program: str = "python -m rcka.train") 
     given = vars(make_parser(kind, program).parse_args(args))
     file, quiet, _ = (given.pop(name) for name in ("file", "quiet", "kind"))
     options = {}
-    for name in ("root", "folder", "device", "checkpoint_seconds", "channels_last", "compile", "cuda_graph", "workers"):
+    for name in RUN_OPTIONS:
         value = given.pop(name)
         if value is not None and value is not False:
             options[name] = value

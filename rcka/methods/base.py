@@ -26,12 +26,14 @@ class ClassesNeeded(ValueError):
 
 
 def class_indices(target: Tensor | None, method: str) -> Tensor:
-    "Return `target` if it holds the class of each sample, (n,); raise ClassesNeeded otherwise. For methods without a form for class probabilities."
+    """Return `target` if it holds the class of each sample, (n,); raise ClassesNeeded otherwise. For methods without a
+    form for class probabilities."""
     if target is None or target.dim() != 1 or target.is_floating_point():
         got = "no target" if target is None else f"{tuple(target.shape)} of {target.dtype}"
         raise ClassesNeeded(
             f"method {method} needs the class of each sample, a target (n,) of integers; got {got}. "
-            "With soft labels, as from mixup, or without labels use a method that does not need classes, such as kd or fcka"
+            "With soft labels, as from mixup, or without labels use a method that does not need classes, such as kd "
+            "or fcka"
         )
     return target
 
@@ -45,14 +47,15 @@ def stages_at(
     n = len(layers.stages)
     if not all(isinstance(i, int) and -n <= i < n for i in stages):
         raise ValueError(
-            f"{method} got stages={tuple(stages)}, but the network has {n} stages, at positions 0 to {n - 1} or -{n} to "
-            f"-1: {', '.join(layers.stages)}"
+            f"{method} got stages={tuple(stages)}, but the network has {n} stages, at positions 0 to {n - 1} or -{n} "
+            f"to -1: {', '.join(layers.stages)}"
         )
     return [layers.stages[i] for i in stages]
 
 
 class Method(nn.Module):
-    """Base class of all distillation methods: `forward` returns {"ce": cross-entropy, ...: terms of the method}, whose sum is the loss.
+    """Base class of all distillation methods: `forward` returns {"ce": cross-entropy, ...: terms of the method}, whose
+    sum is the loss.
 
     `ce` is the weight of the cross-entropy; a sum of methods multiplies the weights of its parts."""
 
@@ -88,7 +91,8 @@ class Method(nn.Module):
         "Create the method's own parameters and buffers. Called once, before the optimiser is created."
 
     def predictor(self, student: nn.Module, paths: Sequence[str]) -> nn.Module:
-        "Return the network used for prediction: the student, or one that adds built modules to its features at `paths`."
+        """Return the network used for prediction: the student, or one that adds built modules to its features at
+        `paths`."""
         return student
 
     def set_epoch(self, epoch: int):
@@ -97,7 +101,8 @@ class Method(nn.Module):
     def terms(
         self, student: Outputs, teacher: Outputs, target: Tensor, index: Tensor | None = None
     ) -> dict[str, Tensor]:
-        "Return the method's own terms, weighted scalars by name. `index` (n,) holds the positions of the samples in the training set."
+        """Return the method's own terms, weighted scalars by name. `index` (n,) holds the positions of the samples in
+        the training set."""
         return {}
 
     def forward(
@@ -109,13 +114,14 @@ class Method(nn.Module):
         ValueError where its shape does not fit the logits, or for probabilities where the method needs classes."""
         if len(target) != len(student.logits):
             raise ValueError(
-                f"target must have one entry for each sample: got {len(target)} targets for {len(student.logits)} rows of logits"
+                f"target must have one entry for each sample: got {len(target)} targets for {len(student.logits)} "
+                "rows of logits"
             )
         if target.is_floating_point():
             if target.shape != student.logits.shape:
                 raise ValueError(
-                    f"a target of {target.dtype} must hold class probabilities, {tuple(student.logits.shape)} as the logits; "
-                    f"got {tuple(target.shape)}. Classes are integers, (n,)"
+                    f"a target of {target.dtype} must hold class probabilities, {tuple(student.logits.shape)} as the "
+                    f"logits; got {tuple(target.shape)}. Classes are integers, (n,)"
                 )
             target = target.float()
         terms = {"ce": self.ce * F.cross_entropy(student.logits.float(), target)} if self.ce else {}
@@ -231,9 +237,9 @@ class Sum(Method):
     ) -> list[int]:  # in the order of the parts
         """Return the number of features of each part.
 
-        If `n` is not the number of paths that `wants` returned, the user gave the paths. Then a part with `stages` takes
-        as many paths as it has stages, and the parts that compare every stage take equal numbers. Raises ValueError
-        where these numbers cannot add up to `n`."""
+        If `n` is not the number of paths that `wants` returned, the user gave the paths. Then a part with `stages`
+        takes as many paths as it has stages, and the parts that compare every stage take equal numbers. Raises
+        ValueError where these numbers cannot add up to `n`."""
         if self.wanted is not None and sum(self.wanted) == n:
             return self.wanted
 
@@ -256,8 +262,9 @@ class Sum(Method):
                 self.wanted = found
                 return found
         raise ValueError(
-            f"method {self.name} cannot divide {n} features among its parts. Give the paths part by part, in the order of "
-            "the name: one for each of a part's stages=..., and equal numbers for the parts that compare every stage"
+            f"method {self.name} cannot divide {n} features among its parts. Give the paths part by part, in the "
+            "order of the name: one for each of a part's stages=..., and equal numbers for the parts that compare "
+            "every stage"
         )
 
     def split(self, outputs):
@@ -303,13 +310,15 @@ class Sum(Method):
 
 
 class Wrapper(Method):
-    "Base class of methods that modify another method for classifiers, `self.inner`: all but `terms` is delegated to it."
+    """Base class of methods that modify another method for classifiers, `self.inner`: all but `terms` is delegated to
+    it."""
 
     def __init__(self, method: Method):
         super().__init__()
         if method.dense:
             raise ValueError(
-                f"{self.name} modifies a method for classifiers, such as kd; got {method.name!r}, a method for dense prediction"
+                f"{self.name} modifies a method for classifiers, such as kd; got {method.name!r}, a method for dense "
+                "prediction"
             )
         self.inner, self.ce, self.teacher_batch_stats = method, method.ce, method.teacher_batch_stats
 
@@ -348,9 +357,9 @@ class Wrapper(Method):
 class FeatureMethod(Method):
     """Base class of the methods that compare pairs of features, one of the student and one of the teacher.
 
-    A subclass implements `terms`, which gets the pairs from `self.pairs(student, teacher)`. If it trains a module for each
-    pair, it sets `connects` and implements `connector`; `self.built()` returns these modules. `prepare` checks a pair and
-    may change its shape."""
+    A subclass implements `terms`, which gets the pairs from `self.pairs(student, teacher)`. If it trains a module for
+    each pair, it sets `connects` and implements `connector`; `self.built()` returns these modules. `prepare` checks a
+    pair and may change its shape."""
 
     stages: tuple | list | str | None = None  # positions in `FeaturePaths.stages`, "pooled", or None: `default_stages`
     default_stages = slice(1, None)  # all but the stem
@@ -374,11 +383,13 @@ class FeatureMethod(Method):
         return as_real(student, "student feature"), as_real(teacher, "teacher feature")
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        "Return the prepared pairs of features, the teacher's detached. ValueError where the numbers of features differ."
+        """Return the prepared pairs of features, the teacher's detached. ValueError where the numbers of features
+        differ."""
         if not student.features or len(student.features) != len(teacher.features):
             raise ValueError(
                 f"{self.name} compares features in pairs; got {len(student.features)} of the student and "
-                f"{len(teacher.features)} of the teacher. Take the features of both networks at the paths of method.wants(layers)"
+                f"{len(teacher.features)} of the teacher. Take the features of both networks at the paths of "
+                "method.wants(layers)"
             )
         pairs = [self.prepare(s, t) for s, t in zip(student.features, teacher.features)]
         return [(s, t.detach()) for s, t in pairs]
@@ -442,7 +453,8 @@ class WarmUp:
 
 # %% ../../nbs/method/02_methods.ipynb #942c11a3
 def check_maps(student: Tensor, teacher: Tensor):
-    "Return two maps (n, C, H, W) and (n, D, U, V) in float32 or float64. ValueError for other shapes or where n differs."
+    """Return two maps (n, C, H, W) and (n, D, U, V) in float32 or float64. ValueError for other shapes or where n
+    differs."""
     for who, x in (("student", student), ("teacher", teacher)):
         if x.dim() != 4:
             raise ValueError(
@@ -490,7 +502,8 @@ def resize_maps(x: Tensor, size) -> Tensor:
 class DenseMethod(FeatureMethod):
     """Base class of the methods that compare the feature maps of detectors and segmentation networks, level by level.
 
-    Where the widths differ, the connector is a 1x1 convolution to the teacher's width. A subclass implements `terms` with `self.maps`."""
+    Where the widths differ, the connector is a 1x1 convolution to the teacher's width. A subclass implements `terms`
+    with `self.maps`."""
 
     dense = True
     connects = True
@@ -503,8 +516,8 @@ class DenseMethod(FeatureMethod):
         "Check a pair of maps (B, C, H, W). Their dtype is kept: the losses convert to float32 one level at a time."
         if student.dim() != 4 or teacher.dim() != 4 or len(student) != len(teacher):
             raise ValueError(
-                f"{self.name} compares feature maps (B, C, H, W) of the same images, got {tuple(student.shape)} of the student "
-                f"and {tuple(teacher.shape)} of the teacher: choose module paths that return maps"
+                f"{self.name} compares feature maps (B, C, H, W) of the same images, got {tuple(student.shape)} of "
+                f"the student and {tuple(teacher.shape)} of the teacher: choose module paths that return maps"
             )
         return student, teacher
 

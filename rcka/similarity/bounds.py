@@ -356,7 +356,8 @@ def cka_gradient(
 
 # %% ../../nbs/theory/02e_accuracy.ipynb #560098ee
 class Transfer(NamedTuple):
-    "Theorem 10: the error rate of the teacher's head on the student's features, and three upper bounds, each from 0 to 1."
+    """Theorem 10: the error rate of the teacher's head on the student's features, and three upper bounds, each from 0
+    to 1."""
 
     wrong: Tensor  # (): error rate of the moved head
     logits: Tensor  # (): bound from the distance of the logits
@@ -373,13 +374,15 @@ def transfer_bound(
     target: Tensor,  # (n,): labels
     fitted: bool = False,  # fit the head by least squares, (ii), instead of rotating it, (i)
 ) -> Transfer:  # each at most the next
-    """Return Theorem 10's bounds on the error rate of the teacher's head after it is moved to the student's features. Float64.
+    """Return Theorem 10's bounds on the error rate of the teacher's head after it is moved to the student's features.
+    Float64.
 
     Raises ValueError where the shapes do not fit."""
     x, y = (t.double() for t in _features(x, y, True, 0))
     if weight.shape[1:] != x.shape[1:] or target.shape != x.shape[:1]:
         raise ValueError(
-            f"weight must be (classes, {x.shape[1]}) and target ({len(x)},), got {tuple(weight.shape)} and {tuple(target.shape)}"
+            f"weight must be (classes, {x.shape[1]}) and target ({len(x)},), got {tuple(weight.shape)} and "
+            f"{tuple(target.shape)}"
         )
     w = weight.double() - weight.double().mean(0)
     logits = x @ w.mT + (bias.double() - bias.double().mean())
@@ -405,6 +408,7 @@ def transfer_bound(
 
 
 def _margin(logits: Tensor, target: Tensor) -> Tensor:
-    "Return the margins (n,) of logits (n, classes): the label's logit minus the largest other one, 0 where that is negative."
+    """Return the margins (n,) of logits (n, classes): the label's logit minus the largest other one, 0 where that is
+    negative."""
     own = logits.gather(1, target[:, None])
     return (own - logits.scatter(1, target[:, None], -torch.inf).amax(1, keepdim=True))[:, 0].clamp_min(0)

@@ -140,7 +140,8 @@ class Distiller:
             self.teacher_taps.remove()
 
     def find_maps(self, train):
-        "Take the teacher's features as maps where the method wants maps; before a `TeacherCache` of a transformer is made."
+        """Take the teacher's features as maps where the method wants maps; before a `TeacherCache` of a transformer is
+        made."""
         if self.teacher is not None and not isinstance(self.teacher, StoredTeacher):
             outputs = self._teacher_outputs(first_shard(train).images)
             self.teacher_taps = with_maps(self.teacher_taps, self.method, outputs)
@@ -170,7 +171,8 @@ class Distiller:
             return (taps or self.teacher_taps)(as_stored(images, self.teacher))
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:
-        "Return the method's terms and the number of correct predictions. `teacher`: its outputs in eval mode, if already computed."
+        """Return the method's terms and the number of correct predictions. `teacher`: its outputs in eval mode, if
+        already computed."""
         # shared outputs of the teacher are those of eval mode
         if self.teacher is not None and (teacher is None or self.method.teacher_batch_stats):
             teacher = self._teacher_outputs(batch.images)
@@ -213,7 +215,8 @@ class UnlabelledDistiller(Distiller):
 
     @torch.no_grad()
     def evaluate(self, batches, precision: str, before) -> dict[str, float]:
-        "Return the scores `cka` and `agreement` of the student against the teacher; `before` is called before each batch."
+        """Return the scores `cka` and `agreement` of the student against the teacher; `before` is called before each
+        batch."""
         device, found = next(self.student.parameters()).device, []
         assert self.teacher is not None  # refused by __init__
         predict = [predictor_on(net, batches) for net in (self.network, self.teacher)]
