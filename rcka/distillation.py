@@ -746,6 +746,8 @@ def report(settings: dict, results: dict, similarity: bool, ema: dict | None = N
         lines.append(
             f"| {who} | {top1} | {r['parameters']:,} | {r['flops'] / 1e9:.3g} | {r['megabytes']:.1f} | {latency} |"
         )
+    if results["alone"]:
+        lines.append(f"| student alone | {results['alone']['top1']:.2f} | as the student | | | |")
     if ema:
         score = next(name for name in SCORES if f"last_step_{name}" in results["student"])
         last = f"{SCORES[score]}: {results['student'][f'last_step_{score}']:.2f}"
@@ -753,8 +755,6 @@ def report(settings: dict, results: dict, similarity: bool, ema: dict | None = N
     for name in ("agreement", "cka"):
         if name in results["student"]:
             lines += ["", f"Student on held-out images: {SCORES[name]}: {results['student'][name]:.2f}."]
-    if results["alone"]:
-        lines.append(f"| student alone | {results['alone']['top1']:.2f} | as the student | | | |")
     lines += [
         "",
         f"Latency: median of ten runs with one image on {results['device']}. FLOPs: torch.utils.flop_counter, "

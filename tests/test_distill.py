@@ -341,6 +341,18 @@ def test_augmented_to_the_end(tmp_path):
     assert log["settings"]["epochs"] == 1
 
 
+def test_the_rows_of_a_report_are_one_table():
+    "With an average and a student alone as well."
+    from rcka.distillation import report
+
+    net = {"network": "resnet8", "top1": 50.0, "parameters": 8, "flops": 1e9, "megabytes": 1.0, "milliseconds": 1.0}
+    results = {"teacher": net, "student": net | {"last_step_top1": 49.0}, "alone": {"top1": 40.0}, "device": "CPU"}
+    settings = {"method": "kd", "data": "digits", "epochs": 1, "precision": "fp32"}
+    lines = report(settings, results, False, {"decay": 0.9, "every": 1}).splitlines()
+    rows = [i for i, line in enumerate(lines) if line.startswith("|")]
+    assert len(rows) == 5 and rows == list(range(rows[0], rows[0] + 5)) and "alone" in lines[rows[-1]]
+
+
 def test_presets_are_the_published_recipes():
     "What the sources say, at their own batch size; the rate is in proportion, and what is given counts more."
     from rcka.distillation import PRESETS, recipe
