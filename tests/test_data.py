@@ -975,3 +975,12 @@ def test_command_from_a_shell(tmp_path):
 def test_importing_brings_in_nothing_heavy():
     code = "import sys, rcka.data; print([m for m in ('torchvision', 'sklearn', 'PIL') if m in sys.modules])"
     assert shell("-c", code).stdout.strip() == "[]"
+
+
+def test_digits_are_those_of_scikit_learn():
+    "They are read without importing scikit-learn: the images of each class, the halves joined, are those of its loader."
+    raw, digits = pytest.importorskip("sklearn.datasets").load_digits(), load_dataset("digits")
+    for c in range(10):
+        parts = (digits.train_images[digits.train_targets == c], digits.test_images[digits.test_targets == c])
+        want = torch.from_numpy(raw.images[raw.target == c] * 255 / 16).round().to(torch.uint8)
+        assert torch.equal(torch.cat(parts)[:, 0], want) and abs(len(parts[0]) - len(parts[1])) <= 1

@@ -42,12 +42,18 @@ __all__ = ['KNOWN', 'DATASETS', 'dataset', 'DatasetInfo', 'list_datasets', 'load
 
 # %% ../../nbs/method/05a_datasets.ipynb #5a1125c3
 def _digits(root: Path, download: bool) -> Dataset:
-    "Load scikit-learn's digits; the first half of each class, in file order, is for training."
+    """Load scikit-learn's digits; the first half of each class, in file order, is for training.
+
+    The package is found, not imported: importing it takes longer than all the rest, in every process of a sweep."""
+    package = importlib.util.find_spec("sklearn")
     with optional_import():
-        from sklearn.datasets import load_digits
-    found = load_digits()
-    images = torch.from_numpy((found.images * 255 / 16).round()).to(torch.uint8)[:, None]  # grey levels 0 to 16
-    targets = torch.from_numpy(found.target).long()
+        if package is None or not package.submodule_search_locations:
+            raise ModuleNotFoundError(name="sklearn")
+        import numpy as np
+    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    found = torch.from_numpy(np.loadtxt(file, delimiter=","))  # 64 grey levels from 0 to 16, and the class
+    images = (found[:, :-1] * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    targets = found[:, -1].long()
     train = torch.zeros(len(targets), dtype=torch.bool)
     for c in range(10):
         members = (targets == c).nonzero()[:, 0]
