@@ -65,6 +65,7 @@ def test_every_option_has_help(says):
         ("rcka train --method dens", {"dense_kd", "dense_dist"}),
     ],
 )
+@pytest.mark.slow
 def test_completion(words, expected):
     "Shell completion gives commands, options, and names for the options of `rcka train`."
     env = {
@@ -450,6 +451,7 @@ def my_data():
         METHODS.pop("my_method", None), NETWORKS.pop("my_network", None), DATASETS.pop("my_data", None)
 
 
+@pytest.mark.slow
 def test_an_entry_point(tmp_path):
     "What an installed package registers is there without being imported by name."
     (tmp_path / "my_package.py").write_text("""

@@ -178,6 +178,7 @@ def test_a_classifier_that_is_a_convolution(name):
         create_method("rkd").wants(layers)
 
 
+@pytest.mark.slow
 def test_every_classifier_of_torchvision_has_known_paths():
     "Named, and there: built without memory."
     import torchvision.models as zoo

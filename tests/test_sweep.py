@@ -150,6 +150,7 @@ def test_edited_notebook(stub, tmp_path, pool):
     assert out[runs[0].key].fingerprint == old != out[runs[1].key].fingerprint == fingerprint(stub)
 
 
+@pytest.mark.slow
 def test_full_disk(stub, tmp_path, pool):
     with pytest.raises(DiskFull, match="Make room"):
         sweep(pairs("none", (88,)), tmp_path / "runs", Processes(), stub, every=0.1)
