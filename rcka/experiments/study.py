@@ -29,9 +29,9 @@ from ..train.callbacks import NonFiniteLoss
 from ..train.learner import RunsFailed, Stopped
 
 # %% auto #0
-__all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'FACTOR', 'CACHED', 'ELSEWHERE', 'IMAGENETTE', 'STUDIES', 'Scaled', 'Study',
-           'run_study', 'run_group', 'as_row', 'read_table', 'differences_to', 'inflation', 'step_costs', 'screened',
-           'accuracy_by_factor', 'factors_to_try', 'run_screen', 'main', 'record_study']
+__all__ = ['SHORT', 'SCREENED', 'FACTORS', 'PAIR', 'FACTOR', 'CACHED', 'ELSEWHERE', 'LONG', 'IMAGENETTE', 'STUDIES', 'Scaled',
+           'Study', 'run_study', 'run_group', 'as_row', 'read_table', 'differences_to', 'inflation', 'step_costs',
+           'screened', 'accuracy_by_factor', 'factors_to_try', 'run_screen', 'main', 'record_study']
 
 # %% ../../nbs/method/08e_study.ipynb #ed0364bb
 @register("scaled")
@@ -281,6 +281,7 @@ def screened(label: str, factor: float) -> tuple:
 ELSEWHERE = "kd,dist,reviewkd,fcka,rcka,dist+reviewkd 320,reviewkd+procrustes,dist+reviewkd+procrustes".split(
     ","
 )  # labels
+LONG = ["kd", "rcka", "dist+reviewkd+procrustes"]
 IMAGENETTE = ["kd", "rcka", "reviewkd", "dist+reviewkd+procrustes"]
 STUDIES = {
     study.name: study
@@ -300,6 +301,13 @@ STUDIES = {
             {"none": ("none", None)} | {label: screened(label, factor) for label, factor in FACTOR.items()},
             settings=SHORT | dict(epochs=6),
             group=7,
+        ),
+        Study(  # five times as long, with the factors of the short one
+            "cifar100-resnet20-resnet8-30-epochs",
+            "resnet20",
+            "resnet8",
+            {"none": ("none", None)} | {label: screened(label, FACTOR[label]) for label in LONG},
+            settings=SHORT | dict(epochs=30),
         ),
         Study(  # a pair on which nothing was chosen: the factors are those of the other one
             "cifar100-resnet20-wrn_16_1",
