@@ -422,6 +422,7 @@ def test_speed_notebook(tmp_path):
             rounds=1,
             maps=[[1, 16, 20, 24]],
             images=64,
+            pairs=[["resnet14", "resnet8"]],
             seeds=[0, 1],
         ),
     )
