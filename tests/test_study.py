@@ -1,10 +1,12 @@
 "Studies: which factors a screen tries, what becomes of a run whose loss is not finite, what the committed tables say."
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 
+from rcka.experiments.result import Result
 from rcka.experiments.study import (
     FACTORS,
     PAIR,
@@ -104,6 +106,17 @@ def test_a_committed_comparison_is_of_the_study(path):
     for (label, seed), row in read_table(path).items():
         assert label in study.methods and seed in study.seeds
         assert row["failed"] or (row["epochs"] == study.settings["epochs"] and row["evaluated_on"] == "test")
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if (TABLES / name).is_dir()])
+def test_committed_results_are_those_of_the_table(name):
+    "Each result file is a run of the study, with the accuracies of its row; it names no path."
+    study, rows = STUDIES[name], read_table(TABLES / f"{name}.csv")
+    runs = {study.experiment(label, seed).key: (label, seed) for label in study.methods for seed in study.seeds}
+    for path in (TABLES / name).glob("*/result.json"):
+        result, row = Result.load(path), rows[runs[path.parent.name]]
+        assert (result.last["top1"], result.best["top1"]) == pytest.approx((row["last"], row["best"]), abs=1e-3)
+        assert not re.search(r'"(/|[A-Za-z]:\\\\)', path.read_text())
 
 
 def test_costs_of_a_step():

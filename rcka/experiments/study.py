@@ -86,7 +86,8 @@ def run_study(
 ) -> list[dict]:
     """Run a study and return its table, a row for each method and seed.
 
-    The table is written to `out/NAME.csv` after every group of runs; rows of an earlier call stay. Finished runs
+    The table is written to `out/NAME.csv` after every group of runs, and the result of each run to
+    `out/NAME/RUN/result.json`, which `rcka report --root out/NAME` reads; rows of an earlier call stay. Finished runs
     are loaded, interrupted ones resume. Raises ValueError for an unknown label."""
     labels = list(study.methods if labels is None else labels)
     for label in labels:
@@ -103,9 +104,14 @@ def run_study(
     for seed in study.seeds if seeds is None else seeds:
         for group in [alone, *groups] if alone else groups:
             experiments = [study.experiment(label, seed) for label in group]
-            for label, result in zip(group, run_group(experiments, root or runs_root(), **options)):
-                rows[label, seed] = as_row(label, seed, result)
             path.parent.mkdir(parents=True, exist_ok=True)
+            results = run_group(experiments, root or runs_root(), **options)
+            for label, experiment, result in zip(group, experiments, results):
+                rows[label, seed] = as_row(label, seed, result)
+                if isinstance(result, Result):
+                    kept = path.with_suffix("") / experiment.key
+                    kept.mkdir(parents=True, exist_ok=True)
+                    result.save(kept / "result.json")
             write_atomic(path, as_csv(list(rows.values())))
     return list(rows.values())
 
@@ -432,7 +438,8 @@ def record_study(study: Study, out: Path):
     labels = {label for label, _ in read_table(path)}
     pair = {"teacher": study.teacher, "student": study.student, "dataset": study.settings["dataset"]}
     made = [{"method": m, "method_args": a} | pair for label, (m, a) in study.methods.items() if label in labels]
-    files = [p.relative_to(out.parent) for p in (path, out / f"{study.name}-costs.csv") if p.exists()]
+    results = sorted((out / study.name).glob("*/result.json"))
+    files = [p.relative_to(out.parent) for p in (path, out / f"{study.name}-costs.csv", *results) if p.exists()]
     record_exhibit(out.parent, f"study-{study.name}", files, "nbs/method/08e_study.ipynb", {}, made)
 
 
