@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from ..methods.features import UNPUBLISHED
 from ..style import RC, line_styles
 
 # %% auto #0
-__all__ = ['ABOUT_TEACHER', 'OUR_CHOICE', 'NOT_PUBLIC', 'HEADER', 'NOTE', 'Results', 'load_results', 'changes', 'PublishedCell',
-           'plain_name', 'published_cell', 'disagreements', 'Row', 'Table', 'tables', 'whose_weights', 'evaluated_on',
-           'cells', 'markdown', 'latex', 'as_rows', 'show', 'plot_scores', 'plot_cost', 'report', 'missing',
-           'save_figures']
+__all__ = ['ABOUT_TEACHER', 'OUR_CHOICE', 'NOT_PUBLIC', 'HEADER', 'NOTE', 'WIDTH', 'Results', 'load_results', 'changes',
+           'PublishedCell', 'plain_name', 'published_cell', 'disagreements', 'Row', 'Table', 'tables', 'whose_weights',
+           'evaluated_on', 'cells', 'markdown', 'latex', 'as_rows', 'show', 'plot_scores', 'plot_cost', 'report',
+           'missing', 'save_figures']
 
 # %% ../../nbs/method/08b_report.ipynb #4964d2fb
 class Results(NamedTuple):
@@ -138,7 +139,7 @@ class Row:
     best: tuple[float, ...]  # of the best test epoch: an optimistic number
     published: PublishedCell
     weights: str  # whose weights the loss has, see `whose_weights`
-    cost: float | None  # milliseconds a training step, mean over seeds
+    cost: float | None  # milliseconds a training step, mean over seeds; None for runs that shared the teacher
 
     @property
     def difference(self) -> float | None:
@@ -251,7 +252,8 @@ def _label(e: Experiment, with_teacher: bool) -> str:
 
 def _row(dataset, teacher, student, method, results) -> Row:
     results = sorted(results, key=lambda r: r.experiment["seed"])
-    cost = statistics.mean(1000 * r.experiment["batch_size"] / r.images_per_second for r in results)
+    alone = all(r.group_size == 1 for r in results)  # the time of a group says nothing about one of its runs
+    cost = statistics.mean(1000 * r.experiment["batch_size"] / r.images_per_second for r in results) if alone else None
     return Row(
         teacher,
         student,
@@ -378,7 +380,8 @@ NOTE = (
     "difference: our last epoch less the RCKA paper; within: at most two standard deviations. "
     "weights: published with the method, or its usual ones; released: of code that the authors of RCKA released; ours; "
     "given: set for these runs. "
-    "ms/step: wall-clock time over training steps, tests after each epoch included."
+    "ms/step: wall-clock time over training steps, tests after each epoch included; not known for runs that shared the "
+    "teacher's forward pass."
 )
 
 
@@ -523,19 +526,20 @@ def _pairs(table: Table) -> dict:
     return pairs
 
 
-def _panels(table: Table, height: float):
+def _panels(table: Table, height: float, beside: float = 0):
+    "Return a figure and its axes, one for each pair; `beside`: inches for the labels on the left of an axis."
     with optional_import():
         import matplotlib.pyplot as plt
 
     pairs = _pairs(table)
     columns = min(3, len(pairs))
-    tall = max(2.4, 1 + height * max(map(len, pairs.values())))
+    wide = max(4.5, 4.5 * columns if columns < 3 else 11) + beside * columns
     fig, axes = plt.subplots(
         math.ceil(len(pairs) / columns),
         columns,
         squeeze=False,
         layout="constrained",
-        figsize=(max(4.5, 4.5 * columns if columns < 3 else 11), tall * math.ceil(len(pairs) / columns)),
+        figsize=(wide, height * math.ceil(len(pairs) / columns)),
     )
     for ax in list(axes.flat)[len(pairs) :]:
         ax.set_axis_off()
@@ -546,6 +550,14 @@ def _looks(table: Table) -> dict[str, dict]:
     "Return the colour and marker of each method, the same throughout a table."
     looks = line_styles(sorted({r.method for r in table.rows if r.method != "teacher"}))
     return {name: {"color": look["color"], "marker": look["marker"]} for name, look in looks.items()}
+
+
+WIDTH = 48  # most letters in a line of a label
+
+
+def _wrapped(label: str) -> str:
+    "Break a label with many arguments into lines, so that the axes keep their place."
+    return textwrap.fill(label, WIDTH, break_long_words=False)
 
 
 def _title(pair) -> str:
@@ -570,7 +582,8 @@ _SOURCES = {"RCKA paper": ("paper", "D"), "own source": ("own", "^"), "other sou
 def plot_scores(table: Table):
     """Draw each seed as a dot, mean and standard deviation, and the published numbers, one panel a pair: a matplotlib
     Figure."""
-    fig, axes = _panels(table, 0.5)
+    most, longest = max(map(len, _pairs(table).values())), max(len(r.method) for r in table.rows)
+    fig, axes = _panels(table, max(2.4, 1 + 0.5 * most), 0.06 * max(0, min(longest, WIDTH) - 16))
     looks = _looks(table)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):
         scored = [r for r in rows if r.method != "teacher"]
@@ -587,7 +600,7 @@ def plot_scores(table: Table):
         for r in rows:
             if r.method == "teacher":
                 ax.axvline(statistics.mean(r.last), color="0.5", linestyle="--", label="our teacher")
-        ax.set_yticks(range(len(scored)), [r.method for r in scored])
+        ax.set_yticks(range(len(scored)), [_wrapped(r.method) for r in scored])
         ax.set(title=_title(pair), xlabel="top-1, last epoch (%)", ylim=(len(scored) - 0.5, -0.5))
         ax.grid(axis="x", alpha=0.3)
         ax.margins(x=0.08)
@@ -596,12 +609,13 @@ def plot_scores(table: Table):
 # %% ../../nbs/method/08b_report.ipynb #0c76030b
 def plot_cost(table: Table):
     "Draw accuracy, mean and standard deviation, against the time of a step, one panel a pair: a matplotlib Figure."
-    fig, axes = _panels(table, 0.6)
+    most = max(map(len, _pairs(table).values()))
+    fig, axes = _panels(table, min(5, max(2.4, 1 + 0.6 * most)))
     looks = _looks(table)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):
         for row in (r for r in rows if r.cost is not None and r.method in looks):
             error = statistics.stdev(row.last) if len(row.last) > 1 else None
-            look = dict(linestyle="none", capsize=3, label=row.method) | looks[row.method]
+            look = dict(linestyle="none", capsize=3, label=_wrapped(row.method)) | looks[row.method]
             ax.errorbar(row.cost, statistics.mean(row.last), error, **look)
         ax.set(title=_title(pair), xlabel="cost (ms a training step)", ylabel="top-1, last epoch (%)")
         ax.margins(0.15)
