@@ -143,7 +143,7 @@ def test_speed_analysis(tmp_path, monkeypatch):
     done = papermill.execute_notebook(
         benchmarks / "speed_analysis.ipynb",
         tmp_path / "out.ipynb",
-        dict(batches=1, batch_size=8, image_size=32, layers=6),
+        dict(batches=1, batch_size=8, image_size=32, layers=6, large=None),
         cwd=tmp_path,
         progress_bar=False,
         kernel_name="python3",
