@@ -1,4 +1,4 @@
-"Sphinx settings. `docs/build` stages the notebooks and calls Sphinx; nothing here needs a network when built or when read."
+"Sphinx settings. `docs/build` stages the notebooks and calls Sphinx; nothing needs a network when built or read."
 
 import gc
 from configparser import ConfigParser

@@ -197,7 +197,7 @@ def distill(
     data: str | Path | Callable,  # a folder, a name, "hfds/NAME", or a function that returns loaders: see `open_data`
     teacher: str
     | Path
-    | Callable,  # a network's name (see `qualify`) or function; the folder of an earlier student; a file of `save_teacher`
+    | Callable,  # a network's name (see `qualify`) or function; a student's folder; a file of `save_teacher`
     student: str | Callable,  # a network's name, or a function that creates it
     method: str = "kd+fcka",  # a name of `list_methods()`, or several joined by a plus
     epochs: int | None = None,  # None: 5, or those of the preset

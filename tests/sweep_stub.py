@@ -12,7 +12,8 @@ from pathlib import Path
 from filelock import FileLock
 
 wanted = {k: globals()[k] for k in json.loads(os.environ["STUB_FIELDS"])}
-folder = next(p.parent for p in Path(os.environ["RCKA_RUNS"]).glob("*/experiment.json") if json.loads(p.read_text()) == wanted)
+found = Path(os.environ["RCKA_RUNS"]).glob("*/experiment.json")
+folder = next(p.parent for p in found if json.loads(p.read_text()) == wanted)
 with FileLock(folder / ".lock"):
     with open(folder / "starts", "a") as f: f.write(f"{os.getpid()}\\\\n")
     if seed == 66: raise ValueError("this seed brings bad luck")
@@ -25,8 +26,9 @@ with FileLock(folder / ".lock"):
         (folder / "metrics.csv").write_text("\\\\n".join(rows) + "\\\\n")
         with open(folder / "epochs", "a") as f: f.write(f"{epoch}\\\\n")
     score = {"epoch": epochs, "top1": 50.0 + seed, "top5": 90.0}
-    result = {"experiment": wanted, "last": score, "best": score, "train": {}, "teacher": score if teacher else None, "parameters": 1, "seconds": 1.0,
-              "images_per_second": 64.0, "device": "none", "versions": {}, "commit": None, "finished": "2026-01-01T00:00:00+00:00", "format": RESULT_FORMAT}
+    result = {"experiment": wanted, "last": score, "best": score, "train": {}, "teacher": score if teacher else None,
+              "parameters": 1, "seconds": 1.0, "images_per_second": 64.0, "device": "none", "versions": {},
+              "commit": None, "finished": "2026-01-01T00:00:00+00:00", "format": RESULT_FORMAT}
     (folder / "result.json").write_text(json.dumps(result))
 """.replace("\\\\n", "\\n").replace("RESULT_FORMAT", str(RESULT_FORMAT))
 

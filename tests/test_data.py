@@ -978,7 +978,7 @@ def test_importing_brings_in_nothing_heavy():
 
 
 def test_digits_are_those_of_scikit_learn():
-    "They are read without importing scikit-learn: the images of each class, the halves joined, are those of its loader."
+    "They are read without importing scikit-learn: the images of each class, halves joined, are those of its loader."
     raw, digits = pytest.importorskip("sklearn.datasets").load_digits(), load_dataset("digits")
     for c in range(10):
         parts = (digits.train_images[digits.train_targets == c], digits.test_images[digits.test_targets == c])

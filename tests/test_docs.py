@@ -122,22 +122,30 @@ probe = """<script>
 window.errors = []; addEventListener("error", e => errors.push(e.message || e.target.src || e.target.href), true);
 console.error = (...a) => errors.push(a.join(" ")); console.warn = console.error;
 </script>"""
-report = """<script>addEventListener("load", () => setTimeout(tell, 4000)); addEventListener("message", () => setTimeout(tell, 500));
+report = """<script>addEventListener("load", () => setTimeout(tell, 4000));
+addEventListener("message", () => setTimeout(tell, 500));
 const tell = () => parent.postMessage(JSON.stringify({errors, width: innerWidth,
   drawn: document.querySelectorAll(".math svg").length,
-  failed: [...document.querySelectorAll(".math")].filter(e => !e.querySelector("svg") || e.querySelector("[data-mml-node=merror]")).map(e => e.textContent.slice(0, 80)),
+  failed: all(".math").filter(e => !e.querySelector("svg") || e.querySelector("[data-mml-node=merror]"))
+    .map(e => e.textContent.slice(0, 80)),
   found: document.querySelectorAll("#search-results li").length,
-  wide: [...document.querySelectorAll("article *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !scrolls(e)).map(e => e.outerHTML.slice(0, 80)),
+  wide: all("article *").filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !scrolls(e))
+    .map(e => e.outerHTML.slice(0, 80)),
   broken: [...document.images].filter(e => e.complete && !e.naturalWidth).map(e => e.src),
-  dark: (document.body.dataset.theme = "dark", [...document.querySelectorAll("article img")].filter(e => !light(e)).map(e => e.src))
+  dark: (document.body.dataset.theme = "dark", all("article img").filter(e => !light(e)).map(e => e.src))
   }), "*");
+const all = selector => [...document.querySelectorAll(selector)];
 const light = e => getComputedStyle(e).backgroundColor.match(/\\d+/g).every(x => x > 200);
-const scrolls = e => e.tagName != "ARTICLE" && (["auto", "scroll"].includes(getComputedStyle(e).overflowX) || scrolls(e.parentElement));</script>"""
+const scrolls = e => e.tagName != "ARTICLE" &&
+  (["auto", "scroll"].includes(getComputedStyle(e).overflowX) || scrolls(e.parentElement));</script>"""
 frame = """<body></body><script>
 const seen = [], pages = %s; const f = document.createElement("iframe"); f.height = 800;
 const load = () => { if (seen.length == pages.length) { document.body.textContent = JSON.stringify(seen); return; }
   f.width = 390; f.src = pages[seen.length]; document.body.replaceChildren(f); seen.push([]); };
-addEventListener("message", e => { seen.at(-1).push(JSON.parse(e.data)); if (seen.at(-1).length == 2) load(); else { f.width = 1280; f.contentWindow.postMessage("", "*"); } });
+addEventListener("message", e => {
+  seen.at(-1).push(JSON.parse(e.data));
+  if (seen.at(-1).length == 2) load(); else { f.width = 1280; f.contentWindow.postMessage("", "*"); }
+});
 load();
 </script>"""
 

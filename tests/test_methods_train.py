@@ -23,7 +23,8 @@ from rcka.train.learner import Trainer, fit_many
 
 REPO = Path(__file__).parent.parent
 METHODS = sorted(FOR_CLASSIFIERS)
-# a weight that warms up is there in full from the second epoch on; CRD has 200 images to contrast, not 50,000; the ViT has one map
+# a weight that warms up is there in full from the second epoch on; CRD has 200 images to contrast, not 50,000; the ViT
+# has one map
 SHORT = {
     "dkd": {"warmup": 1},
     "ikl_kd": {"warmup": 1},

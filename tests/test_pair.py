@@ -277,7 +277,7 @@ for gather in (True, False):
     student = Small(4)
     torch.manual_seed(7)
     teacher = Small(6)
-    pair = Pair(student, teacher, "kd+vid", x, gather=gather) if not gather else Pair(student, teacher, "kd+fcka+vid", x, gather=True)
+    pair = Pair(student, teacher, "kd+fcka+vid" if gather else "kd+vid", x, gather=gather)
     model = torch.nn.parallel.DistributedDataParallel(pair)
     alone = copy.deepcopy(pair)
     alone.gather = False

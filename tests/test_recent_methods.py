@@ -315,32 +315,96 @@ Y = torch.arange(8) % CLASSES
 COSTS = class_costs(torch.randn(CLASSES, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
 FORMULAS = {
     "standardize": (standardize, naive_z, [(8, 6)]),
-    "lskd": (lambda s, t: kd_loss(standardize(s), standardize(t), 2.0), lambda s, t: naive_kd(naive_z(s), naive_z(t), 2.0), [(8, 6)] * 2),
+    "lskd": (
+        lambda s, t: kd_loss(standardize(s), standardize(t), 2.0),
+        lambda s, t: naive_kd(naive_z(s), naive_z(t), 2.0),
+        [(8, 6)] * 2,
+    ),
     "ttm": (lambda s, t: ttm_loss(s, t, 0.3), lambda s, t: naive_ttm(s, t, 0.3, False), [(8, 6)] * 2),
     "wttm": (lambda s, t: ttm_loss(s, t, 0.3, True), lambda s, t: naive_ttm(s, t, 0.3, True), [(8, 6)] * 2),
-    "normkd": (lambda s, t: normkd_loss(s, t.detach(), 1.5), lambda s, t: naive_normkd(s, t.detach(), 1.5), [(8, 6)] * 2),
-    "rld": (lambda s, t: rld_loss(s, t, Y, 2.0, 3.0, 4.0, 1.5), lambda s, t: naive_rld(s, t, Y, 2.0, 3.0, 4.0, 1.5), [(8, 6)] * 2),
-    **{f"mlkd {i}": (lambda s, t, i=i: mlkd_losses(s, t, (2.0, 5.0))[i], lambda s, t, i=i: naive_mlkd(s, t, (2.0, 5.0))[i], [(8, 6)] * 2) for i in range(3)},
-    **{f"skd {d}": (lambda s, t, d=d: skd_direction_loss(s, t, 0.1, d), lambda s, t, d=d: naive_skd(s, t, 0.1, d), [(8, 6)] * 2) for d in (True, False)},
-    **{f"wkd_l {i}": (lambda s, t, i=i: wkd_logit_losses(s, t, Y, COSTS, 2.0)[i], lambda s, t, i=i: naive_wkd(s, t, Y, COSTS, 2.0, 0.05, 10)[i], [(8, 6)] * 2) for i in range(2)},
+    "normkd": (
+        lambda s, t: normkd_loss(s, t.detach(), 1.5),
+        lambda s, t: naive_normkd(s, t.detach(), 1.5),
+        [(8, 6)] * 2,
+    ),
+    "rld": (
+        lambda s, t: rld_loss(s, t, Y, 2.0, 3.0, 4.0, 1.5),
+        lambda s, t: naive_rld(s, t, Y, 2.0, 3.0, 4.0, 1.5),
+        [(8, 6)] * 2,
+    ),
+    **{
+        f"mlkd {i}": (
+            lambda s, t, i=i: mlkd_losses(s, t, (2.0, 5.0))[i],
+            lambda s, t, i=i: naive_mlkd(s, t, (2.0, 5.0))[i],
+            [(8, 6)] * 2,
+        )
+        for i in range(3)
+    },
+    **{
+        f"skd {d}": (
+            lambda s, t, d=d: skd_direction_loss(s, t, 0.1, d),
+            lambda s, t, d=d: naive_skd(s, t, 0.1, d),
+            [(8, 6)] * 2,
+        )
+        for d in (True, False)
+    },
+    **{
+        f"wkd_l {i}": (
+            lambda s, t, i=i: wkd_logit_losses(s, t, Y, COSTS, 2.0)[i],
+            lambda s, t, i=i: naive_wkd(s, t, Y, COSTS, 2.0, 0.05, 10)[i],
+            [(8, 6)] * 2,
+        )
+        for i in range(2)
+    },
     "sdd": (lambda s, t: sdd_loss(s, t, Y[:3]), lambda s, t: naive_sdd(s, t, Y[:3], 4.0), [(3, 6, 4, 4)] * 2),
-    "sdd dkd": (lambda s, t: sdd_loss(s, t, Y[:3], dkd=(2.0, 5.0)), lambda s, t: naive_sdd_dkd(s, t, Y[:3], 2.0, 5.0, 4.0), [(3, 6, 4, 4)] * 2),
-    **{f"{name} by the classifiers": (lambda s, t, name=name: by_classifiers(name, s, t, class_maps), lambda s, t, name=name: by_classifiers(name, s, t, naive_class_maps), [(3, 5, 4, 4), (3, 7, 4, 4)]) for name in ("sdd", "cat_kd")},
-    "wkd_f": (lambda s, t: wkd_feature_loss(s, t, 3.0), lambda s, t: naive_wkd_f(s, t, 3.0, 1e-5), [(3, 5, 4, 4), (3, 5, 2, 3)]),
-    "itrd correlation": (lambda s, t: itrd_correlation_loss(s, t, 1.5), lambda s, t: naive_itrd(s, t, 1.5), [(8, 5)] * 2),
+    "sdd dkd": (
+        lambda s, t: sdd_loss(s, t, Y[:3], dkd=(2.0, 5.0)),
+        lambda s, t: naive_sdd_dkd(s, t, Y[:3], 2.0, 5.0, 4.0),
+        [(3, 6, 4, 4)] * 2,
+    ),
+    **{
+        f"{name} by the classifiers": (
+            lambda s, t, name=name: by_classifiers(name, s, t, class_maps),
+            lambda s, t, name=name: by_classifiers(name, s, t, naive_class_maps),
+            [(3, 5, 4, 4), (3, 7, 4, 4)],
+        )
+        for name in ("sdd", "cat_kd")
+    },
+    "wkd_f": (
+        lambda s, t: wkd_feature_loss(s, t, 3.0),
+        lambda s, t: naive_wkd_f(s, t, 3.0, 1e-5),
+        [(3, 5, 4, 4), (3, 5, 2, 3)],
+    ),
+    "itrd correlation": (
+        lambda s, t: itrd_correlation_loss(s, t, 1.5),
+        lambda s, t: naive_itrd(s, t, 1.5),
+        [(8, 5)] * 2,
+    ),
     "itrd mutual": (itrd_mutual_loss, naive_mutual, [(8, 5), (8, 7)]),
     "srd": (lambda s, t: srd_loss(s, t, 4.0), lambda s, t: naive_srd(s, t, 4.0, 1e-4), [(8, 5)] * 2),
     "ofa": (lambda s, t: ofa_loss(s, t, Y, 1.4, 2.0), lambda s, t: naive_ofa(s, t, Y, 1.4, 2.0), [(8, 6)] * 2),
     "cka_places": (place_cka, naive_places, [(3, 5, 4, 4), (3, 7, 4, 4)]),
-    "cka_angle": (lambda s, t: angular_distance(place_cka(s, t)), lambda s, t: naive_places(s, t).arccos() * 2 / math.pi, [(3, 5, 4, 4), (3, 7, 4, 4)]),
+    "cka_angle": (
+        lambda s, t: angular_distance(place_cka(s, t)),
+        lambda s, t: naive_places(s, t).arccos() * 2 / math.pi,
+        [(3, 5, 4, 4), (3, 7, 4, 4)],
+    ),
     "procrustes": (procrustes_similarity, naive_procrustes, [(3, 5, 4, 4), (3, 7, 4, 4)]),
     "explained_variance": (explained_variance, naive_explained, [(3, 5, 4, 4), (3, 7, 4, 4)]),
     "label_cka": (lambda s: label_alignment(s, Y, CLASSES), naive_label, [(8, 5)]),
     "kernel_cka gaussian": (kernel_cka, naive_gaussian, [(8, 5), (8, 7)]),
-    "kernel_cka cosine": (lambda s, t: kernel_cka(s, t, "cosine"), lambda s, t: naive_linear(F.normalize(s), F.normalize(t)), [(8, 5), (8, 7)]),
+    "kernel_cka cosine": (
+        lambda s, t: kernel_cka(s, t, "cosine"),
+        lambda s, t: naive_linear(F.normalize(s), F.normalize(t)),
+        [(8, 5), (8, 7)],
+    ),
     "cat": (lambda s, t: cat_loss(s, t), lambda s, t: naive_cat(s, t, False), [(3, 6, 4, 4), (3, 6, 2, 2)]),
-    "cat normalised": (lambda s, t: cat_loss(s, t, normalize=True), lambda s, t: naive_cat(s, t, True), [(3, 6, 4, 4), (3, 6, 2, 2)]),
-}  # fmt: skip
+    "cat normalised": (
+        lambda s, t: cat_loss(s, t, normalize=True),
+        lambda s, t: naive_cat(s, t, True),
+        [(3, 6, 4, 4), (3, 6, 2, 2)],
+    ),
+}
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -28,7 +28,9 @@ def test_a_bare_name_is_the_network_for_the_size_of_the_images():
 def test_a_function_is_a_network(tmp_path, monkeypatch):
     (tmp_path / "own_networks.py").write_text("""
 from torch import nn
-def small(num_classes, width=8): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, width), nn.Linear(width, num_classes))
+def small(num_classes, width=8):
+    body = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, width)
+    return nn.Sequential(*body, nn.Linear(width, num_classes))
 def number(): return 3
 """)
     monkeypatch.syspath_prepend(tmp_path)

@@ -336,10 +336,12 @@ SOCKETS = """
 import json, os, sys
 from ipykernel.connect import get_connection_info
 info = json.loads(get_connection_info())
-mine = {os.readlink(f"/proc/self/fd/{fd}")[8:-1] for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+open_now = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+mine = {os.readlink(path)[8:-1] for path in open_now if os.path.exists(path)}
 rows = [line.split() for net in ("tcp", "tcp6") for line in open(f"/proc/self/net/{net}")]
 listening = {int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and row[9] in mine}
-output = sys.stdout.pub_thread._pipe_port  # where forked children hand their output: loopback, and guarded by a random token
+# where forked children hand their output: loopback, and guarded by a random token
+output = sys.stdout.pub_thread._pipe_port
 print(json.dumps([info["transport"], os.stat(os.path.dirname(info["ip"])).st_mode & 0o077, list(listening - {output})]))
 """
 

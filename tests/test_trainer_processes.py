@@ -186,8 +186,9 @@ NOTEBOOK = """
 import sys
 from accelerate import debug_launcher
 from rcka.experiments import Experiment, run
-debug_launcher(run, (Experiment("digits", "resnet8", epochs=1, train_limit=160, test_limit=150), sys.argv[1], None, "cpu", False), num_processes=2)
-result = run(Experiment("digits", "resnet8", epochs=1, train_limit=160, test_limit=150), sys.argv[1])
+experiment = Experiment("digits", "resnet8", epochs=1, train_limit=160, test_limit=150)
+debug_launcher(run, (experiment, sys.argv[1], None, "cpu", False), num_processes=2)
+result = run(experiment, sys.argv[1])
 print(result.last["epoch"], result.experiment["dataset"])
 """
 

@@ -227,10 +227,11 @@ SHORT = dict(dataset="cifar100", schedule="onecycle", lr=0.2, precision="bf16", 
 SCREENED = {  # label to method and arguments; None: the usual ones
     m: (m, None)
     for m in (
-        "kd dkd dist ikl_kd nkd lskd ttm wttm normkd rld mlkd skd wkd_l fitnet at sp cc vid rkd pkt nst crd ofd reviewkd "
-        "ickd_c mgd srrl dpk fcka lcka rcka rcka_released cka_places cka_angle procrustes label_cka kernel_cka wkd_f itrd "
-        "srd ofa cat_kd sdd simkd kd+fcka dist+fcka dist+reviewkd kd+cka_places dkd+cka_places dist+cka_places lskd+cka_places skd+cka_places "
-        "reviewkd+cka_places explained_variance dist+procrustes dist+explained_variance"
+        "kd dkd dist ikl_kd nkd lskd ttm wttm normkd rld mlkd skd wkd_l fitnet at sp cc vid rkd pkt nst crd ofd "
+        "reviewkd ickd_c mgd srrl dpk fcka lcka rcka rcka_released cka_places cka_angle procrustes label_cka "
+        "kernel_cka wkd_f itrd srd ofa cat_kd sdd simkd kd+fcka dist+fcka dist+reviewkd kd+cka_places "
+        "dkd+cka_places dist+cka_places lskd+cka_places skd+cka_places reviewkd+cka_places explained_variance "
+        "dist+procrustes dist+explained_variance"
     ).split()
 } | {  # forms and parts of the methods of the paper
     "fcka uncentred": ("fcka", {"center": False}),
