@@ -26,8 +26,9 @@ with optional_import():
     from typer.core import TyperCommand
 
 # %% auto #0
-__all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'WeightsOf', 'extensions', 'methods', 'models',
-           'datasets', 'train', 'distill', 'save_teacher', 'export', 'run', 'sweep', 'status', 'report', 'main']
+__all__ = ['app', 'console', 'Root', 'Fields', 'NotebookPath', 'Options', 'WeightsOf', 'PathsOf', 'extensions', 'methods',
+           'models', 'datasets', 'train', 'distill', 'save_teacher', 'export', 'run', 'sweep', 'status', 'report',
+           'main']
 
 # %% ../nbs/method/08c_cli.ipynb #38af5754
 app = typer.Typer(
@@ -219,6 +220,14 @@ WeightsOf = Annotated[
         "first, and a student starts from random weights."
     ),
 ]
+PathsOf = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH,...",
+        help="Module paths of the compared features, joined by commas, as many for both networks, such as "
+        "layer2,layer3. Default: those that the method wants.",
+    ),
+]
 
 
 @app.command()
@@ -301,6 +310,11 @@ def distill(  # long, since each option stands with its help
             help="Ship the average of the weights along training, with this decay; without it as the preset, 0: none.",
         ),
     ] = None,
+    student_paths: PathsOf = None,
+    teacher_paths: PathsOf = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile both networks; minutes of waiting, other rounding.")
+    ] = False,
     param: Annotated[
         list[str] | None,
         typer.Option(
@@ -352,6 +366,9 @@ def distill(  # long, since each option stands with its help
             preset=preset,
             precision=fields.pop("precision", precision),
             ema=ema,
+            student_paths=student_paths and student_paths.split(","),
+            teacher_paths=teacher_paths and teacher_paths.split(","),
+            compile=compile,
             callbacks=_logging(log),
             **fields,
         )

@@ -11,7 +11,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
@@ -220,6 +220,10 @@ def distill(
     preset: str | None = None,  # a recipe of `PRESETS`; None: AdamW with a cosine schedule
     precision: str = "auto",  # "fp32", "bf16" with channels_last, "fp16"; "auto": the preset's, else `auto_precision`
     ema: float | None = None,  # decay of an average of the weights, which is then shipped; None: the preset's; 0: none
+    # module paths of the compared features, such as ["layer2", "layer3"]; None: those that the method wants
+    student_paths: Sequence[str] | None = None,
+    teacher_paths: Sequence[str] | None = None,  # one for each path of the student
+    compile: bool = False,  # torch.compile both networks: minutes of waiting first, other rounding
     callbacks: Callable[[Path], Iterable[Callback]]
     | None = None,  # from the folder of each network that is trained (teacher, student, alone) to callbacks
     **config,  # fields of `TrainConfig` and of `Augment`, such as lr=0.01 or mixup=0.2
@@ -256,7 +260,8 @@ def distill(
         raise ValueError(f"output must be a folder, but {folder} is a file")
     earlier = json.loads(path.read_text()) if (path := folder / "distill.json").is_file() else None
     if earlier:  # one of before these settings were recorded
-        earlier["settings"] = {"precision": "fp32", "skip_broken": False} | earlier["settings"]
+        then = {"precision": "fp32", "skip_broken": False, "student_paths": None, "teacher_paths": None}
+        earlier["settings"] = then | {"compile": False} | earlier["settings"]
     settings["precision"] = _precision(settings, device, earlier and earlier["settings"])
     if earlier:
         _check_same(folder, earlier["settings"], settings)
@@ -581,7 +586,8 @@ class _Run:
 
     def task(self, student, teacher) -> Distiller:
         kind = Distiller if self.labels else UnlabelledDistiller
-        return kind(student, create_method(self.given["method"], self.given["method_args"]), teacher)
+        method = create_method(self.given["method"], self.given["method_args"])
+        return kind(student, method, teacher, self.given["student_paths"], self.given["teacher_paths"])
 
     def fit(self, task: Distiller, name: str) -> list[dict]:
         if self.progress:
@@ -596,8 +602,12 @@ class _Run:
         callbacks += [EpochLines()] if self.progress else []
         cache = self.cache if task.teacher is not None else None
         options = {"callbacks": callbacks, "teacher_cache": cache, "channels_last": self.channels_last}
+        options |= {"compile": self.given["compile"]}
         trainer = Trainer(task, self.train, self.test, self.config, self.folder / name, **options)
         history = trainer.fit(self.progress)
+        for net in (task.student, task.teacher, task.network):
+            if isinstance(net, nn.Module):
+                net._compiled_call_impl = None  # there is no public way back; it is measured and shipped as it came
         if average:
             trainer.network.load_state_dict(average.average)
             for row in history:  # the average is what counts; the weights of the step have names of their own

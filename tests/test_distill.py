@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import rcka
 from rcka.data.datasets import load_dataset
@@ -483,6 +484,32 @@ def test_an_encoder_of_timm_teaches_without_labels(loose, tmp_path):
     assert -100 <= found["student"]["cka"] <= 100
     student = rcka.load_student(tmp_path / "out")
     assert student(torch.zeros(2, 3, 48, 48)).shape == (2, 64) and input_config(student).size == 48
+
+
+@pytest.mark.slow
+def test_features_by_their_paths(tmp_path, monkeypatch):
+    "Paths are kept in the results; one that is not there is refused with its neighbours, before anything is written."
+    asked, compiled = nn.Module.compile, []
+
+    def without_a_compiler(net, **options):
+        compiled.append(net)
+        asked(net, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", without_a_compiler)
+    given = dict(data="digits", teacher="resnet14", student="resnet8", method="fcka", **SMALL)
+    with pytest.raises(ValueError, match="layer2.0"):
+        rcka.distill(**given, output=tmp_path / "no", student_paths=["layer9.0"], teacher_paths=["layer2.0"])
+    with pytest.raises(ValueError, match="equally many paths"):
+        rcka.distill(**given, output=tmp_path / "no", student_paths=["layer1", "layer2"], teacher_paths=["layer2"])
+    assert not (tmp_path / "no").exists()
+    paths = dict(student_paths=["layer1.0", "layer2.0"], teacher_paths=["layer1.1", "layer2.1"])
+    found = rcka.distill(**given, output=tmp_path / "out", compile=True, **paths)
+    assert len(compiled) >= 2 and found["student"]["flops"] > 0
+    settings = json.loads((tmp_path / "out" / "distill.json").read_text())["settings"]
+    assert {name: settings[name] for name in paths} == paths and settings["compile"]
+    assert rcka.load_student(tmp_path / "out")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(ValueError, match="teacher_paths: "):
+        rcka.distill(**given, output=tmp_path / "out", compile=True, **(paths | {"teacher_paths": ["layer1.1"]}))
 
 
 @pytest.mark.slow
