@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -154,7 +154,7 @@ class _Hook:
         value = output
         if self.place.input:
             value = args[0] if args else next(iter(kwargs.values()), None)
-        self.owner._note(self.path, _pick(value, self.place, self.path))
+        return self.owner._note(self.path, _pick(value, self.place, self.path))
 
 
 def _hook(owner, path: str, module: nn.Module):
@@ -259,6 +259,8 @@ class Taps:
         self._size: tuple[int, int] | None = None  # height and width of the images of the last forward pass
         self._seen: dict[str, Any] = {}  # by path, of the forward pass that runs
         self._running = False
+        self._instead: dict[str, Tensor] = {}  # by path: what stands in place of a module's output
+        self._blank: Callable[[], Tensor] | None = None  # makes two images like those of the last forward pass
         self._written: dict[tuple, dict[str, bool]] = {}  # by (training, grad) and path: is it overwritten later?
         self._now: dict[str, bool] = {}
         modules = {path: find_module(model, path) for path in self.paths}
@@ -270,16 +272,54 @@ class Taps:
         mode = (unwrap(self.model).training, torch.is_grad_enabled())
         self._now = self._written.setdefault(mode, {})
         self._seen, self._running = {}, True
-        self._size = next((tuple(x.shape[2:]) for x in (*args, *kwargs.values()) if _is_images(x)), None)
+        images = next((x for x in (*args, *kwargs.values()) if _is_images(x)), None)
+        self._size = None if images is None else (images.shape[2], images.shape[3])
+        self._blank = None if images is None else partial(images.new_zeros, (2, *images.shape[1:]))
         try:
             logits = self.logits(self.model(*args, **kwargs))
             return Outputs(logits, tuple(self._read(path) for path in self.paths))
         finally:
             self._seen, self._running = {}, False
 
-    def _note(self, path: str, value: Tensor):
-        "Store the value of a path; called by the hooks."
+    def run_on(
+        self,
+        path: str,  # one of `paths`: the name of a module, with nothing after it
+        feature: Tensor,  # stands in place of the module's output
+    ) -> Outputs:  # an empty tensor in place of each feature that the network reads before this one
+        """Run the network on from the output of a module, after a forward pass on images.
+
+        What stands before the module sees two blank images, whose output is thrown away; batch statistics of those
+        layers are the caller's to protect. Raises ValueError where the path has a form, or the feature another shape
+        than the module's output."""
+        if self._places[path] != Place(path, False, ()):
+            raise ValueError(f"a network can be run on from the output of a module alone; got the path {path!r}")
+        if self._blank is None:
+            raise RuntimeError("run the network on images before it is run on from a feature: taps(images)")
+        mode = (unwrap(self.model).training, torch.is_grad_enabled())
+        self._now = self._written.setdefault(mode, {})
+        self._seen, self._running, self._instead = {}, True, {path: feature}
+        try:
+            logits = self.logits(self.model(self._blank()))
+            nothing = feature.new_empty(0)
+            return Outputs(logits, tuple(self._read(p) if p in self._seen else nothing for p in self.paths))
+        finally:
+            self._seen, self._running, self._instead = {}, False, {}
+
+    def _note(self, path: str, value: Tensor) -> Tensor | None:
+        "Store the value of a path; called by the hooks. Return what stands in its place, if anything does."
+        feature = self._instead.get(path)
+        if feature is not None:
+            if feature.shape[1:] != value.shape[1:]:
+                raise ValueError(
+                    f"the network cannot be run on from {path!r}: the module returns {tuple(value.shape[1:])} for each "
+                    f"image, got {tuple(feature.shape[1:])}"
+                )
+            self._seen = {}  # of the blank images
+            value = feature.to(value.dtype)
+            if self._now.get(path, True):
+                value = value.clone()  # the layers that follow may overwrite it
         self._seen[path] = _noted(value, may_change=self._now.get(path, True))
+        return None if feature is None else value
 
     def _read(self, path: str) -> Tensor:
         "Return the value of a path after the forward pass, as it was when its module ran."

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from .features import StoredFeatures, Taps, as_logits, as_stored, evaluating, fe
 from .methods.base import ANY_PATHS, Method, create_method
 
 # %% auto #0
-__all__ = ['wanted_paths', 'head_of', 'batch_statistics', 'paired_taps', 'with_maps', 'build_method', 'Pair']
+__all__ = ['wanted_paths', 'head_of', 'kept_statistics', 'batch_statistics', 'paired_taps', 'with_maps', 'RunFrom',
+           'build_method', 'Pair']
 
 # %% ../nbs/method/03b_pair.ipynb #7dc9b923
 def wanted_paths(
@@ -38,6 +40,20 @@ def head_of(model: nn.Module) -> nn.Module | None:
         return model.get_submodule(path) if path else None
     except (ValueError, AttributeError):
         return None
+
+
+@contextlib.contextmanager
+def kept_statistics(model: nn.Module):
+    "Leave the running statistics of batch normalisation as they are within the context, whatever its mode."
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.track_running_stats for m in norms]
+    try:
+        for m in norms:
+            m.track_running_stats = False
+        yield
+    finally:
+        for m, tracks in zip(norms, before):
+            m.track_running_stats = tracks
 
 
 @contextlib.contextmanager
@@ -94,6 +110,17 @@ def with_maps(taps: Taps, method: Method, outputs: Outputs) -> Taps:
     return Taps(taps.model, paths, taps.logits)
 
 
+class RunFrom(NamedTuple):
+    "Runs the network of `taps` on from one of its features. A copy of a pair runs the copies of its networks."
+
+    taps: Taps
+    statistics: Callable  # the context in which the network runs
+
+    def __call__(self, i: int, feature: Tensor) -> Outputs:
+        with self.statistics(unwrap(self.taps.model)):
+            return self.taps.run_on(self.taps.paths[i], feature)
+
+
 @torch.no_grad()
 def build_method(
     method: Method,
@@ -120,8 +147,19 @@ def build_method(
             f"teacher and student must have the same classes: the teacher gives {theirs.shape[1]} logits, the student "
             f"{ours.shape[1]}. Use a method that compares features alone, such as fcka, sp or rkd"
         )
-    heads = {"head": head_of(teacher.model), "student_head": head_of(student.model)}
-    method.build(*outputs, **heads, targets=targets)
+    known = {"head": head_of(teacher.model), "student_head": head_of(student.model), "targets": targets}
+    if method.runs_networks:
+        if isinstance(teacher.model, StoredFeatures):
+            raise ValueError(
+                f"method {method.name} runs the teacher's layers on the student's features, which stored outputs do "
+                "not allow: give the teacher itself"
+            )
+        known["run_on"] = (
+            RunFrom(used[0], kept_statistics),
+            RunFrom(used[1], batch_statistics if method.teacher_batch_stats else kept_statistics),
+        )
+    with evaluating(unwrap(student.model), unwrap(teacher.model)):
+        method.build(*outputs, **known)
     return used[0], used[1]
 
 # %% ../nbs/method/03b_pair.ipynb #46d8e5ef

@@ -36,7 +36,11 @@ ONE_STAGE = {
 DETECTION_ARGS = {
     "faster_rcnn": TWO_STAGE,
     "retinanet": ONE_STAGE,
-    "fcos": ONE_STAGE | {"fgd": {"alpha": 1.6e-3, "beta": 8e-4, "gamma": 8e-4, "relation": 8e-6, "temperature": 0.8}},
+    "fcos": ONE_STAGE
+    | {
+        "fgd": {"alpha": 1.6e-3, "beta": 8e-4, "gamma": 8e-4, "relation": 8e-6, "temperature": 0.8},
+        "crosskd": {"classification": 0.4, "regression": 0.75, "convolutions": 2},
+    },
 }
 
 

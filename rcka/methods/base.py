@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from ..core import FeaturePaths, Outputs, load_extensions, nearest
 from ..similarity.measures import as_features, as_real, full_precision
 
 # %% auto #0
-__all__ = ['METHODS', 'ANY_PATHS', 'ClassesNeeded', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods',
+__all__ = ['RunOn', 'METHODS', 'ANY_PATHS', 'ClassesNeeded', 'class_indices', 'stages_at', 'Method', 'register', 'list_methods',
            'create_method', 'Vanilla', 'Sum', 'Wrapper', 'FeatureMethod', 'not_built', 'need', 'check_batches',
            'check_samples', 'WarmUp', 'check_maps', 'pooled_to', 'same_size', 'MapMethod', 'resize_maps', 'DenseMethod',
            'map_mse_loss']
@@ -53,6 +54,9 @@ def stages_at(
     return [layers.stages[i] for i in stages]
 
 
+RunOn = Callable[[int, Tensor], Outputs]  # position of one of the method's features, and what stands in its place
+
+
 class Method(nn.Module):
     """Base class of all distillation methods: `forward` returns {"ce": cross-entropy, ...: terms of the method}, whose
     sum is the loss.
@@ -67,6 +71,7 @@ class Method(nn.Module):
     smallest = 2  # least number of samples in a batch
     capturable = True  # a CUDA graph can record a step: kernels do not depend on values, buffers are updated in place
     relations_only = False  # uses the teacher's features through their Gram matrix alone, so they may be projected
+    runs_networks = False  # runs parts of both networks: `build` gets `run_on`, or `detectors`
     predicted: Tensor | None = (
         None  # logits of the last batch, where the method predicts with a network other than the student
     )
@@ -87,8 +92,12 @@ class Method(nn.Module):
         head: nn.Module | None = None,  # the teacher's classifier
         student_head: nn.Module | None = None,  # the student's
         targets: Tensor | None = None,  # of all training samples
+        run_on: tuple[RunOn, RunOn] | None = None,  # run student and teacher on from a feature
+        detectors: tuple[nn.Module, nn.Module] | None = None,  # student and teacher, where they are detectors
     ):
-        "Create the method's own parameters and buffers. Called once, before the optimiser is created."
+        """Create the method's own parameters and buffers. Called once, before the optimiser is created.
+
+        `run_on` and `detectors` are given to methods with `runs_networks` alone."""
 
     def predictor(self, student: nn.Module, paths: Sequence[str]) -> nn.Module:
         """Return the network used for prediction: the student, or one that adds built modules to its features at
@@ -192,6 +201,12 @@ class Vanilla(Method):
 ANY_PATHS = FeaturePaths(*[tuple(f"stage{i}" for i in range(64))] * 2, "pooled", "head")  # no network has more stages
 
 
+def _run_part(run: RunOn, first: int, n: int, i: int, feature: Tensor) -> Outputs:
+    "Run a network on for the part of a sum with `n` features from position `first` on."
+    outputs = run(first + i, feature)
+    return outputs._replace(features=outputs.features[first : first + n])
+
+
 class Sum(Method):
     "Sum of several methods: the terms of all parts, and one cross-entropy whose weight is the product of theirs."
 
@@ -213,6 +228,10 @@ class Sum(Method):
     @property
     def capturable(self):
         return all(m.capturable for m in self.parts)
+
+    @property
+    def runs_networks(self):
+        return any(m.runs_networks for m in self.parts)
 
     @property
     def smallest(self):
@@ -277,9 +296,15 @@ class Sum(Method):
             features = features[k:]
         return parts
 
-    def build(self, student, teacher, **kw):
+    def build(self, student, teacher, *, run_on=None, detectors=None, **known):
+        first = 0  # position of the part's first feature
         for m, s, t in zip(self.parts, self.split(student), self.split(teacher)):
-            m.build(s, t, **kw)
+            networks = {}
+            if m.runs_networks:
+                own = run_on and tuple(partial(_run_part, run, first, len(s.features)) for run in run_on)
+                networks = {"run_on": own, "detectors": detectors}
+            m.build(s, t, **networks, **known)
+            first += len(s.features)
 
     @property
     def predicted(self):
@@ -329,6 +354,10 @@ class Wrapper(Method):
     @property
     def capturable(self):
         return self.inner.capturable
+
+    @property
+    def runs_networks(self):
+        return self.inner.runs_networks
 
     @property
     def smallest(self):

@@ -159,7 +159,7 @@ def fgd_global_loss(student: Tensor, teacher: Tensor, of_student: nn.Module, of_
     return (of_student(student) - of_teacher(teacher)).square().sum() / len(student)
 
 # %% ../../nbs/method/02e_dense.ipynb #6437ef37
-def boxes_of(target, images: int):
+def boxes_of(target, images: int, method: str = "fgd"):
     """Return the boxes of each image and the common input size from a list of dicts. ValueError where they are not
     there."""
     if (
@@ -168,8 +168,8 @@ def boxes_of(target, images: int):
         or not all("boxes" in t and "input_size" in t for t in target)
     ):
         raise ValueError(
-            f"fgd needs a target for each of the {images} images: a list of dicts with 'boxes', (boxes, 4) in pixels "
-            "of the network's input, and 'input_size', its (height, width)"
+            f"{method} needs a target for each of the {images} images: a list of dicts with 'boxes', (boxes, 4) in "
+            "pixels of the network's input, and 'input_size', its (height, width)"
         )
     sizes = {tuple(int(x) for x in t["input_size"]) for t in target}
     if len(sizes) > 1:

@@ -676,6 +676,11 @@ _CIFAR_IKL = {  # alpha and beta, from the configurations published with IKL; 1 
     ("resnet50", "mobilenet_v2"): (1.0, 12.0),
     ("resnet32x4", "shufflenet_v2"): (3.0, 12.0),
 }
+_CIFAR_FCFD = {  # where the released configurations differ from that of vgg13 with vgg8, the defaults
+    ("wrn_40_2", "wrn_16_2"): dict(mixed=0.2),
+    ("resnet56", "resnet20"): dict(weight=0.02),
+    ("resnet32x4", "shufflenet_v2"): dict(temperature=8.0),
+}
 _CIFAR_CAT = {  # from the configurations published with CAT-KD; elsewhere 15, that of resnet32x4 with resnet8x4
     ("wrn_40_2", "wrn_16_2"): dict(weight=12.0),
     ("vgg13", "vgg8"): dict(weight=4.5),
@@ -724,6 +729,8 @@ def paper_args(
         return dict(zip(("alpha", "beta"), _CIFAR_IKL[pair]))
     if method == "cat_kd":
         return dict(_CIFAR_CAT.get(pair, {}))
+    if method == "fcfd":
+        return dict(_CIFAR_FCFD.get(pair, {}))
     return {}
 
 # %% ../../nbs/method/02d_features.ipynb #a65f1193

@@ -3,23 +3,30 @@
 # %% ../../nbs/method/02g_features_since_2022.ipynb #6208ff5f
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..core import Outputs
 from ..features import ProjectedNetwork, Projector
 from rcka.methods.base import (
     FeatureMethod,
     MapMethod,
+    WarmUp,
     check_maps,
     check_samples,
     class_indices,
+    not_built,
     pooled_to,
     register,
     same_size,
 )
 from .cka import largest_diagonal
+from .dense import boxes_of
 from .features import regressor
 from .logits import check_logits, correlation, kd_loss
 from .logits_recent import ClassMapMethod, CosineDecay
@@ -27,7 +34,9 @@ from ..similarity.measures import as_real, check_pair, cosine, full_precision, u
 
 # %% auto #0
 __all__ = ['centred_places', 'place_cka', 'CKAPlaces', 'wkd_feature_loss', 'WKDF', 'check_widths', 'itrd_correlation_loss',
-           'itrd_mutual_loss', 'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss', 'CATKD', 'SimKD']
+           'itrd_mutual_loss', 'ITRD', 'srd_loss', 'SRD', 'ofa_loss', 'Branch', 'OFA', 'cat_loss', 'CATKD', 'SimKD',
+           'rectified', 'bridge', 'check_runs', 'map_error', 'draw_paths', 'FCFD', 'head_convolutions', 'through',
+           'match_moments', 'crossed_class_loss', 'log_iou_loss', 'Assigned', 'assign', 'CrossKD', 'box_loss']
 
 # %% ../../nbs/method/02g_features_since_2022.ipynb #b0bfd456
 class _Moments(torch.autograd.Function):
@@ -471,3 +480,307 @@ class SimKD(MapMethod):
         with torch.no_grad():
             self.predicted = self._head[0](projected.mean((2, 3)))
         return {"simkd": self.weight * F.mse_loss(*same_size(projected, t))}
+
+# %% ../../nbs/method/02g_features_since_2022.ipynb #14614014
+def rectified(x: Tensor) -> bool:
+    "Return whether a feature comes out of a ReLU: no entry is negative."
+    return bool(x.min() >= 0)
+
+
+def bridge(source: Tensor, target: Tensor) -> nn.Module:
+    """Return the module that brings maps like `source` (n, c, H, W) to the shape of `target` (n, d, U, V), of the same
+    size, half or twice as large; ValueError for other sizes.
+
+    A 3x3 convolution (transposed, 4x4, to double the size) and batch normalisation; a leaky ReLU where `target` has no
+    negative entries."""
+    (c, *ours), (d, *theirs) = source.shape[1:], target.shape[1:]
+    if ours == theirs:
+        conv: nn.Module = nn.Conv2d(c, d, 3, padding=1, bias=False)
+    elif ours == [2 * side for side in theirs]:
+        conv = nn.Conv2d(c, d, 3, stride=2, padding=1)
+    elif theirs == [2 * side for side in ours]:
+        conv = nn.ConvTranspose2d(c, d, 4, stride=2, padding=1)
+    else:
+        raise ValueError(
+            f"fcfd bridges maps of the same size, or twice as large; got {tuple(ours)} and {tuple(theirs)}: choose "
+            "stages=(...) at which the two networks' maps are closer in size"
+        )
+    if isinstance(conv, nn.Conv2d):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(d), *([nn.LeakyReLU(0.1)] if rectified(target) else []))
+
+
+def check_runs(run_on, outputs: Outputs, who: str):
+    "Raise ValueError if a network, run on from one of its own features, does not give its own logits."
+    for i, feature in enumerate(outputs.features[:-1]):
+        try:
+            again = run_on(i, feature).logits
+            same = again.shape == outputs.logits.shape and bool(
+                (again - outputs.logits).norm() <= 0.01 * outputs.logits.norm() + 1e-6
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"fcfd cannot run the {who} on from its feature {i}: {error}") from error
+        if not same:
+            raise ValueError(
+                f"fcfd cannot run the {who} on from its feature {i}: its logits are not those of the network, so later "
+                "layers read something else as well. Give module paths through which everything passes, or a network "
+                "whose stages follow each other, as those of rcka.models do"
+            )
+
+
+def map_error(ours: Tensor, theirs: Tensor, last: bool) -> Tensor:
+    "Return the mean squared error of two maps; for the last stage plus that of the means over places, after ReLU."
+    error = F.mse_loss(ours, theirs)
+    return error + F.mse_loss(*(x.relu().mean((2, 3)) for x in (ours, theirs))) if last else error
+
+
+def draw_paths(n: int, most: int) -> list[int]:
+    "Return `most` of the numbers 0 to n - 1 in random order, or all of them."
+    return torch.randperm(n, device="cpu")[:most].tolist()
+
+
+@register("fcfd")
+class FCFD(WarmUp, MapMethod):
+    """Function-consistent feature distillation (Liu et al., ICLR 2023; the loss of their code): KD, the difference of
+    maps and what later layers make of them. The formula is on the page.
+
+    `build` needs `run_on`, with which both networks are run on from a feature; the teacher has to be at hand. The
+    student's maps have to be as large as the teacher's, half or twice as large. The defaults are the authors' for vgg13
+    with vgg8; see `paper_args` for other pairs."""
+
+    runs_networks = True
+    wants_logits = True
+    teacher_batch_stats = True
+    capturable = False  # other layers run in each step
+
+    def __init__(
+        self,
+        weight: float = 5.0,  # w: of the differences of maps
+        kd: float = 1.0,  # beta: of the student's own logits
+        mixed: float = 1.0,  # gamma: of the logits of the mixed paths
+        temperature: float = 4.0,  # tau
+        paths: int = 2,  # mixed paths drawn for each step
+        warmup: int = 20,  # epochs over which `weight` grows linearly
+        stages=None,  # positions of stages; None is all but the stem
+    ):
+        super().__init__()
+        self.weight, self.kd, self.mixed, self.temperature = weight, kd, mixed, temperature
+        self.paths, self.warmup, self.stages = paths, warmup, stages
+
+    def build(self, student, teacher, *, run_on=None, **known):
+        pairs = self.pairs(student, teacher)
+        if run_on is None:
+            raise ValueError(
+                "fcfd runs the layers of both networks, and got none: train it with Distiller or Pair, which give "
+                "build(..., run_on=...)"
+            )
+        for run, outputs, who in zip(run_on, (student, teacher), ("student", "teacher")):
+            check_runs(run, outputs, who)
+        to_teacher, to_student = (
+            nn.ModuleList(bridge(*p) for p in side) for side in (pairs, [p[::-1] for p in pairs[:-1]])
+        )
+        like = pairs[0][0]
+        self.to_teacher, self.to_student = (m.to(like.device, like.dtype) for m in (to_teacher, to_student))
+        self.run_student, self.run_teacher = run_on
+
+    def terms(self, student, teacher, target=None, index=None):
+        if not hasattr(self, "to_teacher"):
+            raise not_built(self, "bridges between the networks")
+        pairs = self.pairs(student, teacher)
+        theirs, last = [t for _, t in pairs], len(pairs) - 1
+        bridged = [as_real(b(s), "student") for b, (s, _) in zip(self.to_teacher, pairs, strict=True)]
+        error = lambda x, m: map_error(as_real(x, "student"), theirs[m], m == last)
+        difference, logits = sum(error(x, m) for m, x in enumerate(bridged)), []
+        for path in draw_paths(2 * last, self.paths):
+            back, l = divmod(path, last)
+            if back:
+                logits.append(self.run_student(l, self.to_student[l](theirs[l])).logits)
+            else:
+                z, found = self.run_teacher(l, bridged[l])
+                logits.append(z)
+                difference = difference + sum(error(found[m], m) for m in range(l + 1, last + 1))
+        kd = lambda z: kd_loss(z, teacher.logits, self.temperature)
+        terms = {"fcfd_kd": self.kd * kd(student.logits), "fcfd_maps": self.warm * self.weight * difference}
+        return terms | ({"fcfd_mixed": self.mixed * sum(map(kd, logits))} if logits else {})
+
+# %% ../../nbs/method/02g_features_since_2022.ipynb #3bb9d18b
+def head_convolutions(head: nn.Module) -> list[list[nn.Module]]:
+    "Return the layers of the convolutions of a head of torchvision, each with its norm and, last, its ReLU."
+    blocks: list[list[nn.Module]] = [[]]
+    for m in head.conv.modules():
+        if not any(m.children()):
+            blocks[-1].append(m)
+            if isinstance(m, nn.ReLU):
+                blocks.append([])
+    return blocks[:-1]
+
+
+def through(layers, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+@full_precision
+def match_moments(
+    student: Tensor,  # (n, C, H, W)
+    teacher: Tensor,  # (n, C, U, V)
+) -> Tensor:  # (n, C, H, W)
+    "Return the student's map with the teacher's mean and standard deviation of each channel over batch and places."
+    student, teacher = check_maps(student, teacher)
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"crosskd needs heads of one width, but the student's maps have {student.shape[1]} channels and the "
+            f"teacher's {teacher.shape[1]}: create both detectors with the same channels="
+        )
+    moments = lambda x: torch.var_mean(x, (0, 2, 3), keepdim=True, correction=min(1, x[:, 0].numel() - 1))
+    (variance, mean), (its_variance, its_mean) = moments(student), moments(teacher)
+    # the clamp keeps the gradient of a constant channel finite
+    return (student - mean) / (variance.clamp_min(1e-20).sqrt() + 1e-6) * its_variance.sqrt() + its_mean
+
+
+@full_precision
+def crossed_class_loss(
+    student: Tensor,  # (..., classes): logits
+    teacher: Tensor,  # (..., classes): logits
+) -> Tensor:  # (...): sum over classes
+    "Return the cross-entropy of each class with the teacher's probability, weighted by the difference of the two."
+    student, teacher = as_real(student, "student_logits"), as_real(teacher, "teacher_logits").sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(student, teacher, reduction="none")
+    return (entropy * (student.sigmoid() - teacher).abs()).sum(-1)
+
+
+def log_iou_loss(a: Tensor, b: Tensor) -> Tensor:
+    "Return -log of the intersection over union of boxes (rows, 4) in pairs; at most -log 1e-6."
+    inner = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp_min(0).prod(1)
+    area = lambda x: (x[:, 2:] - x[:, :2]).prod(1)
+    return -(inner / (area(a) + area(b) - inner).clamp_min(1e-6)).clamp_min(1e-6).log()
+
+
+class Assigned(NamedTuple):
+    "The anchors of a batch, and which of them have an object."
+
+    anchors: Tensor  # (n, anchors, 4)
+    counts: Tensor  # (n, anchors): 0 where an anchor is left out, else 1
+    number: Tensor  # scalar: what sums over anchors are divided by
+
+
+def assign(detector: nn.Module, maps, target, images: int) -> Assigned:
+    "Return the anchors of a detector of torchvision, RetinaNet or FCOS, with its own choice of those with an object."
+    from torchvision.models.detection.image_list import ImageList
+
+    boxes, size = boxes_of(target, images, "crosskd")
+    like = [m.new_empty((), dtype=torch.float32).expand(m.shape) for m in maps]  # not in bfloat16: too coarse
+    every = detector.anchor_generator(ImageList(torch.empty(images, 0, *size), [size] * images), like)
+    # the detector's own rule, stopped where it would compute its losses
+    head = SimpleNamespace(compute_loss=lambda targets, outputs, anchors, matched: matched)
+    stopped = SimpleNamespace(**{k: getattr(detector, k, None) for k in ("proposal_matcher", "center_sampling_radius")})
+    stopped.head = head
+    levels = () if stopped.proposal_matcher else ([m.shape[-2] * m.shape[-1] for m in maps],)
+    matched = torch.stack(type(detector).compute_loss(stopped, target, {}, every, *levels))
+    anchors, objects = torch.stack(every), matched >= 0
+    if stopped.proposal_matcher:
+        counts = (matched != stopped.proposal_matcher.BETWEEN_THRESHOLDS).float()
+        return Assigned(anchors, counts, objects.sum(1).clamp_min(1).sum())
+    own = torch.cat([b[m[m >= 0]] for b, m in zip(boxes, matched)])
+    centre = (anchors[objects][:, :2] + anchors[objects][:, 2:]) / 2
+    low, high = centre - own[:, :2], own[:, 2:] - centre
+    centerness = (torch.minimum(low, high) / torch.maximum(low, high)).prod(1).sqrt()
+    return Assigned(anchors, torch.ones_like(matched, dtype=torch.float32), centerness.sum().clamp_min(1e-6))
+
+
+@register("crosskd")
+class CrossKD(FeatureMethod):
+    """Cross-head distillation (Wang et al., "CrossKD: cross-head knowledge distillation for object detection", CVPR
+    2024; the loss of their code) of RetinaNet and FCOS: classification * crossed_class_loss + regression * loss of
+    boxes, of the predictions that the teacher's head makes from the student's.
+
+    `build` needs `detectors`, both of one kind, with heads of the same width. `target` is a list of dicts with "boxes"
+    and "labels", and "input_size" as for `fgd`. The defaults are the authors' for RetinaNet; for FCOS 0.4, 0.75 and 2
+    convolutions."""
+
+    dense = True
+    runs_networks = True
+    default_stages = slice(None)  # all levels
+
+    def __init__(
+        self,
+        classification: float = 1.0,  # weight of the class logits
+        regression: float = 1.0,  # weight of the boxes
+        convolutions: int = 3,  # of the student's head that run before the teacher's; 0: none
+    ):
+        super().__init__()
+        self.classification, self.regression, self.convolutions = classification, regression, convolutions
+
+    def wants_maps(self, n):
+        return [True] * n
+
+    def build(self, student, teacher, *, detectors=None, **known):
+        heads = [getattr(d, "head", None) for d in detectors or ()]
+        fits = [
+            hasattr(getattr(h, "regression_head", None), "conv") and hasattr(d, "anchor_generator")
+            for h, d in zip(heads, detectors or ())
+        ]
+        if len(fits) < 2 or not all(fits) or type(detectors[0]) is not type(detectors[1]):
+            got = " and ".join(type(d).__name__ for d in detectors or ()) or "no detectors"
+            raise ValueError(
+                "crosskd runs one detector's head on the other's, for torchvision's RetinaNet and FCOS, both of one "
+                f"kind; got {got}. Train it with DetectionDistiller, or use a method on levels such as pcka"
+            )
+        self._detectors = tuple(detectors)  # in a tuple, so that they are not submodules
+        most = min(len(head_convolutions(h.classification_head)) for h in heads)
+        if not 0 <= self.convolutions <= most:
+            raise ValueError(f"convolutions must be 0 to {most}, those of the heads; got {self.convolutions}")
+        kinds = [(h.classification_head.num_classes, h.classification_head.num_anchors) for h in heads]
+        if kinds[0] != kinds[1] or len(student.features) != len(teacher.features):
+            raise ValueError(
+                "crosskd compares predictions at the same anchors: the student has (classes, anchors of a place) "
+                f"{kinds[0]} on {len(student.features)} levels, the teacher {kinds[1]} on {len(teacher.features)}"
+            )
+        self.crossed("classification_head", self.pairs(student, teacher))  # the widths of the heads
+
+    def crossed(self, name: str, pairs) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what comes out of the convolutions of the teacher's head, level by level: from the student's head, and
+        from its own."""
+        ours, theirs = (head_convolutions(getattr(d.head, name)) for d in self._detectors)
+        before, its_own = ([m for block in side[: self.convolutions] for m in block] for side in (ours, theirs))
+        after = [*its_own[-1:], *(m for block in theirs[self.convolutions :] for m in block)]  # from the ReLU on
+        crossed, expected = [], []
+        for s, t in pairs:
+            s = through(before[:-1], s)
+            with torch.no_grad():
+                t = through(its_own[:-1], t)
+            crossed.append(through(after, match_moments(s, t)))
+            with torch.no_grad():
+                expected.append(through(after, t.clone()))  # a ReLU may overwrite it
+        return crossed, expected
+
+    def terms(self, student, teacher, target=None, index=None):
+        if not hasattr(self, "_detectors"):
+            raise not_built(self, "the heads of both detectors")
+        pairs, (ours, theirs) = self.pairs(student, teacher), self._detectors
+        found = assign(ours, [s for s, _ in pairs], target, len(pairs[0][0]))
+        flat = lambda maps, layer, k: torch.cat(
+            [as_real(layer(x), "prediction").unflatten(1, (-1, k)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in maps],
+            1,
+        )
+        head = theirs.head.classification_head
+        crossed, expected = (
+            flat(maps, head.cls_logits, head.num_classes) for maps in self.crossed("classification_head", pairs)
+        )
+        classes = (found.counts * crossed_class_loss(crossed, expected)).sum() / found.number
+        weights = found.counts * expected.amax(-1).sigmoid()
+        head = theirs.head.regression_head
+        deltas = (flat(maps, head.bbox_reg, 4) for maps in self.crossed("regression_head", pairs))
+        boxes = (weights.flatten() * box_loss(theirs, *deltas, found.anchors)).sum() / found.number
+        return {"crosskd_classes": self.classification * classes, "crosskd_boxes": self.regression * boxes}
+
+
+def box_loss(detector: nn.Module, ours: Tensor, theirs: Tensor, anchors: Tensor) -> Tensor:
+    "Return the loss of each pair of boxes, (n anchors,): 1 - GIoU for RetinaNet, -log IoU for FCOS."
+    if (coder := getattr(detector.head, "box_coder", None)) is not None:  # FCOS, whose head ends with a ReLU
+        return log_iou_loss(*(coder.decode(x.relu(), anchors.to(x.dtype)).flatten(0, 1) for x in (ours, theirs)))
+    from torchvision.ops import generalized_box_iou_loss
+
+    decode = detector.head.regression_head.box_coder.decode_single
+    return generalized_box_iou_loss(*(decode(x.flatten(0, 1), anchors.flatten(0, 1)) for x in (ours, theirs)))

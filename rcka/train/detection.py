@@ -244,7 +244,9 @@ class DetectionDistiller:
         images = first_shard(train).images[:2]
         taps = trunk_taps(self.student, self.student_taps.paths[: self.levels])
         with torch.no_grad(), taps, evaluating(self.student):  # this batch must not enter the running statistics
-            self.method.build(Outputs(None, taps(images).features), Outputs(None, self.teach(images).features))
+            known = {"detectors": (self.student, self.teacher)} if self.method.runs_networks else {}
+            ours, theirs = Outputs(None, taps(images).features), Outputs(None, self.teach(images).features)
+            self.method.build(ours, theirs, **known)
         self.method.to(images[0].device)
 
     def __call__(self, batch, teacher: Outputs | None = None, relations: str | None = None) -> Step:

@@ -320,6 +320,11 @@ class TeacherCache:
 def check_method(method: Method, paths: Iterable[str], width: int | None):
     """Raise ValueError for a method that cannot use stored outputs, or features at `paths` that are projected to
     `width`."""
+    if method.runs_networks:
+        raise ValueError(
+            f"method {method.name} runs the teacher's layers on the student's features, which stored outputs do not "
+            "allow: train it without teacher_cache, with the teacher itself"
+        )
     if method.teacher_batch_stats:
         raise ValueError(
             f"method {method.name} runs the teacher with the statistics of each batch, which a teacher cache does not "
