@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -260,7 +260,7 @@ class Taps:
         self._seen: dict[str, Any] = {}  # by path, of the forward pass that runs
         self._running = False
         self._instead: dict[str, Tensor] = {}  # by path: what stands in place of a module's output
-        self._blank: Callable[[], Tensor] | None = None  # makes two images like those of the last forward pass
+        self._like: tuple | None = None  # shape, dtype and device of the images of the last forward pass
         self._written: dict[tuple, dict[str, bool]] = {}  # by (training, grad) and path: is it overwritten later?
         self._now: dict[str, bool] = {}
         modules = {path: find_module(model, path) for path in self.paths}
@@ -274,7 +274,7 @@ class Taps:
         self._seen, self._running = {}, True
         images = next((x for x in (*args, *kwargs.values()) if _is_images(x)), None)
         self._size = None if images is None else (images.shape[2], images.shape[3])
-        self._blank = None if images is None else partial(images.new_zeros, (2, *images.shape[1:]))
+        self._like = None if images is None else (images.shape, images.dtype, images.device)
         try:
             logits = self.logits(self.model(*args, **kwargs))
             return Outputs(logits, tuple(self._read(path) for path in self.paths))
@@ -293,13 +293,15 @@ class Taps:
         than the module's output."""
         if self._places[path] != Place(path, False, ()):
             raise ValueError(f"a network can be run on from the output of a module alone; got the path {path!r}")
-        if self._blank is None:
+        if self._like is None:
             raise RuntimeError("run the network on images before it is run on from a feature: taps(images)")
         mode = (unwrap(self.model).training, torch.is_grad_enabled())
         self._now = self._written.setdefault(mode, {})
         self._seen, self._running, self._instead = {}, True, {path: feature}
+        (_, *shape), dtype, device = self._like
+        blank = torch.zeros(2, *shape, dtype=dtype, device=device)
         try:
-            logits = self.logits(self.model(self._blank()))
+            logits = self.logits(self.model(blank))
             nothing = feature.new_empty(0)
             return Outputs(logits, tuple(self._read(p) if p in self._seen else nothing for p in self.paths))
         finally:

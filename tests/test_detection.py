@@ -269,7 +269,7 @@ def small(name, channels=64, classes=3, backbone="mobilenet_v3_small", **options
     return create_detector(name, backbone, classes, channels=channels, norm="group", **options)
 
 
-METHODS = ("none", "pcka", "pcka+mimic", "mimic", "pkd", "fgd", "dense_kd", "dense_dist")
+METHODS = ("none", "pcka", "pcka+mimic", "mimic", "pkd", "fgd", "dense_kd", "dense_dist", "crosskd")
 
 
 @pytest.mark.slow
@@ -279,10 +279,12 @@ def test_every_method_trains_every_detector(name, drawn):
     train = drawn.batches(4, size=64, max_size=96)
     teacher, wide, same = small(name), small(name, 128), small(name)
     batch = next(train.epoch(0))
-    for method in METHODS if name == "fcos" else ("none", "pcka", "fgd", "dense_kd"):
+    few = ("none", "pcka", "fgd", "dense_kd", *(("crosskd",) if name == "retinanet" else ()))
+    for method in METHODS if name == "fcos" else few:
         args = detection_args(method, name) | (
             {f"{'pcka.' if '+' in method else ''}patch_size": 4} if "pcka" in method else {}
         )
+        args |= {"convolutions": 1} if method == "crosskd" else {}  # the small FCOS has one
         student = copy.deepcopy(wide if method in ("pcka", "pkd") else same)
         task = DetectionDistiller(student, create_method(method, args), teacher if method != "none" else None)
         task.prepare(train)

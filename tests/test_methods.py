@@ -45,6 +45,11 @@ def heads():
     return {"head": nn.Linear(8, CLASSES), "student_head": nn.Linear(4, CLASSES)}
 
 
+def runs(student, teacher):
+    "Stand-ins for the networks of a method that runs them on: whatever is in between, they return what they returned."
+    return {"run_on": tuple(lambda i, feature, of=outputs: of for outputs in (student, teacher))}
+
+
 @pytest.mark.parametrize("stages", [3, 4])
 @pytest.mark.parametrize("first", METHODS)
 def test_sums_in_both_orders_by_paths_of_ones_own(first, stages):
@@ -61,7 +66,7 @@ def test_sums_in_both_orders_by_paths_of_ones_own(first, stages):
         for outputs, parts in ((student, ours), (teacher, theirs)):
             for got, want in zip(method.split(outputs), parts, strict=True):
                 assert len(got.features) == len(want) and all(a is b for a, b in zip(got.features, want)), second
-        method.build(student, teacher, **heads(), targets=TARGETS)
+        method.build(student, teacher, **heads(), **runs(student, teacher), targets=TARGETS)
         if {first, second} in ONE_EACH:
             with pytest.raises(ValueError, match="of the same name"):
                 method(student, teacher, TARGETS[index], index)
@@ -236,7 +241,7 @@ def test_ofd_lets_the_teacher_use_the_statistics_of_the_batch(own):
 
 def test_the_teacher_is_in_eval_mode_for_all_others():
     asked = [name for name in sorted(BUILT_IN) if create_method(name).teacher_batch_stats]
-    assert asked == ["ofd"] and create_method("kd+ofd").teacher_batch_stats
+    assert asked == ["fcfd", "ofd"] and create_method("kd+ofd").teacher_batch_stats
     assert not create_method("kd+ofd", {"ofd.teacher_batch_stats": False}).teacher_batch_stats
     assert not create_method("kd+fcka").teacher_batch_stats
 

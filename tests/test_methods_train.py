@@ -35,6 +35,7 @@ SHORT = {
     "cka_angle": {"stages": (-1,)},
     "procrustes": {"stages": (-1,)},
     "explained_variance": {"stages": (-1,)},
+    "fcfd": {"warmup": 1, "paths": 4},  # all paths in each step
 }
 
 
@@ -95,6 +96,7 @@ FEATURES = {  # student's path: teacher's path
             "cat_kd",
             "sdd",
             "simkd",
+            "fcfd",
         )
     },
     # the embedding is linear in the patches, so whatever its weights are they explain the same: the tokens' map

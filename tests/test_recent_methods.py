@@ -801,7 +801,7 @@ def test_all_are_registered_and_none_is_untested():
 
     modules = {m.__name__ for m in (features, logits, candidates)}
     ours = {name for name, cls in METHODS.items() if cls.__module__ in modules}
-    assert ours == set(NAMES)
+    assert ours == {*NAMES, "fcfd", "crosskd"}  # these two run networks: tests/test_run_on.py
 
 
 @pytest.mark.parametrize("name", NAMES)

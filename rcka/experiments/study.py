@@ -229,7 +229,7 @@ SCREENED = {  # label to method and arguments; None: the usual ones
     for m in (
         "kd dkd dist ikl_kd nkd lskd ttm wttm normkd rld mlkd skd wkd_l fitnet at sp cc vid rkd pkt nst crd ofd "
         "reviewkd ickd_c mgd srrl dpk fcka lcka rcka rcka_released cka_places cka_angle procrustes label_cka "
-        "kernel_cka wkd_f itrd srd ofa cat_kd sdd simkd kd+fcka dist+fcka dist+reviewkd kd+cka_places "
+        "kernel_cka wkd_f itrd srd ofa cat_kd sdd simkd fcfd kd+fcka dist+fcka dist+reviewkd kd+cka_places "
         "dkd+cka_places dist+cka_places lskd+cka_places skd+cka_places reviewkd+cka_places explained_variance "
         "dist+procrustes dist+explained_variance"
     ).split()

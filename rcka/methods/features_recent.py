@@ -716,13 +716,11 @@ class CrossKD(FeatureMethod):
         return [True] * n
 
     def build(self, student, teacher, *, detectors=None, **known):
-        heads = [getattr(d, "head", None) for d in detectors or ()]
-        fits = [
-            hasattr(getattr(h, "regression_head", None), "conv") and hasattr(d, "anchor_generator")
-            for h, d in zip(heads, detectors or ())
-        ]
-        if len(fits) < 2 or not all(fits) or type(detectors[0]) is not type(detectors[1]):
-            got = " and ".join(type(d).__name__ for d in detectors or ()) or "no detectors"
+        detectors = detectors or ()
+        heads = [getattr(d, "head", d) for d in detectors]
+        known_parts = all(hasattr(getattr(h, "regression_head", None), "conv") for h in heads)
+        if len(detectors) != 2 or not known_parts or type(detectors[0]) is not type(detectors[1]):
+            got = " and ".join(type(d).__name__ for d in detectors) or "no detectors"
             raise ValueError(
                 "crosskd runs one detector's head on the other's, for torchvision's RetinaNet and FCOS, both of one "
                 f"kind; got {got}. Train it with DetectionDistiller, or use a method on levels such as pcka"
