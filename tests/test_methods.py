@@ -176,7 +176,8 @@ def test_soft_labels(name):
     logits = torch.randn(N, CLASSES, requires_grad=True)
     student, teacher, index = Outputs(logits, s), Outputs(torch.randn(N, CLASSES), t), torch.arange(N)
     method = create(name)
-    method.build(student, teacher, **heads(), targets=TARGETS)
+    given = runs(student, teacher) if method.runs_networks else {}
+    method.build(student, teacher, **heads(), **given, targets=TARGETS)
     if name in NEED_CLASSES:
         for run in (method, method.terms):
             with pytest.raises(ValueError, match=f"method {name} needs the class of each sample.*mixup"):

@@ -20,7 +20,7 @@ from rcka.train.classification import Distiller, evaluate
 
 FOR_DETECTORS = sorted(BUILT_IN - FOR_CLASSIFIERS)
 DENSE = [n for n in FOR_DETECTORS if isinstance(create_method(n), DenseMethod)]  # on their maps
-LOGITS = [n for n in FOR_DETECTORS if n not in DENSE]
+LOGITS = [n for n in FOR_DETECTORS if n not in DENSE and not create_method(n).runs_networks]
 NETWORKS = sorted(
     {*list_models()}
     & {"resnet18", "wrn_16_1", "vgg8", "mobilenet_v1", "mobilenet_v2_half", "shufflenet_v1", "shufflenet_v2"}

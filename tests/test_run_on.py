@@ -8,6 +8,7 @@ import pytest
 import torch
 from interruption import interrupt_at
 from torch import nn
+from torchvision.models import VisionTransformer
 
 from rcka.core import FeaturePaths, Outputs
 from rcka.data.datasets import load_dataset
@@ -241,6 +242,19 @@ def test_fcfd_refuses_what_it_cannot_run():
             Pair(network, Small(8), "fcfd", images())
     with pytest.raises(ValueError, match="output of a module alone"):
         Pair(Small(8), Small(8), "fcfd", images(), ["b:input", "b"], ["b:input", "b"])
+    shape = dict(image_size=16, patch_size=4, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=8)
+    tokens = VisionTransformer(**shape, num_classes=CLASSES)
+    with pytest.raises(
+        ValueError, match="got the path 'encoder.layers.encoder_layer_0:map'.*fcfd needs networks whose"
+    ):
+        Pair(
+            tokens,
+            Small(8),
+            "fcfd",
+            images(),
+            ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_2"],
+            ["a", "b"],
+        )
     with pytest.raises(ValueError, match=r"twice as large; got \(16, 16\) and \(4, 4\)"):
         Pair(*networks("resnet8", "resnet8"), "fcfd", images(), ["layer1", "layer3"], ["layer3", "layer3"])
     with pytest.raises(ValueError, match="compares feature maps"):

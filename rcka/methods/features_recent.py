@@ -512,6 +512,10 @@ def bridge(source: Tensor, target: Tensor) -> nn.Module:
 
 def check_runs(run_on, outputs: Outputs, who: str):
     "Raise ValueError if a network, run on from one of its own features, does not give its own logits."
+    advice = (
+        "fcfd needs networks whose stages are maps that follow each other, as those of rcka.models: give module paths "
+        "through which everything passes, without a form such as ':input' or ':map', or another network"
+    )
     for i, feature in enumerate(outputs.features[:-1]):
         try:
             again = run_on(i, feature).logits
@@ -519,12 +523,11 @@ def check_runs(run_on, outputs: Outputs, who: str):
                 (again - outputs.logits).norm() <= 0.01 * outputs.logits.norm() + 1e-6
             )
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"fcfd cannot run the {who} on from its feature {i}: {error}") from error
+            raise ValueError(f"fcfd cannot run the {who} on from its feature {i}: {error}. {advice}") from error
         if not same:
             raise ValueError(
-                f"fcfd cannot run the {who} on from its feature {i}: its logits are not those of the network, so later "
-                "layers read something else as well. Give module paths through which everything passes, or a network "
-                "whose stages follow each other, as those of rcka.models do"
+                f"fcfd cannot run the {who} on from its feature {i}: the logits are not the network's, so later layers "
+                f"read something else as well. {advice}"
             )
 
 
