@@ -193,7 +193,7 @@ WITHOUT_EFFECT = (
 )  # arguments that do not change the results
 
 
-def distill(
+def distill(  # long, since each argument stands with its meaning
     data: str | Path | Callable,  # a folder, a name, "hfds/NAME", or a function that returns loaders: see `open_data`
     teacher: str
     | Path
@@ -427,17 +427,7 @@ class _Run:
             data, crops = replace(data, mean=self.input.mean, std=self.input.std), self.input._replace(size=crop)
         self.data = replace(data, size=crop) if self.from_files else data
         self.how = {"device": device} | ({"workers": workers} if self.from_files else {})
-        views = {"views": self.stored.views} if self.stored else {}
-        self.train = self.data.batches(settings["batch_size"], seed=self.config.seed, **views, **self.how)
-        self.cache = TeacherCache(self.stored, self.train) if self.stored else None
-        self.test = self.data.batches(settings["batch_size"], train=False, **self.how)
-        if self.augment != Augment():
-            if self.loaders and data.soft and self.augment.soft:
-                raise ValueError(
-                    f"the loaders of {data.name} give class probabilities: {' and '.join(self.augment.soft)} needs "
-                    "classes"
-                )
-            self.train = AugmentedBatches(self.train, self.augment, self.classes, self.config.seed)
+        self.make_batches()
         if settings["preset"] and "warmup_steps" not in fields:
             warm = round(PRESETS[settings["preset"]].warmup * self.config.epochs * len(self.train))
             self.config = replace(self.config, warmup_steps=warm)
@@ -445,6 +435,21 @@ class _Run:
         self.teacher_hook = adapt_input(self.teacher, crops, self.teacher_input)
         self.hooks = [adapt_input(net, crops, self.input) for net in (self.student, self.fresh) if net is not None]
         self.check()
+
+    def make_batches(self):
+        "Make the batches of training, augmented, and of the held-out images. Raises ValueError for mixed soft targets."
+        data, batch_size = self.data, self.given["batch_size"]
+        views = {"views": self.stored.views} if self.stored else {}
+        self.train = data.batches(batch_size, seed=self.config.seed, **views, **self.how)
+        self.cache = TeacherCache(self.stored, self.train) if self.stored else None
+        self.test = data.batches(batch_size, train=False, **self.how)
+        if self.augment != Augment():
+            if self.loaders and data.soft and self.augment.soft:
+                raise ValueError(
+                    f"the loaders of {data.name} give class probabilities: {' and '.join(self.augment.soft)} needs "
+                    "classes"
+                )
+            self.train = AugmentedBatches(self.train, self.augment, self.classes, self.config.seed)
 
     def as_they_come(self, ours: InputConfig, theirs: InputConfig) -> tuple[InputConfig, InputConfig]:
         """Return the input of the networks if the normalisation of the images is unknown. Raises ValueError if weights

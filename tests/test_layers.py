@@ -55,6 +55,17 @@ def defined(module: str) -> set[str]:
     return found
 
 
+def test_long_functions_say_why():
+    "A function of more than a screen, 60 lines, has a reason in a comment on the line that names it."
+    for path in sorted(ROOT.rglob("*.py")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= 60:
+                assert "# long, since " in lines[node.lineno - 1], (
+                    f"{path.relative_to(ROOT)}: {node.name} is longer than a screen: split it, or say why on its line"
+                )
+
+
 def test_new_names_are_where_the_changelog_says():
     "Each name in the table of old and new names, the one behind the arrow where there is one."
     text = (ROOT.parent / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Old and new names")[2]
