@@ -332,7 +332,7 @@ def _check_same(folder: Path, there: dict, here: dict):
         raise ValueError(f"{folder} has a run with other settings ({said}): give another output folder")
 
 # %% ../nbs/method/11_distill.ipynb #1604aa01
-def is_stored(teacher: str) -> bool:
+def is_stored(teacher: str | Path) -> bool:
     """Return whether a teacher is given as a file of its outputs: by the suffix, so that `load_teacher` refuses one
     that is missing or damaged."""
     return Path(teacher).suffix == ".safetensors"
@@ -816,7 +816,7 @@ def save_outputs(
         "teacher_weights": teacher_weights,
         "teacher_options": teacher_options,
     }
-    if file.suffix != ".safetensors":
+    if not is_stored(file):
         raise ValueError(f"the file must end in .safetensors, by which distill knows it; got {file}")
     if isinstance(images, LoaderData):
         raise ValueError(f"{data} returns loaders, which draw their own crops: give a folder or the name of a data set")
