@@ -1,8 +1,8 @@
 """Knowledge distillation by centred kernel alignment.
 
 Losses for your own loop: `fcka`, `lcka`, `pcka`; methods: `RCKA`, `PCKA`, `create_method`; features of any network:
-`Taps`. These need only torch and torchvision. The trainer (`rcka.train`, `rcka.experiments`) and the command `rcka` need
-more packages: see `EXTRAS`."""
+`Taps`. These need only torch and torchvision. The trainer (`rcka.train`, `rcka.experiments`) and the command `rcka`
+need more packages: see `EXTRAS`."""
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,5 @@
-"The command `rcka`, also as `python -m rcka`. Written by hand; separate from `rcka.cli`, which needs the packages of rcka[notebook]."
+"""The command `rcka`, also as `python -m rcka`. Written by hand; separate from `rcka.cli`, which needs the packages of
+rcka[notebook]."""
 
 import sys
 

@@ -420,7 +420,7 @@ def _json_option(name: str, text: str | None) -> dict | None:
 
 # %% ../nbs/method/08c_cli.ipynb #1604cc02
 @app.command("save-teacher")
-def save_teacher(
+def save_teacher(  # long, since each option stands with its help
     file: Annotated[Path, typer.Argument(help="File of the outputs, .safetensors, for `rcka distill --teacher`.")],
     data: Annotated[
         str,

@@ -193,7 +193,7 @@ WITHOUT_EFFECT = (
 )  # arguments that do not change the results
 
 
-def distill(
+def distill(  # long, since each argument stands with its meaning
     data: str | Path | Callable,  # a folder, a name, "hfds/NAME", or a function that returns loaders: see `open_data`
     teacher: str
     | Path
@@ -332,7 +332,7 @@ def _check_same(folder: Path, there: dict, here: dict):
         raise ValueError(f"{folder} has a run with other settings ({said}): give another output folder")
 
 # %% ../nbs/method/11_distill.ipynb #1604aa01
-def is_stored(teacher: str) -> bool:
+def is_stored(teacher: str | Path) -> bool:
     """Return whether a teacher is given as a file of its outputs: by the suffix, so that `load_teacher` refuses one
     that is missing or damaged."""
     return Path(teacher).suffix == ".safetensors"
@@ -427,17 +427,7 @@ class _Run:
             data, crops = replace(data, mean=self.input.mean, std=self.input.std), self.input._replace(size=crop)
         self.data = replace(data, size=crop) if self.from_files else data
         self.how = {"device": device} | ({"workers": workers} if self.from_files else {})
-        views = {"views": self.stored.views} if self.stored else {}
-        self.train = self.data.batches(settings["batch_size"], seed=self.config.seed, **views, **self.how)
-        self.cache = TeacherCache(self.stored, self.train) if self.stored else None
-        self.test = self.data.batches(settings["batch_size"], train=False, **self.how)
-        if self.augment != Augment():
-            if self.loaders and data.soft and self.augment.soft:
-                raise ValueError(
-                    f"the loaders of {data.name} give class probabilities: {' and '.join(self.augment.soft)} needs "
-                    "classes"
-                )
-            self.train = AugmentedBatches(self.train, self.augment, self.classes, self.config.seed)
+        self.make_batches()
         if settings["preset"] and "warmup_steps" not in fields:
             warm = round(PRESETS[settings["preset"]].warmup * self.config.epochs * len(self.train))
             self.config = replace(self.config, warmup_steps=warm)
@@ -445,6 +435,21 @@ class _Run:
         self.teacher_hook = adapt_input(self.teacher, crops, self.teacher_input)
         self.hooks = [adapt_input(net, crops, self.input) for net in (self.student, self.fresh) if net is not None]
         self.check()
+
+    def make_batches(self):
+        "Make the batches of training, augmented, and of the held-out images. Raises ValueError for mixed soft targets."
+        data, batch_size = self.data, self.given["batch_size"]
+        views = {"views": self.stored.views} if self.stored else {}
+        self.train = data.batches(batch_size, seed=self.config.seed, **views, **self.how)
+        self.cache = TeacherCache(self.stored, self.train) if self.stored else None
+        self.test = data.batches(batch_size, train=False, **self.how)
+        if self.augment != Augment():
+            if self.loaders and data.soft and self.augment.soft:
+                raise ValueError(
+                    f"the loaders of {data.name} give class probabilities: {' and '.join(self.augment.soft)} needs "
+                    "classes"
+                )
+            self.train = AugmentedBatches(self.train, self.augment, self.classes, self.config.seed)
 
     def as_they_come(self, ours: InputConfig, theirs: InputConfig) -> tuple[InputConfig, InputConfig]:
         """Return the input of the networks if the normalisation of the images is unknown. Raises ValueError if weights
@@ -811,7 +816,7 @@ def save_outputs(
         "teacher_weights": teacher_weights,
         "teacher_options": teacher_options,
     }
-    if file.suffix != ".safetensors":
+    if not is_stored(file):
         raise ValueError(f"the file must end in .safetensors, by which distill knows it; got {file}")
     if isinstance(images, LoaderData):
         raise ValueError(f"{data} returns loaders, which draw their own crops: give a folder or the name of a data set")

@@ -146,7 +146,13 @@ def export_student(
         raise
     except Exception as error:
         said = " ".join(str(error).split())[:300]
-        raise ExportFailed(f"{about['network']} cannot be exported to {to}: {type(error).__name__}: {said}") from error
+        old = to == "onnx" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+        hint = (
+            ". torch 2.6 fails on batch norms with the onnxscript of today: install torch 2.7 or newer" if old else ""
+        )
+        raise ExportFailed(
+            f"{about['network']} cannot be exported to {to}: {type(error).__name__}: {said}{hint}"
+        ) from error
     compared = compare_logits(student, exported, images, EXPORTS[to])
     write_atomic(folder / EXPORTS[to], content)
     written = {"file": EXPORTS[to], "sha256": hashlib.sha256(content).hexdigest(), "input": list(images.shape[1:])}

@@ -269,6 +269,18 @@ def test_keep_weights(batches, tmp_path):
         assert same(load_file(tmp_path / "kept" / f"epoch-{epoch:04}.safetensors"), copies.copies[epoch - 1])
     with pytest.raises(ValueError, match="every must be a whole number of 1 or more, got 0"):
         KeepWeights(tmp_path, every=0)
+    with pytest.raises(ValueError, match="give a folder"):
+        Learner(Distiller(network()), *batches, config, [KeepWeights()]).fit(progress=False)
+
+
+def test_keep_weights_in_the_folder_of_each_run(batches, tmp_path):
+    "One callback serves several runs: the weights of each lie in its own folder."
+    keep = KeepWeights()
+    for seed in (1, 2):
+        trainer = Trainer(Distiller(network(seed)), *batches, CONFIG, tmp_path / str(seed), callbacks=[keep])
+        trainer.fit(progress=False)
+        kept = load_file(tmp_path / str(seed) / "weights" / f"epoch-{CONFIG.epochs:04}.safetensors")
+        assert same(kept, trainer.task.student.state_dict())
 
 
 def test_stop_after(batches, tmp_path):

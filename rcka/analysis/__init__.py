@@ -1,4 +1,5 @@
-"Similarity of two networks, layer by layer, and its pictures. Written by hand; the modules are exported from nbs/method."
+"""Similarity of two networks, layer by layer, and its pictures. Written by hand; the modules are exported from
+nbs/method."""
 
 from rcka import style as style  # the look of the figures is of use also below this package
 

@@ -272,6 +272,11 @@ PAIR = {  # label to the factor of its usual weights that was best in the screen
     "dist+procrustes 256": 1,
     "dist+reviewkd 320": 1,
     "dist+reviewkd+procrustes": 1,
+    "simkd": 4,
+    "cat_kd": 0.25,
+    "itrd": 1,
+    "srd": 4,
+    "sdd": 1,
 }
 FACTOR = PAIR | {"reviewkd+procrustes": 1}  # not in the screen: the sum of three without DIST, at the same weights
 

@@ -348,18 +348,28 @@ class EMA(Callback):
 
 
 class KeepWeights(Callback):
-    "Write the student's weights after every `every`-th epoch to `folder/epoch-0001.safetensors` and so on."
+    """Write the student's weights after every `every`-th epoch to `epoch-0001.safetensors` and so on.
 
-    def __init__(self, folder: Path | str, every: int = 1):
+    Raises ValueError at the start of the fit if neither the callback nor the learner has a folder."""
+
+    def __init__(
+        self,
+        folder: Path | str | None = None,  # of the files; None: `weights` in the folder of each run
+        every: int = 1,
+    ):
         check_whole(1, every=every)
-        self.folder, self.every = Path(folder), every
+        self.folder, self.every = folder, every
+
+    def before_fit(self, learner):
+        if self.folder is None and not hasattr(learner, "folder"):
+            raise ValueError("folder=None takes the folder of the run, which a Learner does not have: give a folder")
 
     def after_epoch(self, learner):
         if rank() == 0 and learner.epoch % self.every == 0:
-            with saving(learner, self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                path = self.folder / f"epoch-{learner.epoch:04}.safetensors"
-                write_atomic(path, as_safetensors(learner.network))
+            folder = learner.folder / "weights" if self.folder is None else Path(self.folder)
+            with saving(learner, folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(folder / f"epoch-{learner.epoch:04}.safetensors", as_safetensors(learner.network))
 
 
 class StopAfter(Callback):

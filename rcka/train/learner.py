@@ -81,6 +81,8 @@ class Learner:
         if teacher_cache is not None:
             teacher_cache.check(task.method, task.teacher_taps.paths)
         if compile:
+            # torch 2.6 would use a graph again that was compiled before the hooks of these taps were there
+            torch.compiler.reset()
             for net in networks:
                 net.compile()
         if config.relations == "device":
