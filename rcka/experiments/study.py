@@ -277,6 +277,7 @@ PAIR = {  # label to the factor of its usual weights that was best in the screen
     "itrd": 1,
     "srd": 4,
     "sdd": 1,
+    "wkd_f": 16,
 }
 FACTOR = PAIR | {"reviewkd+procrustes": 1}  # not in the screen: the sum of three without DIST, at the same weights
 
