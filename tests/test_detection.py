@@ -340,6 +340,22 @@ def test_images_keep_their_size(drawn):
 
 
 @pytest.mark.slow
+def test_crosskd_trains_a_detector_and_leaves_its_teacher(drawn, tmp_path):
+    torch.manual_seed(0)
+    student, teacher = small("retinanet"), small("retinanet")
+    before = copy.deepcopy(teacher.state_dict())
+    task = DetectionDistiller(student, create_method("crosskd+pkd"), teacher)
+    batches = drawn.batches(3, size=50, max_size=80), drawn.batches(8, train=False, size=50, max_size=80)
+    rows = Trainer(task, *batches, TrainConfig(epochs=3, lr=5e-3), tmp_path).fit(progress=False)
+    assert all(np.isfinite(row["loss"]) and np.isfinite(row["AP"]) for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    with pytest.raises(ValueError, match="crosskd runs one detector's head.*got FasterRCNN and FasterRCNN"):
+        two_stage = DetectionDistiller(small("faster_rcnn"), create_method("crosskd"), small("faster_rcnn"))
+        Trainer(two_stage, *batches, TrainConfig(epochs=1), tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_resume_to_the_same_weights(drawn, tmp_path):
     def trainer(folder):
         torch.manual_seed(0)
