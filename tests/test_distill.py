@@ -129,6 +129,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
         ({"method": "dkd", "mixup": 0.2}, "method='dkd' .* mixup makes .* kd, dist"),
         ({"method": "kd+nkd", "preset": "torchvision-v2"}, "mixup and cutmix and label_smoothing make"),
         ({"teacher_weights": "cifar100", "teacher": "resnet20"}, "for images of 3 channels"),
+        ({"teacher_weights": "no.safetensors"}, "no checkpoint at no.safetensors: give the path of a file"),
     ],
 )
 def test_bad_input_is_refused_before_training(changes, says, tmp_path):

@@ -38,7 +38,11 @@ def networks(student="resnet8", teacher="resnet14"):
 # Taps.run_on
 
 
-@pytest.mark.parametrize("name", sorted(list_models()))
+FEW = ("resnet8", "wrn_16_1", "vgg8", "mobilenet_v2_half", "shufflenet_v1", "shufflenet_v2")
+OTHERS = sorted({*list_models()} - {*FEW})
+
+
+@pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_networks_run_on_from_every_stage_to_their_own_logits(name):
     torch.manual_seed(0)
     network = create_model(name, CLASSES).eval()
@@ -505,8 +509,14 @@ def naive_crosskd(kind, ours, theirs, student, teacher, target, anchors, k):
     return {"crosskd_classes": (counts * classes).sum() / number, "crosskd_boxes": boxes.sum() / number}
 
 
-@pytest.mark.parametrize("convolutions", [0, 2, 4])
-@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+@pytest.mark.parametrize(
+    ("kind", "convolutions"),
+    [
+        ("fcos", 2),
+        *(pytest.param("fcos", i, marks=pytest.mark.slow) for i in (0, 4)),
+        *(pytest.param("retinanet", i, marks=pytest.mark.slow) for i in (0, 2, 3, 4)),
+    ],
+)
 def test_crosskd_against_the_formula(kind, convolutions):
     ours, theirs = detectors(kind)
     pictures, target = scene()

@@ -141,7 +141,7 @@ ALIASES = [("fc", "linear"), ("linear", "fc"), ("downsample", "shortcut"), ("sho
 def _read(path: Path):
     "Return the tensors and plain values in a file, without running any code in it."
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"no checkpoint at {path}: give the path of a file of weights")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
