@@ -224,7 +224,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.real_data
-def test_real_photographs_from_parquet(tmp_path):
+def test_real_photographs_from_parquet(real_data, tmp_path):
     "Imagenette's photographs go into parquet files and come out as torchvision decodes the files."
     from torchvision.io import ImageReadMode, decode_image
 
