@@ -99,6 +99,7 @@ def test_networks_copy_pickle_compile_and_take_channels_last(name):
         )
         torch._dynamo.reset()
         torch.testing.assert_close(torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)(x), want)
+        assert torch.equal(torch.jit.script(model)(x), want)
 
 
 def test_unknown_names():

@@ -96,10 +96,11 @@ class ResNet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1.in_channels, 2 ** (len(self.stages) - 1))
+        check_images(x, self.conv1.in_channels, 1 << (len(self.stages) - 1))
         x = self.relu(self.bn1(self.conv1(x)))
-        for name in self.stages:
-            x = getattr(self, name)(x)
+        for name, stage in self.named_children():  # torch.jit.script cannot compile getattr
+            if name in self.stages:
+                x = stage(x)
         return self.fc(self.avgpool(x).flatten(1))
 
 
