@@ -42,7 +42,7 @@ def tables(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_no_table_is_empty(path):
-    "As the published numbers were on the page of a thousand images, which has no row among them."
+    "As the published numbers were on the page of a pair that has no row among them."
     assert all(tables(path)) and not any("Empty DataFrame" in text for text in outputs(path, "text/plain"))
 
 
@@ -83,8 +83,8 @@ def test_small_runs_say_their_own_numbers(page, shown, said):
         assert sentence.format(float(found[1])) in text
 
 
-def test_the_thousand_images_say_that_nothing_is_published_for_them():
-    assert any(re.search("Table 2 has no row", text) for text in outputs("benchmarks/imagenet1000.ipynb", "text/plain"))
+def test_a_pair_of_which_nothing_is_published_says_so():
+    assert any(re.search("Table 2 has no row", text) for text in outputs("benchmarks/imagenet.ipynb", "text/plain"))
 
 
 def test_coco_says_which_detector_is_behind():

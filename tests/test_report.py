@@ -247,7 +247,7 @@ def test_row_is_within_two_deviations_of_the_papers_number():
     assert row.within and not replace(row, published=PublishedCell(90.0)).within
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "imagenet", "imagenet1000"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "imagenet"])
 def test_pages_do_not_call_our_defaults_the_papers(name):
     "The comment of method_args: the default weights of rcka are ours, whatever the pair."
     page = (Path(__file__).parent.parent / "nbs" / "benchmarks" / f"{name}.ipynb").read_text(encoding="utf-8")
