@@ -36,7 +36,7 @@ def check_images(
     least: int,  # total stride of the network: least height and width of an image
 ):
     "Raise ValueError, with the expected shape, if the images `x` are not (n, channels, height, width) or too small."
-    if torch.jit.is_scripting():  # messages cannot be compiled
+    if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]  # messages cannot be compiled
         return
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(
