@@ -256,11 +256,10 @@ class Taps:
             raise TypeError(f"paths must be a list of paths, got the string {paths!r}; write [{paths!r}]")
         self.model, self.paths, self.logits = model, tuple(paths), logits
         self._places = {path: parse_path(path) for path in self.paths}
-        self._size: tuple[int, int] | None = None  # height and width of the images of the last forward pass
         self._seen: dict[str, Any] = {}  # by path, of the forward pass that runs
         self._running = False
         self._instead: dict[str, Tensor] = {}  # by path: what stands in place of a module's output
-        self._like: tuple | None = None  # shape, dtype and device of the images of the last forward pass
+        self._images: tuple | None = None  # shape, dtype and device of the images of the last forward pass
         self._written: dict[tuple, dict[str, bool]] = {}  # by (training, grad) and path: is it overwritten later?
         self._now: dict[str, bool] = {}
         modules = {path: find_module(model, path) for path in self.paths}
@@ -269,17 +268,22 @@ class Taps:
     def __call__(self, *args, **kwargs) -> Outputs:
         if self.paths and not self._handles:
             raise RuntimeError("these taps were removed from the model: create new ones with Taps(model, paths)")
-        mode = (unwrap(self.model).training, torch.is_grad_enabled())
-        self._now = self._written.setdefault(mode, {})
-        self._seen, self._running = {}, True
         images = next((x for x in (*args, *kwargs.values()) if _is_images(x)), None)
-        self._size = None if images is None else (images.shape[2], images.shape[3])
-        self._like = None if images is None else (images.shape, images.dtype, images.device)
-        try:
+        self._images = None if images is None else (images.shape, images.dtype, images.device)
+        with self._watching():
             logits = self.logits(self.model(*args, **kwargs))
             return Outputs(logits, tuple(self._read(path) for path in self.paths))
+
+    @contextlib.contextmanager
+    def _watching(self, instead: dict[str, Tensor] | None = None):
+        "Let the hooks store what they see within the context, with `instead` in place of the outputs of modules."
+        mode = (unwrap(self.model).training, torch.is_grad_enabled())
+        self._now = self._written.setdefault(mode, {})
+        self._seen, self._running, self._instead = {}, True, instead or {}
+        try:
+            yield
         finally:
-            self._seen, self._running = {}, False
+            self._seen, self._running, self._instead = {}, False, {}
 
     def run_on(
         self,
@@ -293,19 +297,13 @@ class Taps:
         than the module's output."""
         if self._places[path] != Place(path, False, ()):
             raise ValueError(f"a network can be run on from the output of a module alone; got the path {path!r}")
-        if self._like is None:
+        if self._images is None:
             raise RuntimeError("run the network on images before it is run on from a feature: taps(images)")
-        mode = (unwrap(self.model).training, torch.is_grad_enabled())
-        self._now = self._written.setdefault(mode, {})
-        self._seen, self._running, self._instead = {}, True, {path: feature}
-        (_, *shape), dtype, device = self._like
-        blank = torch.zeros(2, *shape, dtype=dtype, device=device)
-        try:
+        (_, *shape), dtype, device = self._images
+        blank, nothing = torch.zeros(2, *shape, dtype=dtype, device=device), feature.new_empty(0)
+        with self._watching({path: feature}):
             logits = self.logits(self.model(blank))
-            nothing = feature.new_empty(0)
             return Outputs(logits, tuple(self._read(p) if p in self._seen else nothing for p in self.paths))
-        finally:
-            self._seen, self._running, self._instead = {}, False, {}
 
     def _note(self, path: str, value: Tensor) -> Tensor | None:
         "Store the value of a path; called by the hooks. Return what stands in its place, if anything does."
@@ -353,6 +351,11 @@ class Taps:
         else:
             value = as_map(value, self._image_size(path), self._prefix)
         return value if form == "map" else value.mean((2, 3))
+
+    @property
+    def _size(self) -> tuple[int, int] | None:
+        "Height and width of the images of the last forward pass."
+        return self._images and tuple(self._images[0][2:])
 
     def _image_size(self, path: str) -> tuple[int, int]:
         if self._size is None:

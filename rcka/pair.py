@@ -43,32 +43,26 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 
 @contextlib.contextmanager
-def kept_statistics(model: nn.Module):
-    "Leave the running statistics of batch normalisation as they are within the context, whatever its mode."
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [m.track_running_stats for m in norms]
-    try:
-        for m in norms:
-            m.track_running_stats = False
-        yield
-    finally:
-        for m, tracks in zip(norms, before):
-            m.track_running_stats = tracks
-
-
-@contextlib.contextmanager
-def batch_statistics(model: nn.Module):
-    """Let batch normalisation use the statistics of the batch within the context, without updating the running
-    statistics."""
+def kept_statistics(
+    model: nn.Module,
+    training: bool = False,  # True: these layers use the statistics of the batch; False: whatever their mode says
+):
+    "Leave the running statistics of batch normalisation as they are within the context."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.training, m.track_running_stats) for m in norms]
     try:
         for m in norms:
-            m.training, m.track_running_stats = True, False
+            m.training, m.track_running_stats = training or m.training, False
         yield
     finally:
-        for m, (training, tracks) in zip(norms, before):
-            m.training, m.track_running_stats = training, tracks
+        for m, (mode, tracks) in zip(norms, before):
+            m.training, m.track_running_stats = mode, tracks
+
+
+def batch_statistics(model: nn.Module):
+    """Let batch normalisation use the statistics of the batch within the context, without updating the running
+    statistics."""
+    return kept_statistics(model, training=True)
 
 # %% ../nbs/method/03b_pair.ipynb #3d978cec
 def paired_taps(
