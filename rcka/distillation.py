@@ -260,8 +260,10 @@ def distill(  # long, since each argument stands with its meaning
         raise ValueError(f"output must be a folder, but {folder} is a file")
     earlier = json.loads(path.read_text()) if (path := folder / "distill.json").is_file() else None
     if earlier:  # one of before these settings were recorded
-        then = {"precision": "fp32", "skip_broken": False, "student_paths": None, "teacher_paths": None}
-        earlier["settings"] = then | {"compile": False} | earlier["settings"]
+        paths = {"student_paths": None, "teacher_paths": None}
+        earlier["settings"] = (
+            {"precision": "fp32", "skip_broken": False, "compile": False} | paths | earlier["settings"]
+        )
     settings["precision"] = _precision(settings, device, earlier and earlier["settings"])
     if earlier:
         _check_same(folder, earlier["settings"], settings)

@@ -526,20 +526,26 @@ def _pairs(table: Table) -> dict:
     return pairs
 
 
-def _panels(table: Table, height: float, beside: float = 0):
-    "Return a figure and its axes, one for each pair; `beside`: inches for the labels on the left of an axis."
+def _panels(
+    table: Table,
+    height: float,  # inches for each row of a pair
+    most: float = math.inf,  # inches of the tallest axis
+    beside: float = 0,  # inches for the labels on the left of an axis
+):
+    "Return a figure and its axes, one for each pair."
     with optional_import():
         import matplotlib.pyplot as plt
 
     pairs = _pairs(table)
     columns = min(3, len(pairs))
+    tall = min(most, max(2.4, 1 + height * max(map(len, pairs.values()))))
     wide = max(4.5, 4.5 * columns if columns < 3 else 11) + beside * columns
     fig, axes = plt.subplots(
         math.ceil(len(pairs) / columns),
         columns,
         squeeze=False,
         layout="constrained",
-        figsize=(wide, height * math.ceil(len(pairs) / columns)),
+        figsize=(wide, tall * math.ceil(len(pairs) / columns)),
     )
     for ax in list(axes.flat)[len(pairs) :]:
         ax.set_axis_off()
@@ -582,8 +588,8 @@ _SOURCES = {"RCKA paper": ("paper", "D"), "own source": ("own", "^"), "other sou
 def plot_scores(table: Table):
     """Draw each seed as a dot, mean and standard deviation, and the published numbers, one panel a pair: a matplotlib
     Figure."""
-    most, longest = max(map(len, _pairs(table).values())), max(len(r.method) for r in table.rows)
-    fig, axes = _panels(table, max(2.4, 1 + 0.5 * most), 0.06 * max(0, min(longest, WIDTH) - 16))
+    longest = max(len(r.method) for r in table.rows)
+    fig, axes = _panels(table, 0.5, beside=0.06 * max(0, min(longest, WIDTH) - 16))
     looks = _looks(table)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):
         scored = [r for r in rows if r.method != "teacher"]
@@ -609,8 +615,7 @@ def plot_scores(table: Table):
 # %% ../../nbs/method/08b_report.ipynb #0c76030b
 def plot_cost(table: Table):
     "Draw accuracy, mean and standard deviation, against the time of a step, one panel a pair: a matplotlib Figure."
-    most = max(map(len, _pairs(table).values()))
-    fig, axes = _panels(table, min(5, max(2.4, 1 + 0.6 * most)))
+    fig, axes = _panels(table, 0.6, most=5)
     looks = _looks(table)
     for ax, (pair, rows) in zip(axes, _pairs(table).items()):
         for row in (r for r in rows if r.cost is not None and r.method in looks):
