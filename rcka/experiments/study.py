@@ -278,6 +278,7 @@ PAIR = {  # label to the factor of its usual weights that was best in the screen
     "srd": 4,
     "sdd": 1,
     "wkd_f": 16,
+    "fcfd": 1,
 }
 FACTOR = PAIR | {"reviewkd+procrustes": 1}  # not in the screen: the sum of three without DIST, at the same weights
 
